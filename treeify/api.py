@@ -1,0 +1,171 @@
+"""The way from a model to an ensemble: trace, choose splits, convert, initialise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from treeify.architecture import Architecture, example_shape, fingerprint, recognise
+from treeify.ensemble import HierarchicalEnsemble
+from treeify.errors import InputError, ModelError
+from treeify.initialize import PERTURBATION, Initialization, initialization
+from treeify.rules import leaf_types
+from treeify.splits import Splits, choose, parse
+from treeify.storage import tensors
+from treeify.trace import Traced, trace
+from treeify.tree import fanouts_for
+
+
+def hierarchicalize(
+    model: nn.Module | str | Architecture,
+    splits: int | str | Sequence[str] = 4,
+    fanout: int = 2,
+    init: str = "fresh",
+    seed: int = 0,
+    example_input: Tensor | None = None,
+) -> HierarchicalEnsemble:
+    """Turn a classifier into a tree of networks that share their early layers.
+
+    Args:
+        model: traceable classifier, `[N, C, H, W] float -> [N, K]` logits, not modified; or the name of
+            one: timm's (`mobilenetv2_140`), `torchvision/resnet50` or `package.module:function`.
+        splits: how many splits, chosen so that the levels' MACs are even; or names of modules from
+            input to output, with a fanout if it differs (`["layer2", "layer3:16"]`); `"input"`
+            splits before the first operation; `[]` is the base model itself.
+        fanout: children per split that names none, at least 2.
+        init: `fresh`: every branch its own initialisation by the architecture's own scheme;
+            `copy`: every leaf equals the model; `perturb`: copy plus seeded noise of 0.1 times
+            each tensor's root mean square, leaf 0 exact.
+        seed: of everything random; same seed, same weights.
+        example_input: an input of the size the model expects, `[N, C, H, W]`; found by itself for
+            timm's and torchvision's models, else `[1, 3, 224, 224]`.
+
+    Returns:
+        An ensemble mapping `[N, C, H, W]` to leaf logits `[N, L, K]`, L the product of the fanouts.
+
+    Raises:
+        ModelError: the name is unknown.
+        SplitError: a split is unknown, repeated or out of order, or a fanout below 2.
+        TraceError: the model cannot be traced; names the line that stopped it.
+        InputError: the model does not run on the example input, or init is unknown.
+
+    Source: Ruiz & Verbeek, AAAI 2021, section 3.
+    """
+    base, architecture = resolve(model, seed)
+    # Only fresh weights and a reload need to build the model again: look for a builder then.
+    architecture = architecture or recognise(base)
+    traced = open_up(base, architecture, example_input)
+    chosen = choose(traced, splits, fanout)
+    plan = initialization(base, architecture, init, seed)
+    hne = HierarchicalEnsemble(traced, chosen, base, architecture, _notes(plan))
+    hne.fill(plan.sources)
+    return hne
+
+
+def resolve(
+    model: nn.Module | str | Architecture, seed: int = 0
+) -> tuple[nn.Module, Architecture | None]:
+    """A base model and, where it was given by name, how to build it.
+
+    Raises:
+        ModelError: the name is unknown, or what is given is no model.
+    """
+    if isinstance(model, nn.Module):
+        return model, None
+    if not isinstance(model, str | Architecture):
+        raise ModelError(
+            f"{model!r} is no model.",
+            expected="an nn.Module, or a name: 'resnet50' (timm), 'torchvision/resnet50',"
+            " 'package.module:function'",
+        )
+    architecture = Architecture(model) if isinstance(model, str) else model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return architecture.build(), architecture
+
+
+def open_up(
+    base: nn.Module, architecture: Architecture | None = None, example_input: Tensor | None = None
+) -> Traced:
+    """Trace a base model on an example of the size it expects.
+
+    Raises:
+        TraceError: it cannot be traced.
+        InputError: it does not run on the example.
+    """
+    if example_input is None:
+        example_input = torch.zeros(1, *example_shape(base, architecture))
+    if example_input.ndim < 2:
+        raise InputError(
+            "example_input is no batch.",
+            expected="a tensor of shape [N, C, H, W]",
+            found=f"shape {tuple(example_input.shape)}",
+        )
+    return trace(base, example_input, leaf_types())
+
+
+def pack(
+    models: Sequence[nn.Module],
+    splits: int | str | Sequence[str] = 4,
+    example_input: Tensor | None = None,
+) -> HierarchicalEnsemble:
+    """Pack `L` trained base models of one architecture into an ensemble.
+
+    Leaf `i` takes its own branches from model `i`; a shared branch comes from the first model below it.
+
+    Args:
+        models: as many as the tree has leaves, in depth-first order. Not modified.
+        splits: as in `hierarchicalize`; splits without a fanout share the one that fits.
+        example_input: as in `hierarchicalize`.
+
+    Raises:
+        ModelError: the models differ in architecture.
+        SplitError: no fanouts give as many leaves as there are models, or a split is wrong.
+        TraceError: the models cannot be traced.
+    """
+    if not models:
+        raise ModelError("there are no models to pack.", expected="one model per leaf")
+    first = models[0]
+    _check_alike(models)
+    architecture = recognise(first)
+    traced = open_up(first, architecture, example_input)
+    hne = HierarchicalEnsemble(
+        traced, _splits_for(traced, splits, len(models)), first, architecture
+    )
+    hne.fill(lambda network: dict(tensors(models[network])), by_leaf=True)
+    return hne
+
+
+def _check_alike(models: Sequence[nn.Module]) -> None:
+    wanted = fingerprint(models[0])
+    for index, model in enumerate(models):
+        if fingerprint(model) != wanted:
+            raise ModelError(
+                f"model {index} is not built like model 0.",
+                expected=f"{type(models[0]).__name__} with the same layers, widths and options",
+                found=type(model).__name__,
+            )
+
+
+def _splits_for(traced: Traced, splits: int | str | Sequence[str], leaves: int) -> Splits:
+    if isinstance(splits, str):
+        splits = int(splits) if splits.isdecimal() else splits.split(",")
+    if isinstance(splits, int):
+        fanouts = fanouts_for(leaves, [None] * splits)
+        names = choose(traced, splits).names
+    else:
+        named = [parse(spec) for spec in splits]
+        names = tuple(name for name, _ in named)
+        fanouts = fanouts_for(leaves, [own for _, own in named])
+    return choose(traced, [f"{name}:{own}" for name, own in zip(names, fanouts, strict=True)])
+
+
+def _notes(plan: Initialization) -> tuple[str, ...]:
+    if not plan.perturbed:
+        return ()
+    return (
+        f"perturbed by {PERTURBATION} times their root mean square, since they cannot initialise"
+        f" themselves again: {', '.join(plan.perturbed)}",
+    )

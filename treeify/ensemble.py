@@ -1,0 +1,248 @@
+"""The hierarchical neural ensemble: a tree of networks as one `nn.Module`."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from treeify import splits as split_module
+from treeify.errors import InputError
+from treeify.initialize import State, pack_states
+from treeify.packing import Form
+from treeify.rewrite import NodeReport, Program, rewrite
+from treeify.rules import WIDEN
+from treeify.splits import Splits
+from treeify.storage import build, lookup, owner, slots, tensors
+from treeify.trace import Traced
+from treeify.tree import Span, Tree
+
+if TYPE_CHECKING:
+    from treeify.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion did: the splits and how every node runs.
+
+    Args:
+        splits: the split points.
+        nodes: every node of the evaluation graph.
+        training_nodes: every node of the training graph.
+        notes: what a user should know, e.g. modules that could not re-initialise themselves.
+    """
+
+    splits: Splits
+    nodes: tuple[NodeReport, ...]
+    training_nodes: tuple[NodeReport, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def packed_share(self) -> float:
+        """Share of the branches' MACs (level 1 and up) that runs packed, 0 to 1."""
+        branched = [node for node in self.nodes if node.level > 0]
+        total = sum(node.macs for node in branched)
+        packed = sum(node.macs for node in branched if node.form is not Form.BRANCHES)
+        return packed / total if total else 1.0
+
+    @property
+    def fallbacks(self) -> dict[str, int]:
+        """Reasons why nodes run per branch, with how many nodes each concerns."""
+        reasons = Counter(
+            f"{node.operation}: {node.reason}" for node in self.nodes if node.form is Form.BRANCHES
+        )
+        return dict(reasons.most_common())
+
+    def __str__(self) -> str:
+        """One line a level, then the reasons for what runs per branch."""
+        lines = [f"splits: {', '.join(self.splits.specs) or 'none'}"]
+        for level, branches in enumerate(self.splits.tree.branches):
+            counts = Counter(node.form.value for node in self.nodes if node.level == level)
+            forms = ", ".join(f"{count} {form}" for form, count in sorted(counts.items()))
+            lines.append(f"level {level} x {branches}: {forms or 'nothing'}")
+        lines.append(f"{self.packed_share:.1%} of the branches' MACs run packed")
+        lines += [f"per branch: {count} x {reason}" for reason, count in self.fallbacks.items()]
+        lines += list(self.notes)
+        return "\n".join(lines)
+
+
+class HierarchicalEnsemble(nn.Module):
+    """A tree of `L` networks that share their early layers; maps images to every leaf's logits.
+
+    Parameters carry the base model's own names; each holds the branches of its level, concatenated
+    along dim 0. Made by `treeify.hierarchicalize`, `treeify.pack` and `treeify.load`, which fill the
+    tensors that this constructor only allocates.
+
+    Args:
+        traced: the base model, traced.
+        splits: where it splits.
+        like: the base model, for the tensors' devices, dtypes and mode.
+        architecture: how to build the base model again, if known.
+        notes: for the conversion report.
+    """
+
+    def __init__(
+        self,
+        traced: Traced,
+        splits: Splits,
+        like: nn.Module,
+        architecture: Architecture | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self._traced = traced
+        self._splits = splits
+        self._architecture = architecture
+        levels = {
+            training: split_module.levels(graph, splits.names)
+            for training, graph in traced.graphs.items()
+        }
+        uses = [(node, level) for known in levels.values() for node, level in known.items()]
+        self._slots = slots(traced.skeleton, uses)
+        calls = [(str(node.target), level) for node, level in uses if node.op == "call_module"]
+        whole = {target for target, level in calls if level == 0} - {
+            target for target, level in calls if level > 0
+        }
+        build(self, traced.skeleton, self._slots, splits.tree, WIDEN, dict(tensors(like)), whole)
+        self._programs = {
+            training: rewrite(traced, training, levels[training], self._slots, self, splits.tree)
+            for training in traced.graphs
+        }
+        _allow_in_place(self, self._programs[False], self._programs[True])
+        self._conversion = Conversion(
+            splits, self._programs[False].nodes, self._programs[True].nodes, notes
+        )
+        self.train(like.training)
+
+    def fill(self, source: Callable[[int], State], *, by_leaf: bool = False) -> None:
+        """Fill the packed tensors, uninitialised so far; see `treeify.initialize.pack_states`."""
+        pack_states(self, self._slots.values(), self.tree, source, by_leaf=by_leaf)
+
+    @property
+    def tree(self) -> Tree:
+        """The tree's shape: fanouts, branches per level, nested sizes."""
+        return self._splits.tree
+
+    @property
+    def leaves(self) -> int:
+        """Number of leaves `L`."""
+        return self.tree.leaves
+
+    @property
+    def conversion(self) -> Conversion:
+        """Every node's level, whether it runs packed or per branch, and why."""
+        return self._conversion
+
+    def forward(self, x: Tensor, leaves: int | None = None) -> Any:
+        """Logits of the first `leaves` leaves, depth-first.
+
+        Args:
+            x: images, `[N, C, H, W]`.
+            leaves: how many; all if not given. Only the branches those leaves need are computed.
+
+        Returns:
+            `[N, leaves, K]`. Where the base model returns several tensors, its own structure, each
+            tensor with the leaf dim at 1.
+
+        Raises:
+            LeafError: there are not that many leaves.
+            InputError: the input is no batch of images with the base model's channels.
+        """
+        count = self.leaves if leaves is None else leaves
+        self.tree.check_size(count)
+        self._check_input(x)
+        return self._programs[self.training].run(x, Span(0, count))
+
+    def predict(self, x: Tensor, leaves: int | None = None) -> Tensor:
+        """Mean logits of the first `leaves` leaves, `[N, C, H, W] -> [N, K]`.
+
+        Raises:
+            LeafError: there are not that many leaves.
+            InputError: the input does not fit.
+
+        Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
+        """
+        result: Tensor = tree_map(lambda logits: logits.mean(1), self(x, leaves=leaves))
+        return result
+
+    def leaf(self, index: int) -> nn.Module:
+        """The untouched base architecture with a copy of one leaf's weights.
+
+        Raises:
+            LeafError: the leaf does not exist.
+        """
+        self.tree.check_leaf(index)
+        network = copy.deepcopy(self._traced.skeleton)
+        _assign(network, {key: part.detach().clone() for key, part in self._branch(index).items()})
+        return network.train(self.training)
+
+    def _branch(self, leaf: int) -> dict[str, Tensor]:
+        """Views of one leaf's tensors, under the base model's keys and in its shapes."""
+        path = self.tree.path(leaf)
+        return {
+            key: slot.branch(lookup(self, key), self.tree.branches[slot.level], path[slot.level])
+            for key, slot in self._slots.items()
+        }
+
+    def sub_ensemble(self, leaves: int) -> HierarchicalEnsemble:
+        """A smaller ensemble of the first `leaves` leaves, with its own copy of what they need.
+
+        Raises:
+            LeafError: the first `leaves` leaves form no tree; every nested size does.
+        """
+        dropped, tree = self.tree.first(leaves)
+        kept = self._splits.points[dropped:]
+        smaller = HierarchicalEnsemble(
+            self._traced, Splits(kept, tree), self, self._architecture, self._conversion.notes
+        )
+        smaller.fill(self._branch, by_leaf=True)
+        return smaller
+
+    def extra_repr(self) -> str:
+        """The tree and the splits."""
+        return f"{self.leaves} leaves, splits {', '.join(self._splits.specs) or 'none'}"
+
+    def _check_input(self, x: Tensor) -> None:
+        channels = self._traced.example[0]
+        if not isinstance(x, Tensor) or x.ndim != len(self._traced.example) + 1 or (
+            x.shape[1] != channels
+        ):
+            found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(
+                "the input does not fit the model.",
+                expected=f"images of shape [N, {', '.join(map(str, self._traced.example))}]"
+                " (H and W as far as the base model allows)",
+                found=found,
+            )
+
+
+def _allow_in_place(root: nn.Module, *programs: Program) -> None:
+    """Switch in-place activations on again where every program finds them safe."""
+    verdicts: dict[str, bool] = {}
+    for program in programs:
+        for target, safe in program.in_place.items():
+            verdicts[target] = verdicts.get(target, True) and safe
+    for target, safe in verdicts.items():
+        holder, name = owner(root, target)
+        storage = holder._modules[name]
+        if safe and hasattr(storage, "inplace"):
+            storage.inplace = True  # type: ignore[union-attr]
+
+
+def _assign(network: nn.Module, values: dict[str, Tensor]) -> None:
+    """Replace a network's tensors, keeping tied ones tied."""
+    made: dict[int, Tensor] = {}
+    for key, base in list(tensors(network)):
+        if id(base) not in made:
+            value = values[key]
+            if isinstance(base, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=base.requires_grad)
+            made[id(base)] = value
+        holder, name = owner(network, key)
+        table: dict[str, Any] = holder._parameters if name in holder._parameters else holder._buffers
+        table[name] = made[id(base)]

@@ -1,0 +1,76 @@
+"""What can go wrong, by kind. Every message says where, what was expected, what was found, what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class TreeifyError(Exception):
+    """Base of every error treeify raises on bad input.
+
+    Args:
+        where: what is wrong and where, one sentence.
+        expected: what would have been accepted.
+        found: what was given instead.
+        next_step: what the user can do about it.
+    """
+
+    def __init__(
+        self,
+        where: str,
+        *,
+        expected: str | None = None,
+        found: str | None = None,
+        next_step: str | None = None,
+    ) -> None:
+        lines = [where]
+        if expected is not None:
+            lines.append(f"  Expected {expected}")
+        if found is not None:
+            lines.append(f"  Found {found}")
+        if next_step is not None:
+            lines.append(f"  {next_step}")
+        super().__init__("\n".join(lines))
+
+
+class ModelError(TreeifyError):
+    """A model name or builder is unknown, or models that should be alike are not."""
+
+
+class TraceError(TreeifyError):
+    """The base model cannot be traced, or does not run on its example input."""
+
+
+class SplitError(TreeifyError):
+    """A split is unknown, repeated, out of order, or has an impossible fanout."""
+
+
+class LeafError(TreeifyError):
+    """A leaf or a number of leaves lies outside the tree."""
+
+
+class InputError(TreeifyError):
+    """An argument or an input tensor does not fit the model."""
+
+
+class CheckpointError(TreeifyError):
+    """A saved directory is missing, damaged, from another version, or cannot be written."""
+
+
+class RecipeError(TreeifyError):
+    """A recipe has an unknown key, a wrong type or a value that cannot work."""
+
+
+class DataError(TreeifyError):
+    """A data set is missing or does not fit the recipe."""
+
+
+class ParityError(TreeifyError):
+    """A converted model differs from the untouched base architecture."""
+
+
+def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
+    """The choices that look most like `word`, quoted and comma-separated; empty if none does."""
+    matches = difflib.get_close_matches(word, list(choices), n=count, cutoff=0.5)
+    return ", ".join(repr(match) for match in matches)

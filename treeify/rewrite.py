@@ -1,0 +1,415 @@
+"""Graph + levels + rules -> one segment per level, and the report of what runs how.
+
+A segment is an fx graph module that runs one level for any span of its branches. Values flow from
+lower to higher levels only, so running a tree is running its segments in order.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
+
+from treeify.packing import Convert, Form, Leaves
+from treeify.rules.branchwise import (
+    Constant,
+    EachBranch,
+    EachBranchModule,
+    FirstBranch,
+    ReadTensor,
+    SharedModule,
+)
+from treeify.rules.registry import WIDEN, Call, Unpackable, find, is_pure
+from treeify.rules.shape import SHAPE_READINGS
+from treeify.storage import Slot, submodule, tensors
+from treeify.trace import Traced, facts
+from treeify.tree import Span, Tree
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """How one node of the base graph runs.
+
+    Args:
+        path: module path or function path of the node.
+        operation: what it does.
+        level: its level in the tree.
+        form: shared, packed or per branch.
+        reason: why it does not run packed; empty where it does.
+        macs: multiply-accumulates per image and branch.
+    """
+
+    path: str
+    operation: str
+    level: int
+    form: Form
+    reason: str
+    macs: int
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One level, ready to run.
+
+    Args:
+        level: the level.
+        module: called with a span and the values of `inputs`; returns the values of `outputs`.
+        inputs: names of values from lower levels.
+        outputs: names of values that higher levels read.
+    """
+
+    level: int
+    module: fx.GraphModule
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A mode's segments, from the root to the leaves.
+
+    Args:
+        tree: the tree they run.
+        segments: one per level.
+        image: name of the input value.
+        defaults: values of the forward arguments the user cannot set.
+        nodes: what runs how.
+        in_place: for in-place activations, whether they may stay so.
+    """
+
+    tree: Tree
+    segments: tuple[Segment, ...]
+    image: str
+    defaults: Mapping[str, Any]
+    nodes: tuple[NodeReport, ...]
+    in_place: Mapping[str, bool]
+
+    def run(self, x: Tensor, leaves: Span) -> Any:
+        """Outputs of a range of leaves, `[N, C, H, W] -> [N, leaves, K]`."""
+        values = {self.image: x, **self.defaults}
+        for segment in self.segments:
+            span = self.tree.span(segment.level, leaves)
+            results = segment.module(span, *(values[name] for name in segment.inputs))
+            values.update(zip(segment.outputs, results, strict=True))
+        return values["output"]
+
+
+def rewrite(
+    traced: Traced,
+    training: bool,
+    levels: Mapping[fx.Node, int],
+    layout: Mapping[str, Slot],
+    root: nn.Module,
+    tree: Tree,
+) -> Program:
+    """Rewrite one mode's graph.
+
+    Args:
+        traced: the base model.
+        training: which of its graphs.
+        levels: level of every node.
+        layout: slot of every tensor.
+        root: the ensemble that holds the packed tensors.
+        tree: the tree.
+    """
+    return _Rewriter(traced, training, levels, layout, root, tree).run()
+
+
+@dataclass
+class _Draft:
+    """A segment being written."""
+
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    outputs: dict[str, fx.Node] = field(default_factory=dict)
+    values: dict[tuple[fx.Node, Form | None], fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.span = self.graph.placeholder("span")
+
+
+class _Rewriter:
+    def __init__(
+        self,
+        traced: Traced,
+        training: bool,
+        levels: Mapping[fx.Node, int],
+        layout: Mapping[str, Slot],
+        root: nn.Module,
+        tree: Tree,
+    ) -> None:
+        self.graph = traced.graphs[training]
+        # A copy to run branch by branch: its in-place flags are off, see `functionalize`.
+        self.skeleton = traced.skeleton
+        self.base = copy.deepcopy(traced.skeleton)
+        for module in self.base.modules():
+            if hasattr(module, "inplace"):
+                module.inplace = False
+        self.levels, self.layout, self.root, self.tree = levels, layout, root, tree
+        self.forms: dict[fx.Node, Form] = {}
+        self.reports: list[NodeReport] = []
+        self.in_place: dict[str, bool] = {}
+        self.drafts = [_Draft() for _ in range(tree.levels)]
+
+    def run(self) -> Program:
+        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        for node in self.graph.nodes:
+            if node.op == "placeholder":
+                self.forms[node] = Form.SHARED
+            elif node.op == "output":
+                self._write_output(node)
+            else:
+                self._write(node)
+        return Program(
+            self.tree,
+            tuple(self._finish(level) for level in range(self.tree.levels)),
+            placeholders[0].name,
+            {node.name: node.args[0] if node.args else None for node in placeholders[1:]},
+            tuple(self.reports),
+            self.in_place,
+        )
+
+    def _finish(self, level: int) -> Segment:
+        draft = self.drafts[level]
+        draft.graph.output(tuple(draft.outputs.values()))
+        draft.graph.lint()
+        module = fx.GraphModule(draft.modules, draft.graph, class_name=f"Level{level}")
+        return Segment(level, module, tuple(draft.inputs), tuple(draft.outputs))
+
+    def _branches(self, node: fx.Node) -> int:
+        """Branches a value comes in: one where it is shared."""
+        if self.forms[node] is Form.SHARED:
+            return 1
+        return self.tree.branches[self.levels[node]]
+
+    def _raw(self, node: fx.Node, level: int) -> fx.Node:
+        """The value as it was made, inside the segment of `level`."""
+        draft = self.drafts[level]
+        key = (node, None)
+        if key not in draft.values:
+            source = self.levels[node]
+            if node.op != "placeholder":
+                self.drafts[source].outputs[node.name] = self.drafts[source].values[key]
+            draft.values[key] = self._placeholder(draft, node.name)
+            draft.inputs.append(node.name)
+        return draft.values[key]
+
+    def _placeholder(self, draft: _Draft, name: str) -> fx.Node:
+        last = [node for node in draft.graph.nodes if node.op == "placeholder"][-1]
+        with draft.graph.inserting_after(last):
+            return draft.graph.placeholder(name)
+
+    def _value(self, node: fx.Node, level: int, form: Form) -> fx.Node:
+        """The value in a form, for the branches of `level`."""
+        shared = self.forms[node] is Form.SHARED
+        ratio = self.tree.branches[level] // self._branches(node)
+        if (self.forms[node] is form and ratio == 1) or (
+            shared and (form is not Form.PACKED or not facts(node).tensors)
+        ):
+            return self._raw(node, level)
+        draft = self.drafts[level]
+        key = (node, form)
+        if key not in draft.values:
+            step = Convert(facts(node).value, self.forms[node], form, ratio)
+            word = "packed" if form is Form.PACKED else "branches"
+            draft.values[key] = self._call(
+                level, f"{node.name}_{word}", step, (self._raw(node, level),), {}
+            )
+        return draft.values[key]
+
+    def _call(
+        self, level: int, name: str, operation: nn.Module, args: Any, kwargs: Any
+    ) -> fx.Node:
+        draft = self.drafts[level]
+        draft.modules[name] = operation
+        args = (draft.span, *args)
+        return draft.graph.create_node("call_module", name, args, kwargs, name=name)
+
+    def _write(self, node: fx.Node) -> None:
+        level = self.levels[node]
+        if node.op == "get_attr":
+            made, form, reason = self._write_attribute(node, level)
+        elif level == 0 or self._is_shared(node):
+            made, form, reason = self._write_shared(node, level), Form.SHARED, ""
+        else:
+            made, form, reason = self._write_branches(node, level)
+        self.forms[node] = form
+        self.drafts[level].values[(node, None)] = made
+        known = facts(node)
+        self.reports.append(
+            NodeReport(known.path, self._operation(node), level, form, reason, known.macs)
+        )
+
+    def _operation(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return type(self._module(node)).__name__
+        return getattr(node.target, "__name__", str(node.target))
+
+    def _module(self, node: fx.Node) -> nn.Module | None:
+        return self.base.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def _is_shared(self, node: fx.Node) -> bool:
+        """Whether siblings see the same inputs and so may share one result."""
+        inputs = node.all_input_nodes
+        if any(self.forms[source] is not Form.SHARED for source in inputs):
+            return False
+        module = self._module(node)
+        if module is not None:
+            return is_pure(node, module) and not any(True for _ in tensors(module))
+        touches = any(facts(source).tensors for source in inputs)
+        makes_tensor = bool(facts(node).tensors)
+        return is_pure(node, None) or not (touches or makes_tensor)
+
+    def _write_attribute(self, node: fx.Node, level: int) -> tuple[fx.Node, Form, str]:
+        target = str(node.target)
+        slot = self.layout.get(target)
+        if slot is None:
+            value: Any = self.base
+            for part in target.split("."):
+                value = getattr(value, part)
+            return self._call(level, node.name, Constant(value), (), {}), Form.SHARED, ""
+        form = Form.SHARED if level == 0 else Form.PACKED
+        read = ReadTensor(self.root, slot, self.tree.branches, level, form)
+        return self._call(level, node.name, read, (), {}), form, ""
+
+    def _write_shared(self, node: fx.Node, level: int) -> fx.Node:
+        args, kwargs = self._arguments(node, lambda source: self._raw(source, level))
+        module = self._module(node)
+        if module is None:
+            return self.drafts[level].graph.create_node(
+                node.op, node.target, args, kwargs, name=node.name
+            )
+        storage = submodule(self.root, str(node.target))
+        if type(storage) is not type(module):
+            shared = SharedModule(module, storage, self._slots(node), self.tree.branches, level)
+            return self._call(level, node.name, shared, args, kwargs)
+        self._note_in_place(node)
+        self.drafts[level].modules[node.name] = storage
+        return self.drafts[level].graph.create_node(
+            "call_module", node.name, args, kwargs, name=node.name
+        )
+
+    def _arguments(self, node: fx.Node, convert: Any) -> tuple[Any, Any]:
+        return map_arg(node.args, convert), map_arg(node.kwargs, convert)
+
+    def _slots(self, node: fx.Node) -> dict[str, Slot]:
+        module = self._module(node)
+        assert module is not None
+        return {name: self.layout[f"{node.target}.{name}"] for name, _ in tensors(module)}
+
+    def _write_branches(self, node: fx.Node, level: int) -> tuple[fx.Node, Form, str]:
+        operation: nn.Module | None = None
+        try:
+            operation = self._packed_operation(node, level)
+            reason = ""
+        except Unpackable as verdict:
+            reason = str(verdict)
+        if operation is not None:
+            form = Form.PACKED if facts(node).tensors else Form.SHARED
+            return self._write_packed(node, level, operation), form, reason
+        return self._write_each(node, level, reason)
+
+    def _packed_operation(self, node: fx.Node, level: int) -> nn.Module:
+        """The packed operation of a node, or `Unpackable` with the reason there is none."""
+        module = self._module(node)
+        storage = None
+        if module is not None:
+            storage = submodule(self.root, str(node.target))
+            if any(slot.level != level for slot in self._slots(node).values()):
+                raise Unpackable("its parameters are shared with another level")
+        inputs = node.all_input_nodes
+        first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
+        ratio = 1 if first is None else self.tree.branches[level] // self._branches(first)
+        forms = {source: self.forms[source] for source in inputs}
+        call = Call(node, module, storage, self.tree.branches[level], ratio, forms)
+        rule = find(call)
+        if rule is None:
+            raise Unpackable(f"no rule for {self._operation(node)}")
+        per_branch = [source for source in inputs if forms[source] is Form.BRANCHES]
+        if any(not facts(source).tensors for source in per_branch):
+            raise Unpackable("it reads a number that may differ from branch to branch")
+        tensor_inputs = [source for source in inputs if facts(source).tensors]
+        free = module is None or not any(True for _ in tensors(module))
+        operation = rule(call)
+        if free and tensor_inputs and set(tensor_inputs) <= set(per_branch):
+            raise Unpackable("its inputs are per branch, packing them would only copy")
+        return operation
+
+    def _write_packed(self, node: fx.Node, level: int, operation: nn.Module) -> fx.Node:
+        reads_parents = getattr(operation, "ratio", 1) > 1
+        first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
+
+        def convert(source: fx.Node) -> fx.Node:
+            if source is first and reads_parents:
+                return self._raw(source, level)
+            return self._value(source, level, Form.PACKED)
+
+        if node.op == "call_module":
+            self._note_in_place(node)
+        args, kwargs = self._arguments(node, convert)
+        return self._call(level, node.name, operation, args, kwargs)
+
+    def _write_each(
+        self, node: fx.Node, level: int, reason: str
+    ) -> tuple[fx.Node, Form, str]:
+        module = self._module(node)
+        form = Form.BRANCHES
+        operation: nn.Module
+        if module is not None:
+            storage = submodule(self.root, str(node.target))
+            operation = EachBranchModule(
+                module, storage, self._slots(node), self.tree.branches, level
+            )
+        elif self._reads_shape(node):
+            operation, form, reason = FirstBranch(node.target), Form.SHARED, ""  # type: ignore[arg-type]
+        else:
+            operation = EachBranch(node.target)  # type: ignore[arg-type]
+        args, kwargs = self._arguments(
+            node, lambda source: self._value(source, level, Form.BRANCHES)
+        )
+        return self._call(level, node.name, operation, args, kwargs), form, reason
+
+    def _reads_shape(self, node: fx.Node) -> bool:
+        return node.target in SHAPE_READINGS and not facts(node).tensors
+
+    def _note_in_place(self, node: fx.Node) -> None:
+        """Note whether an activation may overwrite its input: nothing else can see that input."""
+        if not getattr(self.skeleton.get_submodule(str(node.target)), "inplace", False):
+            return
+        source = node.args[0] if node.args else None
+        safe = (
+            isinstance(source, fx.Node)
+            and len(source.users) == 1
+            and self.levels[source] == self.levels[node]
+            and self.forms[source] is not Form.BRANCHES
+            and self._is_fresh(source)
+        )
+        target = str(node.target)
+        self.in_place[target] = safe and self.in_place.get(target, True)
+
+    def _is_fresh(self, node: fx.Node) -> bool:
+        """Whether the value is a new tensor that no other value looks into."""
+        module = self._module(node)
+        if module is None:
+            return node.target in (torch.add, operator.add, "add")
+        return any(True for _ in module.parameters()) and type(module) in WIDEN
+
+    def _write_output(self, node: fx.Node) -> None:
+        level = self.tree.levels - 1
+        draft = self.drafts[level]
+
+        def leaves(source: fx.Node) -> fx.Node:
+            if not facts(source).tensors:
+                return self._raw(source, level)
+            packed = self._value(source, level, Form.PACKED)
+            name = f"{source.name}_leaves"
+            return self._call(level, name, Leaves(facts(source).value), (packed,), {})
+
+        draft.outputs["output"] = map_arg(node.args[0], leaves)

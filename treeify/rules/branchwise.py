@@ -1,0 +1,163 @@
+"""Running an operation branch by branch, exactly as in the base model: needs no rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from treeify.packing import Branches, Form, pick
+from treeify.rules.elementwise import call_target
+from treeify.storage import Slot, lookup, narrow, owner
+from treeify.tree import Span
+
+
+class EachBranch(nn.Module):
+    """Maps a function or tensor method over the branches."""
+
+    def __init__(self, target: Callable[..., Any] | str) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Branches:
+        """One result per branch."""
+        return Branches(
+            call_target(self.target, *pick(args, index), **pick(kwargs, index))
+            for index in range(span.size)
+        )
+
+    def extra_repr(self) -> str:
+        """The target, for printing a segment."""
+        return getattr(self.target, "__name__", str(self.target))
+
+
+class FirstBranch(EachBranch):
+    """Reads a size, rank or dtype of per-branch values: the same for all, so one is enough."""
+
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
+        """The first branch's result."""
+        return call_target(self.target, *pick(args, 0), **pick(kwargs, 0))
+
+
+class EachBranchModule(nn.Module):
+    """Calls the base architecture's module once per branch, with that branch's tensors.
+
+    Args:
+        module: the base architecture's module; its own tensors are never used.
+        storage: holds the packed tensors under the same names.
+        layout: the slot of each tensor, by its name in the module.
+        branches: branches of each level.
+        level: the level of the call.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        storage: nn.Module,
+        layout: Mapping[str, Slot],
+        branches: tuple[int, ...],
+        level: int,
+    ) -> None:
+        super().__init__()
+        self.module, self.storage = module, storage
+        self.layout, self.branches, self.level = dict(layout), branches, level
+
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Branches:
+        """One result per branch."""
+        self._follow_mode()
+        return Branches(
+            functional_call(
+                self.module, self._state(branch), pick(args, index), pick(kwargs, index)
+            )
+            for index, branch in enumerate(range(*span))
+        )
+
+    def _state(self, branch: int) -> dict[str, Tensor]:
+        """The tensors of one branch; views, so that buffers are updated in place."""
+        state = {}
+        for name, slot in self.layout.items():
+            stored = self.branches[slot.level]
+            index = branch * stored // self.branches[self.level]
+            state[name] = slot.branch(lookup(self.storage, name), stored, index)
+        return state
+
+    def _follow_mode(self) -> None:
+        """Take over train or eval mode from the ensemble, module by module."""
+        for path, module in self.module.named_modules():
+            module.training = _descend(self.storage, path).training
+
+    def extra_repr(self) -> str:
+        """The module's class, for printing a segment."""
+        return type(self.module).__name__
+
+
+def _descend(storage: nn.Module, path: str) -> nn.Module:
+    """The storage of a nested module; a widened module keeps its whole inside."""
+    for part in path.split(".") if path else ():
+        child = storage._modules.get(part)
+        if child is None:
+            return storage
+        storage = child
+    return storage
+
+
+class SharedModule(EachBranchModule):
+    """The same for a level with a single branch: one call, its plain result."""
+
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
+        """The module's result."""
+        return super().forward(Span(0, 1), *args, **kwargs)[0]
+
+
+class ReadTensor(nn.Module):
+    """Reads a parameter or buffer that the base model uses directly.
+
+    Args:
+        root: the ensemble.
+        slot: where the tensor lives.
+        branches: branches of each level.
+        level: the level that reads it.
+        form: shared gives the base model's own shape, packed `[G, ...]`.
+    """
+
+    def __init__(
+        self, root: nn.Module, slot: Slot, branches: tuple[int, ...], level: int, form: Form
+    ) -> None:
+        super().__init__()
+        # In a tuple, so that the ensemble does not become a submodule of its own segment.
+        self.owner = (owner(root, slot.key)[0],)
+        self.name = slot.key.rpartition(".")[2]
+        self.slot, self.branches, self.level, self.form = slot, branches, level, form
+
+    def forward(self, span: Span) -> Tensor:
+        """The tensor, for the branches of `span`."""
+        packed = lookup(self.owner[0], self.name)
+        stored = self.branches[self.slot.level]
+        if self.form is Form.SHARED:
+            return self.slot.branch(packed, stored, 0)
+        ratio = self.branches[self.level] // stored
+        parents = span.parents(ratio)
+        part = narrow(packed, stored, parents)
+        if not self.slot.scalar:
+            part = part.unflatten(0, (parents.size, -1))
+        if ratio == 1:
+            return part
+        return part[[branch // ratio - parents.start for branch in range(*span)]]
+
+    def extra_repr(self) -> str:
+        """The tensor's key, for printing a segment."""
+        return self.slot.key
+
+
+class Constant(nn.Module):
+    """A tensor the base model holds outside its parameters and buffers."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = (value,)
+
+    def forward(self, span: Span) -> Any:
+        """The value."""
+        return self.value[0]

@@ -1,0 +1,57 @@
+"""Random operations: every branch draws its own noise, as the separate networks would."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
+
+from treeify.rules.elementwise import Direct
+from treeify.rules.registry import Call, rule, widens
+from treeify.rules.widened import Widened, widened
+from treeify.tree import Span
+
+_ELEMENT_OR_CHANNEL = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_SAMPLE = (DropPath, StochasticDepth)
+
+
+@widens(*_ELEMENT_OR_CHANNEL, *_SAMPLE)
+def pack_dropout(dropout: nn.Module, branches: int) -> None:
+    """Dropout is the same for any number of channels."""
+
+
+@rule(*_ELEMENT_OR_CHANNEL)
+def pack_dropout_module(call: Call) -> Widened:
+    """A mask over packed elements or channels is a mask of its own for every branch."""
+    return widened(call)
+
+
+@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+def pack_dropout_function(call: Call) -> Direct:
+    """The same as functions."""
+    call.input_facts()
+    return Direct(call.node.target)  # type: ignore[arg-type]
+
+
+class PackedStochasticDepth(nn.Module):
+    """Drops whole residual branches per image and tree branch."""
+
+    def __init__(self, drop: nn.Module) -> None:
+        super().__init__()
+        self.drop = drop
+
+    def forward(self, span: Span, x: Tensor) -> Tensor:
+        """`[N, G*C, ...] -> [N, G*C, ...]`."""
+        if not self.drop.training:
+            return x
+        return torch.cat([self.drop(piece) for piece in x.chunk(span.size, dim=1)], dim=1)
+
+
+@rule(*_SAMPLE)
+def pack_stochastic_depth(call: Call) -> PackedStochasticDepth:
+    """Stochastic depth."""
+    call.input_facts()
+    assert call.storage is not None
+    return PackedStochasticDepth(call.storage)

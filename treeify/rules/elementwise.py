@@ -1,0 +1,180 @@
+"""Operations that treat every element by itself: the packed tensor goes straight through."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import timm.layers.activations as timm_act
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+from torch import Tensor, fx, nn
+
+from treeify.packing import refold, unfold
+from treeify.rules.registry import Call, Unpackable, rule, widens
+from treeify.rules.widened import widened
+from treeify.storage import narrow
+from treeify.trace import TensorFacts
+from treeify.tree import Span
+
+_MODULES = (
+    *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
+    *(nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.Softplus, nn.Softsign),
+    *(nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Identity),
+    *(timm_act.Swish, timm_act.Mish, timm_act.Sigmoid, timm_act.Tanh, timm_act.HardSwish),
+    *(timm_act.HardSigmoid, timm_act.HardMish, timm_act.GELU, timm_act.GELUTanh),
+    timm_act.QuickGELU,
+)
+_UNARY: tuple[Any, ...] = (
+    *(F.relu, F.relu6, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.hardtanh, F.sigmoid),
+    *(F.tanh, F.elu, F.selu, F.celu, F.leaky_relu, F.softplus, F.softsign, F.logsigmoid),
+    *(torch.relu, torch.sigmoid, torch.tanh, torch.exp, torch.log, torch.sqrt, torch.rsqrt),
+    *(torch.square, torch.abs, torch.neg, torch.sin, torch.cos, torch.erf, torch.clamp),
+    *(torch.reciprocal, operator.neg, operator.pos),
+    *("relu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "square", "abs", "neg", "clamp"),
+    *("clamp_min", "clamp_max", "reciprocal", "contiguous", "clone", "detach", "float", "half"),
+    *("bfloat16", "double", "to", "type"),
+)
+_BROADCAST: tuple[Any, ...] = (
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow),
+    *(operator.gt, operator.ge, operator.lt, operator.le, operator.eq, operator.ne),
+    *(torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.maximum, torch.minimum),
+    *(torch.where, torch.addcmul, torch.lerp),
+    *("add", "sub", "mul", "div", "pow", "maximum", "minimum", "addcmul", "lerp"),
+    *("masked_fill", "type_as"),
+)
+
+
+@widens(*_MODULES)
+def pack_activation(activation: nn.Module, branches: int) -> None:
+    """An activation is the same for any number of channels."""
+
+
+rule(*_MODULES, pure=True)(widened)
+
+
+class Direct(nn.Module):
+    """Runs a function or tensor method on packed tensors as it stands."""
+
+    def __init__(self, target: Callable[..., Any] | str) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
+        """The target's own result."""
+        return call_target(self.target, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The target, for printing a segment."""
+        return getattr(self.target, "__name__", str(self.target))
+
+
+def call_target(target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> Any:
+    """Call a function, or the method of that name of the first argument."""
+    if isinstance(target, str):
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    return target(*args, **kwargs)
+
+
+@rule(*_UNARY, pure=True)
+def pack_unary(call: Call) -> Direct:
+    """One tensor in, the same shape out."""
+    if len(call.tensor_arguments()) != 1:
+        raise Unpackable("it reads more than one tensor")
+    return Direct(call.node.target)  # type: ignore[arg-type]
+
+
+class Broadcast(nn.Module):
+    """Runs an element-wise operation whose operands broadcast in a way packing would disturb.
+
+    Operands become `[N, G, ...]`, so that each branch broadcasts as in the base model.
+
+    Args:
+        target: the operation.
+        operands: facts of the positional arguments; None for what is no tensor.
+        rank: rank of the base model's result.
+        folds: whether the result is packed into dim 1 (else stacked in dim 0).
+    """
+
+    def __init__(
+        self,
+        target: Callable[..., Any] | str,
+        operands: tuple[TensorFacts | None, ...],
+        rank: int,
+        *,
+        folds: bool,
+    ) -> None:
+        super().__init__()
+        self.target, self.operands, self.rank, self.folds = target, operands, rank, folds
+
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Tensor:
+        """The operation's result, packed."""
+        aligned = [
+            self._align(arg, known, span.size)
+            for arg, known in zip(args, self.operands, strict=True)
+        ]
+        result: Tensor = call_target(self.target, *aligned, **kwargs)
+        return refold(result) if self.folds else result
+
+    def _align(self, arg: Any, known: TensorFacts | None, count: int) -> Any:
+        if known is None:
+            return arg
+        if known.folds:
+            return unfold(arg, count)
+        missing = [1] * (self.rank - len(known.shape))
+        base = (*missing, *known.shape)
+        # A value without a batch broadcasts over it: its place at dim 0 goes to the branches.
+        return arg.reshape(1, count, *base[1:]) if self.folds else arg.reshape(count, *base)
+
+
+@rule(*_BROADCAST, pure=True)
+def pack_broadcast(call: Call) -> nn.Module:
+    """Element-wise operations of several operands, scalars and parameters included."""
+    operands = tuple(call.tensor(arg) for arg in call.node.args)
+    if any(isinstance(value, fx.Node) for value in call.node.kwargs.values()):
+        raise Unpackable("an operand is given by keyword")
+    if not isinstance(call.known.value, TensorFacts):
+        raise Unpackable("its result is no tensor")
+    result = call.known.value
+    found = [known for known in operands if known is not None]
+    if all(known.folds and known.shape[1] == result.shape[1] for known in found) and (
+        {len(known.shape) for known in found} == {len(result.shape)}
+    ):
+        return Direct(call.node.target)  # type: ignore[arg-type]
+    for known in found:
+        fits = len(known.shape) < len(result.shape) or (known.shape or (1,))[0] == 1
+        same_rank = len(known.shape) == len(result.shape)
+        if (result.folds and not (known.folds and same_rank) and not fits) or (
+            known.folds and not (same_rank and result.folds)
+        ):
+            raise Unpackable("its operands broadcast across the batch")
+    return Broadcast(
+        call.node.target,  # type: ignore[arg-type]
+        operands,
+        len(result.shape),
+        folds=result.folds,
+    )
+
+
+class PackedPReLU(nn.Module):
+    """PReLU with each branch's own slope, one for all channels or one per channel."""
+
+    def __init__(self, storage: nn.Module, branches: int) -> None:
+        super().__init__()
+        self.storage, self.branches = storage, branches
+
+    def forward(self, span: Span, x: Tensor) -> Tensor:
+        """`[N, G*C, ...] -> [N, G*C, ...]`."""
+        weight: Tensor = narrow(self.storage.weight, self.branches, span)  # type: ignore[arg-type]
+        return F.prelu(x, weight.repeat_interleave(x.shape[1] // weight.shape[0]))
+
+
+@rule(nn.PReLU)
+def pack_prelu(call: Call) -> PackedPReLU:
+    """PReLU."""
+    call.input_facts()
+    assert call.storage is not None
+    return PackedPReLU(call.storage, call.branches)
+
+

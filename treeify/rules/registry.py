@@ -1,0 +1,167 @@
+"""The table of rules: how an operation runs on packed branches.
+
+There are two kinds. A *widen* rule turns a module into the same module with `G` times the
+channels and groups, so that the packed module is an ordinary PyTorch module. An *operation* rule looks
+at one call and returns the packed operation. Either may refuse with `Unpackable`; the call then runs
+per branch and the conversion report says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from treeify.packing import Form
+from treeify.storage import Widen
+from treeify.trace import Facts, TensorFacts, facts
+
+
+class Unpackable(Exception):  # noqa: N818 - a verdict, not an error
+    """Why a rule does not apply to a call."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the base graph, as a rule sees it.
+
+    Args:
+        node: the call.
+        module: for a module call, the base architecture's module (on the meta device).
+        storage: for a module call, the module that holds its packed tensors.
+        branches: branches `G` of the call's level.
+        ratio: branches here for each branch of the first argument's level.
+        forms: the form of every argument that is a value of the graph.
+    """
+
+    node: fx.Node
+    module: nn.Module | None
+    storage: nn.Module | None
+    branches: int
+    ratio: int
+    forms: dict[fx.Node, Form]
+
+    @property
+    def known(self) -> Facts:
+        """Facts of the call's result."""
+        return facts(self.node)
+
+    def tensor(self, argument: Any) -> TensorFacts | None:
+        """Facts of an argument if it is a single tensor."""
+        if not isinstance(argument, fx.Node):
+            return None
+        value = facts(argument).value
+        return value if isinstance(value, TensorFacts) else None
+
+    def argument(self, position: int, name: str, default: Any = None) -> Any:
+        """An argument by position or keyword."""
+        if len(self.node.args) > position:
+            return self.node.args[position]
+        return self.node.kwargs.get(name, default)
+
+    def input_facts(self) -> TensorFacts:
+        """Facts of the first argument, which must be a packable tensor.
+
+        Raises:
+            Unpackable: it is not a tensor with the batch at dim 0 and a dim 1.
+        """
+        known = self.tensor(self.argument(0, "input"))
+        if known is None or not known.folds:
+            raise Unpackable("its input has no batch at dim 0")
+        return known
+
+    def tensor_arguments(self) -> list[TensorFacts]:
+        """Facts of every tensor among the arguments, nested ones included."""
+        found: list[TensorFacts] = []
+        map_arg(
+            (self.node.args, self.node.kwargs), lambda node: found.extend(facts(node).tensors)
+        )
+        return found
+
+    def require_folds(self) -> None:
+        """Raise Unpackable unless every tensor in and out has the batch at dim 0 and a dim 1."""
+        if not all(known.folds for known in self.tensor_arguments()):
+            raise Unpackable("an argument has no batch at dim 0")
+        if not self.known.tensors or not all(known.folds for known in self.known.tensors):
+            raise Unpackable("its result has no batch at dim 0")
+
+
+Rule = Callable[[Call], nn.Module]
+_R = TypeVar("_R", bound=Rule)
+_W = TypeVar("_W", bound=Callable[..., None])
+
+WIDEN: dict[type[nn.Module], Widen] = {}
+_RULES: dict[Any, Rule] = {}
+_PURE: set[Any] = set()
+
+
+def widens(*types: type[nn.Module]) -> Callable[[_W], _W]:
+    """Register how modules of exactly these types get more branches, in place: `(module, G)`."""
+
+    def register(function: _W) -> _W:
+        for kind in types:
+            _claim(WIDEN, kind, function)
+        return function
+
+    return register
+
+
+def rule(*targets: Any, pure: bool = False) -> Callable[[_R], _R]:
+    """Register the rule of module types, functions or method names.
+
+    Args:
+        targets: exact module types, functions, or names of tensor methods.
+        pure: the result depends on nothing but the arguments, so that siblings reading the same
+            values may share it.
+    """
+
+    def register(function: _R) -> _R:
+        for target in targets:
+            _claim(_RULES, target, function)
+        if pure:
+            _PURE.update(targets)
+        return function
+
+    return register
+
+
+def pure(*targets: Any) -> None:
+    """Declare operations without a rule pure, so that siblings reading the same values share them."""
+    _PURE.update(targets)
+
+
+def _claim(table: dict[Any, Any], key: Any, function: Callable[..., Any]) -> None:
+    if key in table:
+        name = getattr(key, "__name__", key)
+        raise ValueError(
+            f"{name} already has the rule {_qualified(table[key])};"
+            f" {_qualified(function)} cannot be a second one"
+        )
+    table[key] = function
+
+
+def _qualified(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def find(call: Call) -> Rule | None:
+    """The rule for a call, by the module's exact type, the function or the method's name."""
+    return _RULES.get(_key(call.node, call.module))
+
+
+def is_pure(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether siblings with the same inputs may share the call's result."""
+    return _key(node, module) in _PURE
+
+
+def _key(node: fx.Node, module: nn.Module | None) -> Any:
+    return type(module) if module is not None else node.target
+
+
+def leaf_types() -> frozenset[type[nn.Module]]:
+    """Module types that rules handle whole, so tracing must not open them."""
+    kinds = {key for key in _RULES if isinstance(key, type) and issubclass(key, nn.Module)}
+    return frozenset(kinds | set(WIDEN))

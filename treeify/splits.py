@@ -1,0 +1,300 @@
+"""Split points: "4", names or name:fanout -> a frozen choice, printed before anything is rewritten.
+
+A split at a module means: from that module's nodes on, every branch becomes `fanout` branches. What
+does not depend on the module stays shared, so a node's level is the number of splits among its
+ancestors (itself included).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import fx
+
+from treeify.errors import SplitError, nearest
+from treeify.trace import Traced, facts
+from treeify.tree import Tree
+
+INPUT = "input"
+
+# Cost of choosing a split one module deeper, in units of squared relative unevenness of one level:
+# stage starts (shallow names) win unless a deeper point evens the levels out markedly.
+_DEPTH_COST = 0.05
+
+
+@dataclass(frozen=True)
+class SplitPoint:
+    """A place where the model can be split.
+
+    Args:
+        name: module path (or a function's path) that starts the part after the split.
+        macs_before: MACs per image of everything the split leaves shared.
+        macs_after: MACs per image of everything each branch repeats.
+        live: how many tensors cross the split; 1 is a clean cut.
+    """
+
+    name: str
+    macs_before: int
+    macs_after: int
+    live: int
+
+    @property
+    def depth(self) -> int:
+        """How many modules deep the name is; stages are shallow, blocks and layers deeper."""
+        return self.name.count(".")
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The chosen split points, from input to output, and their fanouts."""
+
+    points: tuple[SplitPoint, ...]
+    tree: Tree
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The points' names."""
+        return tuple(point.name for point in self.points)
+
+    @property
+    def specs(self) -> tuple[str, ...]:
+        """`name:fanout` for every split: exactly what to pass to get the same tree again."""
+        return tuple(
+            f"{point.name}:{fanout}"
+            for point, fanout in zip(self.points, self.tree.fanouts, strict=True)
+        )
+
+
+class _Reach:
+    """Which nodes depend on which, as one bit mask per node over the graph's order."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.nodes = list(graph.nodes)
+        position = {node: index for index, node in enumerate(self.nodes)}
+        self.below = [0] * len(self.nodes)
+        for index in reversed(range(len(self.nodes))):
+            mask = 1 << index
+            for user in self.nodes[index].users:
+                mask |= self.below[position[user]]
+            self.below[index] = mask
+        self.users = [sum(1 << position[user] for user in node.users) for node in self.nodes]
+        # What hangs on the input; the rest (parameters, constants) is nobody's child.
+        self.rooted = 0
+        for index, node in enumerate(self.nodes):
+            if node.op == "placeholder":
+                self.rooted |= self.below[index]
+
+    def after(self, name: str) -> int:
+        """Mask of every node that a split at `name` puts behind the split; 0 if there is no such node."""
+        mask = 0
+        for index, node in enumerate(self.nodes):
+            if self.rooted >> index & 1 and _belongs(node, name):
+                mask |= self.below[index]
+        return mask
+
+    def point(self, name: str, mask: int) -> SplitPoint:
+        """What a split with this mask costs."""
+        before = after = live = 0
+        for index, node in enumerate(self.nodes):
+            known = facts(node)
+            if mask >> index & 1:
+                after += known.macs
+            else:
+                before += known.macs
+                crosses = self.rooted >> index & 1 and self.users[index] & mask
+                live += bool(crosses) * len(known.tensors)
+        return SplitPoint(name, before, after, live)
+
+
+def _belongs(node: fx.Node, name: str) -> bool:
+    if node.op == "output":
+        return False
+    if name == INPUT:
+        return node.op != "placeholder"
+    known = facts(node)
+    return known.path == name or known.scope == name or known.scope.startswith(f"{name}.")
+
+
+def split_points(traced: Traced) -> list[SplitPoint]:
+    """Every distinct split point of the evaluation graph, in graph order, outermost name first.
+
+    Points that put the same nodes behind the split are one point; the outermost module names it.
+    """
+    reach = _Reach(traced.graphs[False])
+    everything = reach.after(INPUT)
+    points, seen = [], {everything}
+    for name in _names(reach.nodes):
+        mask = reach.after(name)
+        if mask not in seen:
+            seen.add(mask)
+            points.append(reach.point(name, mask))
+    return sorted(points, key=lambda point: point.macs_before)
+
+
+def _names(nodes: Iterable[fx.Node]) -> list[str]:
+    """Module and function paths in graph order, outer modules before inner ones."""
+    names: dict[str, None] = {}
+    for node in nodes:
+        if node.op in ("placeholder", "output", "get_attr"):
+            continue
+        known = facts(node)
+        parts = known.scope.split(".") if known.scope else []
+        for depth in range(1, len(parts) + 1):
+            names[".".join(parts[:depth])] = None
+        names[known.path] = None
+    return list(names)
+
+
+def choose(traced: Traced, splits: int | str | Sequence[str], fanout: int = 2) -> Splits:
+    """Turn what the user wrote into a frozen choice.
+
+    Args:
+        traced: the model.
+        splits: how many (`4`, `"4"`), names in order (`["layer2", "layer3:4"]`, `"layer2,layer3"`).
+        fanout: children per split that names none.
+
+    Raises:
+        SplitError: a split is unknown, repeated or out of order, there are not that many points, or
+            a fanout is below 2.
+    """
+    if isinstance(splits, str):
+        splits = int(splits) if splits.isdecimal() else [part for part in splits.split(",") if part]
+    if isinstance(splits, bool) or (isinstance(splits, int) and splits < 0):
+        raise SplitError(f"splits={splits!r} is not a number of splits.", expected="0 or more")
+    if isinstance(splits, int):
+        tree = Tree((fanout,) * splits)
+        return Splits(_even_points(traced, splits), tree)
+    named = [parse(spec) for spec in splits]
+    tree = Tree(tuple(fanout if own is None else own for _, own in named))
+    return Splits(_named_points(traced, [name for name, _ in named]), tree)
+
+
+def parse(spec: str) -> tuple[str, int | None]:
+    """`"layer3:16"` -> `("layer3", 16)`, `"layer3"` -> `("layer3", None)`."""
+    name, colon, fanout = spec.strip().partition(":")
+    if colon and not re.fullmatch(r"-?\d+", fanout):
+        raise SplitError(
+            f"split {spec!r} has a fanout that is not a number.",
+            expected="name or name:fanout, e.g. 'layer3' or 'layer3:16'",
+        )
+    return name, int(fanout) if colon else None
+
+
+def _named_points(traced: Traced, names: Sequence[str]) -> tuple[SplitPoint, ...]:
+    points = []
+    for training, graph in sorted(traced.graphs.items()):
+        reach = _Reach(graph)
+        masks = [_mask(traced, reach, name, training) for name in names]
+        for (earlier, outer), (later, inner) in pairwise(zip(names, masks, strict=True)):
+            _check_order(earlier, outer, later, inner)
+        if not training:
+            points = [reach.point(name, mask) for name, mask in zip(names, masks, strict=True)]
+    return tuple(points)
+
+
+def _mask(traced: Traced, reach: _Reach, name: str, training: bool) -> int:
+    mask = reach.after(name)
+    if mask:
+        return mask
+    known = [point.name for point in split_points(traced)]
+    all_names = _names(reach.nodes)
+    similar = nearest(name, all_names)
+    model = type(traced.skeleton).__name__
+    raise SplitError(
+        f"split {name!r} names no module of {model}"
+        + (" that runs in training mode." if training else "."),
+        expected="a module the traced graph calls"
+        + (f" (did you mean {similar}?)" if similar else f", e.g. {', '.join(known[:4])}")
+        + f", or {INPUT!r}",
+        next_step="List every split point with its MACs: treeify splits NAME",
+    )
+
+
+def _check_order(earlier: str, outer: int, later: str, inner: int) -> None:
+    if outer == inner:
+        problem = "is the same point as" if earlier != later else "repeats"
+        raise SplitError(
+            f"split {later!r} {problem} split {earlier!r}.",
+            expected="every split once; give one of them a larger fanout instead,"
+            f" e.g. '{earlier}:4'",
+        )
+    if inner & ~outer:
+        raise SplitError(
+            f"split {later!r} does not come after split {earlier!r}.",
+            expected="splits in order from input to output, each behind the one before it",
+            next_step="List the split points in order: treeify splits NAME",
+        )
+
+
+def _even_points(traced: Traced, count: int) -> tuple[SplitPoint, ...]:
+    """The `count` points that even out the levels' MACs, among those with the fewest live tensors."""
+    candidates = [point for point in split_points(traced) if point.macs_before and point.macs_after]
+    reach = _Reach(traced.graphs[False])
+    masks = {point.name: reach.after(point.name) for point in candidates}
+    trainable = _Reach(traced.graphs[True])
+    candidates = [point for point in candidates if trainable.after(point.name)]
+    for live in sorted({point.live for point in candidates}):
+        chosen = _most_even([point for point in candidates if point.live <= live], masks, count)
+        if chosen is not None:
+            return chosen
+    if count == 0:
+        return ()
+    raise SplitError(
+        f"{type(traced.skeleton).__name__} has no {count} split points one behind the other.",
+        expected=f"at most as many splits as it has layers, {len(candidates)} points here",
+        next_step="Ask for fewer splits, or name them.",
+    )
+
+
+def _most_even(
+    points: Sequence[SplitPoint], masks: dict[str, int], count: int
+) -> tuple[SplitPoint, ...] | None:
+    """Shortest path over the points in order of MACs; None if there is no chain of `count` points."""
+    if count == 0:
+        return ()
+    total = points[0].macs_before + points[0].macs_after if points else 0
+    share = total / (count + 1)
+
+    def unevenness(macs: int) -> float:
+        return (macs / share - 1) ** 2
+
+    # best[point] = (cost, names) of the cheapest chain that ends at the point
+    best: dict[str, tuple[float, tuple[SplitPoint, ...]]] = {
+        point.name: (unevenness(point.macs_before) + _DEPTH_COST * point.depth, (point,))
+        for point in points
+    }
+    for _ in range(count - 1):
+        longer: dict[str, tuple[float, tuple[SplitPoint, ...]]] = {}
+        for point in points:
+            options = [
+                (cost + unevenness(point.macs_before - chain[-1].macs_before), chain)
+                for cost, chain in best.values()
+                if chain[-1].macs_before < point.macs_before
+                and not masks[point.name] & ~masks[chain[-1].name]
+            ]
+            if options:
+                cost, chain = min(options, key=lambda option: option[0])
+                longer[point.name] = (cost + _DEPTH_COST * point.depth, (*chain, point))
+        best = longer
+    finished = [(cost + unevenness(chain[-1].macs_after), chain) for cost, chain in best.values()]
+    return min(finished, key=lambda option: option[0])[1] if finished else None
+
+
+def levels(graph: fx.Graph, names: Sequence[str]) -> dict[fx.Node, int]:
+    """Every node's level: the number of splits among its ancestors, itself included.
+
+    A node without ancestors (a parameter, a constant) takes the lowest level that reads it.
+    """
+    reach = _Reach(graph)
+    masks = [reach.after(name) for name in names]
+    level = {
+        node: sum(mask >> index & 1 for mask in masks) for index, node in enumerate(reach.nodes)
+    }
+    for index in reversed(range(len(reach.nodes))):
+        node = reach.nodes[index]
+        if not reach.rooted >> index & 1 and node.users:
+            level[node] = max(level[node], min(level[user] for user in node.users))
+    return level

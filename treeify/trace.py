@@ -1,0 +1,442 @@
+"""Base model -> fx graphs, one for training and one for evaluation, with what each node computes.
+
+Tracing freezes `self.training` into functional calls, so both modes get their own graph over the same
+parameters. Every node is annotated with `Facts`: the module it stems from, the values it
+produces (found by running the graph at two batch sizes on the meta device) and its MACs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import operator
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm.layers
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from treeify.errors import InputError, TraceError
+
+_BATCHES = (2, 3)
+_PARAMETER_SOURCES = ("torch.nn.utils",)
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A tensor of the base model: its shape for a batch of 2, and whether dim 0 is the batch."""
+
+    shape: tuple[int, ...]
+    batched: bool
+
+    @property
+    def folds(self) -> bool:
+        """Whether branches ride in dim 1 (`[N, G*C, ...]`) rather than in a new dim 0 (`[G, ...]`)."""
+        return self.batched and len(self.shape) >= 2
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of one node.
+
+    Args:
+        path: unique readable name: the module path, and for functions the operation inside it.
+        scope: path of the module the node stems from.
+        value: the node's output with every tensor replaced by its `TensorFacts`.
+        macs: multiply-accumulates per image.
+    """
+
+    path: str
+    scope: str
+    value: Any
+    macs: int
+
+    @property
+    def tensors(self) -> list[TensorFacts]:
+        """The tensors in the output."""
+        return [leaf for leaf in tree_leaves(self.value) if isinstance(leaf, TensorFacts)]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A base model opened up.
+
+    Args:
+        skeleton: the base architecture on the meta device; graph targets refer to it.
+        graphs: by mode, `False` for evaluation and `True` for training.
+        example: shape of one input image, `(C, H, W)`.
+    """
+
+    skeleton: nn.Module
+    graphs: Mapping[bool, fx.Graph]
+    example: tuple[int, ...]
+
+
+def facts(node: fx.Node) -> Facts:
+    """The annotation `trace` left on a node."""
+    found: Facts = node.meta["treeify"]
+    return found
+
+
+def trace(
+    model: nn.Module, example: Tensor, leaf_types: frozenset[type[nn.Module]] = frozenset()
+) -> Traced:
+    """Trace a classifier in both modes and annotate every node.
+
+    Args:
+        model: the base model, `[N, C, H, W] -> [N, K]`. Not modified.
+        example: an input of any batch size; only its shape and dtype matter.
+        leaf_types: module types to keep whole, besides torch's and timm's own.
+
+    Raises:
+        TraceError: the model cannot be traced; names the line that stopped it.
+        InputError: the model does not run on the example's shape.
+    """
+    with torch.random.fork_rng(devices=[]):
+        private = _private_copy(model)
+        skeleton = copy.deepcopy(private).to("meta")
+        graphs = {}
+        for training in (False, True):
+            graph = _trace_mode(private, training, leaf_types)
+            functionalize(graph, private)
+            _annotate(graph, private, skeleton, example, training)
+            graph.lint()
+            graphs[training] = graph
+    return Traced(skeleton, graphs, tuple(example.shape[1:]))
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    """A copy without the user's hooks: they observe, they are not part of the architecture."""
+    try:
+        private = copy.deepcopy(model)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied: {error}",
+            expected="a module that copy.deepcopy accepts, since the given model is never modified",
+        ) from error
+    for module in private.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+            for key, hook in list(hooks.items()):
+                # weight_norm and spectral_norm compute parameters in a hook: that is architecture.
+                if not type(hook).__module__.startswith(_PARAMETER_SOURCES):
+                    del hooks[key]
+    return private
+
+
+class _Tracer(fx.Tracer):
+    """fx tracer that knows timm's leaf modules and functions and names every node."""
+
+    def __init__(self, leaf_types: frozenset[type[nn.Module]], *, proxy_buffers: bool) -> None:
+        functions = tuple(fn for fn in timm.layers.get_notrace_functions() if callable(fn))
+        super().__init__(autowrap_functions=functions)
+        self.proxy_buffer_attributes = proxy_buffers
+        self._leaf_types = leaf_types | frozenset(timm.layers.get_notrace_modules())
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return type(m) in self._leaf_types or super().is_leaf_module(m, module_qualified_name)
+
+
+def _trace_mode(
+    private: nn.Module, training: bool, leaf_types: frozenset[type[nn.Module]]
+) -> fx.Graph:
+    # Buffers seen as graph values keep their in-place updates; a model that branches on a buffer
+    # (a counter, a flag) can only be traced with its present value, so that is the second try.
+    failure: Exception | None = None
+    for proxy_buffers in (True, False):
+        tracer = _Tracer(leaf_types, proxy_buffers=proxy_buffers)
+        with _mode(private, training):
+            try:
+                return tracer.trace(private)
+            except Exception as error:
+                failure = failure or error
+    assert failure is not None
+    raise TraceError(
+        f"{type(private).__name__} cannot be traced in {'training' if training else 'eval'} mode:"
+        f" {type(failure).__name__}: {failure}",
+        expected="a forward pass whose control flow does not depend on tensor values",
+        found=f"stopped at {_user_line(failure)}",
+        next_step="Move that line into a module of its own, and register the module's class with"
+        " timm.layers.register_notrace_module: it then runs per branch, unopened.",
+    ) from failure
+
+
+@contextmanager
+def _mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in one mode and give each its own mode back."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = training
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the traceback that belongs neither to torch nor to this file."""
+    torch_root = str(Path(torch.__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((torch_root, __file__, "<"))
+    ]
+    if not frames:
+        return "an unknown line"
+    last = frames[-1]
+    return f"{last.filename}:{last.lineno} in {last.name}: {last.line}"
+
+
+_IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ipow: operator.pow,
+    operator.imatmul: operator.matmul,
+}
+_VIEWS = {
+    *("view", "reshape", "transpose", "permute", "chunk", "split", "narrow", "unbind", "flatten"),
+    *("squeeze", "unsqueeze", "expand", "select", "getitem", "swapaxes", "movedim", "view_as", "t"),
+}
+
+
+def set_item(value: Tensor, index: Any, item: Any) -> Tensor:
+    """`value[index] = item` on a copy."""
+    result = value.clone()
+    result[index] = item
+    return result
+
+
+def call_on_copy(method: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An in-place method without an out-of-place twin, run on a copy."""
+    result: Tensor = getattr(value.clone(), method)(*args, **kwargs)
+    return result
+
+
+def functionalize(graph: fx.Graph, root: nn.Module) -> None:
+    """Replace in-place operations on values, since a value may be shared by siblings.
+
+    Later readers of the changed value read the result instead. Updates of buffers stay as they are:
+    those are the model's state.
+
+    Raises:
+        TraceError: a view is changed in place and what it looks into is read afterwards.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = _in_place_target(node, root)
+        if target is None or _stems_from_state(target):
+            continue
+        _check_aliases(target, node, order)
+        _make_out_of_place(node)
+        for reader in list(target.users):
+            if order[reader] > order[node]:
+                reader.replace_input_with(target, node)
+
+
+def _in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The value a node changes in place, if any."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(first, fx.Node):
+        return None
+    if node.op == "call_module":
+        in_place = getattr(root.get_submodule(str(node.target)), "inplace", False)
+    elif node.op == "call_method":
+        name = str(node.target)
+        in_place = name.endswith("_") and not name.endswith("__")
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = (
+            node.target in _IN_PLACE_OPERATORS
+            or node.target is operator.setitem
+            or _in_place_flag(node) is not None
+            or (name.endswith("_") and not name.endswith("__"))
+        )
+    else:
+        in_place = False
+    return first if in_place else None
+
+
+def _make_out_of_place(node: fx.Node) -> None:
+    if node.op == "call_module":
+        return  # the rewriter runs modules with their `inplace` flag off
+    if node.op == "call_method":
+        name = str(node.target)
+        if hasattr(torch.Tensor, name[:-1]):
+            node.target = name[:-1]
+        else:
+            node.op, node.target, node.args = "call_function", call_on_copy, (name, *node.args)
+    elif node.target is operator.setitem:
+        node.target = set_item
+    elif node.target in _IN_PLACE_OPERATORS:
+        node.target = _IN_PLACE_OPERATORS[node.target]  # type: ignore[index]
+    elif (call := _in_place_flag(node)) is not None:
+        call.arguments["inplace"] = False
+        node.args, node.kwargs = call.args, call.kwargs
+    else:
+        name = getattr(node.target, "__name__", "")
+        twin = getattr(torch, name[:-1], None) or getattr(nn.functional, name[:-1], None)
+        if twin is None:
+            raise TraceError(
+                f"{name} changes a value in place and has no out-of-place twin.",
+                next_step="Use the out-of-place operation in the model.",
+            )
+        node.target = twin
+
+
+def _in_place_flag(node: fx.Node) -> inspect.BoundArguments | None:
+    """The call's bound arguments if it sets `inplace=True`."""
+    try:
+        call = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # builtins have no signature, and no such flag
+        return None
+    return call if call.arguments.get("inplace") is True else None
+
+
+def _stems_from_state(node: fx.Node) -> bool:
+    while _looks_into(node) is not None:
+        node = _looks_into(node)  # type: ignore[assignment]
+    return node.op == "get_attr"
+
+
+def _looks_into(node: fx.Node) -> fx.Node | None:
+    """The value a node is a view of, if it is one."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    is_view = node.op in ("call_method", "call_function") and name in _VIEWS
+    source = node.args[0] if is_view and node.args else None
+    return source if isinstance(source, fx.Node) else None
+
+
+def _check_aliases(target: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]) -> None:
+    """Refuse to change a view of something that is still read later, other than through the view."""
+    source = _looks_into(target)
+    while source is not None:
+        late = [user for user in source.users if order[user] > order[node]]
+        if late:
+            raise TraceError(
+                f"{node.name} changes {target.name} in place, a view of {source.name},"
+                f" which {late[0].name} reads afterwards.",
+                expected="in-place operations on values of their own",
+                next_step="Use the out-of-place operation in the model.",
+            )
+        source = _looks_into(source)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps each node's output shapes and MACs."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(fx.GraphModule(root, graph))
+        self.graph = graph
+        self.values: dict[fx.Node, Any] = {}
+        self.macs: dict[fx.Node, int] = {}
+        self._counter = FlopCounterMode(display=False)
+
+    def record(self, example: Tensor) -> None:
+        with self._counter:
+            self.run(example)
+
+    def run_node(self, n: fx.Node) -> Any:
+        before = self._counter.get_total_flops()
+        value = super().run_node(n)
+        self.macs[n] = (self._counter.get_total_flops() - before) // 2
+        self.values[n] = tree_map(_shape, value)
+        return value
+
+
+def _shape(value: Any) -> torch.Size | None:
+    return value.shape if isinstance(value, Tensor) else None
+
+
+def _annotate(
+    graph: fx.Graph, private: nn.Module, skeleton: nn.Module, example: Tensor, training: bool
+) -> None:
+    small, large = (_record(graph, private, skeleton, example, training, n) for n in _BATCHES)
+    paths = _paths(graph)
+    for node in graph.nodes:
+        scope = _scope(node)
+        node.meta["treeify"] = Facts(
+            path=paths[node],
+            scope=scope,
+            value=tree_map(_compare, small.values[node], large.values[node], is_leaf=_is_leaf),
+            macs=small.macs[node] // _BATCHES[0],
+        )
+
+
+def _record(
+    graph: fx.Graph,
+    private: nn.Module,
+    skeleton: nn.Module,
+    example: Tensor,
+    training: bool,
+    batch: int,
+) -> _Recorder:
+    failure: Exception | None = None
+    # The meta device costs nothing; models that look at values while running need the real thing.
+    for root, device in ((skeleton, "meta"), (private, example.device)):
+        root = root if device == "meta" else copy.deepcopy(root)
+        image = torch.zeros(batch, *example.shape[1:], dtype=example.dtype, device=device)
+        recorder = _Recorder(root, graph)
+        with _mode(root, training), torch.no_grad():
+            try:
+                recorder.record(image)
+            except Exception as error:
+                failure = error
+            else:
+                return recorder
+    shape = f"[N, {', '.join(map(str, example.shape[1:]))}]"
+    raise InputError(
+        f"{type(private).__name__} does not run on an input of shape {shape}:"
+        f" {str(failure).splitlines()[0]}",
+        expected="an input shape the model accepts",
+        next_step="Pass example_input=torch.zeros(1, C, H, W) of the right size (--input-size).",
+    ) from failure
+
+
+def _is_leaf(value: Any) -> bool:
+    return value is None or isinstance(value, torch.Size)
+
+
+def _compare(small: torch.Size | None, large: torch.Size | None) -> TensorFacts | None:
+    """Merge the shapes seen at both batch sizes."""
+    if small is None or large is None:
+        return None
+    rest_fixed = small[1:] == large[1:]
+    batched = bool(small) and (small[0], large[0]) == _BATCHES and rest_fixed
+    return TensorFacts(tuple(small), batched)
+
+
+def _scope(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    if node.op == "call_module":
+        return str(node.target)
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _paths(graph: fx.Graph) -> dict[fx.Node, str]:
+    """Readable unique names: `layer1.0.conv1`, `layer1.0.add`, `layer1.0.relu_1` for a second call."""
+    paths: dict[fx.Node, str] = {}
+    seen: Counter[str] = Counter()
+    for node in graph.nodes:
+        scope = _scope(node)
+        if node.op in ("call_module", "get_attr", "placeholder", "output"):
+            name = str(node.target)
+        else:
+            operation = getattr(node.target, "__name__", str(node.target)).strip("_")
+            name = f"{scope}.{operation}" if scope else operation
+        paths[node] = name if not seen[name] else f"{name}_{seen[name]}"
+        seen[name] += 1
+    return paths

@@ -1,0 +1,188 @@
+"""Tree arithmetic: which branches a range of leaves needs. Pure integers, no torch.
+
+Leaves are numbered depth-first, so the first `n` leaves need, at each level, the first few branches,
+and going from `n` to `m` leaves only ever adds branches (the paper's nested sub-ensembles).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+from operator import mul
+from typing import NamedTuple
+
+from treeify.errors import LeafError, SplitError
+
+
+class Span(NamedTuple):
+    """A range of branches `[start, stop)` of one level."""
+
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """How many branches the span holds."""
+        return self.stop - self.start
+
+    def parents(self, ratio: int) -> Span:
+        """The branches of a lower level, with `ratio` branches here for each one there, above this span."""
+        return Span(self.start // ratio, -(-self.stop // ratio))
+
+
+@dataclass(frozen=True)
+class Tree:
+    """The shape of a hierarchical neural ensemble; prints as a tree.
+
+    Args:
+        fanouts: children per split, from the input to the output; `()` is the base model itself.
+
+    Raises:
+        SplitError: a fanout is not an integer of at least 2.
+
+    Source: Ruiz & Verbeek, AAAI 2021, section 3.
+    """
+
+    fanouts: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fanouts", tuple(self.fanouts))
+        for fanout in self.fanouts:
+            if isinstance(fanout, bool) or not isinstance(fanout, int) or fanout < 2:
+                raise SplitError(
+                    "a split needs at least two children.",
+                    expected="an integer fanout of 2 or more",
+                    found=f"fanout {fanout!r}",
+                    next_step="Leave the split out to keep that part of the model shared.",
+                )
+
+    @cached_property
+    def branches(self) -> tuple[int, ...]:
+        """Branches per level, `(1, fanout_1, fanout_1 * fanout_2, ...)`."""
+        return tuple(accumulate(self.fanouts, mul, initial=1))
+
+    @property
+    def levels(self) -> int:
+        """Number of levels, one more than splits."""
+        return len(self.fanouts) + 1
+
+    @property
+    def leaves(self) -> int:
+        """Number of leaves `L`."""
+        return self.branches[-1]
+
+    @cached_property
+    def nested_sizes(self) -> tuple[int, ...]:
+        """Sizes of the nested sub-ensembles: 1, last fanout, product of the last two, ..., `L`."""
+        return tuple(accumulate(reversed(self.fanouts), mul, initial=1))
+
+    def leaves_below(self, level: int) -> int:
+        """Leaves below one branch of `level`."""
+        return self.leaves // self.branches[level]
+
+    def span(self, level: int, leaves: Span) -> Span:
+        """The branches of `level` that a range of leaves needs."""
+        return leaves.parents(self.leaves_below(level))
+
+    def path(self, leaf: int) -> tuple[int, ...]:
+        """The branch index at each level on the way from the root to `leaf`.
+
+        Raises:
+            LeafError: the leaf does not exist.
+        """
+        self.check_leaf(leaf)
+        return tuple(leaf // self.leaves_below(level) for level in range(self.levels))
+
+    def branch_count(self, leaves: int) -> tuple[int, ...]:
+        """Branches run at each level for the first `leaves` leaves."""
+        return tuple(self.span(level, Span(0, leaves)).size for level in range(self.levels))
+
+    def check_leaf(self, leaf: int) -> None:
+        """Raise LeafError unless `0 <= leaf < L`."""
+        if isinstance(leaf, bool) or not isinstance(leaf, int) or not 0 <= leaf < self.leaves:
+            raise LeafError(
+                f"leaf {leaf!r} does not exist.",
+                expected=f"an integer from 0 to {self.leaves - 1}",
+                next_step="Leaves are numbered depth-first from 0.",
+            )
+
+    def check_size(self, leaves: int) -> None:
+        """Raise LeafError unless `1 <= leaves <= L`."""
+        if isinstance(leaves, bool) or not isinstance(leaves, int) or not 1 <= leaves <= self.leaves:
+            raise LeafError(
+                f"{leaves!r} leaves were asked for.",
+                expected=f"an integer from 1 to {self.leaves}, e.g. one of {self.nested_sizes}",
+            )
+
+    def first(self, leaves: int) -> tuple[int, Tree]:
+        """The tree of the first `leaves` leaves.
+
+        Returns:
+            How many splits at the top fall away because one branch is left below them, and the
+            tree that remains.
+
+        Raises:
+            LeafError: the first `leaves` leaves do not form a tree with equal children.
+        """
+        self.check_size(leaves)
+        counts = self.branch_count(leaves)
+        fanouts = [below // above for above, below in zip(counts, counts[1:], strict=False)]
+        if prod(fanouts) != leaves or list(accumulate(fanouts, mul, initial=1)) != list(counts):
+            raise LeafError(
+                f"the first {leaves} leaves do not form a tree in which siblings have equally many children.",
+                expected=f"one of the nested sizes {self.nested_sizes}",
+            )
+        dropped = sum(count == 1 for count in counts) - 1
+        return dropped, Tree(tuple(fanouts[dropped:]))
+
+    def __str__(self) -> str:
+        """The tree drawn with one line per branch, siblings beyond the first two elided."""
+        header = f"{self.leaves} leaves, branches per level {' '.join(map(str, self.branches))}"
+        lines = [header, "level 0", *self._draw(1, "", 0)]
+        return "\n".join(lines)
+
+    def _draw(self, level: int, indent: str, branch: int) -> list[str]:
+        if level == self.levels:
+            return []
+        fanout = self.fanouts[level - 1]
+        lines = []
+        for child in range(fanout):
+            index = branch * fanout + child
+            last = child == fanout - 1
+            leaves = Span(index, index + 1)
+            width = self.leaves_below(level)
+            span = f"{leaves.start * width}" if width == 1 else f"{index * width}-{(index + 1) * width - 1}"
+            word = "leaf" if width == 1 else "leaves"
+            lines.append(f"{indent}{'└─' if last else '├─'} level {level} branch {index}: {word} {span}")
+            if branch == 0 and child == 0:
+                lines += self._draw(level + 1, indent + ("   " if last else "│  "), index)
+        return lines
+
+
+def fanouts_for(leaves: int, explicit: Sequence[int | None]) -> tuple[int, ...]:
+    """Fanouts whose product is `leaves`, where those given as None share one value.
+
+    Raises:
+        SplitError: no such fanouts exist.
+    """
+    fixed = prod(fanout for fanout in explicit if fanout is not None)
+    free = sum(fanout is None for fanout in explicit)
+    if free == 0:
+        candidates = [tuple(fanout for fanout in explicit if fanout is not None)]
+    else:
+        candidates = [
+            tuple(value if fanout is None else fanout for fanout in explicit)
+            for value in range(2, leaves + 1)
+            if fixed * value**free == leaves
+        ]
+    if not candidates or prod(candidates[0]) != leaves:
+        raise SplitError(
+            f"{leaves} models cannot be the leaves of a tree with {len(explicit)} splits.",
+            expected="as many models as the product of the fanouts",
+            found=f"fanouts {tuple(explicit)}",
+            next_step="Give every split its fanout, e.g. splits=['layer2:2', 'layer3:3'] for 6 models.",
+        )
+    return candidates[0]

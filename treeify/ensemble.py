@@ -183,11 +183,22 @@ class HierarchicalEnsemble(nn.Module):
 
     def _branch(self, leaf: int) -> dict[str, Tensor]:
         """Views of one leaf's tensors, under the base model's keys and in its shapes."""
-        path = self.tree.path(leaf)
-        return {
-            key: slot.branch(lookup(self, key), self.tree.branches[slot.level], path[slot.level])
-            for key, slot in self._slots.items()
-        }
+        return {key: self.part(key, leaf, lookup(self, key)) for key in self._slots}
+
+    def part(self, key: str, leaf: int, packed: Tensor) -> Tensor:
+        """What belongs to one leaf of a tensor packed like the parameter or buffer `key`; a view.
+
+        Args:
+            key: state-dict key.
+            leaf: the leaf whose branch is meant.
+            packed: the tensor itself, its gradient, an optimizer's momentum, ...: `[G*D0, ...]`.
+
+        Returns:
+            A tensor of the base model's shape `[D0, ...]`.
+        """
+        slot = self._slots[key]
+        branches = self.tree.branches[slot.level]
+        return slot.branch(packed, branches, self.tree.path(leaf)[slot.level])
 
     def sub_ensemble(self, leaves: int) -> HierarchicalEnsemble:
         """A smaller ensemble of the first `leaves` leaves, with its own copy of what they need.

@@ -143,14 +143,14 @@ class Leaves(nn.Module):
         self.known = known
 
     def forward(self, span: Span, value: Any) -> Any:
-        """The value with a leaf dim: at 1, or at 0 where dim 0 is not the batch."""
+        """The value with the leaf dim at 1; a 0-d tensor of the base model becomes `[L]`."""
 
         def separate(fact: TensorFacts | None, packed: Any) -> Any:
             if fact is None:
                 return packed
             if fact.folds:
                 return packed.unflatten(1, (span.size, -1))
-            return packed.transpose(0, 1) if fact.batched else packed
+            return packed.transpose(0, 1) if fact.shape else packed
 
         return tree_map(separate, self.known, value)
 

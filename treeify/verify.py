@@ -1,0 +1,248 @@
+"""Proof that a conversion is right: every leaf against the untouched base architecture.
+
+The oracle is `hne.leaf(i)`: the base model's own code with one leaf's weights. It owes nothing to packing.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from treeify.ensemble import HierarchicalEnsemble
+from treeify.errors import ParityError
+from treeify.storage import tensors
+
+RTOL, ATOL = 1e-4, 1e-5
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Largest deviations found, as multiples of the tolerance: at most 1 passes.
+
+    An element may deviate by `1e-5 + 1e-4 * |expected|`, the expected value being the untouched base
+    architecture's.
+
+    Args:
+        leaf_eval: leaf logits in evaluation mode.
+        leaf_train: leaf logits in training mode, batch statistics included.
+        buffers: buffers (running statistics) after that training pass.
+        prefix: `hne(x, leaves=n)` against `hne(x)[:, :n]` for every nested size `n`.
+        gradient: gradient of every parameter in training mode, summed over the leaves.
+        ungraded: parameters that receive no gradient, and none in the base architecture either.
+        dtypes: the precision each check was decided in: float64 where float32 rounding exceeded
+            the tolerance.
+    """
+
+    leaf_eval: float
+    leaf_train: float
+    buffers: float
+    prefix: float
+    gradient: float
+    ungraded: tuple[str, ...]
+    dtypes: dict[str, str]
+
+    @property
+    def worst(self) -> float:
+        """The largest deviation of all checks."""
+        return max(self.leaf_eval, self.leaf_train, self.buffers, self.prefix, self.gradient)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+
+def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
+    """Check leaf, prefix and gradient parity against the untouched base architecture.
+
+    Dropout and stochastic depth are held at their mean during the training checks: their masks are
+    random in the ensemble and in the separate networks alike.
+
+    Args:
+        hne: the ensemble. Not modified.
+        x: images, `[N, C, H, W]`; use at least 2 for batch statistics.
+
+    Returns:
+        The largest deviation of each check.
+
+    Raises:
+        ParityError: a check exceeds the tolerance in float32 and in float64; names it.
+        InputError: the input does not fit the model.
+    """
+    ungraded: list[str] = []
+    with torch.random.fork_rng(devices=[]):
+        evaluated, eval_dtype = _decide(_eval_parity, hne, x)
+        trained, train_dtype = _decide(partial(_train_parity, ungraded=ungraded), hne, x)
+    return Figures(
+        **evaluated,
+        **trained,
+        ungraded=tuple(dict.fromkeys(ungraded)),
+        dtypes={"eval": eval_dtype, "train": train_dtype},
+    )
+
+
+def _decide(
+    check: Callable[[HierarchicalEnsemble, Tensor], dict[str, float]],
+    hne: HierarchicalEnsemble,
+    x: Tensor,
+) -> tuple[dict[str, float], str]:
+    """Run a check in the ensemble's precision and, where rounding exceeds the tolerance, in float64."""
+    found = check(hne, x)
+    if max(found.values()) <= 1:
+        return found, str(x.dtype).removeprefix("torch.")
+    precise = check(copy.deepcopy(hne).double(), x.double())
+    worst = max(precise, key=lambda name: precise[name])
+    if not precise[worst] <= 1:
+        raise ParityError(
+            f"{worst} parity is off by {precise[worst]:.3g} times the tolerance in float64"
+            f" ({found[worst]:.3g} times in {x.dtype}).",
+            expected=f"at most {ATOL} + {RTOL} * |value of the untouched base architecture|",
+            next_step="This is a bug in treeify: please report the model's name and the splits"
+            f" ({hne.extra_repr()}).",
+        )
+    return precise, "float64"
+
+
+def deviation(actual: Any, expected: Any) -> float:
+    """Largest deviation of any element, as a multiple of the tolerance; infinite for nan or shape."""
+    worst = 0.0
+    for one, other in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        if not isinstance(other, Tensor):
+            continue
+        if one.shape != other.shape:
+            return float("inf")
+        if other.numel():
+            error = (one - other).abs() / (ATOL + RTOL * other.abs())
+            error = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, error)
+            worst = max(worst, error.nan_to_num(nan=float("inf")).max().item())
+    return worst
+
+
+@torch.no_grad()
+def _eval_parity(hne: HierarchicalEnsemble, x: Tensor) -> dict[str, float]:
+    hne = copy.deepcopy(hne).eval()
+    logits = hne(x)
+    leaf = max(
+        deviation(_select(logits, index), hne.leaf(index)(x)) for index in range(hne.leaves)
+    )
+    prefix = max(
+        deviation(hne(x, leaves=size), _first(logits, size)) for size in hne.tree.nested_sizes
+    )
+    return {"leaf_eval": leaf, "prefix": prefix}
+
+
+def _train_parity(
+    pristine: HierarchicalEnsemble, x: Tensor, ungraded: list[str]
+) -> dict[str, float]:
+    hne = copy.deepcopy(pristine).train().requires_grad_(True)
+    hne.zero_grad()
+    weights: list[Tensor] = []
+    leaf = buffers = 0.0
+    expected: dict[str, Tensor] = {}
+    with mean_noise():
+        logits = hne(x)
+        _scalar(logits, weights).backward()
+        for index in range(hne.leaves):
+            network = pristine.leaf(index).train().requires_grad_(True)
+            own = network(x)
+            leaf = max(leaf, deviation(_select(logits, index), own))
+            _scalar(own, [_select(weight, index) for weight in weights]).backward()
+            buffers = max(buffers, _buffer_deviation(hne, index, network))
+            _collect(hne, index, network, expected)
+    actual = _gradients(hne)
+    ungraded += [name for name, _ in hne.named_parameters() if name not in actual]
+    if set(actual) != set(expected):
+        return {"leaf_train": leaf, "buffers": buffers, "gradient": float("inf")}
+    gradient = max((deviation(actual[key], expected[key]) for key in actual), default=0.0)
+    return {"leaf_train": leaf, "buffers": buffers, "gradient": gradient}
+
+
+def _select(value: Any, index: int) -> Any:
+    """One leaf of an output, in the output's structure."""
+    return tree_map_only(Tensor, lambda out: out.select(min(1, out.ndim - 1), index), value)
+
+
+def _first(value: Any, size: int) -> Any:
+    """The first leaves of an output, in the output's structure."""
+    return tree_map_only(Tensor, lambda out: out.narrow(min(1, out.ndim - 1), 0, size), value)
+
+
+def _scalar(value: Any, weights: list[Tensor]) -> Tensor:
+    """A weighted sum of all outputs; draws the weights where they are missing."""
+    outputs = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    if not weights:
+        weights.extend(torch.randn_like(output) for output in outputs)
+    return torch.stack(
+        [(output * weight).sum() for output, weight in zip(outputs, weights, strict=True)]
+    ).sum()
+
+
+def _gradients(network: nn.Module) -> dict[str, Tensor]:
+    return {
+        key: parameter.grad
+        for key, parameter in network.named_parameters(remove_duplicate=False)
+        if parameter.grad is not None
+    }
+
+
+def _collect(
+    hne: HierarchicalEnsemble, leaf: int, network: nn.Module, expected: dict[str, Tensor]
+) -> None:
+    """Add a separate network's gradients to the branches they belong to."""
+    packed = dict(tensors(hne))
+    for key, gradient in _gradients(network).items():
+        if key not in expected:
+            expected[key] = torch.zeros_like(packed[key])
+        hne.part(key, leaf, expected[key]).add_(gradient)
+
+
+def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) -> float:
+    packed = dict(tensors(hne))
+    return max(
+        (
+            deviation(hne.part(key, leaf, packed[key]).double(), own.double())
+            for key, own in network.named_buffers(remove_duplicate=False)
+        ),
+        default=0.0,
+    )
+
+
+class _MeanNoise(TorchFunctionMode):
+    """Replaces random draws by their mean, so that dropout and stochastic depth are the identity."""
+
+    _IDENTITY = (
+        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
+        *(F.feature_alpha_dropout, torch.dropout),
+    )
+    _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in self._IDENTITY:
+            return args[0] if args else kwargs["input"]
+        if func is Tensor.bernoulli_:
+            chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
+            return args[0].fill_(chance)
+        if func is F.scaled_dot_product_attention and len(args) > 4:
+            args = (*args[:4], 0.0, *args[5:])
+        elif func in self._ATTENTION:
+            kwargs["dropout_p"] = 0.0
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def mean_noise() -> Iterator[None]:
+    """Hold dropout and stochastic depth at their mean."""
+    with _MeanNoise():
+        yield

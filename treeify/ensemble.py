@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -213,6 +214,43 @@ class HierarchicalEnsemble(nn.Module):
         )
         smaller.fill(self._branch, by_leaf=True)
         return smaller
+
+    @property
+    def architecture(self) -> Architecture | None:
+        """How to build the base model again; None for a module of the user's own."""
+        return self._architecture
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The untouched base architecture on the meta device, without weights."""
+        return self._traced.skeleton
+
+    @property
+    def example(self) -> tuple[int, ...]:
+        """The shape of an image `(C, H, W)` that the ensemble was converted for."""
+        return self._traced.example
+
+    def example_images(self, count: int) -> Tensor:
+        """Random images of the example's shape, `[count, C, H, W]`, on the ensemble's device."""
+        like = next(self.parameters())
+        return torch.rand(count, *self.example, device=like.device, dtype=like.dtype)
+
+    def count_parameters(self, leaves: int | None = None) -> int:
+        """Parameters in the branches that the first `leaves` leaves need; of all if not given."""
+        counts = self.tree.branch_count(self.leaves if leaves is None else leaves)
+        return sum(
+            parameter.numel() // self.tree.branches[level] * counts[level]
+            for name, parameter in self.named_parameters()
+            for level in (self._slots[name].level,)
+        )
+
+    def count_macs(self, leaves: int | None = None) -> int:
+        """MACs per image for the first `leaves` leaves, by arithmetic: each level's times its branches.
+
+        Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
+        """
+        counts = self.tree.branch_count(self.leaves if leaves is None else leaves)
+        return sum(node.macs * counts[node.level] for node in self._conversion.nodes)
 
     def extra_repr(self) -> str:
         """The tree and the splits."""

@@ -49,11 +49,13 @@ def _grouped_linear(
     # [N, P*T, ..., I] -> [P, N*M, I] with M = T * ...; a vector [N, P*I] has M = 1
     rows = x.reshape(x.shape[0], parents, -1, features).transpose(0, 1)
     batch, middle = rows.shape[1:3]
-    product = torch.bmm(
-        rows.reshape(parents, -1, features), weight.view(parents, -1, features).transpose(1, 2)
+    rows = rows.reshape(parents, -1, features)
+    columns = weight.view(parents, -1, features).transpose(1, 2)
+    product = (
+        torch.bmm(rows, columns)
+        if bias is None
+        else torch.baddbmm(bias.view(parents, 1, -1), rows, columns)
     )
-    if bias is not None:
-        product = product + bias.view(parents, 1, -1)
     siblings = branches // parents
     # [P, N, M, S, O] -> [N, P, S, M, O]
     result = product.view(parents, batch, middle, siblings, -1).permute(1, 0, 3, 2, 4)

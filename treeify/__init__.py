@@ -1,0 +1,46 @@
+"""treeify turns any image classifier into an anytime model: a tree of networks that share layers.
+
+    >>> import torch, torchvision, treeify
+    >>> model = torchvision.models.resnet18(num_classes=10)
+    >>> hne = treeify.hierarchicalize(model, splits=["layer3", "layer4"], init="fresh")
+    >>> print(hne.tree)
+    4 leaves, branches per level 1 2 4
+    ...
+    >>> x = torch.rand(2, 3, 64, 64)
+    >>> hne(x).shape                      # logits of every leaf
+    torch.Size([2, 4, 10])
+    >>> hne.predict(x, leaves=2).shape    # mean of the first two, half the branches computed
+    torch.Size([2, 10])
+    >>> treeify.verify(hne, x).worst <= 1  # against the untouched architecture
+    True
+
+Train it with any of `treeify.losses` (every leaf and every nested sub-ensemble at once), keep it with
+`treeify.save`, or let the command line do all of it: `treeify --help`.
+
+Source: Ruiz & Verbeek, Anytime Inference with Distilled Hierarchical Neural Ensembles, AAAI 2021.
+"""
+
+from importlib.metadata import version
+
+from treeify import losses
+from treeify.api import hierarchicalize, pack
+from treeify.checkpoint import load, save
+from treeify.ensemble import HierarchicalEnsemble
+from treeify.errors import TreeifyError
+from treeify.tree import Tree
+from treeify.verify import verify
+
+__version__ = version("treeify")
+
+__all__ = [
+    "HierarchicalEnsemble",
+    "Tree",
+    "TreeifyError",
+    "__version__",
+    "hierarchicalize",
+    "load",
+    "losses",
+    "pack",
+    "save",
+    "verify",
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from treeify.packing import Form
 from treeify.rewrite import NodeReport, Program, rewrite
 from treeify.rules import WIDEN
 from treeify.splits import Splits
-from treeify.storage import build, lookup, owner, slots, tensors
+from treeify.storage import Slot, build, lookup, owner, slots, tensors
 from treeify.trace import Traced
 from treeify.tree import Span, Tree
 
@@ -99,6 +99,7 @@ class HierarchicalEnsemble(nn.Module):
         self._traced = traced
         self._splits = splits
         self._architecture = architecture
+        self._given_notes = notes
         levels = {
             training: split_module.levels(graph, splits.names)
             for training, graph in traced.graphs.items()
@@ -115,8 +116,12 @@ class HierarchicalEnsemble(nn.Module):
             for training in traced.graphs
         }
         _allow_in_place(self, self._programs[False], self._programs[True])
+        self._shared_buffers = _shared_buffers(traced.skeleton, self._slots, calls)
         self._conversion = Conversion(
-            splits, self._programs[False].nodes, self._programs[True].nodes, notes
+            splits,
+            self._programs[False].nodes,
+            self._programs[True].nodes,
+            (*notes, *_notes(self._shared_buffers)),
         )
         self.train(like.training)
 
@@ -210,7 +215,7 @@ class HierarchicalEnsemble(nn.Module):
         dropped, tree = self.tree.first(leaves)
         kept = self._splits.points[dropped:]
         smaller = HierarchicalEnsemble(
-            self._traced, Splits(kept, tree), self, self._architecture, self._conversion.notes
+            self._traced, Splits(kept, tree), self, self._architecture, self._given_notes
         )
         smaller.fill(self._branch, by_leaf=True)
         return smaller
@@ -224,6 +229,11 @@ class HierarchicalEnsemble(nn.Module):
     def skeleton(self) -> nn.Module:
         """The untouched base architecture on the meta device, without weights."""
         return self._traced.skeleton
+
+    @property
+    def shared_buffers(self) -> tuple[str, ...]:
+        """Buffers of modules called at several levels: the branches share the mean of their updates."""
+        return self._shared_buffers
 
     @property
     def example(self) -> tuple[int, ...]:
@@ -268,6 +278,27 @@ class HierarchicalEnsemble(nn.Module):
                 " (H and W as far as the base model allows)",
                 found=found,
             )
+
+
+def _shared_buffers(
+    skeleton: nn.Module, layout: Mapping[str, Slot], calls: Sequence[tuple[str, int]]
+) -> tuple[str, ...]:
+    keys = {
+        f"{target}.{name}"
+        for target, level in calls
+        for name, _ in skeleton.get_submodule(target).named_buffers()
+        if layout[f"{target}.{name}"].level < level
+    }
+    return tuple(sorted(keys))
+
+
+def _notes(shared_buffers: Sequence[str]) -> tuple[str, ...]:
+    if not shared_buffers:
+        return ()
+    return (
+        "updated at several levels, so that branches share the mean of their training updates: "
+        + ", ".join(shared_buffers),
+    )
 
 
 def _allow_in_place(root: nn.Module, *programs: Program) -> None:

@@ -326,7 +326,8 @@ class _Rewriter:
                 raise Unpackable("its parameters are shared with another level")
         inputs = node.all_input_nodes
         first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
-        ratio = 1 if first is None else self.tree.branches[level] // self._branches(first)
+        separate = first is None or self.forms[first] is Form.BRANCHES
+        ratio = 1 if separate else self.tree.branches[level] // self._branches(first)
         forms = {source: self.forms[source] for source in inputs}
         call = Call(node, module, storage, self.tree.branches[level], ratio, forms)
         rule = find(call)

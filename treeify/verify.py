@@ -6,11 +6,12 @@ The oracle is `hne.leaf(i)`: the base model's own code with one leaf's weights. 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
@@ -35,7 +36,8 @@ class Figures:
     Args:
         leaf_eval: leaf logits in evaluation mode.
         leaf_train: leaf logits in training mode, batch statistics included.
-        buffers: buffers (running statistics) after that training pass.
+        buffers: buffers (running statistics) after that training pass, but for
+            `hne.shared_buffers`, of which each separate network has its own.
         prefix: `hne(x, leaves=n)` against `hne(x)[:, :n]` for every nested size `n`.
         gradient: gradient of every parameter in training mode, summed over the leaves.
         ungraded: parameters that receive no gradient, and none in the base architecture either.
@@ -211,6 +213,7 @@ def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) 
         (
             deviation(hne.part(key, leaf, packed[key]).double(), own.double())
             for key, own in network.named_buffers(remove_duplicate=False)
+            if key not in hne.shared_buffers
         ),
         default=0.0,
     )
@@ -223,7 +226,13 @@ class _MeanNoise(TorchFunctionMode):
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
         *(F.feature_alpha_dropout, torch.dropout),
     )
-    _ATTENTION = (F.scaled_dot_product_attention, F.multi_head_attention_forward)
+    # Where attention functions take their dropout rate.
+    _ATTENTION_DROPOUT: ClassVar[dict[Any, int]] = {
+        F.scaled_dot_product_attention: 4,
+        F.multi_head_attention_forward: list(
+            inspect.signature(F.multi_head_attention_forward).parameters
+        ).index("dropout_p"),
+    }
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any = None
@@ -234,9 +243,10 @@ class _MeanNoise(TorchFunctionMode):
         if func is Tensor.bernoulli_:
             chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             return args[0].fill_(chance)
-        if func is F.scaled_dot_product_attention and len(args) > 4:
-            args = (*args[:4], 0.0, *args[5:])
-        elif func in self._ATTENTION:
+        position = self._ATTENTION_DROPOUT.get(func)
+        if position is not None and len(args) > position:
+            args = (*args[:position], 0.0, *args[position + 1 :])
+        elif position is not None:
             kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)
 

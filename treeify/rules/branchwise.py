@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -63,25 +64,48 @@ class EachBranchModule(nn.Module):
         super().__init__()
         self.module, self.storage = module, storage
         self.layout, self.branches, self.level = dict(layout), branches, level
+        self.shared_buffers = [
+            name for name, _ in module.named_buffers() if layout[name].level < level
+        ]
 
     def forward(self, span: Span, *args: Any, **kwargs: Any) -> Branches:
         """One result per branch."""
         self._follow_mode()
-        return Branches(
-            functional_call(
-                self.module, self._state(branch), pick(args, index), pick(kwargs, index)
-            )
-            for index, branch in enumerate(range(*span))
+        states = {branch: self._state(branch) for branch in range(*span)}
+        results = Branches(
+            functional_call(self.module, state, pick(args, index), pick(kwargs, index))
+            for index, state in enumerate(states.values())
         )
+        if self.module.training:
+            for name in self.shared_buffers:
+                self._merge(name, states)
+        return results
 
     def _state(self, branch: int) -> dict[str, Tensor]:
         """The tensors of one branch; views, so that buffers are updated in place."""
-        state = {}
-        for name, slot in self.layout.items():
-            stored = self.branches[slot.level]
-            index = branch * stored // self.branches[self.level]
-            state[name] = slot.branch(lookup(self.storage, name), stored, index)
+        state = {name: self._part(name, branch) for name in self.layout}
+        for name in self.shared_buffers:
+            state[name] = state[name].clone()
         return state
+
+    def _part(self, name: str, branch: int) -> Tensor:
+        slot = self.layout[name]
+        stored = self.branches[slot.level]
+        return slot.branch(lookup(self.storage, name), stored, branch // self._siblings(name))
+
+    def _siblings(self, name: str) -> int:
+        """Branches of this level that share one stored tensor."""
+        return self.branches[self.level] // self.branches[self.layout[name].level]
+
+    def _merge(self, name: str, states: Mapping[int, Mapping[str, Tensor]]) -> None:
+        """Give a buffer that siblings share the mean of their updates."""
+        updates: dict[int, list[Tensor]] = {}
+        for branch, state in states.items():
+            updates.setdefault(branch // self._siblings(name), []).append(state[name])
+        for parent, found in updates.items():
+            mean = torch.stack(found).double().mean(0)
+            # Through `.data`: batch norm updates its statistics without telling autograd either.
+            self._part(name, parent * self._siblings(name)).data.copy_(mean)
 
     def _follow_mode(self) -> None:
         """Take over train or eval mode from the ensemble, module by module."""

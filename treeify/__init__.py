@@ -14,8 +14,8 @@
     >>> treeify.verify(hne, x).worst <= 1  # against the untouched architecture
     True
 
-Train it with any of `treeify.losses` (every leaf and every nested sub-ensemble at once), keep it with
-`treeify.save`, or let the command line do all of it: `treeify --help`.
+Train it with any of `treeify.losses` (every leaf and every nested sub-ensemble at once), keep it
+with `treeify.save`, or let the command line do all of it: `treeify --help`.
 
 Source: Ruiz & Verbeek, Anytime Inference with Distilled Hierarchical Neural Ensembles, AAAI 2021.
 """

@@ -29,8 +29,8 @@ def hierarchicalize(
     """Turn a classifier into a tree of networks that share their early layers.
 
     Args:
-        model: traceable classifier, `[N, C, H, W] float -> [N, K]` logits, not modified; or the name of
-            one: timm's (`mobilenetv2_140`), `torchvision/resnet50` or `package.module:function`.
+        model: traceable classifier, `[N, C, H, W] float -> [N, K]` logits, not modified; or a
+            name: timm's (`mobilenetv2_140`), `torchvision/resnet50` or `package.module:function`.
         splits: how many splits, chosen so that the levels' MACs are even; or names of modules from
             input to output, with a fanout if it differs (`["layer2", "layer3:16"]`); `"input"`
             splits before the first operation; `[]` is the base model itself.
@@ -113,7 +113,7 @@ def pack(
 ) -> HierarchicalEnsemble:
     """Pack `L` trained base models of one architecture into an ensemble.
 
-    Leaf `i` takes its own branches from model `i`; a shared branch comes from the first model below it.
+    Leaf `i` takes its own branches from model `i`; a shared branch comes from the first below.
 
     Args:
         models: as many as the tree has leaves, in depth-first order. Not modified.

@@ -1,4 +1,4 @@
-"""What each nested sub-ensemble costs: MACs counted by fvcore on what really runs, and parameters."""
+"""What each nested sub-ensemble costs: MACs as fvcore counts what really runs, and parameters."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def costs(hne: HierarchicalEnsemble, x: Tensor | None = None) -> tuple[Cost, ...
 
     Args:
         hne: the ensemble; its mode is put back afterwards.
-        x: one image `[1, C, H, W]` of the size to count for; the size of the conversion if not given.
+        x: one image `[1, C, H, W]` of the size to count for; by default the conversion's size.
     """
     x = hne.example_images(1) if x is None else x
     return tuple(
@@ -93,7 +93,8 @@ def macs(model: nn.Module, x: Tensor) -> int:
         # With gradients on, attention layers keep to operations that can be counted.
         with torch.enable_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return round(analysis.total())
+            total: float = analysis.total()
+            return round(total)
     finally:
         for module, training in was_training.items():
             module.training = training

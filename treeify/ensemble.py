@@ -76,8 +76,8 @@ class HierarchicalEnsemble(nn.Module):
     """A tree of `L` networks that share their early layers; maps images to every leaf's logits.
 
     Parameters carry the base model's own names; each holds the branches of its level, concatenated
-    along dim 0. Made by `treeify.hierarchicalize`, `treeify.pack` and `treeify.load`, which fill the
-    tensors that this constructor only allocates.
+    along dim 0. Made by `treeify.hierarchicalize`, `treeify.pack` and `treeify.load`, which fill
+    the tensors that this constructor only allocates.
 
     Args:
         traced: the base model, traced.
@@ -232,7 +232,7 @@ class HierarchicalEnsemble(nn.Module):
 
     @property
     def shared_buffers(self) -> tuple[str, ...]:
-        """Buffers of modules called at several levels: the branches share the mean of their updates."""
+        """Buffers of modules called at several levels: branches share the mean of their updates."""
         return self._shared_buffers
 
     @property
@@ -255,7 +255,7 @@ class HierarchicalEnsemble(nn.Module):
         )
 
     def count_macs(self, leaves: int | None = None) -> int:
-        """MACs per image for the first `leaves` leaves, by arithmetic: each level's times its branches.
+        """MACs per image for the first `leaves` leaves: each level's times its branches.
 
         Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
         """
@@ -268,8 +268,10 @@ class HierarchicalEnsemble(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         channels = self._traced.example[0]
-        if not isinstance(x, Tensor) or x.ndim != len(self._traced.example) + 1 or (
-            x.shape[1] != channels
+        if (
+            not isinstance(x, Tensor)
+            or x.ndim != len(self._traced.example) + 1
+            or (x.shape[1] != channels)
         ):
             found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise InputError(
@@ -324,5 +326,7 @@ def _assign(network: nn.Module, values: dict[str, Tensor]) -> None:
                 value = nn.Parameter(value, requires_grad=base.requires_grad)
             made[id(base)] = value
         holder, name = owner(network, key)
-        table: dict[str, Any] = holder._parameters if name in holder._parameters else holder._buffers
+        table: dict[str, Any] = (
+            holder._parameters if name in holder._parameters else holder._buffers
+        )
         table[name] = made[id(base)]

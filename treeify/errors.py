@@ -1,4 +1,4 @@
-"""What can go wrong, by kind. Every message says where, what was expected, what was found, what to do next."""
+"""What can go wrong, by kind: where, what was expected, what was found, what to do next."""
 
 from __future__ import annotations
 

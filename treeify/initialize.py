@@ -1,7 +1,7 @@
 """Where the branches' first weights come from: fresh, copied or perturbed.
 
-Branch initialisation depends only on `(seed, level, branch)`: branch `i` of every level takes its tensors
-from network `i`, which is drawn with a generator seeded from `(seed, i)`.
+Branch initialisation depends only on `(seed, level, branch)`: branch `i` of every level takes its
+tensors from network `i`, which is drawn with a generator seeded from `(seed, i)`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The forms a value takes while a tree runs, and the steps between them.
 
-- *shared*: one value, the same for every branch (everything before the first split, sizes, constants);
+- *shared*: one value, the same for every branch (all before the first split, sizes, constants);
 - *packed*: the branches of a span in one tensor, `[N, G*C, ...]` branch-major if dim 0 is the batch
   and there is a dim 1, else stacked to `[G, ...]`;
 - *per branch*: `Branches`, one value per branch of the span.
@@ -95,8 +95,8 @@ def read_once(span: Span, ratio: int, x: Tensor, known: TensorFacts) -> tuple[in
         known: facts of the value.
 
     Returns:
-        How many parents the returned tensor holds, and the tensor. A span that cuts through siblings
-        leaves parents with unequally many children; then each child gets a copy of its own.
+        How many parents the returned tensor holds, and the tensor. A span that cuts through
+        siblings leaves parents with unequally many children; then each child gets its own copy.
     """
     parents = span.parents(ratio)
     if parents.size > 1 and (span.start % ratio or span.stop % ratio):
@@ -157,7 +157,7 @@ class Leaves(nn.Module):
 
 def unfold(packed: Tensor, count: int) -> Tensor:
     """`[N, G*C, ...] -> [N, G, C, ...]`, a view."""
-    return packed.unflatten(1, (count, -1))
+    return torch.unflatten(packed, 1, (count, -1))
 
 
 def refold(unfolded: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ class _Rewriter:
         self.base = copy.deepcopy(traced.skeleton)
         for module in self.base.modules():
             if hasattr(module, "inplace"):
-                module.inplace = False
+                module.inplace = False  # type: ignore[assignment]
         self.levels, self.layout, self.root, self.tree = levels, layout, root, tree
         self.forms: dict[fx.Node, Form] = {}
         self.reports: list[NodeReport] = []
@@ -224,9 +224,7 @@ class _Rewriter:
             )
         return draft.values[key]
 
-    def _call(
-        self, level: int, name: str, operation: nn.Module, args: Any, kwargs: Any
-    ) -> fx.Node:
+    def _call(self, level: int, name: str, operation: nn.Module, args: Any, kwargs: Any) -> fx.Node:
         draft = self.drafts[level]
         draft.modules[name] = operation
         args = (draft.span, *args)
@@ -326,8 +324,9 @@ class _Rewriter:
                 raise Unpackable("its parameters are shared with another level")
         inputs = node.all_input_nodes
         first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
-        separate = first is None or self.forms[first] is Form.BRANCHES
-        ratio = 1 if separate else self.tree.branches[level] // self._branches(first)
+        ratio = 1
+        if first is not None and self.forms[first] is not Form.BRANCHES:
+            ratio = self.tree.branches[level] // self._branches(first)
         forms = {source: self.forms[source] for source in inputs}
         call = Call(node, module, storage, self.tree.branches[level], ratio, forms)
         rule = find(call)
@@ -357,11 +356,10 @@ class _Rewriter:
         args, kwargs = self._arguments(node, convert)
         return self._call(level, node.name, operation, args, kwargs)
 
-    def _write_each(
-        self, node: fx.Node, level: int, reason: str
-    ) -> tuple[fx.Node, Form, str]:
+    def _write_each(self, node: fx.Node, level: int, reason: str) -> tuple[fx.Node, Form, str]:
         module = self._module(node)
         form = Form.BRANCHES
+        target: Any = node.target
         operation: nn.Module
         if module is not None:
             storage = submodule(self.root, str(node.target))
@@ -369,9 +367,9 @@ class _Rewriter:
                 module, storage, self._slots(node), self.tree.branches, level
             )
         elif self._reads_shape(node):
-            operation, form, reason = FirstBranch(node.target), Form.SHARED, ""  # type: ignore[arg-type]
+            operation, form, reason = FirstBranch(target), Form.SHARED, ""
         else:
-            operation = EachBranch(node.target)  # type: ignore[arg-type]
+            operation = EachBranch(target)
         args, kwargs = self._arguments(
             node, lambda source: self._value(source, level, Form.BRANCHES)
         )
@@ -413,4 +411,5 @@ class _Rewriter:
             name = f"{source.name}_leaves"
             return self._call(level, name, Leaves(facts(source).value), (packed,), {})
 
-        draft.outputs["output"] = map_arg(node.args[0], leaves)
+        result: Any = map_arg(node.args[0], leaves)
+        draft.outputs["output"] = result

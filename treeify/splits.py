@@ -88,7 +88,7 @@ class _Reach:
                 self.rooted |= self.below[index]
 
     def after(self, name: str) -> int:
-        """Mask of every node that a split at `name` puts behind the split; 0 if there is no such node."""
+        """Mask of every node that a split at `name` puts behind it; 0 if there is no such node."""
         mask = 0
         for index, node in enumerate(self.nodes):
             if self.rooted >> index & 1 and _belongs(node, name):
@@ -230,7 +230,7 @@ def _check_order(earlier: str, outer: int, later: str, inner: int) -> None:
 
 
 def _even_points(traced: Traced, count: int) -> tuple[SplitPoint, ...]:
-    """The `count` points that even out the levels' MACs, among those with the fewest live tensors."""
+    """The `count` points that even out the levels' MACs, with as few live tensors as can be."""
     candidates = [point for point in split_points(traced) if point.macs_before and point.macs_after]
     reach = _Reach(traced.graphs[False])
     masks = {point.name: reach.after(point.name) for point in candidates}
@@ -252,7 +252,7 @@ def _even_points(traced: Traced, count: int) -> tuple[SplitPoint, ...]:
 def _most_even(
     points: Sequence[SplitPoint], masks: dict[str, int], count: int
 ) -> tuple[SplitPoint, ...] | None:
-    """Shortest path over the points in order of MACs; None if there is no chain of `count` points."""
+    """Shortest path over the points in order of MACs; None if no chain has `count` points."""
     if count == 0:
         return ()
     total = points[0].macs_before + points[0].macs_after if points else 0

@@ -1,6 +1,6 @@
-"""Packed parameters: each tensor of a level with `G` branches is one tensor, concatenated along dim 0.
+"""Packed parameters: a tensor of a level with `G` branches is `G` tensors concatenated along dim 0.
 
-The modules built here carry the base model's own names, so `state_dict` keys are the base model's keys.
+The modules built here carry the base model's own names: `state_dict` keys are the base model's.
 Modules a rule can widen become the same module with `G` times the channels and groups; the others
 become plain containers of their packed tensors.
 """
@@ -59,8 +59,8 @@ def owner(root: nn.Module, key: str) -> tuple[nn.Module, str]:
 def lookup(root: nn.Module, key: str) -> Tensor:
     """The tensor under a key."""
     holder, name = owner(root, key)
-    found = holder._parameters.get(name)
-    found = holder._buffers.get(name) if found is None else found
+    parameter = holder._parameters.get(name)
+    found = holder._buffers.get(name) if parameter is None else parameter
     assert found is not None
     return found
 
@@ -89,8 +89,7 @@ def slots(skeleton: nn.Module, uses: Iterable[tuple[fx.Node, int]]) -> dict[str,
             identity = id(named[key])
             lowest[identity] = min(level, lowest.get(identity, level))
     return {
-        key: Slot(key, lowest.get(id(tensor), 0), tensor.ndim == 0)
-        for key, tensor in named.items()
+        key: Slot(key, lowest.get(id(tensor), 0), tensor.ndim == 0) for key, tensor in named.items()
     }
 
 
@@ -162,7 +161,8 @@ class _Builder:
             storage = nn.Module()
             self.fill_children(storage, module, path)
         if hasattr(storage, "inplace"):
-            storage.inplace = False  # type: ignore[assignment]  # the rewriter knows where it is safe
+            # The rewriter knows where overwriting is safe.
+            storage.inplace = False  # type: ignore[assignment]
         storage.training = module.training
         return storage
 

@@ -1,7 +1,7 @@
 """Base model -> fx graphs, one for training and one for evaluation, with what each node computes.
 
-Tracing freezes `self.training` into functional calls, so both modes get their own graph over the same
-parameters. Every node is annotated with `Facts`: the module it stems from, the values it
+Tracing freezes `self.training` into functional calls, so both modes get their own graph over the
+same parameters. Every node is annotated with `Facts`: the module it stems from, the values it
 produces (found by running the graph at two batch sizes on the meta device) and its MACs.
 """
 
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm.layers
 import torch
+from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,7 +39,7 @@ class TensorFacts:
 
     @property
     def folds(self) -> bool:
-        """Whether branches ride in dim 1 (`[N, G*C, ...]`) rather than in a new dim 0 (`[G, ...]`)."""
+        """Whether branches ride in dim 1 (`[N, G*C, ...]`), not in a new dim 0 (`[G, ...]`)."""
         return self.batched and len(self.shape) >= 2
 
 
@@ -135,10 +135,11 @@ class _Tracer(fx.Tracer):
     """fx tracer that knows timm's leaf modules and functions and names every node."""
 
     def __init__(self, leaf_types: frozenset[type[nn.Module]], *, proxy_buffers: bool) -> None:
-        functions = tuple(fn for fn in timm.layers.get_notrace_functions() if callable(fn))
+        timm_fx: Any = timm_registry  # has no annotations
+        functions = tuple(fn for fn in timm_fx.get_notrace_functions() if callable(fn))
         super().__init__(autowrap_functions=functions)
         self.proxy_buffer_attributes = proxy_buffers
-        self._leaf_types = leaf_types | frozenset(timm.layers.get_notrace_modules())
+        self._leaf_types = leaf_types | frozenset(timm_fx.get_notrace_modules())
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in self._leaf_types or super().is_leaf_module(m, module_qualified_name)
@@ -282,7 +283,7 @@ def _make_out_of_place(node: fx.Node) -> None:
     elif node.target is operator.setitem:
         node.target = set_item
     elif node.target in _IN_PLACE_OPERATORS:
-        node.target = _IN_PLACE_OPERATORS[node.target]  # type: ignore[index]
+        node.target = _IN_PLACE_OPERATORS[node.target]
     elif (call := _in_place_flag(node)) is not None:
         call.arguments["inplace"] = False
         node.args, node.kwargs = call.args, call.kwargs
@@ -300,7 +301,8 @@ def _make_out_of_place(node: fx.Node) -> None:
 def _in_place_flag(node: fx.Node) -> inspect.BoundArguments | None:
     """The call's bound arguments if it sets `inplace=True`."""
     try:
-        call = inspect.signature(node.target).bind(*node.args, **node.kwargs)  # type: ignore[arg-type]
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        call = signature.bind(*node.args, **node.kwargs)
     except (TypeError, ValueError):  # builtins have no signature, and no such flag
         return None
     return call if call.arguments.get("inplace") is True else None
@@ -321,7 +323,7 @@ def _looks_into(node: fx.Node) -> fx.Node | None:
 
 
 def _check_aliases(target: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]) -> None:
-    """Refuse to change a view of something that is still read later, other than through the view."""
+    """Refuse to change a view of something that is read later, other than through the view."""
     source = _looks_into(target)
     while source is not None:
         late = [user for user in source.users if order[user] > order[node]]
@@ -427,7 +429,7 @@ def _scope(node: fx.Node) -> str:
 
 
 def _paths(graph: fx.Graph) -> dict[fx.Node, str]:
-    """Readable unique names: `layer1.0.conv1`, `layer1.0.add`, `layer1.0.relu_1` for a second call."""
+    """Readable unique names: `layer1.0.conv1`, `layer1.0.add`, `layer1.0.relu_1` if repeated."""
     paths: dict[fx.Node, str] = {}
     seen: Counter[str] = Counter()
     for node in graph.nodes:

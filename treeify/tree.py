@@ -1,6 +1,6 @@
 """Tree arithmetic: which branches a range of leaves needs. Pure integers, no torch.
 
-Leaves are numbered depth-first, so the first `n` leaves need, at each level, the first few branches,
+Leaves are numbered depth-first, so the first `n` leaves need, at each level, the first branches,
 and going from `n` to `m` leaves only ever adds branches (the paper's nested sub-ensembles).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import prod
 from operator import mul
 from typing import NamedTuple
@@ -29,7 +29,7 @@ class Span(NamedTuple):
         return self.stop - self.start
 
     def parents(self, ratio: int) -> Span:
-        """The branches of a lower level, with `ratio` branches here for each one there, above this span."""
+        """The branches above this span at a lower level, `ratio` of this level below each."""
         return Span(self.start // ratio, -(-self.stop // ratio))
 
 
@@ -111,7 +111,11 @@ class Tree:
 
     def check_size(self, leaves: int) -> None:
         """Raise LeafError unless `1 <= leaves <= L`."""
-        if isinstance(leaves, bool) or not isinstance(leaves, int) or not 1 <= leaves <= self.leaves:
+        if (
+            isinstance(leaves, bool)
+            or not isinstance(leaves, int)
+            or not 1 <= leaves <= self.leaves
+        ):
             raise LeafError(
                 f"{leaves!r} leaves were asked for.",
                 expected=f"an integer from 1 to {self.leaves}, e.g. one of {self.nested_sizes}",
@@ -129,10 +133,10 @@ class Tree:
         """
         self.check_size(leaves)
         counts = self.branch_count(leaves)
-        fanouts = [below // above for above, below in zip(counts, counts[1:], strict=False)]
+        fanouts = [below // above for above, below in pairwise(counts)]
         if prod(fanouts) != leaves or list(accumulate(fanouts, mul, initial=1)) != list(counts):
             raise LeafError(
-                f"the first {leaves} leaves do not form a tree in which siblings have equally many children.",
+                f"the first {leaves} leaves do not form a tree with equally many children.",
                 expected=f"one of the nested sizes {self.nested_sizes}",
             )
         dropped = sum(count == 1 for count in counts) - 1
@@ -154,9 +158,15 @@ class Tree:
             last = child == fanout - 1
             leaves = Span(index, index + 1)
             width = self.leaves_below(level)
-            span = f"{leaves.start * width}" if width == 1 else f"{index * width}-{(index + 1) * width - 1}"
+            span = (
+                f"{leaves.start * width}"
+                if width == 1
+                else f"{index * width}-{(index + 1) * width - 1}"
+            )
             word = "leaf" if width == 1 else "leaves"
-            lines.append(f"{indent}{'└─' if last else '├─'} level {level} branch {index}: {word} {span}")
+            lines.append(
+                f"{indent}{'└─' if last else '├─'} level {level} branch {index}: {word} {span}"
+            )
             if branch == 0 and child == 0:
                 lines += self._draw(level + 1, indent + ("   " if last else "│  "), index)
         return lines
@@ -183,6 +193,6 @@ def fanouts_for(leaves: int, explicit: Sequence[int | None]) -> tuple[int, ...]:
             f"{leaves} models cannot be the leaves of a tree with {len(explicit)} splits.",
             expected="as many models as the product of the fanouts",
             found=f"fanouts {tuple(explicit)}",
-            next_step="Give every split its fanout, e.g. splits=['layer2:2', 'layer3:3'] for 6 models.",
+            next_step="Give every split its fanout: splits=['layer2:2', 'layer3:3'] for 6 models.",
         )
     return candidates[0]

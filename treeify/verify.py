@@ -1,6 +1,7 @@
 """Proof that a conversion is right: every leaf against the untouched base architecture.
 
-The oracle is `hne.leaf(i)`: the base model's own code with one leaf's weights. It owes nothing to packing.
+The oracle is `hne.leaf(i)`: the base model's own code with one leaf's weights. It owes packing
+nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -30,8 +31,8 @@ RTOL, ATOL = 1e-4, 1e-5
 class Figures:
     """Largest deviations found, as multiples of the tolerance: at most 1 passes.
 
-    An element may deviate by `1e-5 + 1e-4 * |expected|`, the expected value being the untouched base
-    architecture's.
+    An element may deviate by `1e-5 + 1e-4 * |expected|`, where expected is the value of the
+    untouched base architecture.
 
     Args:
         leaf_eval: leaf logits in evaluation mode.
@@ -97,7 +98,7 @@ def _decide(
     hne: HierarchicalEnsemble,
     x: Tensor,
 ) -> tuple[dict[str, float], str]:
-    """Run a check in the ensemble's precision and, where rounding exceeds the tolerance, in float64."""
+    """Run a check in the ensemble's precision and, if rounding is too coarse, in float64."""
     found = check(hne, x)
     if max(found.values()) <= 1:
         return found, str(x.dtype).removeprefix("torch.")
@@ -115,7 +116,7 @@ def _decide(
 
 
 def deviation(actual: Any, expected: Any) -> float:
-    """Largest deviation of any element, as a multiple of the tolerance; infinite for nan or shape."""
+    """Largest deviation of any element, in multiples of the tolerance; infinite for nan."""
     worst = 0.0
     for one, other in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
         if not isinstance(other, Tensor):
@@ -133,9 +134,7 @@ def deviation(actual: Any, expected: Any) -> float:
 def _eval_parity(hne: HierarchicalEnsemble, x: Tensor) -> dict[str, float]:
     hne = copy.deepcopy(hne).eval()
     logits = hne(x)
-    leaf = max(
-        deviation(_select(logits, index), hne.leaf(index)(x)) for index in range(hne.leaves)
-    )
+    leaf = max(deviation(_select(logits, index), hne.leaf(index)(x)) for index in range(hne.leaves))
     prefix = max(
         deviation(hne(x, leaves=size), _first(logits, size)) for size in hne.tree.nested_sizes
     )
@@ -152,12 +151,12 @@ def _train_parity(
     expected: dict[str, Tensor] = {}
     with mean_noise():
         logits = hne(x)
-        _scalar(logits, weights).backward()
+        torch.autograd.backward(_scalar(logits, weights))
         for index in range(hne.leaves):
             network = pristine.leaf(index).train().requires_grad_(True)
             own = network(x)
             leaf = max(leaf, deviation(_select(logits, index), own))
-            _scalar(own, [_select(weight, index) for weight in weights]).backward()
+            torch.autograd.backward(_scalar(own, [_select(w, index) for w in weights]))
             buffers = max(buffers, _buffer_deviation(hne, index, network))
             _collect(hne, index, network, expected)
     actual = _gradients(hne)
@@ -220,7 +219,7 @@ def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) 
 
 
 class _MeanNoise(TorchFunctionMode):
-    """Replaces random draws by their mean, so that dropout and stochastic depth are the identity."""
+    """Replaces random draws by their mean: dropout and stochastic depth become the identity."""
 
     _IDENTITY = (
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
@@ -234,9 +233,7 @@ class _MeanNoise(TorchFunctionMode):
         ).index("dropout_p"),
     }
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in self._IDENTITY:
             return args[0] if args else kwargs["input"]

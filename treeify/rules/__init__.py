@@ -1,4 +1,4 @@
-"""Rules: how operations run on packed branches, one family per file. Importing this registers all."""
+"""Rules: how operations run on packed branches, one family per file. Importing registers all."""
 
 from treeify.rules import conv, dropout, elementwise, linear, norm, pooling, shape
 from treeify.rules.registry import WIDEN, Call, Unpackable, find, is_pure, leaf_types, rule, widens

@@ -165,7 +165,7 @@ class ReadTensor(nn.Module):
         parents = span.parents(ratio)
         part = narrow(packed, stored, parents)
         if not self.slot.scalar:
-            part = part.unflatten(0, (parents.size, -1))
+            part = torch.unflatten(part, 0, (parents.size, -1))
         if ratio == 1:
             return part
         return part[[branch // ratio - parents.start for branch in range(*span)]]

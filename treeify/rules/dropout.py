@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
-from timm.layers import DropPath
+import torch.nn.functional as F
+from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
@@ -32,7 +32,7 @@ def pack_dropout_module(call: Call) -> Widened:
 def pack_dropout_function(call: Call) -> Direct:
     """The same as functions."""
     call.input_facts()
-    return Direct(call.node.target)  # type: ignore[arg-type]
+    return Direct(call.node.target)
 
 
 class PackedStochasticDepth(nn.Module):

@@ -8,13 +8,13 @@ from typing import Any
 
 import timm.layers.activations as timm_act
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from treeify.packing import refold, unfold
 from treeify.rules.registry import Call, Unpackable, rule, widens
 from treeify.rules.widened import widened
-from treeify.storage import narrow
+from treeify.storage import lookup, narrow
 from treeify.trace import TensorFacts
 from treeify.tree import Span
 
@@ -82,7 +82,7 @@ def pack_unary(call: Call) -> Direct:
     """One tensor in, the same shape out."""
     if len(call.tensor_arguments()) != 1:
         raise Unpackable("it reads more than one tensor")
-    return Direct(call.node.target)  # type: ignore[arg-type]
+    return Direct(call.node.target)
 
 
 class Broadcast(nn.Module):
@@ -141,7 +141,7 @@ def pack_broadcast(call: Call) -> nn.Module:
     if all(known.folds and known.shape[1] == result.shape[1] for known in found) and (
         {len(known.shape) for known in found} == {len(result.shape)}
     ):
-        return Direct(call.node.target)  # type: ignore[arg-type]
+        return Direct(call.node.target)
     for known in found:
         fits = len(known.shape) < len(result.shape) or (known.shape or (1,))[0] == 1
         same_rank = len(known.shape) == len(result.shape)
@@ -150,7 +150,7 @@ def pack_broadcast(call: Call) -> nn.Module:
         ):
             raise Unpackable("its operands broadcast across the batch")
     return Broadcast(
-        call.node.target,  # type: ignore[arg-type]
+        call.node.target,
         operands,
         len(result.shape),
         folds=result.folds,
@@ -166,7 +166,7 @@ class PackedPReLU(nn.Module):
 
     def forward(self, span: Span, x: Tensor) -> Tensor:
         """`[N, G*C, ...] -> [N, G*C, ...]`."""
-        weight: Tensor = narrow(self.storage.weight, self.branches, span)  # type: ignore[arg-type]
+        weight = narrow(lookup(self.storage, "weight"), self.branches, span)
         return F.prelu(x, weight.repeat_interleave(x.shape[1] // weight.shape[0]))
 
 
@@ -176,5 +176,3 @@ def pack_prelu(call: Call) -> PackedPReLU:
     call.input_facts()
     assert call.storage is not None
     return PackedPReLU(call.storage, call.branches)
-
-

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import timm.layers
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+import torch.nn.functional as F
+from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 
 from treeify.packing import read_once
@@ -24,9 +24,7 @@ class PackedLinear(nn.Module):
         known: facts of the input.
     """
 
-    def __init__(
-        self, storage: nn.Module, branches: int, ratio: int, known: TensorFacts
-    ) -> None:
+    def __init__(self, storage: nn.Module, branches: int, ratio: int, known: TensorFacts) -> None:
         super().__init__()
         self.storage, self.branches, self.ratio, self.known = storage, branches, ratio, known
 
@@ -65,7 +63,7 @@ def _grouped_linear(
     return result.reshape(batch, branches * (x.shape[1] // parents), *x.shape[2:-1], outputs)
 
 
-@rule(nn.Linear, timm.layers.Linear)
+@rule(nn.Linear, TimmLinear)
 def pack_linear(call: Call) -> PackedLinear:
     """Linear layers on `[N, I]` or `[N, T, ..., I]`."""
     known = call.input_facts()

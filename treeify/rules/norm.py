@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+import torch.nn.functional as F
 from timm.layers import norm as timm_norm
 from timm.layers import norm_act as timm_norm_act
 from torch import Tensor, nn

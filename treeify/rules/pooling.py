@@ -1,11 +1,11 @@
-"""Pooling, resizing and padding: every channel by itself, so packed channels need nothing special."""
+"""Pooling, resizing and padding: every channel by itself, so packed channels run as they are."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+import torch.nn.functional as F
 from timm.layers import adaptive_avgmax_pool as timm_pool
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
@@ -46,7 +46,7 @@ def pack_pool_function(call: Call) -> Direct:
     """The same as functions."""
     if len(call.input_facts().shape) < 3:
         raise Unpackable("its input has no channel dim")
-    return Direct(call.node.target)  # type: ignore[arg-type]
+    return Direct(call.node.target)
 
 
 @rule(F.pad, pure=True)
@@ -56,4 +56,4 @@ def pack_pad(call: Call) -> Direct:
     rank = len(call.input_facts().shape)
     if not isinstance(padding, Sequence) or len(padding) > 2 * (rank - 2):
         raise Unpackable("it pads dim 1")
-    return Direct(call.node.target)  # type: ignore[arg-type]
+    return Direct(call.node.target)

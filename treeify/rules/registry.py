@@ -1,9 +1,9 @@
 """The table of rules: how an operation runs on packed branches.
 
 There are two kinds. A *widen* rule turns a module into the same module with `G` times the
-channels and groups, so that the packed module is an ordinary PyTorch module. An *operation* rule looks
-at one call and returns the packed operation. Either may refuse with `Unpackable`; the call then runs
-per branch and the conversion report says why.
+channels and groups, so that the packed module is an ordinary PyTorch module. An *operation* rule
+looks at one call and returns the packed operation. It may refuse with `Unpackable`; the call then
+runs per branch and the conversion report says why.
 """
 
 from __future__ import annotations
@@ -76,9 +76,7 @@ class Call:
     def tensor_arguments(self) -> list[TensorFacts]:
         """Facts of every tensor among the arguments, nested ones included."""
         found: list[TensorFacts] = []
-        map_arg(
-            (self.node.args, self.node.kwargs), lambda node: found.extend(facts(node).tensors)
-        )
+        map_arg((self.node.args, self.node.kwargs), lambda node: found.extend(facts(node).tensors))
         return found
 
     def require_folds(self) -> None:
@@ -129,7 +127,7 @@ def rule(*targets: Any, pure: bool = False) -> Callable[[_R], _R]:
 
 
 def pure(*targets: Any) -> None:
-    """Declare operations without a rule pure, so that siblings reading the same values share them."""
+    """Declare operations without a rule pure: siblings reading the same values share results."""
     _PURE.update(targets)
 
 

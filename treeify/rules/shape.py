@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812 - PyTorch's own name for it
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
@@ -166,7 +166,7 @@ def pack_flatten(call: Call) -> Direct:
     start = call.argument(1, "start_dim", 0)
     if not isinstance(start, int) or start % len(call.input_facts().shape) == 0:
         raise Unpackable("it flattens the batch")
-    return Direct(call.node.target)  # type: ignore[arg-type]
+    return Direct(call.node.target)
 
 
 SHAPE_READINGS: tuple[Any, ...] = (
@@ -196,7 +196,7 @@ def pack_shape_reading(call: Call) -> BaseShape:
     call.input_facts()
     if call.known.tensors:
         raise Unpackable("it reads a tensor attribute")
-    return BaseShape(call.node.target)  # type: ignore[arg-type]
+    return BaseShape(call.node.target)
 
 
 class Item(nn.Module):

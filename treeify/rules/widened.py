@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from treeify.packing import read_once
@@ -93,23 +94,24 @@ class WidenedConv(Widened):
     def _grouped(self, span: Span, parents: int, x: Tensor) -> Tensor:
         """One convolution with the parents' groups and all siblings' output channels."""
         conv: Any = self.narrowed(span)
-        conv.groups = parents * self.base.groups
-        if self.base.groups == 1:
+        groups: int = conv.groups // span.size
+        conv.groups = parents * groups
+        if groups == 1:
             result: Tensor = conv(x)
             return result
-        # Group j of a parent feeds group j of every sibling: channels go (parent, group, sibling, o)
-        # through the convolution, and (parent, sibling, group, o) in packed order.
+        # Group j of a parent feeds group j of every sibling: channels leave the convolution as
+        # (parent, group, sibling, o), and are packed as (parent, sibling, group, o).
         siblings = span.size // parents
         conv._parameters = {
-            name: tensor if tensor is None else _swap(tensor, 0, parents, siblings, self.base.groups)
+            name: tensor if tensor is None else _swap(tensor, 0, parents, siblings, groups)
             for name, tensor in conv._parameters.items()
         }
-        return _swap(conv(x), 1, parents, self.base.groups, siblings)
+        return _swap(conv(x), 1, parents, groups, siblings)
 
 
-def _swap(tensor: Tensor, dim: int, parents: int, outer: Any, inner: Any) -> Tensor:
+def _swap(tensor: Tensor, dim: int, parents: int, outer: int, inner: int) -> Tensor:
     """Exchange two of the axes folded into `dim`: `(parents, outer, inner, rest)`."""
-    axes = tensor.unflatten(dim, (parents, int(outer), int(inner), -1))
+    axes = torch.unflatten(tensor, dim, (parents, outer, inner, -1))
     return axes.transpose(dim + 1, dim + 2).flatten(dim, dim + 3)
 
 

@@ -1,0 +1,83 @@
+"""`treeify eval`: the accuracy of a trained ensemble on held-out images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from treeify import checkpoint
+from treeify.cli.scores import score_rows, score_table
+from treeify.data import loader
+from treeify.errors import RecipeError
+from treeify.metrics import evaluate as score
+from treeify.recipe import DataRecipe, data_recipe, load_recipe
+from treeify.run_directory import CHECKPOINTS
+from treeify.trainer import check_classes, resolve_device
+
+
+def evaluate(
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            help="Run directory (its last checkpoint is taken), or a checkpoint such as "
+            "runs/NAME/best.",
+            show_default=False,
+        ),
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Key of the recipe's data section to set; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Measure a trained ensemble on held-out images, for every nested size.
+
+    For example:
+
+        treeify eval runs/digits_hne
+
+        treeify eval runs/digits_hne/best --json
+
+        treeify eval my_ensemble --data name=image_folder --data root=photos
+    """
+    path = directory / "last" if (directory / "last").is_dir() else directory
+    section = _data_section(path, data or ())
+    hne = checkpoint.load(path).to(resolve_device(device))
+    images = section.load()
+    check_classes(hne, images)
+    batches = loader(images.held_out, batch_size, shuffle=False, workers=workers)
+    scores = score(hne, batches)
+    if as_json:
+        found = {"ensemble": str(path), "split": images.split, "scores": score_rows(hne, scores)}
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = Console()
+    console.print(score_table(hne, scores))
+    console.print(f"{path}; {images.split}.", soft_wrap=True, highlight=False)
+
+
+def _data_section(path: Path, options: Sequence[str]) -> DataRecipe:
+    """The data of the run that wrote a checkpoint, changed by options; else the options alone."""
+    path = path.resolve()
+    recipe = path.parent / "recipe.yaml"
+    if path.name in CHECKPOINTS and recipe.is_file():
+        return load_recipe(recipe, [f"data.{option}" for option in options]).data
+    if options:
+        return data_recipe(options)
+    raise RecipeError(
+        f"{str(path)!r} does not say what data to evaluate on.",
+        expected="a run directory, or its last/ or best/, with the run's recipe.yaml",
+        next_step="Name the data: --data name=image_folder --data root=DIRECTORY",
+    )

@@ -1,0 +1,143 @@
+"""`treeify train`: a recipe in, a trained ensemble and its table out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from treeify.cli.scores import score_table
+from treeify.recipe import load_recipe
+from treeify.trainer import Epoch, Plan, Reporter, Result, Step
+from treeify.trainer import train as run_training
+
+INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.", show_default=False)],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Recipe keys to set, the values in YAML, e.g. optimizer.lr=0.05.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Run directory, new or empty. Without it the recipe's, else runs/NAME, or "
+            "runs/NAME-2, ... if that is there.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that is already in the directory.")
+    ] = False,
+) -> None:
+    """Train a hierarchical neural ensemble from a recipe.
+
+    Ctrl-C finishes the current step, saves the state to DIRECTORY/last and exits with code 130.
+
+    For example:
+
+        treeify train recipes/digits_hne.yaml
+
+        treeify train recipes/digits_hne.yaml loss.name=independent seed=1 --out runs/independent
+    """
+    console = Console()
+    settings = load_recipe(recipe, overrides or ())
+    with _Display(console) as display:
+        result = run_training(settings, out=out, overwrite=overwrite, reporter=display)
+    _print_result(console, result)
+    if result.interrupted:
+        sys.exit(INTERRUPTED)
+
+
+class _Display(Reporter):
+    """A live line on a terminal; elsewhere, where nothing can be redrawn, a line per epoch."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("steps  loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task: TaskID | None = None
+        self.epochs = 0
+        self.held_out = "-"
+
+    def __enter__(self) -> _Display:
+        self.progress.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def started(self, plan: Plan) -> None:
+        self.epochs = plan.epochs
+        images = len(plan.data.train)  # type: ignore[arg-type]
+        self.console.print(
+            f"{plan.hne.leaves} leaves on {plan.device}, {images:,} training images; "
+            f"{plan.data.split}. Writing {plan.directory}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        self.task = self.progress.add_task(
+            "", total=plan.epochs * plan.steps, epoch=1, epochs=plan.epochs, loss="-", accuracy="-"
+        )
+
+    def stepped(self, step: Step) -> None:
+        assert self.task is not None
+        self.progress.update(
+            self.task,
+            advance=1,
+            epoch=step.epoch,
+            loss=f"{step.loss:.3f}",
+            accuracy=f"{step.accuracy:.1f} % training, {self.held_out} held out",
+        )
+
+    def finished_epoch(self, epoch: Epoch) -> None:
+        accuracy = epoch.held_out[-1].accuracy
+        self.held_out = f"{accuracy:.1f} %"
+        if not self.console.is_terminal:
+            self.console.print(
+                f"epoch {epoch.epoch}/{self.epochs}  loss {epoch.loss:.3f}  "
+                f"accuracy {epoch.train[-1].accuracy:.2f} % training, {accuracy:.2f} % held out  "
+                f"{epoch.seconds:.1f} s",
+                soft_wrap=True,
+            )
+
+
+def _print_result(console: Console, result: Result) -> None:
+    plan, last = result.plan, result.last
+    if last is not None:
+        console.print(score_table(plan.hne, last.held_out, last.train))
+        console.print(f"Data: {plan.data.split}.", soft_wrap=True, highlight=False)
+    state = plan.directory / "last"
+    if result.interrupted:
+        done = f"after {last.epoch} of {plan.epochs} epochs" if last else "in the first epoch"
+        console.print(f"Stopped {done}; the state is saved in {state}", soft_wrap=True)
+    else:
+        console.print(f"Run: {plan.directory}  (the ensemble: {state})", soft_wrap=True)

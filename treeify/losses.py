@@ -1,0 +1,220 @@
+"""The paper's four training losses, and a registry to add your own.
+
+Notation as in the paper: `F_n` are the logits of leaf `n`, `y^b` the mean logits of the first `n_b`
+leaves (`n_b` the tree's nested sizes 1, 2, 4, ... `L`), `y^E` the mean logits of all leaves. Every
+loss maps leaf logits [N, L, K] and classes [N] to a scalar. It averages over the batch but *sums*
+over leaves or sizes, as the paper does, so each loss has its own best learning rate.
+
+Adding a loss (its keyword-only parameters become options a recipe can set):
+
+    @treeify.losses.register("mean_only")
+    def mean_only(logits, target, tree, *, smoothing: float = 0.0):
+        return F.cross_entropy(logits.mean(1), target, label_smoothing=smoothing)
+
+Source: Ruiz & Verbeek, AAAI 2021, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+import torch
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+from torch.nn import functional as F
+
+from treeify.errors import InputError
+from treeify.registry import Registry
+from treeify.tree import Tree
+
+Loss = Callable[..., Tensor]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+LOSSES = Registry("loss")
+register = LOSSES.register
+
+
+def get(name: str) -> Loss:
+    """The loss registered under `name`.
+
+    Raises:
+        RecipeError: there is none; the message offers the nearest names.
+    """
+    return LOSSES.find(name)
+
+
+def names() -> tuple[str, ...]:
+    """The names of all registered losses, sorted."""
+    return tuple(sorted(LOSSES))
+
+
+@register("independent")
+def independent(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
+    """Every leaf learns the labels by itself: `L_I = sum_n CE(F_n, y)`.
+
+    Args:
+        logits: of every leaf, [N, L, K].
+        target: classes, [N] integers below K.
+        tree: the shape the leaves belong to.
+
+    Returns:
+        The loss, a scalar: summed over leaves, averaged over the batch.
+
+    Raises:
+        InputError: the shapes do not fit each other or the tree.
+
+    Source: Ruiz & Verbeek, AAAI 2021, eq. 3.
+    """
+    _check(logits, target, tree)
+    return _cross_entropy(logits, target)
+
+
+@register("structured")
+def structured(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
+    """Every nested sub-ensemble learns the labels: `L_S = sum_{b=0..B} CE(y^b, y)`.
+
+    Args:
+        logits: of every leaf, [N, L, K].
+        target: classes, [N] integers below K.
+        tree: the shape the leaves belong to.
+
+    Returns:
+        The loss, a scalar: summed over nested sizes, averaged over the batch.
+
+    Raises:
+        InputError: the shapes do not fit each other or the tree.
+
+    Source: Ruiz & Verbeek, AAAI 2021, eq. 4.
+    """
+    _check(logits, target, tree)
+    return _cross_entropy(nested_logits(logits, tree), target)
+
+
+@register("co_distillation")
+def co_distillation(
+    logits: Tensor,
+    target: Tensor,
+    tree: Tree,
+    *,
+    alpha: Share = 0.5,
+    temperature: PositiveFloat = 2.0,
+    scale_by_t2: bool = False,
+) -> Tensor:
+    """Every leaf learns the labels and the whole ensemble: `(1-a) L_I + a sum_n CE_T(F_n, y^E)`.
+
+    Args:
+        logits: of every leaf, [N, L, K].
+        target: classes, [N] integers below K.
+        tree: the shape the leaves belong to.
+        alpha: weight `a` of the distillation, from 0 to 1.
+        temperature: `T`, above 0, dividing the logits of teacher and students.
+        scale_by_t2: multiply the distillation by `T^2`; see `hierarchical_distillation`.
+
+    Returns:
+        The loss, a scalar: summed over leaves, averaged over the batch. No gradient flows through
+        the teacher `y^E`.
+
+    Raises:
+        InputError: the shapes do not fit each other or the tree, or an option is out of range.
+
+    Source: Ruiz & Verbeek, AAAI 2021, eq. 5.
+    """
+    _check(logits, target, tree)
+    distilled = _distill(logits, logits, alpha, temperature, scale_by_t2)
+    return (1 - alpha) * _cross_entropy(logits, target) + alpha * distilled
+
+
+@register("hierarchical_distillation")
+def hierarchical_distillation(
+    logits: Tensor,
+    target: Tensor,
+    tree: Tree,
+    *,
+    alpha: Share = 0.5,
+    temperature: PositiveFloat = 2.0,
+    scale_by_t2: bool = False,
+) -> Tensor:
+    """Smaller sub-ensembles learn from the whole: `(1-a) L_I + a sum_{b<B} CE_T(y^b, y^E)`.
+
+    Args:
+        logits: of every leaf, [N, L, K].
+        target: classes, [N] integers below K.
+        tree: the shape the leaves belong to.
+        alpha: weight `a` of the distillation, from 0 to 1.
+        temperature: `T`, above 0, dividing the logits of teacher and students. The paper states it
+            for the teacher's soft labels only and is silent on the students; both get it here, as
+            in Hinton et al. 2015.
+        scale_by_t2: multiply the distillation by `T^2`, which keeps its gradients as large as those
+            of the labels whatever `T` is (Hinton et al. 2015). The paper does not mention the
+            factor, so it is off.
+
+    Returns:
+        The loss, a scalar: summed over leaves and nested sizes, averaged over the batch. No
+        gradient flows through the teacher `y^E`.
+
+    Raises:
+        InputError: the shapes do not fit each other or the tree, or an option is out of range.
+
+    Source: Ruiz & Verbeek, AAAI 2021, eq. 6.
+    """
+    _check(logits, target, tree)
+    students = nested_logits(logits, tree)[:, :-1]
+    distilled = _distill(students, logits, alpha, temperature, scale_by_t2)
+    return (1 - alpha) * _cross_entropy(logits, target) + alpha * distilled
+
+
+def nested_logits(logits: Tensor, tree: Tree) -> Tensor:
+    """Mean logits `y^b` of every nested sub-ensemble.
+
+    Args:
+        logits: of every leaf, [N, L, K].
+        tree: the shape the leaves belong to; its B + 1 nested sizes are averaged over.
+
+    Returns:
+        [N, B + 1, K], from one leaf to all `L`.
+    """
+    sizes = torch.tensor(tree.nested_sizes, device=logits.device)
+    return logits.cumsum(1)[:, sizes - 1] / sizes[:, None]
+
+
+def _cross_entropy(students: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of S students [N, S, K] with classes [N], or one distribution [N, K] for all.
+
+    Summed over students, averaged over the batch.
+    """
+    shared = target.unsqueeze(-1).expand(*target.shape, students.shape[1])
+    return F.cross_entropy(students.transpose(1, 2), shared, reduction="sum") / len(students)
+
+
+def _distill(
+    students: Tensor, leaves: Tensor, alpha: float, temperature: float, scale_by_t2: bool
+) -> Tensor:
+    """`sum_s CE_T(student_s, y^E)` for students [N, S, K] and the leaves [N, L, K] behind `y^E`."""
+    if not 0 <= alpha <= 1:
+        raise InputError(
+            "alpha weighs two losses.", expected="a number from 0 to 1", found=f"{alpha}"
+        )
+    if temperature <= 0:
+        raise InputError(
+            "the temperature divides logits.", expected="a number above 0", found=f"{temperature}"
+        )
+    soft_labels = (leaves.detach().mean(1) / temperature).softmax(-1)
+    loss = _cross_entropy(students / temperature, soft_labels)
+    return loss * temperature**2 if scale_by_t2 else loss
+
+
+def _check(logits: Tensor, target: Tensor, tree: Tree) -> None:
+    if logits.ndim != 3 or logits.shape[1] != tree.leaves:
+        raise InputError(
+            "the logits do not fit the tree.",
+            expected=f"shape [N, {tree.leaves}, K], the logits of every leaf",
+            found=f"shape {list(logits.shape)}",
+            next_step="Give the loss hne(x), not hne.predict(x) or hne(x, leaves=n).",
+        )
+    if target.shape != logits.shape[:1] or target.is_floating_point():
+        raise InputError(
+            "the target does not fit the logits.",
+            expected=f"{len(logits)} integer classes, shape [{len(logits)}]",
+            found=f"{target.dtype} of shape {list(target.shape)}",
+        )

@@ -1,4 +1,4 @@
-"""Ten small networks, each with the traps of one family: what real models do rarely, or all at once.
+"""Ten small networks, each with one family of traps: what real models do rarely, or all at once.
 
 Every one maps [N, 3, 16, 16] to [N, 5] and has parts `stage1` to `stage4` to split at. Their
 parameters are randomised further than PyTorch does, so that no scale, shift or token is 0 or 1.

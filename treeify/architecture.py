@@ -227,6 +227,23 @@ def example_shape(model: nn.Module, architecture: Architecture | None = None) ->
     return (_input_channels(model, default=noted[0] if noted else 3), *size)
 
 
+def resized(architecture: Architecture, model: nn.Module, size: int) -> Architecture:
+    """The architecture for square images of another size.
+
+    Args:
+        architecture: how to build `model`.
+        model: the base model.
+        size: height and width of the images.
+
+    Returns:
+        The same architecture, unless the model is built for one size: then with that argument set.
+    """
+    if _image_size(model) in (None, (size, size)):
+        return architecture
+    key = "image_size" if architecture.name.startswith(TORCHVISION) else "img_size"
+    return Architecture(architecture.name, {**architecture.kwargs, key: size})
+
+
 def _build_torchvision(name: str, pretrained: bool, **kwargs: object) -> object:
     if name not in _torchvision_names():
         raise _unknown(f"{TORCHVISION}{name}")

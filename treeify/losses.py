@@ -205,6 +205,13 @@ def _distill(
 
 
 def _check(logits: Tensor, target: Tensor, tree: Tree) -> None:
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            "the logits are not one tensor.",
+            expected=f"shape [N, {tree.leaves}, K], the logits of every leaf",
+            found=f"a {type(logits).__name__}",
+            next_step="Switch auxiliary classifiers off, e.g. with the model's aux_logits=False.",
+        )
     if logits.ndim != 3 or logits.shape[1] != tree.leaves:
         raise InputError(
             "the logits do not fit the tree.",

@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import yaml
 from pydantic import (
@@ -29,12 +29,14 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
-from typing_extensions import Self
 
 from treeify.data import SOURCES, Data
 from treeify.errors import RecipeError, nearest
 from treeify.losses import LOSSES
 from treeify.registry import Registry
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 KeyPath = tuple[str, ...]
 
@@ -308,6 +310,8 @@ def _override(
         except yaml.YAMLError as error:
             problems.append(f"the value of {override!r} is not valid YAML: {error}")
             continue
+        for depth in range(1, len(path)):
+            origins.setdefault(path[:depth], "command line")
         origins[path] = "command line"
     for path, value in parsed:
         if path[1:] == ("name",) and _get(values, path) != value:

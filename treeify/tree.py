@@ -133,13 +133,15 @@ class Tree:
         """
         self.check_size(leaves)
         counts = self.branch_count(leaves)
-        fanouts = [below // above for above, below in pairwise(counts)]
-        if prod(fanouts) != leaves or list(accumulate(fanouts, mul, initial=1)) != list(counts):
+        steps = list(zip(pairwise(counts), self.fanouts, strict=True))
+        # Every parent has all its children, or there is one parent with some of them.
+        if any(above > 1 and below != above * fanout for (above, below), fanout in steps):
             raise LeafError(
                 f"the first {leaves} leaves do not form a tree with equally many children.",
                 expected=f"one of the nested sizes {self.nested_sizes}",
             )
-        dropped = sum(count == 1 for count in counts) - 1
+        fanouts = [below // above for (above, below), _ in steps]
+        dropped = sum(fanout == 1 for fanout in fanouts)
         return dropped, Tree(tuple(fanouts[dropped:]))
 
     def __str__(self) -> str:

@@ -53,6 +53,7 @@ def evaluate(
         treeify eval my_ensemble --data name=image_folder --data root=photos
     """
     path = directory / "last" if (directory / "last").is_dir() else directory
+    checkpoint.read_config(path)  # says at once if there is no ensemble here
     section = _data_section(path, data or ())
     hne = checkpoint.load(path).to(resolve_device(device))
     images = section.load()

@@ -39,7 +39,10 @@ def score_table(
     Returns:
         The table, to be printed by rich.
     """
-    table = Table(caption="accuracy of the mean logits; MACs per image")
+    caption = "accuracy of the mean logits; MACs per image"
+    if train:
+        caption += "; training: augmented images, during the last epoch"
+    table = Table(caption=caption)
     for heading in ("leaves", "accuracy %", *(["training %"] if train else []), "NLL"):
         table.add_column(heading, justify="right")
     for heading in ("MACs", "parameters"):

@@ -14,7 +14,6 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -74,12 +73,10 @@ class _Display(Reporter):
         self.console = console
         self.progress = Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=6),  # all of it fits 80 columns
             MofNCompleteColumn(),
-            TextColumn("steps  loss {task.fields[loss]}  accuracy {task.fields[accuracy]}"),
-            TimeElapsedColumn(),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
+            TextColumn("loss {task.fields[loss]} {task.fields[accuracy]} ETA"),
+            TimeRemainingColumn(compact=True),
             console=console,
             disable=not console.is_terminal,
             transient=True,
@@ -105,7 +102,7 @@ class _Display(Reporter):
             highlight=False,
         )
         self.task = self.progress.add_task(
-            "", total=plan.epochs * plan.steps, epoch=1, epochs=plan.epochs, loss="-", accuracy="-"
+            "", total=plan.epochs * plan.steps, epoch=1, epochs=plan.epochs, loss="-", accuracy=""
         )
 
     def stepped(self, step: Step) -> None:
@@ -114,8 +111,8 @@ class _Display(Reporter):
             self.task,
             advance=1,
             epoch=step.epoch,
-            loss=f"{step.loss:.3f}",
-            accuracy=f"{step.accuracy:.1f} % training, {self.held_out} held out",
+            loss=f"{step.loss:.2f}",
+            accuracy=f"train {step.accuracy:.1f} %, held out {self.held_out}",
         )
 
     def finished_epoch(self, epoch: Epoch) -> None:

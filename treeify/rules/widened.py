@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from treeify.packing import read_once
 from treeify.rules.registry import WIDEN, Call, Unpackable
@@ -29,41 +31,46 @@ class Widened(nn.Module):
         self.module = module
         self.base = base
         self.branches = branches
+        self._resized: dict[int, nn.Module] = {}
         self.has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
 
     def forward(self, span: Span, x: Tensor) -> Any:
         """`[N, G*C, ...]` -> what the module makes of it, for the branches of `span`."""
         if span.size == self.branches or not self.has_tensors:
             return self.module(x)
-        return self.narrowed(span)(x)
+        return call_with(self.resized(span.size), self.tensors(span), x)
 
-    def narrowed(self, span: Span) -> nn.Module:
-        """The module for the branches of `span` only; its tensors are views."""
-        part = with_tensors(
-            self.base,
-            {name: self.narrow(tensor, span) for name, tensor in self.module._parameters.items()},
-            {name: self.narrow(tensor, span) for name, tensor in self.module._buffers.items()},
-        )
-        part.training = self.module.training
-        part._modules = self.module._modules
-        WIDEN[type(self.base)](part, span.size)
+    def resized(self, count: int) -> nn.Module:
+        """The base architecture's module, widened for `count` branches; its tensors go unused."""
+        if count not in self._resized:
+            self._resized[count] = copy.copy(self.base)
+            self._resized[count]._modules = self.module._modules
+            WIDEN[type(self.base)](self._resized[count], count)
+        part = self._resized[count]
+        if part.training != self.module.training:
+            part.training = self.module.training
         return part
 
-    def narrow(self, tensor: Tensor | None, span: Span) -> Tensor | None:
-        """The part of a packed tensor for the branches of `span`."""
-        return None if tensor is None else narrow(tensor, self.branches, span)
+    def tensors(self, span: Span) -> dict[str, Tensor]:
+        """The packed tensors' parts for the branches of `span`; views."""
+        packed: dict[str, Tensor | None] = {**self.module._parameters, **self.module._buffers}
+        return {
+            name: narrow(tensor, self.branches, span)
+            for name, tensor in packed.items()
+            if tensor is not None
+        }
 
 
-def with_tensors(
-    module: nn.Module,
-    parameters: dict[str, Tensor | None],
-    buffers: dict[str, Tensor | None],
-) -> nn.Module:
-    """A shallow copy of a module that computes with other tensors."""
+def call_with(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
+    """Call a module with other tensors in place of its own."""
+    if torch.compiler.is_compiling():
+        return functional_call(module, dict(tensors), (x,))
+    # The same for modules without children, at a tenth of the cost.
     part = copy.copy(module)
-    part._parameters = parameters  # type: ignore[assignment]
-    part._buffers = buffers
-    return part
+    for table in ("_parameters", "_buffers"):
+        own = getattr(part, table)
+        setattr(part, table, {name: tensors.get(name) for name in own})
+    return part(x)
 
 
 class WidenedConv(Widened):
@@ -83,6 +90,12 @@ class WidenedConv(Widened):
         super().__init__(module, base, branches)
         self.ratio = ratio
         self.known = known
+        conv: Any = base
+        self.groups: int = conv.groups
+        self._readers: dict[tuple[int, int], nn.Module] = {}
+        if ratio > 1:  # made here for all branches, so that compiling meets no copying
+            reader = self._reading(branches, branches // ratio * self.groups)
+            reader._parameters = module._parameters
 
     def forward(self, span: Span, x: Tensor) -> Any:
         """`[N, P*C, ...]` of the span's `P` parents -> `[N, G*O, ...]`."""
@@ -91,22 +104,33 @@ class WidenedConv(Widened):
         parents, x = read_once(span, self.ratio, x, self.known)
         return self._grouped(span, parents, x)
 
+    def _reading(self, count: int, groups: int) -> nn.Module:
+        """The convolution with `count` branches' output channels over `groups` input groups."""
+        key = (count, groups)
+        if key not in self._readers:
+            reader: Any = copy.copy(self.resized(count))
+            reader.groups = groups
+            self._readers[key] = reader
+        return self._readers[key]
+
     def _grouped(self, span: Span, parents: int, x: Tensor) -> Tensor:
         """One convolution with the parents' groups and all siblings' output channels."""
-        conv: Any = self.narrowed(span)
-        groups: int = conv.groups // span.size
-        conv.groups = parents * groups
-        if groups == 1:
+        groups: int = self.groups
+        conv = self._reading(span.size, parents * groups)
+        if groups == 1 and span.size == self.branches:
             result: Tensor = conv(x)
             return result
+        tensors = self.tensors(span)
+        if groups == 1:
+            output: Tensor = call_with(conv, tensors, x)
+            return output
         # Group j of a parent feeds group j of every sibling: channels leave the convolution as
         # (parent, group, sibling, o), and are packed as (parent, sibling, group, o).
         siblings = span.size // parents
-        conv._parameters = {
-            name: tensor if tensor is None else _swap(tensor, 0, parents, siblings, groups)
-            for name, tensor in conv._parameters.items()
+        swapped = {
+            name: _swap(tensor, 0, parents, siblings, groups) for name, tensor in tensors.items()
         }
-        return _swap(conv(x), 1, parents, groups, siblings)
+        return _swap(call_with(conv, swapped, x), 1, parents, groups, siblings)
 
 
 def _swap(tensor: Tensor, dim: int, parents: int, outer: int, inner: int) -> Tensor:

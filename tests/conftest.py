@@ -1,0 +1,11 @@
+"""Settings every test runs under."""
+
+import torch
+from hypothesis import settings
+
+# Two xdist workers share two cores: more threads each would only make them wait for one another.
+torch.set_num_threads(1)
+
+# How long an example takes says more about what else the machine does than about the code.
+settings.register_profile("treeify", deadline=None)
+settings.load_profile("treeify")

@@ -1,0 +1,95 @@
+"""Invariants 1 to 5 over the zoo: real backbones and odd ones, three tree shapes."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from torch.testing import assert_close
+
+import treeify
+
+CASES = [
+    pytest.param(case, shape, id=f"{case}-{shape}", marks=[pytest.mark.slow] * case.slow)
+    for case in zoo.cases(slow=None)
+    for shape in zoo.SHAPES
+]
+
+
+def _state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        key: value.clone() for key, value in (*model.named_parameters(), *model.named_buffers())
+    }
+
+
+@pytest.mark.parametrize(("case", "shape"), CASES)
+def test_every_leaf_equals_its_own_network(case: zoo.Case, shape: str) -> None:
+    """Leaf, prefix and gradient parity; eval and train mode, batch statistics included."""
+    model = case.model()
+    hne = treeify.hierarchicalize(
+        model,
+        splits=case.splits(shape),
+        init="perturb",
+        example_input=case.images(1),
+    )
+    figures = treeify.verify(hne, case.images())
+    assert figures.worst <= 1
+    never_used = {name for name in figures.ungraded if "never" not in name}
+    assert never_used <= {name for name, _ in model.named_parameters()}
+    assert len(never_used) <= case.ungraded
+
+
+@pytest.mark.parametrize("case", zoo.cases(), ids=str)
+def test_the_base_model_is_untouched_and_copies_are_exact(case: zoo.Case) -> None:
+    model = case.model().train()
+    next(iter(model.children())).eval()  # a mixed mode must come back as it was
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    before, modes = _state(model), [module.training for module in model.modules()]
+    random_state = torch.get_rng_state()
+
+    hne = treeify.hierarchicalize(
+        model, splits=case.splits("wide"), init="copy", example_input=case.images(1)
+    )
+
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert [module.training for module in model.modules()] == modes
+    assert calls == []
+    after = _state(model)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert hne.state_dict().keys() == model.state_dict().keys()
+
+    model.eval()
+    hne.eval()
+    x = case.images()
+    with torch.no_grad():
+        expected = model(x)
+        for index in range(hne.leaves):
+            assert_close(hne.leaf(index)(x), expected, rtol=0, atol=0)
+
+
+def test_a_wrong_weight_is_noticed() -> None:
+    """The oracle can fail: packing that mixes two branches up breaks parity."""
+    case = zoo.cases()[0]
+    hne = treeify.hierarchicalize(
+        case.model(), case.splits("wide"), init="perturb", example_input=case.images(1)
+    )
+    x = case.images()
+    hne.eval()
+    logits = hne(x)
+    broken = copy.deepcopy(hne)
+    with torch.no_grad():
+        for parameter in broken.parameters():
+            parameter.mul_(1.01)
+    assert not torch.allclose(broken(x), logits, rtol=1e-4, atol=1e-5)
+
+    class Swapped(type(hne)):  # type: ignore[misc]
+        def forward(self, x: torch.Tensor, leaves: int | None = None) -> torch.Tensor:
+            out = super().forward(x, leaves)
+            return out.flip(1) if leaves is None else out
+
+    broken.__class__ = Swapped
+    with pytest.raises(treeify.TreeifyError, match="parity is off"):
+        treeify.verify(broken, x)

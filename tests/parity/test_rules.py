@@ -1,0 +1,148 @@
+"""Each packed operation against the plain one mapped over the branches: float64, gradients too."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import BatchNormAct2d, GroupNormAct, LayerNorm2d, ScaledStdConv2d, StdConv2d
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.pool2d_same import AvgPool2dSame
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import treeify
+from treeify.packing import Form
+
+WIDTH = 4
+
+
+class Around(nn.Module):
+    """A split, then one operation on `[N, 4, 6, 6]` of every branch, then its output as it is."""
+
+    def __init__(self, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, WIDTH, 1)
+        self.before = nn.Conv2d(WIDTH, WIDTH, 1)
+        self.operation = make()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.operation(self.before(self.stem(x)))
+
+
+class Do(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x)
+
+
+OPERATIONS: dict[str, Callable[[], nn.Module]] = {
+    "conv1x1": lambda: nn.Conv2d(WIDTH, 6, 1),
+    "conv_grouped": lambda: nn.Conv2d(WIDTH, 6, 3, stride=2, padding=1, groups=2),
+    "conv_depthwise": lambda: nn.Conv2d(WIDTH, WIDTH, 3, groups=WIDTH, bias=False),
+    "conv_circular": lambda: nn.Conv2d(WIDTH, 3, 3, padding=1, padding_mode="circular"),
+    "conv_transposed": lambda: nn.ConvTranspose2d(WIDTH, 6, 3, stride=2, groups=2),
+    "conv_same": lambda: Conv2dSame(WIDTH, 5, 3, stride=2),
+    "conv_standardised": lambda: StdConv2d(WIDTH, 5, 3),
+    "conv_scaled_standardised": lambda: ScaledStdConv2d(WIDTH, 5, 3),
+    "batch_norm": lambda: nn.BatchNorm2d(WIDTH),
+    "batch_norm_act": lambda: BatchNormAct2d(WIDTH),
+    "group_norm": lambda: nn.GroupNorm(2, WIDTH),
+    "group_norm_act": lambda: GroupNormAct(WIDTH, num_groups=2),
+    "instance_norm": lambda: nn.InstanceNorm2d(WIDTH, affine=True),
+    "layer_norm_channels": lambda: LayerNorm2d(WIDTH),
+    "layer_norm_last": lambda: nn.LayerNorm(6),
+    "layer_norm_all": lambda: nn.LayerNorm([WIDTH, 6, 6]),
+    "linear_last": lambda: nn.Linear(6, 5),
+    "linear_vector": lambda: nn.Sequential(nn.Flatten(), nn.Linear(WIDTH * 36, 5)),
+    "prelu": lambda: nn.PReLU(),
+    "prelu_channels": lambda: nn.PReLU(WIDTH),
+    "silu": lambda: nn.SiLU(inplace=True),
+    "max_pool": lambda: nn.MaxPool2d(3, 2, 1),
+    "avg_pool_same": lambda: AvgPool2dSame(3, 2),
+    "adaptive_pool": lambda: nn.AdaptiveAvgPool2d(2),
+    "interpolate": lambda: Do(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear")),
+    "pad": lambda: Do(lambda x: F.pad(x, (1, 2, 0, 1))),
+    "cat": lambda: Do(lambda x: torch.cat([x, x * 2, x[:, :1]], 1)),
+    "cat_space": lambda: Do(lambda x: torch.cat([x, x * 2], dim=-1)),
+    "chunk": lambda: Do(lambda x: x.chunk(2, dim=1)[0] - x.chunk(2, dim=1)[1]),
+    "split": lambda: Do(lambda x: x.split([1, 3], dim=1)[1]),
+    "mean_space": lambda: Do(lambda x: x.mean((2, 3))),
+    "mean_channels": lambda: Do(lambda x: x * x.mean(1, keepdim=True)),
+    "softmax_channels": lambda: Do(lambda x: x.softmax(dim=1)),
+    "permute": lambda: Do(lambda x: x.permute(0, 2, 3, 1)),
+    "flatten_tokens": lambda: Do(lambda x: x.flatten(2).transpose(1, 2)),
+    "reshape": lambda: Do(lambda x: x.reshape(x.shape[0], 2, -1, 6) * x.size(1)),
+    "shuffle": lambda: nn.ChannelShuffle(2),
+    "pixel_shuffle": lambda: nn.PixelShuffle(2),
+    "matmul": lambda: Do(lambda x: x @ x.transpose(-2, -1)),
+}
+
+
+# Parts of `Around` that every branch has of its own, by where it is split.
+BRANCHED = {
+    "operation": ("operation",),
+    "before": ("before", "operation"),
+    "input": ("stem", "before", "operation"),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    fanout=st.integers(2, 5),
+    where=st.sampled_from(sorted(BRANCHED)),
+    seed=st.integers(0, 100),
+    data=st.data(),
+)
+def test_packed_equals_mapped_over_branches(
+    name: str, fanout: int, where: str, seed: int, data: st.DataObject
+) -> None:
+    torch.manual_seed(seed)
+    model = Around(OPERATIONS[name]).double()
+    example = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
+    hne = treeify.hierarchicalize(
+        model, splits=[f"{where}:{fanout}"], init="perturb", seed=seed, example_input=example
+    )
+    count = data.draw(st.integers(1, fanout))
+    x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
+    networks = [hne.leaf(index) for index in range(count)]
+
+    actual = hne(x, leaves=count)
+    expected = torch.stack([network(x) for network in networks], dim=1)
+
+    assert_close(actual, expected)
+    weight = torch.randn_like(expected)
+    (actual * weight).sum().backward()
+    (expected * weight).sum().backward()
+    for index, network in enumerate(networks):
+        for key, parameter in network.named_parameters():
+            if key.startswith(BRANCHED[where]) and parameter.grad is not None:
+                packed = hne.get_parameter(key).grad
+                assert packed is not None
+                assert_close(hne.part(key, index, packed), parameter.grad)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_operation_has_a_rule(name: str) -> None:
+    example = torch.zeros(1, 3, 6, 6)
+    hne = treeify.hierarchicalize(
+        Around(OPERATIONS[name]), splits=["before:3"], example_input=example
+    )
+    assert [node for node in hne.conversion.nodes if node.form is Form.BRANCHES] == []
+
+
+def test_registering_a_rule_twice_names_both() -> None:
+    from treeify.rules.registry import rule
+
+    def mine(call: Any) -> nn.Module:
+        raise NotImplementedError
+
+    with pytest.raises(ValueError, match=r"pack_linear.*mine"):
+        rule(nn.Linear)(mine)

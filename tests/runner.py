@@ -1,0 +1,12 @@
+"""Runs the command line inside the test process."""
+
+from typing import Any
+
+from typer.testing import CliRunner
+
+from treeify.cli.app import app
+
+
+def run(*arguments: str) -> Any:
+    """The result of `treeify ARGUMENTS`, on a wide terminal without colours."""
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"}).invoke(app, list(arguments))

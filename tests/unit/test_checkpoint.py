@@ -1,0 +1,131 @@
+"""Saving and loading: equal tensors and outputs, and a clear word about what cannot be loaded."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import small
+import torch
+
+import treeify
+from treeify.errors import CheckpointError
+
+
+def _named(**kwargs: object) -> treeify.HierarchicalEnsemble:
+    return treeify.hierarchicalize(
+        "small:build", ["stage1", "stage2:3"], example_input=small.EXAMPLE, **kwargs
+    ).eval()
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    treeify.save(_named(), tmp_path / "hne")
+    return tmp_path / "hne"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
+    hne = _named().to(dtype)
+    hne.train()(small.images().to(dtype))  # running statistics and counters move
+    treeify.save(hne.eval(), tmp_path / "hne")
+    again = treeify.load(tmp_path / "hne")
+    state, other = hne.state_dict(), again.state_dict()
+    assert state.keys() == other.keys()
+    assert all(torch.equal(state[key], other[key]) for key in state)
+    x = small.images().to(dtype)
+    assert torch.equal(hne(x), again(x))
+    assert again.tree == hne.tree
+    assert sorted(path.name for path in (tmp_path / "hne").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_loaded_ensemble_lives_apart_from_its_file(saved: Path) -> None:
+    hne = treeify.load(saved)
+    before = hne(small.images())
+    os.truncate(saved / "model.safetensors", 8)
+    assert torch.equal(hne(small.images()), before)
+
+
+def test_a_module_of_the_users_own_needs_its_model(tmp_path: Path) -> None:
+    hne = small.ensemble()
+    treeify.save(hne, tmp_path / "own")
+    with pytest.raises(CheckpointError, match=r"treeify.load\(path, model=...\)"):
+        treeify.load(tmp_path / "own")
+    again = treeify.load(tmp_path / "own", model=small.SmallNet())
+    assert torch.equal(again(small.images()), hne(small.images()))
+    with pytest.raises(CheckpointError, match="differs from the one that was saved"):
+        treeify.load(tmp_path / "own", model=small.SmallNet(7))
+
+
+def test_a_directory_that_is_not_empty(saved: Path) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="not empty"):
+        treeify.save(_named(seed=5), saved)
+    assert (saved / "model.safetensors").read_bytes() == before
+    (saved / "notes.txt").write_text("mine")
+    treeify.save(_named(seed=5), saved, overwrite=True)
+    assert (saved / "model.safetensors").read_bytes() != before
+    assert (saved / "notes.txt").read_text() == "mine"
+
+
+def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("treeify.checkpoint.save_file", full)
+    with pytest.raises(CheckpointError, match="No space left"):
+        treeify.save(_named(), tmp_path / "hne")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _edit(path: Path, **changes: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **changes}))
+
+
+def test_damaged_directories(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        treeify.load(tmp_path / "nowhere")
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    for cut in (0, 100, len(whole) - 1):
+        weights.write_bytes(whole[:cut])
+        with pytest.raises(CheckpointError, match="truncated or damaged"):
+            treeify.load(saved)
+    weights.write_bytes(whole)
+    (saved / "config.json").write_text((saved / "config.json").read_text()[:50])
+    with pytest.raises(CheckpointError, match="is damaged"):
+        treeify.load(saved)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 99}, "found format 99|Found format 99"),
+        ({"identity": "other"}, "different saves"),
+        ({"splits": ["stage1:2", "stage2:2"]}, "do not match the configuration"),
+        ({"splits": ["stage9:2"]}, "no longer converts as recorded"),
+        ({"architecture": {"name": "small:build", "kwargs": {"classes": 7}}}, "differs from"),
+        ({"architecture": {"name": "small:gone", "kwargs": {}}}, "no function 'gone'"),
+    ],
+)
+def test_configurations_that_do_not_match(
+    saved: Path, changes: dict[str, object], message: str
+) -> None:
+    _edit(saved, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        treeify.load(saved)
+
+
+def test_weights_that_do_not_match(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    state = safetensors.torch.load_file(weights)
+    identity = json.loads((saved / "config.json").read_text())["identity"]
+    del state["head.bias"]
+    safetensors.torch.save_file(state, weights, metadata={"identity": identity})
+    with pytest.raises(CheckpointError, match=r"a tensor 'head.bias'"):
+        treeify.load(saved)

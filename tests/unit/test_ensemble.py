@@ -1,0 +1,254 @@
+"""An ensemble behaves like any module, and answers for any number of leaves."""
+
+import copy
+import io
+
+import pytest
+import small
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import treeify
+from treeify.errors import InputError, LeafError
+
+
+def test_outputs_have_the_shapes_of_the_tree() -> None:
+    hne = small.ensemble()
+    x = small.images(4)
+    assert hne.leaves == 6
+    assert hne.tree.nested_sizes == (1, 3, 6)
+    assert hne(x).shape == (4, 6, small.CLASSES)
+    assert hne(x, leaves=4).shape == (4, 4, small.CLASSES)
+    assert hne.predict(x, leaves=3).shape == (4, small.CLASSES)
+    assert_close(hne.predict(x, leaves=3), hne(x)[:, :3].mean(1))
+
+
+def test_every_number_of_leaves_is_a_prefix() -> None:
+    hne = small.ensemble(["input", "stage1:3", "stage2"])
+    x = small.images()
+    for leaves in range(1, hne.leaves + 1):
+        assert_close(hne(x, leaves=leaves), hne(x)[:, :leaves])
+
+
+def test_no_splits_is_the_base_model() -> None:
+    model = small.SmallNet().eval()
+    hne = treeify.hierarchicalize(model, [], init="copy", example_input=small.EXAMPLE)
+    x = small.images()
+    assert hne.leaves == 1
+    assert torch.equal(hne(x)[:, 0], model(x))
+
+
+@pytest.mark.parametrize("leaf", [-1, 6, 1.0, True, "0"])
+def test_a_leaf_that_does_not_exist(leaf: object) -> None:
+    with pytest.raises(LeafError, match="from 0 to 5"):
+        small.ensemble().leaf(leaf)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("leaves", [0, 7, 2.0])
+def test_a_number_of_leaves_that_does_not_exist(leaves: object) -> None:
+    with pytest.raises(LeafError, match="from 1 to 6"):
+        small.ensemble()(small.images(), leaves=leaves)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 1, 8, 8), (2, 3, 8)])
+def test_an_input_that_does_not_fit(shape: tuple[int, ...]) -> None:
+    with pytest.raises(InputError, match=r"Expected images of shape \[N, 3, 8, 8\]"):
+        small.ensemble()(torch.zeros(shape))
+
+
+def test_a_leaf_is_the_plain_architecture_with_its_own_copy() -> None:
+    hne = small.ensemble()
+    leaf = hne.leaf(4)
+    assert type(leaf) is small.SmallNet
+    before = hne(small.images())
+    with torch.no_grad():
+        for parameter in leaf.parameters():
+            parameter.zero_()
+    assert torch.equal(hne(small.images()), before)
+    assert not hne.leaf(4).training
+    assert small.SmallNet().load_state_dict(leaf.state_dict()).missing_keys == []
+
+
+@pytest.mark.parametrize("leaves", [1, 3, 6])
+def test_a_sub_ensemble_holds_what_its_leaves_need(leaves: int) -> None:
+    hne = small.ensemble()
+    x = small.images()
+    smaller = hne.sub_ensemble(leaves)
+    assert_close(smaller(x), hne(x, leaves=leaves))
+    assert sum(p.numel() for p in smaller.parameters()) == hne.count_parameters(leaves)
+    with torch.no_grad():
+        for parameter in smaller.parameters():
+            parameter.zero_()
+    assert hne(x).abs().max() > 0
+
+
+def test_leaves_that_form_no_tree() -> None:
+    with pytest.raises(LeafError, match=r"nested sizes \(1, 3, 6\)"):
+        small.ensemble().sub_ensemble(4)
+
+
+def test_initialisations_differ_as_they_say() -> None:
+    x = small.images()
+    fresh, copied = small.ensemble(init="fresh"), small.ensemble(init="copy")
+    noisy = small.ensemble(init="perturb")
+    torch.manual_seed(0)
+    base = small.SmallNet().eval()
+    assert fresh(x).std(dim=1).min() > 0
+    assert_close(copied(x), base(x)[:, None].expand(-1, 6, -1))
+    assert torch.equal(noisy.leaf(0)(x), base(x))
+    assert not torch.allclose(noisy(x)[:, 0], noisy(x)[:, 1])
+    weight, noise = base.stage2[0].weight, noisy.leaf(1).stage2[0].weight
+    relative = (noise - weight).square().mean().sqrt() / weight.square().mean().sqrt()
+    assert 0.07 < relative < 0.13
+
+
+def test_same_seed_same_weights_and_branches_depend_on_nothing_else() -> None:
+    one, two, other = (small.ensemble(init="fresh", seed=seed) for seed in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert not torch.equal(one.head.weight, other.head.weight)
+    wider = small.ensemble(["stage1:3", "stage2:3"], init="fresh", seed=3)
+    branches = one.head.weight.shape[0]
+    assert torch.equal(wider.head.weight[:branches], one.head.weight)
+
+
+def test_modules_that_cannot_initialise_themselves_are_named() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.gain
+
+    class Net(small.SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = Scaled()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.scale(super().forward(x))
+
+    hne = treeify.hierarchicalize(Net(), ["stage1"], example_input=small.EXAMPLE)
+    assert any("perturbed by 0.1" in note and "scale" in note for note in hne.conversion.notes)
+    assert not torch.equal(hne.leaf(0).scale.gain, hne.leaf(1).scale.gain)
+
+
+def test_deepcopy_is_independent() -> None:
+    hne = small.ensemble()
+    x = small.images()
+    before = hne(x)
+    twin = copy.deepcopy(hne)
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        for tensor in (*twin.parameters(), *twin.buffers()):
+            tensor.zero_()
+    assert torch.equal(hne(x), before)
+    assert twin(x).abs().max() == 0
+
+
+def test_dtype_memory_format_and_state_dict_round_trip() -> None:
+    hne, x = small.ensemble(), small.images()
+    before = hne(x)
+    precise = copy.deepcopy(hne).double()
+    assert precise(x.double()).dtype == torch.float64
+    last = copy.deepcopy(hne).to(memory_format=torch.channels_last)
+    weight = last.get_submodule("stage1.0").weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+    assert_close(last(x.to(memory_format=torch.channels_last)), before)
+    file = io.BytesIO()
+    torch.save(hne.state_dict(), file)
+    file.seek(0)
+    other = small.ensemble(seed=9)
+    assert not torch.equal(other(x), before)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    assert torch.equal(other(x), before)
+
+
+def test_packed_modules_are_what_pytorch_knows() -> None:
+    hne = small.ensemble()
+    conv = hne.get_submodule("stage2.0")
+    norm = hne.get_submodule("stage1.1")
+    assert type(conv) is nn.Conv2d
+    assert (conv.groups, conv.out_channels) == (6, 48)
+    assert type(norm) is nn.BatchNorm2d
+    assert norm.num_features == 16
+
+
+def test_mixed_precision() -> None:
+    hne, x = small.ensemble(), small.images()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = hne(x)
+        network = hne.leaf(2)(x)
+    assert logits.dtype == network.dtype == torch.bfloat16
+    assert_close(logits[:, 2], network, rtol=0.05, atol=0.05)
+
+
+# Part of a level computes with views of parameters, and the compiler looks for their .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_equals_eager() -> None:
+    hne, x = small.ensemble(), small.images()
+    compiled = torch.compile(hne, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), hne(x))
+    assert_close(torch.compile(hne, backend="aot_eager")(x, leaves=4), hne(x, leaves=4))
+    hne.train()
+    loss = compiled(x).square().sum()
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in hne.parameters())
+
+
+def test_dropout_draws_a_mask_for_every_branch() -> None:
+    hne = small.ensemble(init="copy").train()
+    torch.manual_seed(0)
+    logits = hne(small.images(8))
+    assert logits.std(dim=1).min() > 0  # equal weights, different masks
+
+
+def test_one_part_can_stay_in_evaluation_mode() -> None:
+    hne = small.ensemble(init="copy").train()
+    hne.get_submodule("stage2.1").eval()
+    logits = hne(small.images(8))
+    assert_close(logits[:, 0], logits[:, 5])  # no dropout, so copies agree
+
+
+def test_names_that_the_ensemble_uses_itself() -> None:
+    class Clash(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tree = nn.Conv2d(3, 4, 3)
+            self.leaf = nn.Conv2d(4, 4, 3)
+            self.predict = nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.predict(self.leaf(self.tree(x)).mean((2, 3)))
+
+    model = Clash()
+    hne = treeify.hierarchicalize(model, ["leaf"], example_input=small.EXAMPLE)
+    assert treeify.verify(hne, small.images()).worst <= 1
+    assert hne.state_dict().keys() == model.state_dict().keys()
+    assert hne.tree.leaves == 2
+
+
+def test_packing_trained_models() -> None:
+    torch.manual_seed(0)
+    models = [small.SmallNet().eval() for _ in range(4)]
+    x = small.images()
+    separate = treeify.pack(models, splits=["input"], example_input=small.EXAMPLE).eval()
+    assert_close(separate(x), torch.stack([model(x) for model in models], dim=1))
+
+    shared = treeify.pack(models, splits=["stage1", "stage2"], example_input=small.EXAMPLE)
+    leaf = shared.leaf(3)
+    assert torch.equal(leaf.head.weight, models[3].head.weight)
+    assert torch.equal(leaf.stage1[0].weight, models[2].stage1[0].weight)
+    assert torch.equal(leaf.stem[0].weight, models[0].stem[0].weight)
+
+
+def test_models_that_cannot_be_packed() -> None:
+    with pytest.raises(treeify.TreeifyError, match="model 1 is not built like model 0"):
+        treeify.pack([small.SmallNet(), small.SmallNet(7)], splits=["stage1"])
+    with pytest.raises(treeify.TreeifyError, match="3 models cannot be the leaves"):
+        treeify.pack(
+            [small.SmallNet() for _ in range(3)],
+            splits=["stage1", "stage2"],
+            example_input=small.EXAMPLE,
+        )

@@ -1,0 +1,115 @@
+"""Where a model splits: chosen, named, refused."""
+
+from itertools import pairwise
+
+import pytest
+import small
+import timm
+import torch
+import torchvision
+
+import treeify
+from treeify.api import open_up
+from treeify.errors import SplitError
+from treeify.splits import choose, split_points
+from treeify.trace import Traced
+
+
+@pytest.fixture(scope="module")
+def resnet() -> Traced:
+    return open_up(torchvision.models.resnet18(), example_input=torch.zeros(1, 3, 64, 64))
+
+
+@pytest.fixture(scope="module")
+def hrnet() -> Traced:
+    model = timm.create_model("hrnet_w18_small", num_classes=10)
+    return open_up(model, example_input=torch.zeros(1, 3, 64, 64))
+
+
+def _shares(traced: Traced, count: int) -> list[float]:
+    points = choose(traced, count).points
+    total = points[0].macs_before + points[0].macs_after
+    cuts = [0, *(point.macs_before for point in points), total]
+    return [(after - before) / total for before, after in pairwise(cuts)]
+
+
+def test_chosen_splits_are_clean_even_and_the_same_every_time(resnet: Traced) -> None:
+    chosen = choose(resnet, 4)
+    assert chosen.names == ("layer1.1", "layer2", "layer3", "layer4")
+    assert choose(resnet, "4") == chosen
+    assert choose(resnet, chosen.specs) == chosen
+    assert all(point.live == 1 for point in chosen.points)
+    assert max(_shares(resnet, 4)) < 0.3
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_levels_are_about_even(resnet: Traced, count: int) -> None:
+    assert max(_shares(resnet, count)) < 1.5 / (count + 1)
+
+
+def test_points_where_one_tensor_is_live_come_first(hrnet: Traced) -> None:
+    single = [point for point in split_points(hrnet) if point.live == 1]
+    assert all(point.live == 1 for point in choose(hrnet, 2).points)
+    many = choose(hrnet, len(single) + 2).points
+    assert max(point.live for point in many) > 1
+
+
+def test_a_split_inside_a_block_shares_what_does_not_depend_on_it(resnet: Traced) -> None:
+    hne = treeify.hierarchicalize(
+        torchvision.models.resnet18(),
+        ["layer2.0.conv2"],
+        example_input=torch.zeros(1, 3, 64, 64),
+    )
+    level = {node.path: node.level for node in hne.conversion.nodes}
+    assert level["layer2.0.conv1"] == level["layer2.0.downsample.0"] == 0
+    assert level["layer2.0.conv2"] == level["layer2.0.add"] == level["layer3.0.conv1"] == 1
+
+
+@pytest.mark.parametrize(
+    ("splits", "leaves", "branches"),
+    [
+        (["layer3:16"], 16, (1, 16)),
+        ("layer2,layer3", 4, (1, 2, 4)),
+        (["input:3", "layer4"], 6, (1, 3, 6)),
+        (0, 1, (1,)),
+    ],
+)
+def test_named_splits(
+    resnet: Traced, splits: object, leaves: int, branches: tuple[int, ...]
+) -> None:
+    tree = choose(resnet, splits).tree  # type: ignore[arg-type]
+    assert (tree.leaves, tree.branches) == (leaves, branches)
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (["layer5"], r"names no module of ResNet.\n.*did you mean 'layer4'"),
+        (["layer3", "layer2"], "'layer2' does not come after split 'layer3'"),
+        (["layer2", "layer2"], "'layer2' repeats split 'layer2'"),
+        (["layer2", "layer2.0"], "'layer2.0' is the same point as split 'layer2'"),
+        (["layer2:1"], "at least two children"),
+        (["layer2:many"], "a fanout that is not a number"),
+        (-1, "not a number of splits"),
+        (1000, "no 1000 split points"),
+    ],
+)
+def test_splits_that_cannot_be(resnet: Traced, splits: object, message: str) -> None:
+    with pytest.raises(SplitError, match=message):
+        choose(resnet, splits)  # type: ignore[arg-type]
+
+
+def test_a_fanout_below_two(resnet: Traced) -> None:
+    with pytest.raises(SplitError, match="fanout 1"):
+        choose(resnet, 2, fanout=1)
+
+
+def test_every_listed_point_can_be_split_at() -> None:
+    traced = open_up(small.SmallNet(), example_input=small.EXAMPLE)
+    points = split_points(traced)
+    assert [point.name for point in points[:3]] == ["stem", "stem.1", "stem.2"] or points
+    for point in points:
+        hne = treeify.hierarchicalize(
+            small.SmallNet(), [point.name], init="perturb", example_input=small.EXAMPLE
+        )
+        assert treeify.verify(hne, small.images()).worst <= 1

@@ -1,0 +1,114 @@
+"""Tracing: what stops it is named, and what it finds out is right."""
+
+import pytest
+import small
+import torch
+from torch import Tensor, nn
+
+import treeify
+from treeify.api import open_up
+from treeify.errors import InputError, ModelError, TraceError
+from treeify.packing import Form
+from treeify.trace import facts
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if x.mean() > 0:
+            x = -x
+        return x.mean((2, 3))
+
+
+def test_a_model_that_cannot_be_traced_names_the_line() -> None:
+    with pytest.raises(TraceError, match=r"test_trace.py:\d+ in forward: if x.mean\(\) > 0:"):
+        treeify.hierarchicalize(Branching(), 1, example_input=small.EXAMPLE)
+
+
+def test_an_example_that_does_not_fit() -> None:
+    with pytest.raises(InputError, match=r"does not run on an input of shape \[N, 1, 8, 8\]"):
+        treeify.hierarchicalize(small.SmallNet(), 1, example_input=torch.zeros(1, 1, 8, 8))
+
+
+def test_what_is_no_model() -> None:
+    with pytest.raises(ModelError, match="is no model"):
+        treeify.hierarchicalize(3)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="resnet50"):
+        treeify.hierarchicalize("resnet5O")
+
+
+def test_facts_of_a_traced_model() -> None:
+    traced = open_up(small.SmallNet(), example_input=small.EXAMPLE)
+    known = {facts(node).path: facts(node) for node in traced.graphs[False].nodes}
+    assert known["stage1.0"].macs == 64 * 9 * 8 * 8
+    assert known["stage1.0"].tensors[0].shape == (2, 8, 8, 8)
+    assert known["stage1.0"].tensors[0].batched
+    assert "add" in known
+    assert "add_1" in known
+
+
+def test_in_place_on_a_view_that_is_read_later_is_refused() -> None:
+    class View(small.SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            x[:, :2].mul_(2)
+            return self.head(self.stage1(x).mean((2, 3)))
+
+    with pytest.raises(TraceError, match="a view of"):
+        treeify.hierarchicalize(View(), ["stage1"], example_input=small.EXAMPLE)
+
+
+def test_arguments_with_defaults_keep_them() -> None:
+    class Optional(small.SmallNet):
+        def forward(self, x: Tensor, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:
+            x = super().forward(x) * scale
+            return x if mask is None else x * mask
+
+    model = Optional().eval()
+    hne = treeify.hierarchicalize(
+        model, ["stage1"], init="copy", example_input=small.EXAMPLE
+    ).eval()
+    x = small.images()
+    torch.testing.assert_close(hne(x)[:, 1], model(x))
+
+
+def test_hooks_of_the_user_are_not_called() -> None:
+    model = small.SmallNet()
+    seen: list[object] = []
+    model.stage1.register_forward_hook(lambda *args: seen.append(args))
+    model.stage1[0].register_forward_pre_hook(lambda *args: seen.append(args))
+    hne = treeify.hierarchicalize(model, ["stage2"], example_input=small.EXAMPLE)
+    hne(small.images())
+    hne.leaf(0)(small.images())
+    assert seen == []
+    model.eval()(small.images())
+    assert len(seen) == 2
+
+
+def test_weight_norm_is_architecture() -> None:
+    model = small.SmallNet()
+    nn.utils.parametrizations.weight_norm(model.stage1[0])
+    hne = treeify.hierarchicalize(
+        model, ["stage1", "stage2"], init="perturb", example_input=small.EXAMPLE
+    )
+    assert treeify.verify(hne, small.images()).worst <= 1
+
+
+def test_the_report_says_what_runs_how() -> None:
+    class Unknown(small.SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.fft.fft2(x).real)
+
+    hne = treeify.hierarchicalize(
+        Unknown(), ["input", "stage2"], init="perturb", example_input=small.EXAMPLE
+    )
+    by_path = {node.path: node for node in hne.conversion.nodes}
+    assert by_path["fft_fft2"].form is Form.BRANCHES
+    assert "no rule for fft_fft2" in by_path["fft_fft2"].reason
+    assert by_path["stage1.0"].form is Form.PACKED
+    assert "no rule for fft_fft2" in str(hne.conversion)
+    assert treeify.verify(hne, small.images()).worst <= 1

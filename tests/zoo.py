@@ -1,0 +1,255 @@
+"""The models the parity tests sweep: real ones with small inputs and few classes, and odd ones.
+
+A case costs what its inputs cost, so sizes are the smallest each model takes. What needs gigabytes
+or minutes with 16 leaves is marked slow and runs with `pytest -m slow`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import odd_models
+import timm
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.convnext import CNBlockConfig
+
+CLASSES = 10
+
+# Four binary splits (16 leaves), one split of 4, and independent networks.
+SHAPES = ("binary", "wide", "input")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base model, the size it is fed and where it splits.
+
+    Args:
+        name: shown as the test's id.
+        build: makes the model from torch's random state.
+        size: height and width of its images.
+        binary: four split points, from input to output, or how many to choose.
+        wide: the one split of the tree with a single fanout of 4.
+        slow: takes gigabytes or minutes; left out of the default run.
+        ungraded: how many parameters reach no output in training mode, and so get no gradient.
+        note: what is special about it.
+    """
+
+    name: str
+    build: Callable[[], nn.Module]
+    size: int
+    binary: int | tuple[str, ...] = 4
+    wide: str | None = None
+    slow: bool = False
+    ungraded: int = 0
+    note: str = ""
+
+    def splits(self, shape: str = "binary") -> int | list[str]:
+        """What to pass to `hierarchicalize` for one of `SHAPES`."""
+        if shape == "input":
+            return ["input:4"]
+        if shape == "wide":
+            name = self.wide or (self.binary[2] if isinstance(self.binary, tuple) else None)
+            assert name is not None, f"{self.name} names no split for the wide tree"
+            return [f"{name}:4"]
+        return list(self.binary) if isinstance(self.binary, tuple) else self.binary
+
+    def model(self, seed: int = 0, *, dropout: bool = False) -> nn.Module:
+        """The base model, the same for the same seed, with statistics no model starts with.
+
+        Args:
+            seed: of the weights.
+            dropout: keep the rates; without them outputs in training mode can be compared.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = self.build()
+            settle(model)
+        if not dropout:
+            drop_nothing(model)
+        return model
+
+    def images(self, count: int = 2, seed: int = 1) -> Tensor:
+        """Random images, [count, 3, size, size]."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(count, 3, self.size, self.size, generator=generator)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def settle(model: nn.Module) -> None:
+    """Give buffers and zero-initialised weights values that matter, as training would.
+
+    A fresh network hides mistakes: running means of 0, variances and scales of 1, and last scales
+    of residual branches of 0, under which whole branches vanish from the output.
+    """
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.is_floating_point():
+                continue
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith("running_mean"):
+                tensor.normal_(0, 0.1)
+            elif isinstance(tensor, nn.Parameter) and tensor.std(correction=0) == 0:
+                tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.3))
+
+
+def drop_nothing(model: nn.Module) -> None:
+    """Set the rate of every dropout, stochastic depth or functional dropout to 0."""
+    for module in model.modules():
+        for key in ("p", "drop_prob", "drop_rate"):
+            if isinstance(getattr(module, key, None), float):
+                setattr(module, key, 0.0)
+
+
+def cases(*, slow: bool | None = False) -> list[Case]:
+    """The cases of the sweep.
+
+    Args:
+        slow: the slow ones, the others, or with None all.
+    """
+    return [case for case in CASES if slow is None or case.slow == slow]
+
+
+def _timm(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    return partial(timm.create_model, name, num_classes=CLASSES, **kwargs)
+
+
+def _torchvision(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    return partial(torchvision.models.get_model, name, weights=None, num_classes=CLASSES, **kwargs)
+
+
+def _thin_densenet() -> nn.Module:
+    return torchvision.models.DenseNet(8, (2, 3, 4, 2), 16, num_classes=CLASSES)
+
+
+def _thin_vgg() -> nn.Module:
+    model = torchvision.models.vgg11_bn(num_classes=CLASSES, init_weights=False)
+    model.avgpool = nn.AdaptiveAvgPool2d(1)
+    model.classifier = nn.Sequential(
+        nn.Linear(512, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, CLASSES)
+    )
+    return model
+
+
+def _thin_convnext() -> nn.Module:
+    widths = (24, 48, 96, 192, None)
+    stages = [
+        CNBlockConfig(width, following, layers)
+        for width, following, layers in zip(widths, widths[1:], (1, 1, 3, 1), strict=False)
+    ]
+    return torchvision.models.ConvNeXt(stages, num_classes=CLASSES)
+
+
+def _thin_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(
+        image_size=32,
+        patch_size=16,
+        num_layers=5,
+        num_heads=4,
+        hidden_dim=64,
+        mlp_dim=128,
+        num_classes=CLASSES,
+    )
+
+
+def _thin_swin() -> nn.Module:
+    return torchvision.models.SwinTransformer(
+        patch_size=[4, 4],
+        embed_dim=24,
+        depths=[2, 2, 2, 2],
+        num_heads=[2, 2, 4, 4],
+        window_size=[7, 7],
+        num_classes=CLASSES,
+    )
+
+
+# Thin: the same code with fewer channels or layers, where 16 full leaves take gigabytes.
+_THIN = [
+    Case("densenet121-thin", _thin_densenet, 64, wide="features.denseblock4"),
+    Case("vgg11_bn-thin", _thin_vgg, 64, wide="features.22"),
+    Case("convnext_tiny-thin", _thin_convnext, 64, wide="features.7"),
+    Case("vit_b_16-thin", _thin_vit, 32, wide="encoder.layers.encoder_layer_3"),
+    Case("swin_t-thin", _thin_swin, 64, wide="features.7"),
+    Case(
+        "resnet50-thin",
+        _timm("resnet50", layers=(1, 2, 2, 1), channels=(16, 32, 64, 128)),
+        64,
+        ("layer1", "layer2", "layer3", "layer4"),
+    ),
+    Case(
+        "resnetv2_50-thin",
+        _timm("resnetv2_50", layers=(1, 2, 2, 1), channels=(64, 128, 256, 512)),
+        64,
+        ("stages.0", "stages.1", "stages.2", "stages.3"),
+    ),
+    Case(
+        "nfnet_l0-thin",
+        _timm("nfnet_l0", depths=(1, 2, 2, 1), channels=(64, 128, 256, 256)),
+        64,
+        ("stages.0", "stages.1", "stages.2", "stages.3"),
+    ),
+    Case(
+        "dla34-thin",
+        _timm("dla34", channels=(8, 16, 16, 32, 64, 128)),
+        64,
+        ("level2", "level3", "level4", "level5"),
+    ),
+    Case(
+        "mixer_s32_224-thin", _timm("mixer_s32_224", img_size=64, embed_dim=64), 64, wide="blocks.6"
+    ),
+]
+
+_FULL = [
+    Case("resnet18", _torchvision("resnet18"), 64, ("layer1", "layer2", "layer3", "layer4")),
+    Case("mobilenet_v2", _torchvision("mobilenet_v2"), 64, wide="features.14"),
+    Case("mobilenet_v3_small", _torchvision("mobilenet_v3_small"), 64, wide="features.9"),
+    Case("shufflenet_v2_x0_5", _torchvision("shufflenet_v2_x0_5"), 64, wide="stage4"),
+    Case("googlenet", _torchvision("googlenet", init_weights=False), 64, wide="inception5a"),
+    Case("squeezenet1_1", _torchvision("squeezenet1_1"), 64, wide="classifier"),
+    Case("efficientnet_b0", _torchvision("efficientnet_b0"), 64, wide="features.7"),
+    Case("regnet_y_400mf", _torchvision("regnet_y_400mf"), 64, wide="trunk_output.block4"),
+    Case("mobilenetv2_140", _timm("mobilenetv2_140"), 64, wide="blocks.5"),
+    Case("efficientnet_lite0", _timm("efficientnet_lite0"), 64, wide="blocks.5"),
+    Case("repvgg_a0", _timm("repvgg_a0"), 64, wide="stages.3"),
+    Case("ghostnet_100", _timm("ghostnet_100"), 64, wide="blocks.7"),
+    Case("hrnet_w18_small", _timm("hrnet_w18_small"), 64, wide="incre_modules"),
+    Case("vit_tiny_patch16_224", _timm("vit_tiny_patch16_224", img_size=32), 32, wide="blocks.8"),
+]
+
+# Gigabytes with 16 leaves: 290 to 1,900 million parameters, or half a minute to convert.
+_SLOW = [
+    Case("densenet121", _torchvision("densenet121"), 64, wide="features.denseblock4", slow=True),
+    Case("vgg11_bn", _torchvision("vgg11_bn"), 64, wide="classifier", slow=True),
+    Case("convnext_tiny", _torchvision("convnext_tiny"), 64, wide="features.7", slow=True),
+    Case(
+        "vit_b_16",
+        _torchvision("vit_b_16", image_size=32),
+        32,
+        wide="encoder.layers.encoder_layer_9",
+        slow=True,
+    ),
+    Case("swin_t", _torchvision("swin_t"), 64, wide="features.7", slow=True),
+    Case("resnet50", _timm("resnet50"), 64, wide="layer4", slow=True),
+    Case("resnetv2_50", _timm("resnetv2_50"), 64, wide="stages.3", slow=True),
+    Case("nfnet_l0", _timm("nfnet_l0"), 64, wide="stages.3", slow=True),
+    Case("dla34", _timm("dla34"), 64, wide="level5", slow=True),
+    Case("mixer_s32_224", _timm("mixer_s32_224", img_size=64), 64, wide="blocks.6", slow=True),
+]
+
+_ODD = [
+    Case(
+        f"odd-{model.__name__}",
+        odd_models.builder(model),
+        16,
+        ("stage1", "stage2", "stage3", "stage4"),
+        note=(model.__doc__ or "").splitlines()[0],
+    )
+    for model in odd_models.MODELS
+]
+
+CASES = (*_FULL, *_THIN, *_ODD, *_SLOW)

@@ -1,0 +1,142 @@
+"""The `treeify` command: its subcommands, and what a user sees when one fails."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperCommand, TyperGroup
+
+from treeify.errors import TreeifyError
+
+BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130
+
+# Where each command lives and its line in the overview. Modules are imported when their command
+# runs: `treeify --help` need not wait for torch.
+COMMANDS = {
+    "splits": ("treeify.cli.splits:splits", "List the points where a model can be split."),
+    "convert": (
+        "treeify.cli.convert:convert",
+        "Convert a classifier into a hierarchical neural ensemble.",
+    ),
+    "train": (
+        "treeify.cli.train:train",
+        "Train a hierarchical neural ensemble from a recipe.",
+    ),
+    "eval": (
+        "treeify.cli.eval:evaluate",
+        "Measure a trained ensemble on held-out images, for every nested size.",
+    ),
+}
+
+
+class _Commands(TyperGroup):
+    """Subcommands by name; the overview shows stand-ins."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in COMMANDS:
+            return None
+        return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1])
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in COMMANDS:
+            return super().resolve_command(ctx, args)
+        return args[0], load_command(args[0], debug=ctx.params["debug"]), args[1:]
+
+
+def load_command(name: str, *, debug: bool = False) -> Any:
+    """The click command behind a name, with its errors made readable unless `debug`."""
+    module, _, function = COMMANDS[name][0].partition(":")
+
+    def run() -> Callable[..., None]:
+        found: Callable[..., None] = getattr(importlib.import_module(module), function)
+        return found
+
+    alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+    alone.command(name)(run() if debug else _readable(run()))
+    return typer.main.get_command(alone)
+
+
+def _readable(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with its exceptions turned into a message and an exit code."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except TreeifyError as error:
+            raise _stop(type(error).__name__, str(error), BAD_INPUT) from error
+        except KeyboardInterrupt as error:
+            raise _stop("Interrupted", "stopped by Ctrl-C.", INTERRUPTED) from error
+        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
+            raise
+        except Exception as error:
+            text = f"{str(error) or 'no message'}\n  This is a bug; run again with --debug to see"
+            raise _stop(type(error).__name__, f"{text} where: treeify --debug ...", BUG) from error
+
+    return run
+
+
+def _stop(kind: str, message: str, code: int) -> typer.Exit:
+    # Text, not markup: a message may quote [brackets].
+    text = Text.assemble((f"{kind}: ", "bold red"), message)
+    Console(stderr=True).print(text, soft_wrap=True, highlight=False)
+    return typer.Exit(code)
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"treeify {version('treeify')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)
+    ] = False,
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Turn an image classifier into a tree of networks that answers at any time.
+
+    From a name to a trained ensemble:
+
+        treeify splits resnet18
+
+        treeify convert resnet18 --splits 4 --out my_ensemble
+
+        treeify train recipes/digits_hne.yaml
+
+        treeify eval runs/digits_hne
+    """
+    # `package.module:function` may name a module beside the user, as it would under `python -m`.
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
+
+
+def main() -> None:
+    """Run the command line; what the `treeify` script calls."""
+    app()

@@ -1,0 +1,219 @@
+"""`treeify convert`: a base model's name in, a directory that `treeify.load` reads out."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from treeify import checkpoint
+from treeify.api import hierarchicalize
+from treeify.cli.base_model import BaseModel, InputSize, Name, NumClasses, base_model
+from treeify.cost import Cost, base_cost, costs
+from treeify.ensemble import HierarchicalEnsemble
+from treeify.errors import InputError
+from treeify.initialize import initialization
+from treeify.verify import Figures, verify
+
+
+def convert(
+    name: Name,
+    splits: Annotated[
+        str,
+        typer.Option(
+            help="How many, or names from input to output, each with a fanout if it differs: "
+            "4, layer2,layer3 or layer3:16. 'input' splits before the first operation."
+        ),
+    ] = "4",
+    fanout: Annotated[int, typer.Option(help="Children per split that names none.")] = 2,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help="fresh: every branch its own random weights; copy: every leaf equals the base "
+            "model; perturb: copy plus noise. By default fresh, with --pretrained perturb.",
+            show_default=False,
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="Start from trained weights.", show_default=False)
+    ] = False,
+    num_classes: NumClasses = None,
+    input_size: InputSize = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory to write, new or empty; by default converted/NAME.",
+            show_default=False,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Write even if the directory is not empty.", show_default=False
+        ),
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Skip the parity check.", show_default=False)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead.", show_default=False)
+    ] = False,
+) -> None:
+    """Convert a classifier into a hierarchical neural ensemble.
+
+    Shows where it splits, what every nested size costs and how each part runs, checks every leaf
+    against the untouched base architecture, and writes a directory that `treeify.load` reads.
+
+    For example:
+
+        treeify convert mobilenetv2_140 --splits 4
+
+        treeify convert torchvision/resnet18 --splits layer3,layer4:4 --num-classes 10
+
+        treeify convert my_package.models:tiny --splits input:4 --init copy --out four_copies
+    """
+    out = out or Path("converted") / re.sub(r"[^\w.-]+", "_", name)
+    checkpoint.check_writable(out, overwrite=overwrite)
+    init = _init(init, pretrained)
+    console = Console(quiet=as_json)
+    with console.status("building and converting"):
+        base = base_model(name, num_classes, input_size, pretrained=pretrained, seed=seed)
+        hne = hierarchicalize(base.architecture, splits, fanout, init, seed, base.example)
+        if pretrained:
+            hne.fill(initialization(base.model, base.architecture, init, seed).sources)
+    with console.status("counting MACs"):
+        own, nested = base_cost(hne), costs(hne)
+    _show(console, base, hne, own, nested)
+    figures = None
+    if not no_verify:
+        with console.status("checking every leaf against the base architecture"):
+            figures = verify(hne, hne.example_images(2))
+        console.print(_parity_line(figures), soft_wrap=True, highlight=False)
+    checkpoint.save(hne, out, overwrite=overwrite)
+    console.print(f"Written to {out}; read it with treeify.load({str(out)!r}).", soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps(_as_json(base, hne, own, nested, figures, out), indent=2))
+
+
+def _init(init: str | None, pretrained: bool) -> str:
+    init = init or ("perturb" if pretrained else "fresh")
+    if pretrained and init == "fresh":
+        raise InputError(
+            "--init fresh would throw the pretrained weights away.",
+            expected="--init copy or --init perturb with --pretrained",
+        )
+    return init
+
+
+def _show(
+    console: Console,
+    base: BaseModel,
+    hne: HierarchicalEnsemble,
+    own: Cost,
+    nested: tuple[Cost, ...],
+) -> None:
+    shape = " x ".join(map(str, hne.example))
+    console.print(f"{base.architecture} at {shape}", highlight=False, markup=False)
+    console.print(_splits_table(hne))
+    console.print(str(hne.tree), highlight=False, markup=False)
+    console.print(_cost_table(own, nested))
+    console.print(str(hne.conversion), soft_wrap=True, highlight=False, markup=False)
+
+
+def _splits_table(hne: HierarchicalEnsemble) -> Table:
+    table = Table(caption="MACs per image of one path; live: tensors that cross the split")
+    table.add_column("split", no_wrap=True)
+    for heading in ("fanout", "MACs before", "MACs after", "live"):
+        table.add_column(heading, justify="right")
+    for point, fanout in zip(hne.conversion.splits.points, hne.tree.fanouts, strict=True):
+        table.add_row(
+            point.name,
+            str(fanout),
+            f"{point.macs_before:,}",
+            f"{point.macs_after:,}",
+            str(point.live),
+        )
+    return table
+
+
+def _cost_table(own: Cost, nested: tuple[Cost, ...]) -> Table:
+    """Each nested size beside the base model and beside as many independent networks."""
+    table = Table(caption="MACs per image, counted by fvcore; independent: as many base models")
+    for heading in ("leaves", "MACs", "x base", "independent", "parameters", "x base"):
+        table.add_column(heading, justify="right")
+    for cost in (own, *nested):
+        table.add_row(
+            "base model" if cost is own else str(cost.leaves),
+            f"{cost.macs:,}",
+            f"{cost.macs / own.macs:.2f}" if own.macs else "-",
+            f"{cost.leaves * own.macs:,}",
+            f"{cost.parameters:,}",
+            f"{cost.parameters / own.parameters:.2f}" if own.parameters else "-",
+        )
+    return table
+
+
+def _parity_line(figures: Figures) -> str:
+    return (
+        f"Parity with the base architecture holds: the largest deviation is {figures.worst:.2g} of"
+        " the tolerance (leaves in evaluation and training mode, buffers, nested sizes, gradients)."
+    )
+
+
+def _as_json(
+    base: BaseModel,
+    hne: HierarchicalEnsemble,
+    own: Cost,
+    nested: tuple[Cost, ...],
+    figures: Figures | None,
+    out: Path,
+) -> dict[str, Any]:
+    conversion = hne.conversion
+    return {
+        "model": base.architecture.to_dict(),
+        "input": list(hne.example),
+        "splits": [
+            {
+                "name": point.name,
+                "fanout": fanout,
+                "macs_before": point.macs_before,
+                "macs_after": point.macs_after,
+                "live": point.live,
+            }
+            for point, fanout in zip(conversion.splits.points, hne.tree.fanouts, strict=True)
+        ],
+        "leaves": hne.leaves,
+        "branches": list(hne.tree.branches),
+        "base": {"macs": own.macs, "parameters": own.parameters},
+        "nested": [
+            {
+                "leaves": cost.leaves,
+                "macs": cost.macs,
+                "parameters": cost.parameters,
+                "independent_macs": cost.leaves * own.macs,
+                "independent_parameters": cost.leaves * own.parameters,
+            }
+            for cost in nested
+        ],
+        "packed_share": conversion.packed_share,
+        "nodes": [
+            {
+                "path": node.path,
+                "operation": node.operation,
+                "level": node.level,
+                "runs": node.form.value,
+                "reason": node.reason,
+                "macs": node.macs,
+            }
+            for node in conversion.nodes
+        ],
+        "notes": list(conversion.notes),
+        "parity": None if figures is None else figures.as_dict(),
+        "out": str(out),
+    }

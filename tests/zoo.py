@@ -13,8 +13,10 @@ import odd_models
 import timm
 import torch
 import torchvision
+from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.vgg import VGG, make_layers
 
 CLASSES = 10
 
@@ -128,10 +130,11 @@ def _thin_densenet() -> nn.Module:
 
 
 def _thin_vgg() -> nn.Module:
-    model = torchvision.models.vgg11_bn(num_classes=CLASSES, init_weights=False)
+    widths = [16, "M", 32, "M", 48, 48, "M", 64, 64, "M", 64, 64, "M"]
+    model = VGG(make_layers(widths, batch_norm=True), num_classes=CLASSES)
     model.avgpool = nn.AdaptiveAvgPool2d(1)
     model.classifier = nn.Sequential(
-        nn.Linear(512, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, CLASSES)
+        nn.Linear(64, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, CLASSES)
     )
     return model
 
@@ -168,6 +171,10 @@ def _thin_swin() -> nn.Module:
     )
 
 
+def _thin_mixer() -> nn.Module:
+    return MlpMixer(CLASSES, img_size=64, patch_size=32, num_blocks=8, embed_dim=64)
+
+
 # Thin: the same code with fewer channels or layers, where 16 full leaves take gigabytes.
 _THIN = [
     Case("densenet121-thin", _thin_densenet, 64, wide="features.denseblock4"),
@@ -189,7 +196,7 @@ _THIN = [
     ),
     Case(
         "nfnet_l0-thin",
-        _timm("nfnet_l0", depths=(1, 2, 2, 1), channels=(64, 128, 256, 256)),
+        _timm("nfnet_l0", depths=(1, 2, 2, 1), channels=(64, 128, 256, 256), group_size=16),
         64,
         ("stages.0", "stages.1", "stages.2", "stages.3"),
     ),
@@ -199,9 +206,7 @@ _THIN = [
         64,
         ("level2", "level3", "level4", "level5"),
     ),
-    Case(
-        "mixer_s32_224-thin", _timm("mixer_s32_224", img_size=64, embed_dim=64), 64, wide="blocks.6"
-    ),
+    Case("mixer_s32_224-thin", _thin_mixer, 64, wide="blocks.6"),
 ]
 
 _FULL = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,8 @@ from treeify.storage import tensors
 from treeify.trace import Traced, trace
 from treeify.tree import fanouts_for
 
+_log = logging.getLogger(__name__)
+
 
 def hierarchicalize(
     model: nn.Module | str | Architecture,
@@ -31,9 +34,10 @@ def hierarchicalize(
     Args:
         model: traceable classifier, `[N, C, H, W] float -> [N, K]` logits, not modified; or a
             name: timm's (`mobilenetv2_140`), `torchvision/resnet50` or `package.module:function`.
-        splits: how many splits, chosen so that the levels' MACs are even; or names of modules from
-            input to output, with a fanout if it differs (`["layer2", "layer3:16"]`); `"input"`
-            splits before the first operation; `[]` is the base model itself.
+        splits: how many splits, chosen so that the levels' MACs are even (logged at level INFO, and
+            in `hne.conversion`); or names of modules from input to output, with a fanout if it
+            differs (`["layer2", "layer3:16"]`); `"input"` splits before the first operation; `[]`
+            is the base model itself.
         fanout: children per split that names none, at least 2.
         init: `fresh`: every branch its own initialisation by the architecture's own scheme;
             `copy`: every leaf equals the model; `perturb`: copy plus seeded noise of 0.1 times
@@ -58,6 +62,7 @@ def hierarchicalize(
     architecture = architecture or recognise(base)
     traced = open_up(base, architecture, example_input)
     chosen = choose(traced, splits, fanout)
+    _log.info("splits: %s", ", ".join(chosen.specs) or "none")
     plan = initialization(base, architecture, init, seed)
     hne = HierarchicalEnsemble(traced, chosen, base, architecture, _notes(plan))
     hne.fill(plan.sources)

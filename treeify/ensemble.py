@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 
 from treeify import splits as split_module
 from treeify.errors import InputError
@@ -173,7 +173,9 @@ class HierarchicalEnsemble(nn.Module):
 
         Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
         """
-        result: Tensor = tree_map(lambda logits: logits.mean(1), self(x, leaves=leaves))
+        result: Tensor = tree_map_only(
+            Tensor, lambda logits: logits.mean(1), self(x, leaves=leaves)
+        )
         return result
 
     def leaf(self, index: int) -> nn.Module:
@@ -203,8 +205,11 @@ class HierarchicalEnsemble(nn.Module):
             A tensor of the base model's shape `[D0, ...]`.
         """
         slot = self._slots[key]
-        branches = self.tree.branches[slot.level]
-        return slot.branch(packed, branches, self.tree.path(leaf)[slot.level])
+        return slot.branch(packed, self.branches_of(key), self.tree.path(leaf)[slot.level])
+
+    def branches_of(self, key: str) -> int:
+        """How many branches the parameter or buffer `key` is packed from."""
+        return self.tree.branches[self._slots[key].level]
 
     def sub_ensemble(self, leaves: int) -> HierarchicalEnsemble:
         """A smaller ensemble of the first `leaves` leaves, with its own copy of what they need.

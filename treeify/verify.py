@@ -159,6 +159,10 @@ def _train_parity(
             torch.autograd.backward(_scalar(own, [_select(w, index) for w in weights]))
             buffers = max(buffers, _buffer_deviation(hne, index, network))
             _collect(hne, index, network, expected)
+            # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
+            own_gradient = _own_gradient_deviation(hne, index, network)
+            if max(leaf, buffers, own_gradient) > 1:
+                return {"leaf_train": leaf, "buffers": buffers, "gradient": own_gradient}
     actual = _gradients(hne)
     ungraded += [name for name, _ in hne.named_parameters() if name not in actual]
     if set(actual) != set(expected):
@@ -204,6 +208,19 @@ def _collect(
         if key not in expected:
             expected[key] = torch.zeros_like(packed[key])
         hne.part(key, leaf, expected[key]).add_(gradient)
+
+
+def _own_gradient_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) -> float:
+    """Deviation of the gradients of the branches that belong to this leaf alone."""
+    packed = _gradients(hne)
+    return max(
+        (
+            deviation(hne.part(key, leaf, packed[key]), gradient)
+            for key, gradient in _gradients(network).items()
+            if key in packed and hne.branches_of(key) == hne.leaves
+        ),
+        default=0.0,
+    )
 
 
 def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) -> float:

@@ -13,9 +13,11 @@ import odd_models
 import timm
 import torch
 import torchvision
+from timm.models.byobnet import ByoBlockCfg
 from timm.models.mlp_mixer import MlpMixer
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import VGG, make_layers
 
 CLASSES = 10
@@ -125,6 +127,10 @@ def _torchvision(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
     return partial(torchvision.models.get_model, name, weights=None, num_classes=CLASSES, **kwargs)
 
 
+def _thin_resnet() -> nn.Module:
+    return torchvision.models.ResNet(BasicBlock, [2, 1, 1, 1], num_classes=CLASSES)
+
+
 def _thin_densenet() -> nn.Module:
     return torchvision.models.DenseNet(8, (2, 3, 4, 2), 16, num_classes=CLASSES)
 
@@ -175,8 +181,15 @@ def _thin_mixer() -> nn.Module:
     return MlpMixer(CLASSES, img_size=64, patch_size=32, num_blocks=8, embed_dim=64)
 
 
+_REPVGG_BLOCKS = tuple(
+    ByoBlockCfg(type="rep", d=layers, c=width, s=2, gs=0)
+    for layers, width in ((2, 24), (3, 48), (4, 96), (1, 160))
+)
+
 # Thin: the same code with fewer channels or layers, where 16 full leaves take gigabytes.
 _THIN = [
+    Case("resnet18-thin", _thin_resnet, 64, ("layer1", "layer2", "layer3", "layer4")),
+    Case("repvgg_a0-thin", _timm("repvgg_a0", blocks=_REPVGG_BLOCKS), 64, wide="stages.3"),
     Case("densenet121-thin", _thin_densenet, 64, wide="features.denseblock4"),
     Case("vgg11_bn-thin", _thin_vgg, 64, wide="features.22"),
     Case("convnext_tiny-thin", _thin_convnext, 64, wide="features.7"),
@@ -210,7 +223,6 @@ _THIN = [
 ]
 
 _FULL = [
-    Case("resnet18", _torchvision("resnet18"), 64, ("layer1", "layer2", "layer3", "layer4")),
     Case("mobilenet_v2", _torchvision("mobilenet_v2"), 64, wide="features.14"),
     Case("mobilenet_v3_small", _torchvision("mobilenet_v3_small"), 64, wide="features.9"),
     Case("shufflenet_v2_x0_5", _torchvision("shufflenet_v2_x0_5"), 64, wide="stage4"),
@@ -220,14 +232,21 @@ _FULL = [
     Case("regnet_y_400mf", _torchvision("regnet_y_400mf"), 64, wide="trunk_output.block4"),
     Case("mobilenetv2_140", _timm("mobilenetv2_140"), 64, wide="blocks.5"),
     Case("efficientnet_lite0", _timm("efficientnet_lite0"), 64, wide="blocks.5"),
-    Case("repvgg_a0", _timm("repvgg_a0"), 64, wide="stages.3"),
     Case("ghostnet_100", _timm("ghostnet_100"), 64, wide="blocks.7"),
     Case("hrnet_w18_small", _timm("hrnet_w18_small"), 64, wide="incre_modules"),
     Case("vit_tiny_patch16_224", _timm("vit_tiny_patch16_224", img_size=32), 32, wide="blocks.8"),
 ]
 
-# Gigabytes with 16 leaves: 290 to 1,900 million parameters, or half a minute to convert.
+# Gigabytes with 16 leaves (78 to 1,900 million parameters), or minutes to check.
 _SLOW = [
+    Case(
+        "resnet18",
+        _torchvision("resnet18"),
+        64,
+        ("layer1", "layer2", "layer3", "layer4"),
+        slow=True,
+    ),
+    Case("repvgg_a0", _timm("repvgg_a0"), 64, wide="stages.3", slow=True),
     Case("densenet121", _torchvision("densenet121"), 64, wide="features.denseblock4", slow=True),
     Case("vgg11_bn", _torchvision("vgg11_bn"), 64, wide="classifier", slow=True),
     Case("convnext_tiny", _torchvision("convnext_tiny"), 64, wide="features.7", slow=True),

@@ -147,7 +147,7 @@ class _Rewriter:
     ) -> None:
         self.graph = traced.graphs[training]
         # A copy to run branch by branch: its in-place flags are off, see `functionalize`.
-        self.skeleton = traced.skeleton
+        self.skeleton, self.constants = traced.skeleton, traced.constants
         self.base = copy.deepcopy(traced.skeleton)
         for module in self.base.modules():
             if hasattr(module, "inplace"):
@@ -226,6 +226,8 @@ class _Rewriter:
 
     def _call(self, level: int, name: str, operation: nn.Module, args: Any, kwargs: Any) -> fx.Node:
         draft = self.drafts[level]
+        while name in draft.modules:
+            name += "_"
         draft.modules[name] = operation
         args = (draft.span, *args)
         return draft.graph.create_node("call_module", name, args, kwargs, name=name)
@@ -269,10 +271,8 @@ class _Rewriter:
         target = str(node.target)
         slot = self.layout.get(target)
         if slot is None:
-            value: Any = self.base
-            for part in target.split("."):
-                value = getattr(value, part)
-            return self._call(level, node.name, Constant(value), (), {}), Form.SHARED, ""
+            constant = Constant(self.constants[target])
+            return self._call(level, node.name, constant, (), {}), Form.SHARED, ""
         form = Form.SHARED if level == 0 else Form.PACKED
         read = ReadTensor(self.root, slot, self.tree.branches, level, form)
         return self._call(level, node.name, read, (), {}), form, ""
@@ -327,12 +327,11 @@ class _Rewriter:
         ratio = 1
         if first is not None and self.forms[first] is not Form.BRANCHES:
             ratio = self.tree.branches[level] // self._branches(first)
-        forms = {source: self.forms[source] for source in inputs}
-        call = Call(node, module, storage, self.tree.branches[level], ratio, forms)
+        call = Call(node, module, storage, self.tree.branches[level], ratio)
         rule = find(call)
         if rule is None:
             raise Unpackable(f"no rule for {self._operation(node)}")
-        per_branch = [source for source in inputs if forms[source] is Form.BRANCHES]
+        per_branch = [source for source in inputs if self.forms[source] is Form.BRANCHES]
         if any(not facts(source).tensors for source in per_branch):
             raise Unpackable("it reads a number that may differ from branch to branch")
         tensor_inputs = [source for source in inputs if facts(source).tensors]

@@ -73,11 +73,13 @@ class Traced:
         skeleton: the base architecture on the meta device; graph targets refer to it.
         graphs: by mode, `False` for evaluation and `True` for training.
         example: shape of one input image, `(C, H, W)`.
+        constants: by graph target, tensors that are neither parameters nor buffers.
     """
 
     skeleton: nn.Module
     graphs: Mapping[bool, fx.Graph]
     example: tuple[int, ...]
+    constants: Mapping[str, Any]
 
 
 def facts(node: fx.Node) -> Facts:
@@ -104,13 +106,15 @@ def trace(
         private = _private_copy(model)
         skeleton = copy.deepcopy(private).to("meta")
         graphs = {}
+        constants: dict[str, Any] = {}
         for training in (False, True):
             graph = _trace_mode(private, training, leaf_types)
             functionalize(graph, private)
             _annotate(graph, private, skeleton, example, training)
             graph.lint()
             graphs[training] = graph
-    return Traced(skeleton, graphs, tuple(example.shape[1:]))
+            constants |= _constants(graph, private)
+    return Traced(skeleton, graphs, tuple(example.shape[1:]), constants)
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
@@ -167,6 +171,13 @@ def _trace_mode(
         next_step="Move that line into a module of its own, and register the module's class with"
         " timm.layers.register_notrace_module: it then runs per branch, unopened.",
     ) from failure
+
+
+def _constants(graph: fx.Graph, private: nn.Module) -> dict[str, Any]:
+    """Values the graph reads that are no parameters or buffers; the tracer left them on the root."""
+    state = {name for name, _ in (*private.named_parameters(), *private.named_buffers())}
+    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - state
+    return {target: operator.attrgetter(target)(private) for target in targets}
 
 
 def _defaults(model: nn.Module) -> dict[str, Any]:
@@ -416,9 +427,9 @@ def _record(
     for root, device in ((skeleton, "meta"), (private, example.device)):
         root = root if device == "meta" else copy.deepcopy(root)
         image = torch.zeros(batch, *example.shape[1:], dtype=example.dtype, device=device)
-        recorder = _Recorder(root, graph)
         with _mode(root, training), torch.no_grad():
             try:
+                recorder = _Recorder(root, graph)
                 recorder.record(image)
             except Exception as error:
                 failure = error

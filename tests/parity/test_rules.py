@@ -85,6 +85,22 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+# What a rule must refuse: it works across the images, or takes dim 1 for something else.
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "softmax_batch": lambda: Do(lambda x: x.softmax(0)),
+    "softmax_batch_module": lambda: nn.Softmax(dim=-4),
+    "flip_batch": lambda: Do(lambda x: x.flip(0, 1)),
+    "roll_batch": lambda: Do(lambda x: x.roll(1, 0)),
+    "roll_everything": lambda: Do(lambda x: torch.roll(x, 1)),
+    "normalize_batch": lambda: Do(lambda x: F.normalize(x, dim=-4)),
+    "pool_without_channels": lambda: Do(lambda x: F.max_pool2d(x.flatten(2), 2)),
+    "pad_without_channels": lambda: Do(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1))),
+    "flatten_batch": lambda: Do(lambda x: x.flatten(0, 1)[: x.shape[0]].unflatten(0, (-1, 1))),
+    "index_batch": lambda: Do(lambda x: x[torch.tensor([1, 0])]),
+    "mean_batch": lambda: Do(lambda x: x - x.mean(0, keepdim=True)),
+}
+CASES = {**OPERATIONS, **REFUSED}
+
 # Parts of `Around` that every branch has of its own, by where it is split.
 BRANCHED = {
     "operation": ("operation",),
@@ -93,7 +109,7 @@ BRANCHED = {
 }
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.parametrize("name", CASES)
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     fanout=st.integers(2, 5),
@@ -105,7 +121,7 @@ def test_packed_equals_mapped_over_branches(
     name: str, fanout: int, where: str, seed: int, data: st.DataObject
 ) -> None:
     torch.manual_seed(seed)
-    model = Around(OPERATIONS[name]).double()
+    model = Around(CASES[name]).double()
     example = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
     hne = treeify.hierarchicalize(
         model, splits=[f"{where}:{fanout}"], init="perturb", seed=seed, example_input=example
@@ -136,6 +152,16 @@ def test_the_operation_has_a_rule(name: str) -> None:
         Around(OPERATIONS[name]), splits=["before:3"], example_input=example
     )
     assert [node for node in hne.conversion.nodes if node.form is Form.BRANCHES] == []
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_operation_runs_per_branch_with_a_reason(name: str) -> None:
+    hne = treeify.hierarchicalize(
+        Around(REFUSED[name]), splits=["before:3"], example_input=torch.zeros(1, 3, 6, 6)
+    )
+    fallbacks = [node for node in hne.conversion.nodes if node.form is Form.BRANCHES]
+    assert fallbacks
+    assert all(node.reason for node in fallbacks)
 
 
 def test_registering_a_rule_twice_names_both() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -36,17 +37,23 @@ def pack_pool(pool: nn.Module, branches: int) -> None:
 @rule(*_MODULES, pure=True)
 def pack_pool_module(call: Call) -> Widened:
     """Pools, resizes and pads with a channel dim before the dims they work on."""
-    if len(call.input_facts().shape) < 3:
-        raise Unpackable("its input has no channel dim")
+    _require_channels(call, type(call.module).__name__)
     return widened(call)
 
 
 @rule(*_FUNCTIONS, pure=True)
 def pack_pool_function(call: Call) -> Direct:
     """The same as functions."""
-    if len(call.input_facts().shape) < 3:
-        raise Unpackable("its input has no channel dim")
+    _require_channels(call, getattr(call.node.target, "__name__", ""))
     return Direct(call.node.target)
+
+
+def _require_channels(call: Call, name: str) -> None:
+    """Refuse `[N, H, W]`, which a pool over 2 dims takes for one image without a batch."""
+    spatial = re.search(r"(\d)d", name)
+    rank = len(call.input_facts().shape)
+    if rank < 3 or (spatial is not None and rank != int(spatial[1]) + 2):
+        raise Unpackable("its input has no channel dim")
 
 
 @rule(F.pad, pure=True)

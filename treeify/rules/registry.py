@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from treeify.packing import Form
 from treeify.storage import Widen
 from treeify.trace import Facts, TensorFacts, facts
 
@@ -34,7 +33,6 @@ class Call:
         storage: for a module call, the module that holds its packed tensors.
         branches: branches `G` of the call's level.
         ratio: branches here for each branch of the first argument's level.
-        forms: the form of every argument that is a value of the graph.
     """
 
     node: fx.Node
@@ -42,7 +40,6 @@ class Call:
     storage: nn.Module | None
     branches: int
     ratio: int
-    forms: dict[fx.Node, Form]
 
     @property
     def known(self) -> Facts:

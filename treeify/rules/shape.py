@@ -27,6 +27,13 @@ _FOLDABLE: tuple[Any, ...] = (
     *("logsumexp", "norm", "chunk", "split", "narrow", "unbind", "permute", "transpose"),
     *("swapaxes", "movedim", "flip", "roll", "squeeze", "unsqueeze", "matmul", "bmm"),
 )
+# Where these take the dims they work along, and which they work along unless told.
+_ALONG: dict[Any, tuple[int, int | None]] = {
+    **dict.fromkeys((torch.softmax, F.softmax, F.log_softmax, "softmax", "log_softmax"), (1, None)),
+    **dict.fromkeys((torch.flip, torch.squeeze, "flip", "squeeze"), (1, None)),
+    **dict.fromkeys((torch.roll, "roll"), (2, None)),
+    F.normalize: (2, 1),
+}
 _SPATIAL: tuple[Any, ...] = (torch.mean, torch.sum, torch.amax, torch.amin)
 _SPATIAL_METHODS = ("mean", "sum", "amax", "amin")
 
@@ -81,6 +88,8 @@ def pack_folded(call: Call) -> nn.Module:
     """Reductions, concatenations, transpositions, products: anything image by image."""
     call.require_folds()
     target: Any = call.node.target
+    if target in _ALONG:
+        _require_within_image(call, *_ALONG[target])
     if target in _SPATIAL or target in _SPATIAL_METHODS:
         dims = _dims(call, 1, "dim")
         if dims is not None and min(dims) >= 2:
@@ -88,6 +97,19 @@ def pack_folded(call: Call) -> nn.Module:
     if target in (torch.cat, torch.concat):
         return _concatenation(call, target)
     return Folded(target)
+
+
+def _require_within_image(call: Call, position: int, default: int | None) -> None:
+    """Refuse an operation that keeps the shape but works along the batch."""
+    given: Any = call.node.args[position:] or [
+        call.node.kwargs[name] for name in ("dim", "dims") if name in call.node.kwargs
+    ]
+    if len(given) == 1 and isinstance(given[0], list | tuple):
+        given = given[0]
+    dims = [default] if not given else list(given)
+    rank = len(call.input_facts().shape)
+    if not all(isinstance(dim, int) and dim % rank for dim in dims):
+        raise Unpackable("it works along the batch, or its dim is not a constant")
 
 
 class ConcatenateChannels(nn.Module):
@@ -116,6 +138,9 @@ def pack_rearrangement(module: nn.Module, branches: int) -> None:
 def pack_folded_module(call: Call) -> Folded:
     """Modules that work image by image."""
     call.require_folds()
+    dim = getattr(call.module, "dim", 1)
+    if not isinstance(dim, int) or dim % len(call.input_facts().shape) == 0:
+        raise Unpackable("it works along the batch")
     assert call.storage is not None
     return Folded(call.storage)
 

@@ -174,7 +174,7 @@ def _trace_mode(
 
 
 def _constants(graph: fx.Graph, private: nn.Module) -> dict[str, Any]:
-    """Values the graph reads that are no parameters or buffers; the tracer left them on the root."""
+    """Values the graph reads that are neither parameters nor buffers, left behind by tracing."""
     state = {name for name, _ in (*private.named_parameters(), *private.named_buffers())}
     targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - state
     return {target: operator.attrgetter(target)(private) for target in targets}

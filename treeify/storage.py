@@ -10,9 +10,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from treeify.tree import Span, Tree
 
@@ -63,6 +65,37 @@ def lookup(root: nn.Module, key: str) -> Tensor:
     found = holder._buffers.get(name) if parameter is None else parameter
     assert found is not None
     return found
+
+
+def call_with(
+    module: nn.Module,
+    values: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """Call a module of ours with other tensors in place of its own.
+
+    `torch.func.functional_call` without its checks, which forbid `torch.jit.trace` (and so counting
+    MACs) and cost more than a small layer; compiling takes the original.
+    """
+    if torch.compiler.is_compiling():
+        return functional_call(module, dict(values), args, dict(kwargs or {}))
+    own = _swap(module, values)
+    try:
+        return module(*args, **(kwargs or {}))
+    finally:
+        _swap(module, own)
+
+
+def _swap(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put tensors into a module and return those that were there."""
+    before = {}
+    for key, value in values.items():
+        holder, name = owner(module, key)
+        table: Any = holder._parameters if name in holder._parameters else holder._buffers
+        before[key] = table[name]
+        table[name] = value
+    return before
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:

@@ -7,11 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from treeify.packing import Branches, Form, pick
 from treeify.rules.elementwise import call_target
-from treeify.storage import Slot, lookup, narrow, owner
+from treeify.storage import Slot, call_with, lookup, narrow, owner
 from treeify.tree import Span
 
 
@@ -73,7 +72,7 @@ class EachBranchModule(nn.Module):
         self._follow_mode()
         states = {branch: self._state(branch) for branch in range(*span)}
         results = Branches(
-            functional_call(self.module, state, pick(args, index), pick(kwargs, index))
+            call_with(self.module, state, pick(args, index), pick(kwargs, index))
             for index, state in enumerate(states.values())
         )
         if self.module.training:

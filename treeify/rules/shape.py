@@ -153,7 +153,7 @@ class Reshape(nn.Module):
         sizes = list(shape[0]) if len(shape) == 1 and not isinstance(shape[0], int) else list(shape)
         sizes[0] = x.shape[0]
         if sizes[1] != -1:
-            sizes[1] *= span.size
+            sizes[1] = sizes[1] * span.size  # not in place: while torch traces, sizes are tensors
         return x.reshape(sizes)
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from treeify.packing import read_once
 from treeify.rules.registry import WIDEN, Call, Unpackable
-from treeify.storage import narrow
+from treeify.storage import call_with, narrow
 from treeify.trace import TensorFacts
 from treeify.tree import Span
 
@@ -38,7 +36,7 @@ class Widened(nn.Module):
         """`[N, G*C, ...]` -> what the module makes of it, for the branches of `span`."""
         if span.size == self.branches or not self.has_tensors:
             return self.module(x)
-        return call_with(self.resized(span.size), self.tensors(span), x)
+        return call_with(self.resized(span.size), self.tensors(span), (x,))
 
     def resized(self, count: int) -> nn.Module:
         """The base architecture's module, widened for `count` branches; its tensors go unused."""
@@ -59,18 +57,6 @@ class Widened(nn.Module):
             for name, tensor in packed.items()
             if tensor is not None
         }
-
-
-def call_with(module: nn.Module, tensors: Mapping[str, Tensor], x: Tensor) -> Any:
-    """Call a module with other tensors in place of its own."""
-    if torch.compiler.is_compiling():
-        return functional_call(module, dict(tensors), (x,))
-    # The same for modules without children, at a tenth of the cost.
-    part = copy.copy(module)
-    for table in ("_parameters", "_buffers"):
-        own = getattr(part, table)
-        setattr(part, table, {name: tensors.get(name) for name in own})
-    return part(x)
 
 
 class WidenedConv(Widened):
@@ -122,7 +108,7 @@ class WidenedConv(Widened):
             return result
         tensors = self.tensors(span)
         if groups == 1:
-            output: Tensor = call_with(conv, tensors, x)
+            output: Tensor = call_with(conv, tensors, (x,))
             return output
         # Group j of a parent feeds group j of every sibling: channels leave the convolution as
         # (parent, group, sibling, o), and are packed as (parent, sibling, group, o).
@@ -130,7 +116,7 @@ class WidenedConv(Widened):
         swapped = {
             name: _swap(tensor, 0, parents, siblings, groups) for name, tensor in tensors.items()
         }
-        return _swap(call_with(conv, swapped, x), 1, parents, groups, siblings)
+        return _swap(call_with(conv, swapped, (x,)), 1, parents, groups, siblings)
 
 
 def _swap(tensor: Tensor, dim: int, parents: int, outer: int, inner: int) -> Tensor:

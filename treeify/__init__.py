@@ -20,15 +20,18 @@ with `treeify.save`, or let the command line do all of it: `treeify --help`.
 Source: Ruiz & Verbeek, Anytime Inference with Distilled Hierarchical Neural Ensembles, AAAI 2021.
 """
 
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from treeify import losses
-from treeify.api import hierarchicalize, pack
-from treeify.checkpoint import load, save
-from treeify.ensemble import HierarchicalEnsemble
-from treeify.errors import TreeifyError
-from treeify.tree import Tree
-from treeify.verify import verify
+if TYPE_CHECKING:
+    from treeify import losses
+    from treeify.api import hierarchicalize, pack
+    from treeify.checkpoint import load, save
+    from treeify.ensemble import HierarchicalEnsemble
+    from treeify.errors import TreeifyError
+    from treeify.parity import verify
+    from treeify.tree import Tree
 
 __version__ = version("treeify")
 
@@ -44,3 +47,29 @@ __all__ = [
     "save",
     "verify",
 ]
+
+_HOMES = {
+    "HierarchicalEnsemble": "ensemble",
+    "Tree": "tree",
+    "TreeifyError": "errors",
+    "hierarchicalize": "api",
+    "load": "checkpoint",
+    "pack": "api",
+    "save": "checkpoint",
+    "verify": "parity",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: `treeify --help` need not wait for torch."""
+    if name == "losses":
+        return import_module("treeify.losses")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'treeify' has no attribute {name!r}")
+    found = getattr(import_module(f"treeify.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

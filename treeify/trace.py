@@ -104,7 +104,7 @@ def trace(
     """
     with torch.random.fork_rng(devices=[]):
         private = _private_copy(model)
-        skeleton = copy.deepcopy(private).to("meta")
+        skeleton = _on_meta(private)
         graphs = {}
         constants: dict[str, Any] = {}
         for training in (False, True):
@@ -133,6 +133,17 @@ def _private_copy(model: nn.Module) -> nn.Module:
                 if not type(hook).__module__.startswith(_PARAMETER_SOURCES):
                     del hooks[key]
     return private
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A copy without weights; tensors that are one in the model are one in the copy."""
+    memo: dict[int, Any] = {}
+    for _, tensor in (*model.named_parameters(), *model.named_buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)
 
 
 class _Tracer(fx.Tracer):

@@ -252,3 +252,27 @@ def test_models_that_cannot_be_packed() -> None:
             splits=["stage1", "stage2"],
             example_input=small.EXAMPLE,
         )
+
+
+def test_tied_parameters_stay_tied() -> None:
+    class Tied(small.SmallNet):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stage2[0].weight = self.stage1[0].weight
+
+    for splits in (["stage1"], ["stage1", "stage2"], ["head"]):
+        model = Tied()
+        hne = treeify.hierarchicalize(model, splits, init="perturb", example_input=small.EXAMPLE)
+        leaf = hne.leaf(1)
+        assert leaf.stage1[0].weight is leaf.stage2[0].weight
+        assert hne.get_parameter("stage1.0.weight") is hne.get_parameter("stage2.0.weight")
+        assert treeify.verify(hne, small.images()).worst <= 1
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    model = small.SmallNet()
+    model.stem.requires_grad_(False)
+    hne = treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
+    frozen = {name for name, parameter in hne.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if name.startswith("stem")}
+    assert not hne.leaf(0).stem[0].weight.requires_grad

@@ -26,7 +26,7 @@ LAYERS = (
     "initialize",
     "ensemble",
     "api",
-    "verify",
+    "parity",
     "anytime",
     "models",
     "losses",

@@ -18,7 +18,7 @@ from treeify.cost import Cost, base_cost, costs
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import InputError
 from treeify.initialize import initialization
-from treeify.verify import Figures, verify
+from treeify.parity import Figures, verify
 
 
 def convert(

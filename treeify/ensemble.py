@@ -184,10 +184,16 @@ class HierarchicalEnsemble(nn.Module):
         Raises:
             LeafError: the leaf does not exist.
         """
-        self.tree.check_leaf(index)
-        network = copy.deepcopy(self._traced.skeleton)
-        _assign(network, {key: part.detach().clone() for key, part in self._branch(index).items()})
-        return network.train(self.training)
+        parts = self._branch(index)
+        # Copying the skeleton with the leaf's tensors in the place of its own keeps tied ones tied.
+        memo: dict[int, Any] = {}
+        for key, base in tensors(self._traced.skeleton):
+            if id(base) not in memo:
+                value = parts[key].detach().clone()
+                if isinstance(base, nn.Parameter):
+                    value = nn.Parameter(value, requires_grad=lookup(self, key).requires_grad)
+                memo[id(base)] = value
+        return copy.deepcopy(self._traced.skeleton, memo).train(self.training)
 
     def _branch(self, leaf: int) -> dict[str, Tensor]:
         """Views of one leaf's tensors, under the base model's keys and in its shapes."""
@@ -319,19 +325,3 @@ def _allow_in_place(root: nn.Module, *programs: Program) -> None:
         storage = holder._modules[name]
         if safe and hasattr(storage, "inplace"):
             storage.inplace = True  # type: ignore[union-attr]
-
-
-def _assign(network: nn.Module, values: dict[str, Tensor]) -> None:
-    """Replace a network's tensors, keeping tied ones tied."""
-    made: dict[int, Tensor] = {}
-    for key, base in list(tensors(network)):
-        if id(base) not in made:
-            value = values[key]
-            if isinstance(base, nn.Parameter):
-                value = nn.Parameter(value, requires_grad=base.requires_grad)
-            made[id(base)] = value
-        holder, name = owner(network, key)
-        table: dict[str, Any] = (
-            holder._parameters if name in holder._parameters else holder._buffers
-        )
-        table[name] = made[id(base)]

@@ -141,12 +141,10 @@ def perturbed(model: nn.Module, seed: int, network: int) -> State:
     """The model's tensors with noise on its parameters; network 0 is exact."""
     if network == 0:
         return dict(tensors(model))
-    noisy = copy.deepcopy(model)  # keeps tied parameters tied
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(branch_seed(seed, network))
-        for parameter in noisy.parameters():
-            _perturb(parameter)
-    return dict(tensors(noisy))
+        noisy = {id(own): _perturb(own.detach().clone()) for own in model.parameters()}
+    return {name: noisy.get(id(own), own) for name, own in tensors(model)}
 
 
 def _is_stuck(module: nn.Module) -> bool:
@@ -163,8 +161,10 @@ def _reset_method(module: nn.Module) -> Callable[[], None] | None:
     return None
 
 
-def _perturb(tensor: Tensor) -> None:
+def _perturb(tensor: Tensor) -> Tensor:
+    """Add noise in place."""
     if tensor.is_floating_point():
         size = tensor.square().mean().sqrt() * PERTURBATION
         noise = torch.randn(tensor.shape, dtype=torch.float32)
         tensor.add_(noise.to(tensor.device, tensor.dtype) * size)
+    return tensor

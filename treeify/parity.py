@@ -123,7 +123,8 @@ def deviation(actual: Any, expected: Any) -> float:
             continue
         if one.shape != other.shape:
             return float("inf")
-        if other.numel():
+        if not torch.equal(one, other) and other.numel():
+            one, other = one.double(), other.double()
             error = (one - other).abs() / (ATOL + RTOL * other.abs())
             error = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, error)
             worst = max(worst, error.nan_to_num(nan=float("inf")).max().item())
@@ -151,18 +152,19 @@ def _train_parity(
     expected: dict[str, Tensor] = {}
     with mean_noise():
         logits = hne(x)
-        torch.autograd.backward(_scalar(logits, weights))
-        for index in range(hne.leaves):
-            network = pristine.leaf(index).train().requires_grad_(True)
+    torch.autograd.backward(_scalar(logits, weights))
+    for index in range(hne.leaves):
+        network = pristine.leaf(index).train().requires_grad_(True)
+        with mean_noise():
             own = network(x)
-            leaf = max(leaf, deviation(_select(logits, index), own))
-            torch.autograd.backward(_scalar(own, [_select(w, index) for w in weights]))
-            buffers = max(buffers, _buffer_deviation(hne, index, network))
-            _collect(hne, index, network, expected)
-            # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
-            own_gradient = _own_gradient_deviation(hne, index, network)
-            if max(leaf, buffers, own_gradient) > 1:
-                return {"leaf_train": leaf, "buffers": buffers, "gradient": own_gradient}
+        leaf = max(leaf, deviation(_select(logits, index), own))
+        torch.autograd.backward(_scalar(own, [_select(w, index) for w in weights]))
+        buffers = max(buffers, _buffer_deviation(hne, index, network))
+        _collect(hne, index, network, expected)
+        # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
+        own_gradient = _own_gradient_deviation(hne, index, network)
+        if max(leaf, buffers, own_gradient) > 1:
+            return {"leaf_train": leaf, "buffers": buffers, "gradient": own_gradient}
     actual = _gradients(hne)
     ungraded += [name for name, _ in hne.named_parameters() if name not in actual]
     if set(actual) != set(expected):
@@ -227,7 +229,7 @@ def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) 
     packed = dict(tensors(hne))
     return max(
         (
-            deviation(hne.part(key, leaf, packed[key]).double(), own.double())
+            deviation(hne.part(key, leaf, packed[key]), own)
             for key, own in network.named_buffers(remove_duplicate=False)
             if key not in hne.shared_buffers
         ),

@@ -22,7 +22,7 @@ INPUT = "input"
 
 # Cost of choosing a split one module deeper, in units of squared relative unevenness of one level:
 # stage starts (shallow names) win unless a deeper point evens the levels out markedly.
-_DEPTH_COST = 0.05
+_DEPTH_COST = 0.1
 
 
 @dataclass(frozen=True)

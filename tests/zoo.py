@@ -38,6 +38,7 @@ class Case:
         wide: the one split of the tree with a single fanout of 4.
         slow: takes gigabytes or minutes; left out of the default run.
         ungraded: how many parameters reach no output in training mode, and so get no gradient.
+        shapes: the tree shapes it is checked in; fewer only with a reason in the note.
         note: what is special about it.
     """
 
@@ -48,6 +49,7 @@ class Case:
     wide: str | None = None
     slow: bool = False
     ungraded: int = 0
+    shapes: tuple[str, ...] = SHAPES
     note: str = ""
 
     def splits(self, shape: str = "binary") -> int | list[str]:
@@ -248,7 +250,15 @@ _SLOW = [
     ),
     Case("repvgg_a0", _timm("repvgg_a0"), 64, wide="stages.3", slow=True),
     Case("densenet121", _torchvision("densenet121"), 64, wide="features.denseblock4", slow=True),
-    Case("vgg11_bn", _torchvision("vgg11_bn"), 64, wide="classifier", slow=True),
+    Case(
+        "vgg11_bn",
+        _torchvision("vgg11_bn"),
+        64,
+        wide="classifier",
+        slow=True,
+        shapes=("wide", "input"),
+        note="16 classifiers of 120 million parameters, with gradients and their sums: over 24 GB",
+    ),
     Case("convnext_tiny", _torchvision("convnext_tiny"), 64, wide="features.7", slow=True),
     Case(
         "vit_b_16",

@@ -13,7 +13,7 @@ import treeify
 CASES = [
     pytest.param(case, shape, id=f"{case}-{shape}", marks=[pytest.mark.slow] * case.slow)
     for case in zoo.cases(slow=None)
-    for shape in zoo.SHAPES
+    for shape in case.shapes
 ]
 
 

@@ -1,7 +1,7 @@
 """The models the parity tests sweep: real ones with small inputs and few classes, and odd ones.
 
 A case costs what its inputs cost, so sizes are the smallest each model takes. What needs gigabytes
-or minutes with 16 leaves is marked slow and runs with `pytest -m slow`.
+or minutes with 16 leaves is marked slow and runs with `pytest -m slow -n 0`.
 """
 
 from collections.abc import Callable

@@ -266,6 +266,8 @@ _SLOW = [
         32,
         wide="encoder.layers.encoder_layer_9",
         slow=True,
+        shapes=("wide", "input"),
+        note="16 leaves, checked in float64 with gradients, take over 24 GB",
     ),
     Case("swin_t", _torchvision("swin_t"), 64, wide="features.7", slow=True),
     Case("resnet50", _timm("resnet50"), 64, wide="layer4", slow=True),

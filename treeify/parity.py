@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -150,12 +149,12 @@ def _train_parity(
     weights: list[Tensor] = []
     leaf = buffers = 0.0
     expected: dict[str, Tensor] = {}
-    with mean_noise():
+    with MeanNoise():
         logits = hne(x)
     torch.autograd.backward(_scalar(logits, weights))
     for index in range(hne.leaves):
         network = pristine.leaf(index).train().requires_grad_(True)
-        with mean_noise():
+        with MeanNoise():
             own = network(x)
         leaf = max(leaf, deviation(_select(logits, index), own))
         torch.autograd.backward(_scalar(own, [_select(w, index) for w in weights]))
@@ -237,7 +236,7 @@ def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) 
     )
 
 
-class _MeanNoise(TorchFunctionMode):
+class MeanNoise(TorchFunctionMode):
     """Replaces random draws by their mean: dropout and stochastic depth become the identity."""
 
     _IDENTITY = (
@@ -265,10 +264,3 @@ class _MeanNoise(TorchFunctionMode):
         elif position is not None:
             kwargs["dropout_p"] = 0.0
         return func(*args, **kwargs)
-
-
-@contextmanager
-def mean_noise() -> Iterator[None]:
-    """Hold dropout and stochastic depth at their mean."""
-    with _MeanNoise():
-        yield

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,14 +15,18 @@ from torch.utils._pytree import tree_map_only
 
 from treeify import splits as split_module
 from treeify.errors import InputError
+from treeify.execution import Execution, Plan, Situation, Tuning
+from treeify.folding import fold
 from treeify.initialize import State, pack_states
 from treeify.packing import Form
-from treeify.rewrite import NodeReport, Program, rewrite
+from treeify.program import PACKED, NodeReport, Program
+from treeify.rewrite import rewrite
 from treeify.rules import WIDEN
 from treeify.splits import Splits
 from treeify.storage import Slot, build, lookup, owner, slots, tensors
 from treeify.trace import Traced
 from treeify.tree import Span, Tree
+from treeify.tuning import tune
 
 if TYPE_CHECKING:
     from treeify.architecture import Architecture
@@ -116,6 +121,8 @@ class HierarchicalEnsemble(nn.Module):
             for training in traced.graphs
         }
         _allow_in_place(self, self._programs[False], self._programs[True])
+        self._folded = fold(self._programs[False])
+        self._execution = Execution(splits.tree.levels)
         self._shared_buffers = _shared_buffers(traced.skeleton, self._slots, calls)
         self._conversion = Conversion(
             splits,
@@ -162,7 +169,82 @@ class HierarchicalEnsemble(nn.Module):
         count = self.leaves if leaves is None else leaves
         self.tree.check_size(count)
         self._check_input(x)
-        return self._programs[self.training].run(x, Span(0, count))
+        return self._run(x, count, self.plan(x))
+
+    def _run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
+        return self._program(plan).run(plan.arrange(x), Span(0, leaves), plan.ways)
+
+    def _program(self, plan: Plan) -> Program:
+        """The program that runs a plan in the present mode."""
+        # Folded weights have no gradients of their own, and compiling folds by itself.
+        if plan.fold and not (self.training or torch.is_grad_enabled() or _is_recorded()):
+            return self._folded
+        return self._programs[self.training]
+
+    @property
+    def execution(self) -> str | tuple[str, ...]:
+        """How levels run: `packed`, `looped`, `auto` (as tuned, else packed), or one per level.
+
+        - `packed` runs all branches of a level as one grouped operation;
+        - `looped` runs branch by branch over the same parameters, consecutive looped levels
+          depth-first.
+        """
+        return self._execution.setting
+
+    @execution.setter
+    def execution(self, setting: str | Sequence[str]) -> None:
+        self._execution.set(setting)
+
+    @property
+    def tunings(self) -> dict[Situation, Tuning]:
+        """What `tune` measured and chose, by situation; saved with the ensemble."""
+        return self._execution.tunings
+
+    def tune(
+        self,
+        x: Tensor,
+        *,
+        training: bool | None = None,
+        loss: Callable[[Any], Tensor] | None = None,
+        repeats: int = 7,
+    ) -> Tuning:
+        """Measure the ways to run inputs like `x` on this machine and keep the fastest.
+
+        Levels are tried packed and looped, in both memory formats. Inference is measured without
+        gradients and with batch norms folded into convolutions. The choice is kept in
+        `hne.tunings`, saved with the ensemble, and used where `hne.execution` is `auto`, for other
+        batch sizes too until those are tuned themselves. Parameters take the chosen memory format;
+        values, gradients, buffers and the random state stay as they are.
+
+        Args:
+            x: images, `[N, C, H, W]`.
+            training: tune a training step, forward and backward; by default the present mode.
+            loss: of the leaf logits, for a training step; by default their mean square.
+            repeats: rounds of each comparison, of which medians are compared.
+
+        Returns:
+            The plan chosen and every measurement in seconds; prints as a table.
+
+        Raises:
+            InputError: the input does not fit the model, or has no images.
+        """
+        self._check_input(x)
+        modes = {module: module.training for module in self.modules()}
+        self.train(self.training if training is None else training)
+        try:
+            run = partial(self._run, x, self.leaves)
+            return tune(self, self._execution, run, x, loss=loss, repeats=repeats)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def plan(self, x: Tensor) -> Plan:
+        """How an input like `x` runs in the present mode."""
+        plan = self._execution.plan(x, training=self.training)
+        if self.training and self._shared_buffers:
+            # The mean of the branches' updates needs all branches at once.
+            return replace(plan, ways=(PACKED,) * self.tree.levels)
+        return plan
 
     def predict(self, x: Tensor, leaves: int | None = None) -> Tensor:
         """Mean logits of the first `leaves` leaves, `[N, C, H, W] -> [N, K]`.
@@ -291,6 +373,11 @@ class HierarchicalEnsemble(nn.Module):
                 " (H and W as far as the base model allows)",
                 found=found,
             )
+
+
+def _is_recorded() -> bool:
+    """Whether the forward pass is being compiled or traced."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _shared_buffers(

@@ -3,11 +3,13 @@
 - *shared*: one value, the same for every branch (all before the first split, sizes, constants);
 - *packed*: the branches of a span in one tensor, `[N, G*C, ...]` branch-major if dim 0 is the batch
   and there is a dim 1, else stacked to `[G, ...]`;
-- *per branch*: `Branches`, one value per branch of the span.
+- *per branch*: `Branches`, one value per branch of the span;
+- *leaves*: what the whole tree returns, `[N, L, ...]`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -25,6 +27,7 @@ class Form(Enum):
     SHARED = "shared"
     PACKED = "packed"
     BRANCHES = "per branch"
+    LEAVES = "leaves"
 
 
 class Branches(tuple[Any, ...]):
@@ -61,6 +64,22 @@ def pack(branches: Branches, known: Any) -> Any:
         return torch.cat(parts, dim=1) if fact.folds else torch.stack(parts)
 
     return tree_map(join, known, *branches)
+
+
+def join(values: Sequence[Any], form: Form, known: Any) -> Any:
+    """Values in one form for neighbouring spans -> one value for all of them."""
+    if form is Form.SHARED:
+        return values[0]
+    if form is Form.BRANCHES:
+        return Branches(branch for value in values for branch in value)
+
+    def cat(fact: TensorFacts | None, *parts: Any) -> Any:
+        if fact is None:
+            return parts[0]
+        leaf_dim = min(1, len(fact.shape))
+        return torch.cat(parts, dim=leaf_dim if form is Form.LEAVES else int(fact.folds))
+
+    return tree_map(cat, known, *values)
 
 
 def unpack(value: Any, known: Any, count: int) -> Branches:

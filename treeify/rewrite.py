@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.node import map_arg
 
 from treeify.packing import Convert, Form, Leaves
+from treeify.program import OUTPUT, Crossing, NodeReport, Program, Segment
 from treeify.rules.branchwise import (
     Constant,
     EachBranch,
@@ -29,75 +30,7 @@ from treeify.rules.registry import WIDEN, Call, Unpackable, find, is_pure
 from treeify.rules.shape import SHAPE_READINGS
 from treeify.storage import Slot, submodule, tensors
 from treeify.trace import Traced, facts
-from treeify.tree import Span, Tree
-
-
-@dataclass(frozen=True)
-class NodeReport:
-    """How one node of the base graph runs.
-
-    Args:
-        path: module path or function path of the node.
-        operation: what it does.
-        level: its level in the tree.
-        form: shared, packed or per branch.
-        reason: why it does not run packed; empty where it does.
-        macs: multiply-accumulates per image and branch.
-    """
-
-    path: str
-    operation: str
-    level: int
-    form: Form
-    reason: str
-    macs: int
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One level, ready to run.
-
-    Args:
-        level: the level.
-        module: called with a span and the values of `inputs`; returns the values of `outputs`.
-        inputs: names of values from lower levels.
-        outputs: names of values that higher levels read.
-    """
-
-    level: int
-    module: fx.GraphModule
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Program:
-    """A mode's segments, from the root to the leaves.
-
-    Args:
-        tree: the tree they run.
-        segments: one per level.
-        image: name of the input value.
-        defaults: values of the forward arguments the user cannot set.
-        nodes: what runs how.
-        in_place: for in-place activations, whether they may stay so.
-    """
-
-    tree: Tree
-    segments: tuple[Segment, ...]
-    image: str
-    defaults: Mapping[str, Any]
-    nodes: tuple[NodeReport, ...]
-    in_place: Mapping[str, bool]
-
-    def run(self, x: Tensor, leaves: Span) -> Any:
-        """Outputs of a range of leaves, `[N, C, H, W] -> [N, leaves, K]`."""
-        values = {self.image: x, **self.defaults}
-        for segment in self.segments:
-            span = self.tree.span(segment.level, leaves)
-            results = segment.module(span, *(values[name] for name in segment.inputs))
-            values.update(zip(segment.outputs, results, strict=True))
-        return values["output"]
+from treeify.tree import Tree
 
 
 def rewrite(
@@ -157,12 +90,14 @@ class _Rewriter:
         self.reports: list[NodeReport] = []
         self.in_place: dict[str, bool] = {}
         self.drafts = [_Draft() for _ in range(tree.levels)]
+        self.crossings: dict[str, Crossing] = {}
 
     def run(self) -> Program:
         placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 self.forms[node] = Form.SHARED
+                self.crossings[node.name] = Crossing(0, Form.SHARED, facts(node).value)
             elif node.op == "output":
                 self._write_output(node)
             else:
@@ -172,6 +107,7 @@ class _Rewriter:
             tuple(self._finish(level) for level in range(self.tree.levels)),
             placeholders[0].name,
             {node.name: node.args[0] if node.args else None for node in placeholders[1:]},
+            self.crossings,
             tuple(self.reports),
             self.in_place,
         )
@@ -197,6 +133,7 @@ class _Rewriter:
             source = self.levels[node]
             if node.op != "placeholder":
                 self.drafts[source].outputs[node.name] = self.drafts[source].values[key]
+                self.crossings[node.name] = Crossing(source, self.forms[node], facts(node).value)
             draft.values[key] = self._placeholder(draft, node.name)
             draft.inputs.append(node.name)
         return draft.values[key]
@@ -411,4 +348,6 @@ class _Rewriter:
             return self._call(level, name, Leaves(facts(source).value), (packed,), {})
 
         result: Any = map_arg(node.args[0], leaves)
-        draft.outputs["output"] = result
+        draft.outputs[OUTPUT] = result
+        known = map_arg(node.args[0], lambda source: facts(source).value)
+        self.crossings[OUTPUT] = Crossing(level, Form.LEAVES, known)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,8 +42,35 @@ class Slot:
         return packed[index] if self.scalar else narrow(packed, branches, Span(index, index + 1))
 
 
+_CUTS: ContextVar[dict[int, tuple[Tensor, ...]] | None] = ContextVar("cuts", default=None)
+
+
+@contextmanager
+def cut_once() -> Iterator[None]:
+    """Within, `narrow` cuts each parameter into all its branches at once.
+
+    The gradient of one branch's part is a whole packed tensor of zeros but for that part; a loop
+    over `G` branches would add up `G` of them. That of the cut is one concatenation.
+    """
+    if _CUTS.get() is not None or not torch.is_grad_enabled():
+        yield
+        return
+    token = _CUTS.set({})
+    try:
+        yield
+    finally:
+        _CUTS.reset(token)
+
+
 def narrow(packed: Tensor, branches: int, span: Span) -> Tensor:
     """The part of a packed tensor that belongs to a span of its branches; a view."""
+    if span.size == branches:
+        return packed
+    cuts = None if torch.compiler.is_compiling() else _CUTS.get()
+    if cuts is not None and span.size == 1 and packed.requires_grad:
+        if id(packed) not in cuts:
+            cuts[id(packed)] = packed.chunk(branches)
+        return cuts[id(packed)][span.start]
     width = packed.shape[0] // branches
     return packed.narrow(0, span.start * width, span.size * width)
 

@@ -32,6 +32,10 @@ class Span(NamedTuple):
         """The branches above this span at a lower level, `ratio` of this level below each."""
         return Span(self.start // ratio, -(-self.stop // ratio))
 
+    def within(self, branch: int, ratio: int) -> Span:
+        """The part of this span below one branch of a lower level, `ratio` of this level each."""
+        return Span(max(self.start, branch * ratio), min(self.stop, (branch + 1) * ratio))
+
 
 @dataclass(frozen=True)
 class Tree:

@@ -18,7 +18,7 @@ from treeify.storage import lookup, narrow
 from treeify.trace import TensorFacts
 from treeify.tree import Span
 
-_MODULES = (
+ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh),
     *(nn.Sigmoid, nn.Tanh, nn.ELU, nn.SELU, nn.CELU, nn.LeakyReLU, nn.Softplus, nn.Softsign),
     *(nn.LogSigmoid, nn.Tanhshrink, nn.Hardshrink, nn.Softshrink, nn.Threshold, nn.Identity),
@@ -46,12 +46,12 @@ _BROADCAST: tuple[Any, ...] = (
 )
 
 
-@widens(*_MODULES)
+@widens(*ACTIVATIONS)
 def pack_activation(activation: nn.Module, branches: int) -> None:
     """An activation is the same for any number of channels."""
 
 
-rule(*_MODULES, pure=True)(widened)
+rule(*ACTIVATIONS, pure=True)(widened)
 
 
 class Direct(nn.Module):

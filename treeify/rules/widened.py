@@ -114,12 +114,12 @@ class WidenedConv(Widened):
         # (parent, group, sibling, o), and are packed as (parent, sibling, group, o).
         siblings = span.size // parents
         swapped = {
-            name: _swap(tensor, 0, parents, siblings, groups) for name, tensor in tensors.items()
+            name: swap(tensor, 0, parents, siblings, groups) for name, tensor in tensors.items()
         }
-        return _swap(call_with(conv, swapped, (x,)), 1, parents, groups, siblings)
+        return swap(call_with(conv, swapped, (x,)), 1, parents, groups, siblings)
 
 
-def _swap(tensor: Tensor, dim: int, parents: int, outer: int, inner: int) -> Tensor:
+def swap(tensor: Tensor, dim: int, parents: int, outer: int, inner: int) -> Tensor:
     """Exchange two of the axes folded into `dim`: `(parents, outer, inner, rest)`."""
     axes = torch.unflatten(tensor, dim, (parents, outer, inner, -1))
     return axes.transpose(dim + 1, dim + 2).flatten(dim, dim + 3)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from treeify import splits as split_module
+from treeify.anytime import Session, Step, mean_over_leaves, steps
+from treeify.confidence import Answer, Budget, answer, thresholds_for
+from treeify.deadline import Latencies, advance_until, check_deadline, find, measure
 from treeify.errors import InputError
 from treeify.execution import Execution, Plan, Situation, Tuning
 from treeify.folding import fold
@@ -123,6 +126,7 @@ class HierarchicalEnsemble(nn.Module):
         _allow_in_place(self, self._programs[False], self._programs[True])
         self._folded = fold(self._programs[False])
         self._execution = Execution(splits.tree.levels)
+        self.latencies: dict[Situation, Latencies] = {}
         self._shared_buffers = _shared_buffers(traced.skeleton, self._slots, calls)
         self._conversion = Conversion(
             splits,
@@ -246,19 +250,133 @@ class HierarchicalEnsemble(nn.Module):
             return replace(plan, ways=(PACKED,) * self.tree.levels)
         return plan
 
-    def predict(self, x: Tensor, leaves: int | None = None) -> Tensor:
-        """Mean logits of the first `leaves` leaves, `[N, C, H, W] -> [N, K]`.
+    @overload
+    def predict(
+        self,
+        x: Tensor,
+        leaves: int | None = None,
+        *,
+        deadline: float | None = None,
+        confidence: None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def predict(
+        self,
+        x: Tensor,
+        leaves: int | None = None,
+        *,
+        deadline: float | None = None,
+        confidence: float | Sequence[float] | Budget,
+    ) -> Answer: ...
+
+    def predict(
+        self,
+        x: Tensor,
+        leaves: int | None = None,
+        *,
+        deadline: float | None = None,
+        confidence: float | Sequence[float] | Budget | None = None,
+    ) -> Any:
+        """Mean logits, of as many leaves as asked for or as there is time or need for.
+
+        Args:
+            x: images, `[N, C, H, W]`.
+            leaves: average the first `leaves` leaves; all if nothing is given.
+            deadline: seconds from the call; the largest nested size expected to end in time, at
+                least one leaf. Needs `calibrate` for this shape on this machine.
+            confidence: stop adding leaves to an image once the probability of its likeliest class
+                reaches this; one value, one for every nested size but the last, or what
+                `treeify.confidence.budget` chose. Sure images leave the batch.
+
+        Returns:
+            `[N, K]`; with confidence an `Answer`: logits `[N, K]` and leaves used per image `[N]`.
 
         Raises:
             LeafError: there are not that many leaves.
-            InputError: the input does not fit.
+            InputError: the input does not fit, several of the three are given, the ensemble is in
+                training mode, or it has not been calibrated for this input.
 
         Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
         """
-        result: Tensor = tree_map_only(
-            Tensor, lambda logits: logits.mean(1), self(x, leaves=leaves)
+        begin = time.perf_counter()
+        if sum(limit is not None for limit in (leaves, deadline, confidence)) > 1:
+            raise InputError(
+                "several limits were given.", expected="leaves, deadline or confidence"
+            )
+        if deadline is not None:
+            check_deadline(deadline)
+            session = self.session(x)
+            advance_until(session, self._latencies_for(x), deadline, begin)
+            return session.logits
+        if confidence is not None:
+            sizes = self.tree.nested_sizes
+            return answer(self.session(x), sizes, thresholds_for(confidence, sizes))
+        return mean_over_leaves(self(x, leaves=leaves))
+
+    def session(self, x: Tensor) -> Session:
+        """Anytime inference on a batch, to be advanced, stopped and resumed as you like.
+
+        Args:
+            x: images, `[N, C, H, W]`.
+
+        Raises:
+            InputError: the input does not fit, or the ensemble is in training mode.
+        """
+        self._check_input(x)
+        if self.training:
+            raise InputError(
+                "anytime inference needs running statistics, not those of the batch.",
+                expected="an ensemble in evaluation mode",
+                next_step="Call hne.eval() first.",
+            )
+        with torch.no_grad():
+            plan = self.plan(x)
+            return Session(self._program(plan), plan, x, self.count_macs)
+
+    def anytime(self, x: Tensor, sizes: Sequence[int] | None = None) -> Iterator[Step]:
+        """Answers that get better: one step for every size, nothing computed twice.
+
+        Args:
+            x: images, `[N, C, H, W]`.
+            sizes: increasing numbers of leaves; the nested sizes if not given.
+
+        Yields:
+            A `Step`: leaves, their mean logits `[N, K]`, seconds and MACs per image so far.
+
+        Raises:
+            LeafError: a size does not exist, or sizes do not increase.
+            InputError: the input does not fit, or the ensemble is in training mode.
+        """
+        yield from steps(self.session(x), self.tree.nested_sizes if sizes is None else sizes)
+
+    def calibrate(self, x: Tensor, *, repeats: int = 100, budget: float = 30.0) -> Latencies:
+        """Measure how long each nested size takes for inputs like `x` on this machine.
+
+        `predict(x, deadline=...)` goes by it. Calibrate under the load you expect, and after
+        `tune`: a change of how levels run asks for it again. Saved with the ensemble.
+
+        Args:
+            x: images, `[N, C, H, W]`.
+            repeats: sessions to measure.
+            budget: seconds after which no more are begun, once ten are measured.
+
+        Raises:
+            InputError: the input does not fit, or the ensemble is in training mode.
+        """
+        self.session(x)
+        situation = Situation.of(x, training=False)
+        start = partial(self.session, x)
+        found = measure(
+            *(start, situation, self.plan(x), self.tree.nested_sizes),
+            repeats=repeats,
+            budget=budget,
         )
-        return result
+        self.latencies[situation] = found
+        return found
+
+    def _latencies_for(self, x: Tensor) -> Latencies:
+        return find(self.latencies, Situation.of(x, training=False), self.plan(x))
 
     def leaf(self, index: int) -> nn.Module:
         """The untouched base architecture with a copy of one leaf's weights.

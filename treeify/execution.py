@@ -32,6 +32,11 @@ class Plan:
     channels_last: bool | None = None
     fold: bool = False
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """What `dataclasses.asdict` gave."""
+        return cls(**{**values, "ways": tuple(values["ways"])})
+
     def arrange(self, x: Tensor) -> Tensor:
         """The input in the plan's memory format."""
         if x.ndim != 4 or self.channels_last is None:
@@ -69,6 +74,11 @@ class Situation:
         """The situation of an input on this machine."""
         return cls(training, tuple(x.shape), str(x.dtype), machine.describe(x.device))
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Situation:
+        """What `dataclasses.asdict` gave."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
+
     def __str__(self) -> str:
         """One line."""
         mode = "training step" if self.training else "inference"
@@ -97,9 +107,8 @@ class Tuning:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Tuning:
         """What `to_dict` wrote."""
-        situation, plan = dict(values["situation"]), dict(values["plan"])
-        situation["shape"], plan["ways"] = tuple(situation["shape"]), tuple(plan["ways"])
-        return cls(Situation(**situation), Plan(**plan), dict(values["seconds"]))
+        situation, plan = values["situation"], values["plan"]
+        return cls(Situation.from_dict(situation), Plan.from_dict(plan), dict(values["seconds"]))
 
     def __str__(self) -> str:
         """The choice and what it was chosen from, fastest first."""

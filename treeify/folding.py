@@ -1,9 +1,9 @@
-"""Batch norms folded into the convolutions before them, for evaluation without gradients.
+"""Shortcuts of evaluation without gradients: batch norms folded, fresh values overwritten.
 
 In evaluation mode a batch norm is a scale and a shift per channel, and so is part of the
-convolution whose output it alone reads; an activation or a sum that alone reads the result may then
-overwrite it. The folded weights are computed when first used, and again whenever a tensor they come
-from has changed.
+convolution whose output it alone reads. The folded weights are computed when first used, and again
+whenever a tensor they come from has changed. An activation or a sum that alone reads a new tensor
+may overwrite it, since no gradient will ask for it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import timm.layers.activations as timm_act
 import torch
 import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame, conv2d_same
@@ -24,7 +25,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from treeify.packing import read_once
 from treeify.program import Program, Segment
-from treeify.rules.elementwise import ACTIVATIONS, Direct
+from treeify.rules.elementwise import ACTIVATIONS, Broadcast, Direct
+from treeify.rules.linear import PackedLinear
+from treeify.rules.norm import PackedLayerNorm
 from treeify.rules.widened import Widened, WidenedConv, swap
 from treeify.storage import narrow
 from treeify.tree import Span
@@ -44,7 +47,11 @@ _FUNCTIONS: dict[Any, Activation] = {
     F.relu6: partial(F.relu6, inplace=True),
     F.silu: partial(F.silu, inplace=True),
     F.hardswish: partial(F.hardswish, inplace=True),
+    F.gelu: torch.ops.aten.gelu_,
 }
+# Operations whose result is a new tensor that nothing else looks into.
+_FRESH = (nn.Linear, nn.LayerNorm, PackedLinear, PackedLayerNorm, *_CONVOLUTIONS, *_NORMS)
+_ARITHMETIC = (*_ADDITIONS, operator.mul, torch.mul, "mul", operator.sub, torch.sub, "sub")
 
 
 def fold(program: Program) -> Program:
@@ -153,6 +160,18 @@ def _stored(operation: nn.Module) -> nn.Module:
     return operation.module if isinstance(operation, Widened) else operation
 
 
+class Overwrite(nn.Module):
+    """An activation written over its input, which nothing else reads."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, span: Span, x: Tensor) -> Tensor:
+        """The same shape."""
+        return self.activation(x)
+
+
 class AddInto(nn.Module):
     """A sum written over one of its operands, which nothing else reads."""
 
@@ -173,13 +192,13 @@ class _Folder:
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment
-        self.modules: dict[str, nn.Module] = dict(segment.module.named_children())
+        self.modules: dict[str, nn.Module] = dict(segment.module._modules)  # type: ignore[arg-type]
         self.graph = copy.deepcopy(segment.module.graph)
         self.span = next(iter(self.graph.nodes))
         self.erased: set[fx.Node] = set()
 
     def run(self) -> Segment:
-        for fold_at in (self._fold_norm, self._fold_addition):
+        for fold_at in (self._fold_norm, self._fold_addition, self._fold_activation):
             for node in reversed(list(self.graph.nodes)):
                 if node not in self.erased:
                     fold_at(node)
@@ -209,11 +228,25 @@ class _Folder:
     def _fold_addition(self, node: fx.Node) -> None:
         operands = self._addition(node)
         for position, operand in enumerate(operands):
-            fresh = isinstance(self.modules.get(str(operand.target)), FoldedConv)
-            if fresh and len(operand.users) == 1 and operands[0] is not operands[1]:
+            if self._is_spare(operand) and operands[0] is not operands[1]:
                 last, activation = self._following_activation(node)
                 self._replace(last, AddInto(position, activation), (self.span, *operands))
                 return
+
+    def _fold_activation(self, node: fx.Node) -> None:
+        if self._is_spare(node):
+            last, activation = self._following_activation(node)
+            if activation is not None:
+                self._replace(last, Overwrite(activation), (self.span, node))
+
+    def _is_spare(self, node: fx.Node) -> bool:
+        """Whether a value is a new tensor with a single reader."""
+        if len(node.users) != 1 or node.op != "call_module":
+            return False
+        operation = self.modules[str(node.target)]
+        if isinstance(operation, Direct | Broadcast):
+            return operation.target in _ARITHMETIC
+        return isinstance(operation, FoldedConv | AddInto) or type(_stored(operation)) in _FRESH
 
     def _addition(self, node: fx.Node) -> list[fx.Node]:
         """The operands of a sum of two tensors; empty for anything else."""
@@ -283,6 +316,10 @@ def _overwriting(module: nn.Module) -> Activation | None:
     """An activation that may overwrite its input; None where the module is no such activation."""
     if type(module) is nn.Identity:
         return module
+    if type(module) is nn.GELU:
+        return partial(torch.ops.aten.gelu_, approximate=module.approximate)
+    if type(module) is timm_act.GELU:
+        return torch.ops.aten.gelu_
     if type(module) not in ACTIVATIONS or not hasattr(module, "inplace"):
         return None
     again = copy.copy(module)

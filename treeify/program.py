@@ -55,11 +55,13 @@ class Crossing:
         level: where it is made.
         form: how it is held.
         known: its `TensorFacts`, in the value's own structure.
+        rows: whether dropping images from the batch means dropping rows of its tensors, no more.
     """
 
     level: int
     form: Form
     known: Any
+    rows: bool
 
 
 class Held:
@@ -101,6 +103,19 @@ class Held:
         if self.crossing.form is Form.SHARED or wanted == self.span:
             return self
         return Held(self.crossing, wanted, tree_map(_own, self.take(wanted)))
+
+    def rows(self, images: Tensor) -> Held:
+        """The value for some of the images."""
+
+        def choose(fact: TensorFacts | None, value: Any) -> Any:
+            return value.index_select(0, images) if fact is not None and fact.batched else value
+
+        known = self.crossing.known
+        if self.crossing.form is Form.BRANCHES:
+            chosen: Any = Branches(tree_map(choose, known, value) for value in self.value)
+        else:
+            chosen = tree_map(choose, known, self.value)
+        return Held(self.crossing, self.span, chosen)
 
 
 def _piece(fact: TensorFacts | None, whole: Any, count: int, start: int, size: int) -> Any:

@@ -97,7 +97,7 @@ class _Rewriter:
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 self.forms[node] = Form.SHARED
-                self.crossings[node.name] = Crossing(0, Form.SHARED, facts(node).value)
+                self.crossings[node.name] = _crossing(node, 0, Form.SHARED)
             elif node.op == "output":
                 self._write_output(node)
             else:
@@ -133,7 +133,7 @@ class _Rewriter:
             source = self.levels[node]
             if node.op != "placeholder":
                 self.drafts[source].outputs[node.name] = self.drafts[source].values[key]
-                self.crossings[node.name] = Crossing(source, self.forms[node], facts(node).value)
+                self.crossings[node.name] = _crossing(node, source, self.forms[node])
             draft.values[key] = self._placeholder(draft, node.name)
             draft.inputs.append(node.name)
         return draft.values[key]
@@ -350,4 +350,9 @@ class _Rewriter:
         result: Any = map_arg(node.args[0], leaves)
         draft.outputs[OUTPUT] = result
         known = map_arg(node.args[0], lambda source: facts(source).value)
-        self.crossings[OUTPUT] = Crossing(level, Form.LEAVES, known)
+        self.crossings[OUTPUT] = Crossing(level, Form.LEAVES, known, rows=True)
+
+
+def _crossing(node: fx.Node, level: int, form: Form) -> Crossing:
+    known = facts(node)
+    return Crossing(level, form, known.value, known.rows)

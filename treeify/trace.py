@@ -52,12 +52,14 @@ class Facts:
         scope: path of the module the node stems from.
         value: the node's output with every tensor replaced by its `TensorFacts`.
         macs: multiply-accumulates per image.
+        rows: whether dropping images from the batch means dropping rows of the tensors, no more.
     """
 
     path: str
     scope: str
     value: Any
     macs: int
+    rows: bool
 
     @property
     def tensors(self) -> list[TensorFacts]:
@@ -392,6 +394,7 @@ class _Recorder(fx.Interpreter):
         self.graph = graph
         self.values: dict[fx.Node, Any] = {}
         self.macs: dict[fx.Node, int] = {}
+        self.others: dict[fx.Node, list[str]] = {}
         self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
 
     def record(self, example: Tensor) -> None:
@@ -403,6 +406,7 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         self.macs[n] = (self._counter.get_total_flops() - before) // 2
         self.values[n] = tree_map(_shape, value)
+        self.others[n] = [str(leaf) for leaf in tree_leaves(value) if not isinstance(leaf, Tensor)]
         return value
 
 
@@ -420,9 +424,22 @@ def _annotate(
         node.meta["treeify"] = Facts(
             path=paths[node],
             scope=scope,
-            value=tree_map(_compare, small.values[node], large.values[node], is_leaf=_is_leaf),
+            value=tree_map(_merge, small.values[node], large.values[node], is_leaf=_is_leaf),
             macs=small.macs[node] // _BATCHES[0],
+            rows=_follows_batch(small, large, node),
         )
+
+
+def _follows_batch(small: _Recorder, large: _Recorder, node: fx.Node) -> bool:
+    """Whether only dim 0 of tensors differs between the batch sizes, and no number does."""
+    shapes = zip(
+        *(tree_leaves(run.values[node], is_leaf=_is_leaf) for run in (small, large)), strict=True
+    )
+    same = all(
+        one is None or other is None or one == other or _compare(one, other).batched
+        for one, other in shapes
+    )
+    return same and small.others[node] == large.others[node]
 
 
 def _record(
@@ -459,10 +476,12 @@ def _is_leaf(value: Any) -> bool:
     return value is None or isinstance(value, torch.Size)
 
 
-def _compare(small: torch.Size | None, large: torch.Size | None) -> TensorFacts | None:
+def _merge(small: torch.Size | None, large: torch.Size | None) -> TensorFacts | None:
+    return None if small is None or large is None else _compare(small, large)
+
+
+def _compare(small: torch.Size, large: torch.Size) -> TensorFacts:
     """Merge the shapes seen at both batch sizes."""
-    if small is None or large is None:
-        return None
     rest_fixed = small[1:] == large[1:]
     batched = bool(small) and (small[0], large[0]) == _BATCHES and rest_fixed
     return TensorFacts(tuple(small), batched)

@@ -91,6 +91,26 @@ class Tree:
         """The branches of `level` that a range of leaves needs."""
         return leaves.parents(self.leaves_below(level))
 
+    def pieces(self, leaves: Span) -> list[tuple[int, Span]]:
+        """A range of leaves cut where it goes on below a branch that is computed already.
+
+        Args:
+            leaves: the leaves to add to those before them.
+
+        Returns:
+            Per piece the first level to compute and its leaves; above that level a piece has a
+            single branch, computed before, from that level on none.
+        """
+        found = []
+        start = leaves.start
+        while start < leaves.stop:
+            partial = [b for b in range(self.levels) if start % self.leaves_below(b)]
+            below = self.leaves_below(partial[-1]) if partial else self.leaves
+            stop = min(leaves.stop, (start // below + 1) * below)
+            found.append((partial[-1] + 1 if partial else 0, Span(start, stop)))
+            start = stop
+        return found
+
     def path(self, leaf: int) -> tuple[int, ...]:
         """The branch index at each level on the way from the root to `leaf`.
 

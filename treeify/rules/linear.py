@@ -34,7 +34,7 @@ class PackedLinear(nn.Module):
         bias = self.storage.bias
         bias = None if bias is None else narrow(bias, self.branches, span)  # type: ignore[arg-type]
         parents, x = read_once(span, self.ratio, x, self.known)
-        if x.ndim == 2 and parents == 1:
+        if span.size == 1 or (x.ndim == 2 and parents == 1):
             return F.linear(x, weight, bias)
         return _grouped_linear(x, weight, bias, parents, span.size)
 

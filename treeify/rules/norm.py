@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import norm as timm_norm
 from timm.layers import norm_act as timm_norm_act
@@ -88,17 +89,34 @@ class PackedLayerNorm(nn.Module):
 
     def forward(self, span: Span, x: Tensor) -> Tensor:
         """`[N, G*C, ...] -> [N, G*C, ...]`."""
+        weight, bias = (self._part(name, span) for name in ("weight", "bias"))
+        if span.size == 1:
+            return self._single(x, weight, bias)
         x = unfold(x, span.size)
         if self.channels:
             x = x.movedim(2, -1)
         x = F.layer_norm(x, self.shape, eps=self.eps)
         between = x.ndim - 2 - len(self.shape)
-        for name, combine in (("weight", Tensor.mul), ("bias", Tensor.add)):
-            tensor = getattr(self.storage, name, None)
-            if tensor is not None:
-                part = narrow(tensor, self.branches, span)
-                x = combine(x, part.view(span.size, *[1] * between, *self.shape))
+        scale, shift = (
+            None if part is None else part.view(span.size, *[1] * between, *self.shape)
+            for part in (weight, bias)
+        )
+        if scale is not None and shift is not None:
+            x = torch.addcmul(shift, x, scale)
+        elif scale is not None:
+            x = x * scale
         return refold(x.movedim(-1, 2) if self.channels else x)
+
+    def _single(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """One branch: the base model's own operation."""
+        if self.channels:
+            x = x.movedim(1, -1)
+        x = F.layer_norm(x, self.shape, weight, bias, self.eps)
+        return x.movedim(-1, 1) if self.channels else x
+
+    def _part(self, name: str, span: Span) -> Tensor | None:
+        tensor = getattr(self.storage, name, None)
+        return None if tensor is None else narrow(tensor, self.branches, span)
 
 
 @rule(*_LAYER_NORMS, *_CHANNEL_LAYER_NORMS)

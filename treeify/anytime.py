@@ -1,0 +1,218 @@
+"""Anytime inference: leaves added step by step, from the activations cached at the splits.
+
+After `n` leaves at most one branch per level is computed but not complete, since leaves are
+numbered depth-first. The values that its children will read are all that is kept between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from treeify import machine
+from treeify.errors import InputError, LeafError
+from treeify.execution import Plan
+from treeify.packing import Form, join
+from treeify.program import OUTPUT, Held, Program, Walk
+from treeify.tree import Span
+
+
+@dataclass(frozen=True)
+class Step:
+    """An answer on the way.
+
+    Args:
+        leaves: how many leaves it averages.
+        logits: their mean, `[N, K]`.
+        elapsed: seconds of computing since the session began.
+        macs: multiply-accumulates per image since the session began.
+    """
+
+    leaves: int
+    logits: Any
+    elapsed: float
+    macs: int
+
+
+class Session:
+    """Anytime inference on one batch that can be stopped and resumed; made by `hne.session`.
+
+    Nothing is computed twice: all steps together cost the MACs of one call. Between steps a session
+    holds the leaf logits so far and, per level, the values of at most one branch.
+
+    Args:
+        program: the segments, in evaluation mode.
+        plan: how they run.
+        x: images, `[N, C, H, W]`.
+        macs: MACs per image of the first `n` leaves.
+    """
+
+    def __init__(self, program: Program, plan: Plan, x: Tensor, macs: Callable[[int], int]) -> None:
+        self._program, self._plan, self._macs = program, plan, macs
+        self._device = x.device
+        self._start = program.start(plan.arrange(x))
+        self._kept: dict[int, dict[str, Held]] = {}
+        self._leaf_logits: Any = None
+        self._leaves = 0
+        self._elapsed = 0.0
+
+    @property
+    def leaves(self) -> int:
+        """How many leaves are computed."""
+        return self._leaves
+
+    @property
+    def done(self) -> bool:
+        """Whether all leaves are computed."""
+        return self._leaves == self._program.tree.leaves
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent computing; the time between steps does not count."""
+        return self._elapsed
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image so far."""
+        return self._macs(self._leaves) if self._leaves else 0
+
+    @property
+    def leaf_logits(self) -> Any:
+        """Logits of every leaf so far, `[N, leaves, K]`.
+
+        Raises:
+            LeafError: no leaf is computed yet.
+        """
+        if not self._leaves:
+            raise LeafError("no leaf is computed yet.", next_step="Call session.advance() first.")
+        return self._leaf_logits
+
+    @property
+    def logits(self) -> Any:
+        """The present answer, the mean over the leaves so far: `[N, K]`.
+
+        Raises:
+            LeafError: no leaf is computed yet.
+        """
+        return tree_map_only(
+            Tensor, lambda logits: logits.mean(min(1, logits.ndim - 1)), self.leaf_logits
+        )
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the activations kept for the next steps."""
+        tensors = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for values in self._kept.values()
+            for held in values.values()
+            for tensor in tree_leaves(held.value)
+            if isinstance(tensor, Tensor)
+        }
+        return sum(tensors.values())
+
+    @property
+    def droppable(self) -> bool:
+        """Whether images can leave the batch: no value between levels mixes or counts them."""
+        program = self._program
+        return all(program.crossings[name].rows for name in program.last_reader)
+
+    def keep(self, images: Tensor) -> None:
+        """Go on with some of the images only.
+
+        Args:
+            images: their positions in the present batch, `[M]` integers.
+
+        Raises:
+            InputError: the model carries the batch size from level to level; see `droppable`.
+        """
+        if not self.droppable:
+            raise InputError(
+                "images cannot leave this session's batch.",
+                expected="a model whose values between levels have one row per image",
+                next_step="Run all images and ignore those that are answered.",
+            )
+        for level, values in self._kept.items():
+            self._kept[level] = {name: held.rows(images) for name, held in values.items()}
+        self._start = {name: held.rows(images) for name, held in self._start.items()}
+        if self._leaves:
+            self._leaf_logits = tree_map_only(
+                Tensor, lambda logits: logits.index_select(0, images), self._leaf_logits
+            )
+
+    @torch.no_grad()
+    def advance(self, to: int | None = None) -> Step:
+        """Add leaves.
+
+        Args:
+            to: how many leaves to reach; the next nested size if not given.
+
+        Returns:
+            The answer with these leaves.
+
+        Raises:
+            LeafError: all leaves are computed, or there are not that many, or more are already.
+        """
+        to = self._next_size() if to is None else to
+        self._program.tree.check_size(to)
+        if to < self._leaves:
+            raise LeafError(
+                f"{self._leaves} leaves are computed already, {to} were asked for.",
+                expected=f"a size from {self._leaves} to {self._program.tree.leaves}",
+                next_step="Ask for smaller sizes first, or start another session.",
+            )
+        self._elapsed += machine.timed(lambda: self._compute(to), self._device)
+        return Step(self._leaves, self.logits, self._elapsed, self.macs)
+
+    def _next_size(self) -> int:
+        sizes = [size for size in self._program.tree.nested_sizes if size > self._leaves]
+        if not sizes:
+            raise LeafError(
+                f"all {self._leaves} leaves are computed.",
+                next_step="Ask session.done before advancing.",
+            )
+        return sizes[0]
+
+    def _compute(self, to: int) -> None:
+        program, tree = self._program, self._program.tree
+        for level, leaves in tree.pieces(Span(self._leaves, to)):
+            held = dict(self._start)
+            for above in range(level):
+                held |= self._kept[above]
+            walk = Walk(program, self._plan.ways, leaves.stop)
+            logits = walk.descend(level, leaves, program.needed(held, level))
+            self._kept |= walk.kept
+            for below in list(self._kept):
+                if leaves.stop % tree.leaves_below(below) == 0:
+                    del self._kept[below]
+            self._take(logits, leaves)
+
+    def _take(self, logits: Any, leaves: Span) -> None:
+        if self._leaves:
+            known = self._program.crossings[OUTPUT].known
+            logits = join([self._leaf_logits, logits], Form.LEAVES, known)
+        self._leaf_logits = logits
+        self._leaves = leaves.stop
+        if self.done:
+            self._start = {}
+        else:
+            # The images are the user's; they are only held on to where a later level reads them.
+            self._start = self._program.needed(self._start, 1)
+
+
+def mean_over_leaves(leaf_logits: Any) -> Any:
+    """The ensemble's answer, `[N, leaves, K] -> [N, K]`, in the output's structure.
+
+    Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
+    """
+    return tree_map_only(Tensor, lambda logits: logits.mean(min(1, logits.ndim - 1)), leaf_logits)
+
+
+def steps(session: Session, sizes: Sequence[int]) -> Iterator[Step]:
+    """Advance a session through sizes, one answer each."""
+    for size in sizes:
+        yield session.advance(to=size)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from treeify import losses
+    from treeify.allocator import tune_allocator
     from treeify.api import hierarchicalize, pack
     from treeify.checkpoint import load, save
     from treeify.ensemble import HierarchicalEnsemble
@@ -45,6 +46,7 @@ __all__ = [
     "losses",
     "pack",
     "save",
+    "tune_allocator",
     "verify",
 ]
 
@@ -56,6 +58,7 @@ _HOMES = {
     "load": "checkpoint",
     "pack": "api",
     "save": "checkpoint",
+    "tune_allocator": "allocator",
     "verify": "parity",
 }
 

@@ -16,8 +16,11 @@ from torch import Tensor, nn
 
 from treeify.api import hierarchicalize
 from treeify.architecture import Architecture, fingerprint
+from treeify.confidence import Budget
+from treeify.deadline import Latencies
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError, TreeifyError
+from treeify.execution import AUTO, Tuning
 from treeify.storage import lookup
 
 FORMAT = 1
@@ -60,6 +63,63 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
             draft.unlink(missing_ok=True)
         if made and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
+
+
+def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
+    """Write what was measured (tunings, latencies, budgets) beside weights saved before.
+
+    Args:
+        hne: the ensemble that was saved there, or loaded from there.
+        path: its directory.
+
+    Raises:
+        CheckpointError: the directory holds no such ensemble, or cannot be written.
+    """
+    path = Path(path)
+    config = read_config(path)
+    now = _config(hne)
+    if any(config[key] != now[key] for key in ("fingerprint", "splits")):
+        raise CheckpointError(
+            f"{path} holds another ensemble.", expected="the one that was measured"
+        )
+    draft = path / f"{CONFIG}.{uuid.uuid4().hex}"
+    try:
+        text = json.dumps({**config, **_measurements(hne)}, indent=2) + "\n"
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path / CONFIG)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}", next_step="It is as it was."
+        ) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
+    execution = hne.execution
+    return {
+        "execution": execution if isinstance(execution, str) else list(execution),
+        "tunings": [tuning.to_dict() for tuning in hne.tunings.values()],
+        "latencies": [latencies.to_dict() for latencies in hne.latencies.values()],
+        "budgets": [budget.to_dict() for budget in hne.budgets.values()],
+    }
+
+
+def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[str, Any]) -> None:
+    try:
+        hne.execution = config.get("execution", AUTO)
+        for tuning in map(Tuning.from_dict, config.get("tunings", ())):
+            hne.tunings[tuning.situation] = tuning
+        for latencies in map(Latencies.from_dict, config.get("latencies", ())):
+            hne.latencies[latencies.situation] = latencies
+        for budget in map(Budget.from_dict, config.get("budgets", ())):
+            hne.budgets[budget.target_macs] = budget
+    except (KeyError, TypeError, ValueError, TreeifyError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG}: the measurements are damaged: {error!r}",
+            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
+            " (treeify calibrate).",
+        ) from error
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
@@ -108,6 +168,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
         ) from error
     _check_fingerprint(path, config, hne)
     _fill(path, hne, weights)
+    _take_measurements(path, hne, config)
     return hne.eval()
 
 
@@ -153,6 +214,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
+        **_measurements(hne),
     }
 
 

@@ -19,7 +19,7 @@ from treeify.confidence import Answer, Budget, answer, thresholds_for
 from treeify.deadline import Latencies, advance_until, check_deadline, find, measure
 from treeify.errors import InputError
 from treeify.execution import Execution, Plan, Situation, Tuning
-from treeify.folding import fold
+from treeify.fusion import fuse
 from treeify.initialize import State, pack_states
 from treeify.packing import Form
 from treeify.program import PACKED, NodeReport, Program
@@ -87,6 +87,10 @@ class HierarchicalEnsemble(nn.Module):
     along dim 0. Made by `treeify.hierarchicalize`, `treeify.pack` and `treeify.load`, which fill
     the tensors that this constructor only allocates.
 
+    What was measured is kept with it and saved: `latencies` by situation (see `calibrate`),
+    `tunings` (see `tune`), and `budgets`, confidence thresholds by their mean MACs per image
+    (see `treeify.confidence.budget`).
+
     Args:
         traced: the base model, traced.
         splits: where it splits.
@@ -124,9 +128,10 @@ class HierarchicalEnsemble(nn.Module):
             for training in traced.graphs
         }
         _allow_in_place(self, self._programs[False], self._programs[True])
-        self._folded = fold(self._programs[False])
+        self._fused = fuse(self._programs[False])
         self._execution = Execution(splits.tree.levels)
         self.latencies: dict[Situation, Latencies] = {}
+        self.budgets: dict[int, Budget] = {}
         self._shared_buffers = _shared_buffers(traced.skeleton, self._slots, calls)
         self._conversion = Conversion(
             splits,
@@ -173,16 +178,17 @@ class HierarchicalEnsemble(nn.Module):
         count = self.leaves if leaves is None else leaves
         self.tree.check_size(count)
         self._check_input(x)
-        return self._run(x, count, self.plan(x))
+        return self.run(x, count, self.plan(x))
 
-    def _run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
+    def run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
+        """Logits of the first `leaves` leaves by a plan of one's own, as `forward` gives them."""
         return self._program(plan).run(plan.arrange(x), Span(0, leaves), plan.ways)
 
     def _program(self, plan: Plan) -> Program:
         """The program that runs a plan in the present mode."""
         # Folded weights have no gradients of their own, and compiling folds by itself.
-        if plan.fold and not (self.training or torch.is_grad_enabled() or _is_recorded()):
-            return self._folded
+        if plan.fuse and not (self.training or torch.is_grad_enabled() or _is_recorded()):
+            return self._fused
         return self._programs[self.training]
 
     @property
@@ -236,7 +242,7 @@ class HierarchicalEnsemble(nn.Module):
         modes = {module: module.training for module in self.modules()}
         self.train(self.training if training is None else training)
         try:
-            run = partial(self._run, x, self.leaves)
+            run = partial(self.run, x, self.leaves)
             return tune(self, self._execution, run, x, loss=loss, repeats=repeats)
         finally:
             for module, mode in modes.items():

@@ -25,12 +25,12 @@ class Plan:
         ways: `packed` or `looped`, per level.
         channels_last: whether images, and so activations, are laid out `[N, H, W, C]` in memory;
             None leaves images as they are given.
-        fold: whether batch norms are folded into convolutions; only ever without gradients.
+        fuse: whether batch norms are folded into convolutions; only ever without gradients.
     """
 
     ways: tuple[str, ...]
     channels_last: bool | None = None
-    fold: bool = False
+    fuse: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Plan:
@@ -45,10 +45,10 @@ class Plan:
         return x.contiguous(memory_format=layout)
 
     def __str__(self) -> str:
-        """One line, e.g. `packed packed looped, channels_last, batch norms folded`."""
+        """One line, e.g. `packed packed looped, channels_last, fused`."""
         options = [
             *(["channels_last"] if self.channels_last else []),
-            *(["batch norms folded"] if self.fold else []),
+            *(["fused"] if self.fuse else []),
         ]
         return ", ".join([" ".join(self.ways), *options])
 

@@ -21,6 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ParityError
+from treeify.execution import Plan
+from treeify.program import WAYS
 from treeify.storage import tensors
 
 RTOL, ATOL = 1e-4, 1e-5
@@ -34,11 +36,13 @@ class Figures:
     untouched base architecture.
 
     Args:
-        leaf_eval: leaf logits in evaluation mode.
-        leaf_train: leaf logits in training mode, batch statistics included.
+        leaf_eval: leaf logits in evaluation mode, as `hne.execution` is set and in every way to
+            run: packed, looped, and both with convolutions fused.
+        leaf_train: leaf logits in training mode, batch statistics included, as `hne.execution` is
+            set.
         buffers: buffers (running statistics) after that training pass, but for
             `hne.shared_buffers`, of which each separate network has its own.
-        prefix: `hne(x, leaves=n)` against `hne(x)[:, :n]` for every nested size `n`.
+        prefix: `hne(x, leaves=n)` against `hne(x)[:, :n]` for every nested size `n`, in every way.
         gradient: gradient of every parameter in training mode, summed over the leaves.
         ungraded: parameters that receive no gradient, and none in the base architecture either.
         dtypes: the precision each check was decided in: float64 where float32 rounding exceeded
@@ -133,12 +137,25 @@ def deviation(actual: Any, expected: Any) -> float:
 @torch.no_grad()
 def _eval_parity(hne: HierarchicalEnsemble, x: Tensor) -> dict[str, float]:
     hne = copy.deepcopy(hne).eval()
-    logits = hne(x)
-    leaf = max(deviation(_select(logits, index), hne.leaf(index)(x)) for index in range(hne.leaves))
+    plans = {hne.plan(x), *_every_plan(hne)}
+    outputs = {plan: hne.run(x, hne.leaves, plan) for plan in plans}
+    leaf = 0.0
+    for index in range(hne.leaves):
+        own = hne.leaf(index)(x)
+        found = (deviation(_select(logits, index), own) for logits in outputs.values())
+        leaf = max(leaf, *found)
     prefix = max(
-        deviation(hne(x, leaves=size), _first(logits, size)) for size in hne.tree.nested_sizes
+        deviation(hne.run(x, size, plan), _first(logits, size))
+        for plan, logits in outputs.items()
+        for size in hne.tree.nested_sizes
     )
     return {"leaf_eval": leaf, "prefix": prefix}
+
+
+def _every_plan(hne: HierarchicalEnsemble) -> list[Plan]:
+    """All levels packed and all looped, with and without fused convolutions."""
+    levels = hne.tree.levels
+    return [Plan((way,) * levels, fuse=fuse) for way in WAYS for fuse in (False, True)]
 
 
 def _train_parity(

@@ -113,8 +113,8 @@ class _Contest:
 
     def _best_uniform(self, channels_last: bool | None) -> Plan:
         """All levels packed or all looped, whichever is faster."""
-        fold = not self.model.training
-        plans = [Plan((way,) * self.levels, channels_last, fold) for way in (PACKED, LOOPED)]
+        fuse = not self.model.training
+        plans = [Plan((way,) * self.levels, channels_last, fuse) for way in (PACKED, LOOPED)]
         self._lay_out(plans[0])
         self._measure(plans)
         return min(plans, key=self._time)

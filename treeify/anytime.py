@@ -18,7 +18,7 @@ from treeify import machine
 from treeify.errors import InputError, LeafError
 from treeify.execution import Plan
 from treeify.packing import Form, join
-from treeify.program import OUTPUT, Held, Program, Walk
+from treeify.program import Held, Program, Walk
 from treeify.tree import Span
 
 
@@ -193,8 +193,7 @@ class Session:
 
     def _take(self, logits: Any, leaves: Span) -> None:
         if self._leaves:
-            known = self._program.crossings[OUTPUT].known
-            logits = join([self._leaf_logits, logits], Form.LEAVES, known)
+            logits = join([self._leaf_logits, logits], Form.LEAVES, None)
         self._leaf_logits = logits
         self._leaves = leaves.stop
         if self.done:

@@ -73,13 +73,18 @@ def join(values: Sequence[Any], form: Form, known: Any) -> Any:
     if form is Form.BRANCHES:
         return Branches(branch for value in values for branch in value)
 
+    if form is Form.LEAVES:
+        return tree_map(_join_leaves, *values)
+
     def cat(fact: TensorFacts | None, *parts: Any) -> Any:
-        if fact is None:
-            return parts[0]
-        leaf_dim = min(1, len(fact.shape))
-        return torch.cat(parts, dim=leaf_dim if form is Form.LEAVES else int(fact.folds))
+        return parts[0] if fact is None else torch.cat(parts, dim=int(fact.folds))
 
     return tree_map(cat, known, *values)
+
+
+def _join_leaves(*parts: Any) -> Any:
+    first = parts[0]
+    return torch.cat(parts, dim=min(1, first.ndim - 1)) if isinstance(first, Tensor) else first
 
 
 def unpack(value: Any, known: Any, count: int) -> Branches:

@@ -42,7 +42,7 @@ class Figures:
             set.
         buffers: buffers (running statistics) after that training pass, but for
             `hne.shared_buffers`, of which each separate network has its own.
-        prefix: `hne(x, leaves=n)` against `hne(x)[:, :n]` for every nested size `n`, in every way.
+        prefix: `hne(x, leaves=n)` against `hne(x)[:, :n]` for every nested size `n`.
         gradient: gradient of every parameter in training mode, summed over the leaves.
         ungraded: parameters that receive no gradient, and none in the base architecture either.
         dtypes: the precision each check was decided in: float64 where float32 rounding exceeded
@@ -145,8 +145,7 @@ def _eval_parity(hne: HierarchicalEnsemble, x: Tensor) -> dict[str, float]:
         found = (deviation(_select(logits, index), own) for logits in outputs.values())
         leaf = max(leaf, *found)
     prefix = max(
-        deviation(hne.run(x, size, plan), _first(logits, size))
-        for plan, logits in outputs.items()
+        deviation(hne(x, leaves=size), _first(outputs[hne.plan(x)], size))
         for size in hne.tree.nested_sizes
     )
     return {"leaf_eval": leaf, "prefix": prefix}

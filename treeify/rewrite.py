@@ -349,8 +349,7 @@ class _Rewriter:
 
         result: Any = map_arg(node.args[0], leaves)
         draft.outputs[OUTPUT] = result
-        known = map_arg(node.args[0], lambda source: facts(source).value)
-        self.crossings[OUTPUT] = Crossing(level, Form.LEAVES, known, rows=True)
+        self.crossings[OUTPUT] = Crossing(level, Form.LEAVES, None, rows=True)
 
 
 def _crossing(node: fx.Node, level: int, form: Form) -> Crossing:

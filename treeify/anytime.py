@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from treeify import machine
 from treeify.errors import InputError, LeafError
@@ -110,8 +110,7 @@ class Session:
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for values in self._kept.values()
             for held in values.values()
-            for tensor in tree_leaves(held.value)
-            if isinstance(tensor, Tensor)
+            for tensor in held.tensors()
         }
         return sum(tensors.values())
 
@@ -212,6 +211,17 @@ def mean_over_leaves(leaf_logits: Any) -> Any:
 
 
 def steps(session: Session, sizes: Sequence[int]) -> Iterator[Step]:
-    """Advance a session through sizes, one answer each."""
+    """Advance a session through sizes, one answer each.
+
+    Yields:
+        The answer at every size.
+
+    Raises:
+        LeafError: the sizes do not increase.
+    """
     for size in sizes:
+        if size == session.leaves:
+            raise LeafError(
+                f"{size} leaves are asked for twice.", expected=f"increasing sizes, not {sizes}"
+            )
         yield session.advance(to=size)

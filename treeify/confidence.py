@@ -80,7 +80,7 @@ def answer(session: Session, sizes: Sequence[int], thresholds: Sequence[float]) 
     """
     logits, used = None, None
     open_rows = None
-    for size, threshold in zip(sizes, (*thresholds, -1.0), strict=True):
+    for size, threshold in zip(sizes, (*thresholds, None), strict=True):
         session.advance(to=size)
         found = session.logits
         if not isinstance(found, Tensor):
@@ -94,7 +94,9 @@ def answer(session: Session, sizes: Sequence[int], thresholds: Sequence[float]) 
             open_rows = torch.arange(len(found), device=found.device)
         if not session.droppable:
             found = found[open_rows]
-        sure = confidence(found) >= threshold
+        sure = torch.ones(len(found), dtype=torch.bool, device=found.device)
+        if threshold is not None:
+            sure = confidence(found) >= threshold
         logits[open_rows[sure]] = found[sure]
         used[open_rows[sure].cpu()] = size
         open_rows = open_rows[~sure]
@@ -115,6 +117,12 @@ def thresholds_for(
         InputError: a threshold is no probability, or their number is wrong.
     """
     if isinstance(given, Budget):
+        if given.sizes != tuple(sizes):
+            raise InputError(
+                "the budget was made for another tree.",
+                expected=f"thresholds for {tuple(sizes)} leaves",
+                found=f"thresholds for {given.sizes}",
+            )
         return given.thresholds
     count = len(sizes) - 1
     values = tuple(given) if isinstance(given, Sequence) else (given,) * count
@@ -168,7 +176,7 @@ def budget(
         stop[rest[leaving]] = index
         rest = rest[~leaving]
     right = logits.argmax(-1)[stop, torch.arange(images)] == labels
-    counts = torch.bincount(stop, minlength=len(sizes)) / images
+    counts = torch.bincount(stop, minlength=len(sizes)).double() / images
     spent = (counts * torch.tensor(macs, dtype=counts.dtype)).sum().item()
     return Budget(
         target_macs,

@@ -81,7 +81,12 @@ def measure(
         sizes: the nested sizes.
         repeats: how many sessions, after two to warm up.
         budget: seconds; after it no session begins, once ten are measured.
+
+    Raises:
+        InputError: fewer than two sessions give no spread.
     """
+    if repeats < 2:
+        raise InputError(f"repeats={repeats} shows no spread.", expected="at least 2")
     rounds: list[list[float]] = []
     begin = time.perf_counter()
     for count in range(repeats + 2):

@@ -19,7 +19,7 @@ from treeify.confidence import Answer, Budget, answer, thresholds_for
 from treeify.deadline import Latencies, advance_until, check_deadline, find, measure
 from treeify.errors import InputError
 from treeify.execution import Execution, Plan, Situation, Tuning
-from treeify.fusion import fuse
+from treeify.fusion import Fused
 from treeify.initialize import State, pack_states
 from treeify.packing import Form
 from treeify.program import PACKED, NodeReport, Program
@@ -128,7 +128,14 @@ class HierarchicalEnsemble(nn.Module):
             for training in traced.graphs
         }
         _allow_in_place(self, self._programs[False], self._programs[True])
-        self._fused = fuse(self._programs[False])
+        self._fused = Fused(self._programs[False])
+        # A fused convolution does not call the modules it stands for, nor their hooks.
+        self._hooks = [
+            hooks
+            for module in self.children()
+            for below in module.modules()
+            for hooks in (below._forward_hooks, below._forward_pre_hooks)
+        ]
         self._execution = Execution(splits.tree.levels)
         self.latencies: dict[Situation, Latencies] = {}
         self.budgets: dict[int, Budget] = {}
@@ -180,6 +187,12 @@ class HierarchicalEnsemble(nn.Module):
         self._check_input(x)
         return self.run(x, count, self.plan(x))
 
+    def train(self, mode: bool = True) -> HierarchicalEnsemble:
+        """Training mode, or evaluation mode; see `torch.nn.Module.train`."""
+        if mode:
+            self._fused.forget()
+        return super().train(mode)
+
     def run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
         """Logits of the first `leaves` leaves by a plan of one's own, as `forward` gives them."""
         return self._program(plan).run(plan.arrange(x), Span(0, leaves), plan.ways)
@@ -187,8 +200,9 @@ class HierarchicalEnsemble(nn.Module):
     def _program(self, plan: Plan) -> Program:
         """The program that runs a plan in the present mode."""
         # Folded weights have no gradients of their own, and compiling folds by itself.
-        if plan.fuse and not (self.training or torch.is_grad_enabled() or _is_recorded()):
-            return self._fused
+        allowed = not (self.training or torch.is_grad_enabled() or _is_recorded())
+        if plan.fuse and allowed and not any(self._hooks):
+            return self._fused.program
         return self._programs[self.training]
 
     @property

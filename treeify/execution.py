@@ -138,8 +138,12 @@ class Execution:
         Raises:
             InputError: a word is unknown, or their number is not that of the levels.
         """
-        ways = (setting,) * self.levels if isinstance(setting, str) else tuple(setting)
-        if len(ways) != self.levels or not set(ways) <= {AUTO, *WAYS}:
+        ways: tuple[Any, ...] = ()
+        if isinstance(setting, str):
+            ways = (setting,) * self.levels
+        elif isinstance(setting, Sequence):
+            ways = tuple(setting)
+        if len(ways) != self.levels or any(way not in (AUTO, *WAYS) for way in ways):
             raise InputError(
                 f"execution={setting!r} is no way to run.",
                 expected=f"'{AUTO}', '{WAYS[0]}' or '{WAYS[1]}', or one of them for each of the"

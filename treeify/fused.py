@@ -8,7 +8,7 @@ alone reads a new tensor may overwrite it, since no gradient will ask for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,11 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
 # Prepared weights kept per convolution, as a multiple of the weights themselves: one set for full
 # calls, the others for single branches and parts. Beyond it the oldest are dropped.
 _KEPT = 4
+# Multiply-accumulates of a 1x1 convolution below which a matrix product is faster than oneDNN.
+_SMALL = 16e6
+_WEIGHTS = ("weight", "bias")
+# Batch norm writes its statistics without leaving a trace; it counts its batches with one.
+_STATISTICS = ("running_mean", "running_var", "weight", "bias", "num_batches_tracked")
 
 
 @dataclass(frozen=True)
@@ -69,26 +74,40 @@ class FusedConv(nn.Module):
         self, conv: nn.Module, norm: nn.Module | None, activation: Activation | None
     ) -> None:
         super().__init__()
-        self.conv, self.norm, self.activation = conv, norm, activation
-        self.stored_conv: Any = stored(conv)
-        self.stored_norm: Any = None if norm is None else stored(norm)
+        # In a tuple: looking up a registered submodule costs as much as a small operation.
+        self.operations: tuple[Any, Any] = (conv, norm)
+        self.activation = activation
+        own: Any = stored(conv)
+        self._conv: tuple[Any] = (own,)
+        self._norm: tuple[Any] = (None if norm is None else stored(norm),)
         wide = conv if isinstance(conv, WidenedConv) else None
         self.branches = wide.branches if wide else 1
         self.ratio = wide.ratio if wide else 1
-        self.groups: int = (wide.base if wide else conv).groups  # type: ignore[assignment]
-        self._forget()
+        self.known = wide.known if wide else None
+        self.groups: int = wide.groups if wide else own.groups
+        self.where = (own.padding, own.stride, own.dilation)
+        plain = type(own) is nn.Conv2d and isinstance(own.padding, tuple)
+        self.has_onednn = plain and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        self.is_pointwise = self.groups == 1 and (
+            plain and self.where == ((0, 0), (1, 1), (1, 1)) and own.kernel_size == (1, 1)
+        )
+        self._places = _places(own, _WEIGHTS) + _places(self._norm[0], _STATISTICS)
+        self.forget()
 
-    def _forget(self) -> None:
-        self._sources: list[tuple[Tensor, int]] = []
+    def forget(self) -> None:
+        """Drop the prepared weights; they are prepared again when needed."""
+        self._seen: list[tuple[int, int]] = []
+        self._eps: float | None = None
+        self._sources: list[Tensor] = []
         self._folded: tuple[Tensor, Tensor | None] | None = None
         self._parts: dict[Any, tuple[Tensor, Tensor | None]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies prepare their own weights."""
-        nothing: dict[str, Any] = {"_sources": [], "_folded": None, "_parts": {}}
+        nothing: dict[str, Any] = {"_seen": [], "_sources": [], "_folded": None, "_parts": {}}
         return {**self.__dict__, **nothing}
 
-    def forward(self, span: Span, x: Tensor, addend: Tensor | None = None) -> Tensor:
+    def forward(self, span: Span, x: Tensor, addend: Tensor | float | None = None) -> Tensor:
         """`[N, P*C, ...]` of the span's `P` parents -> `[N, G*O, ...]`.
 
         Args:
@@ -96,64 +115,75 @@ class FusedConv(nn.Module):
             x: the input.
             addend: added to the result before the activation, `[N, G*O, ...]`.
         """
-        if self._must_not_fold():
+        if not self._refresh():
             return self._unfused(span, x, addend)
         parents = span.size
         if self.ratio > 1:
-            parents, x = read_once(span, self.ratio, x, self.conv.known)  # type: ignore[arg-type]
-        if self._exchanges(span, parents):
+            assert self.known is not None
+            parents, x = read_once(span, self.ratio, x, self.known)
+        if self.groups > 1 and parents != span.size:
             return self._exchanged(span, parents, x, addend)
-        if _has_onednn(x, self.stored_conv):
+        if self.is_pointwise and span.size == 1 and self._is_small(x):
+            return self._product(span, x, addend)
+        if self.has_onednn and _takes_onednn(x):
             return self._onednn(span, parents, x, addend)
         weight, bias = self._tensors(span, parents)
         return self._finish(self._convolve(x, weight, bias, parents), addend)
 
-    def _must_not_fold(self) -> bool:
-        """For a norm in training mode, and where changes of the weights cannot be noticed."""
-        training = self.stored_norm is not None and self.stored_norm.training
-        return training or bool(self.stored_conv.weight.is_inference())
-
-    def _unfused(self, span: Span, x: Tensor, addend: Tensor | None) -> Tensor:
-        for operation in (self.conv, self.norm):
+    def _unfused(self, span: Span, x: Tensor, addend: Tensor | float | None) -> Tensor:
+        for operation in self.operations:
             if operation is not None:
                 x = operation(span, x) if isinstance(operation, Widened) else operation(x)
-        if type(self.stored_norm) is BatchNormAct2d:
+        if type(self._norm[0]) is BatchNormAct2d:
             return x  # it has the activation in it already
         return self._finish(x, addend)
 
-    def _finish(self, result: Tensor, addend: Tensor | None) -> Tensor:
+    def _finish(self, result: Tensor, addend: Tensor | float | None) -> Tensor:
         if addend is not None:
             result = add_into(result, addend)
         return result if self.activation is None else self.activation.apply(result)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, parents: int) -> Tensor:
-        conv = self.stored_conv
-        function = CONVOLUTIONS[type(conv)]
-        groups = parents * self.groups
-        return function(x, weight, bias, conv.stride, conv.padding, conv.dilation, groups)
+        padding, stride, dilation = self.where
+        function = CONVOLUTIONS[type(self._conv[0])]
+        return function(x, weight, bias, stride, padding, dilation, parents * self.groups)
 
-    def _exchanges(self, span: Span, parents: int) -> bool:
-        """Whether channels leave the convolution in another order, see `WidenedConv`."""
-        return self.groups > 1 and parents != span.size
-
-    def _exchanged(self, span: Span, parents: int, x: Tensor, addend: Tensor | None) -> Tensor:
-        siblings = span.size // parents
+    def _exchanged(
+        self, span: Span, parents: int, x: Tensor, addend: Tensor | float | None
+    ) -> Tensor:
+        """Channels leave the convolution in another order, see `WidenedConv`."""
         weight, bias = self._tensors(span, parents)
         result = self._convolve(x, weight, bias, parents)
+        siblings = span.size // parents
         return self._finish(swap(result, 1, parents, self.groups, siblings), addend)
 
-    def _onednn(self, span: Span, parents: int, x: Tensor, addend: Tensor | None) -> Tensor:
-        """OneDNN's own call: weights laid out once, the sum and the activation in the same pass."""
-        conv = self.stored_conv
+    def _is_small(self, x: Tensor) -> bool:
+        """Whether a product of one branch costs less than oneDNN's way to begin."""
+        if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
+            return False
+        return bool(x.numel() * self._conv[0].weight.shape[0] < _SMALL * self.branches)
+
+    def _product(self, span: Span, x: Tensor, addend: Tensor | float | None) -> Tensor:
+        """A 1x1 convolution of one branch, `[N*H*W, C] @ [C, O]`."""
+        weight, bias = self._tensors(span, 1)
+        images, channels, height, width = x.shape
+        rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
+        result = F.linear(rows, weight.view(-1, channels), bias)
+        result = result.view(images, height, width, -1).permute(0, 3, 1, 2)
+        return self._finish(result, addend)
+
+    def _onednn(self, span: Span, parents: int, x: Tensor, addend: Tensor | float | None) -> Tensor:
+        """OneDNN's own call: weights laid out once, the activation in the same pass."""
         weight, bias = self._tensors(span, parents, x.shape)
-        where = (conv.padding, conv.stride, conv.dilation, parents * self.groups)
+        convolve = torch.ops.mkldnn._convolution_pointwise.default
+        groups = parents * self.groups
         activation = self.activation
-        convolve = torch.ops.mkldnn._convolution_pointwise
         if addend is None and activation is not None and activation.name:
             name, scalars = activation.name, activation.scalars
-            result: Tensor = convolve(x, weight, bias, *where, name, scalars, "")
+            result: Tensor = convolve(x, weight, bias, *self.where, groups, name, scalars, "")
             return result
-        return self._finish(convolve(x, weight, bias, *where, "none", [], ""), addend)
+        result = convolve(x, weight, bias, *self.where, groups, "none", [], "")
+        return self._finish(result, addend)
 
     def _tensors(
         self, span: Span, parents: int, shape: torch.Size | None = None
@@ -165,61 +195,65 @@ class FusedConv(nn.Module):
             parents: how many branches the input holds.
             shape: of the input that oneDNN lays the weight out for; None leaves it as it is.
         """
-        self._refresh()
         key = (span, parents, shape)
-        if key not in self._parts:
-            assert self._folded is not None
-            weight, bias = (
-                None if tensor is None else narrow(tensor, self.branches, span)
-                for tensor in self._folded
-            )
-            assert weight is not None
-            if self._exchanges(span, parents):
-                siblings = span.size // parents
-                weight = swap(weight, 0, parents, siblings, self.groups)
-                bias = None if bias is None else swap(bias, 0, parents, siblings, self.groups)
-            if shape is not None:
-                weight = self._laid_out(weight, parents, shape)
-            self._parts[key] = weight, bias
+        found = self._parts.get(key)
+        if found is None:
+            found = self._parts[key] = self._prepare(span, parents, shape)
             self._drop_oldest()
-        return self._parts[key]
+        return found
 
-    def _laid_out(self, weight: Tensor, parents: int, shape: torch.Size) -> Tensor:
-        conv = self.stored_conv
-        reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
-        prepared: Tensor = reorder(
-            weight.contiguous().to_mkldnn(),
-            *(conv.padding, conv.stride, conv.dilation, parents * self.groups, list(shape)),
-        )
-        return prepared
+    def _prepare(
+        self, span: Span, parents: int, shape: torch.Size | None
+    ) -> tuple[Tensor, Tensor | None]:
+        assert self._folded is not None
+        weight = narrow(self._folded[0], self.branches, span)
+        bias = self._folded[1]
+        bias = None if bias is None else narrow(bias, self.branches, span)
+        if self.groups > 1 and parents != span.size:
+            siblings = span.size // parents
+            weight = swap(weight, 0, parents, siblings, self.groups)
+            bias = None if bias is None else swap(bias, 0, parents, siblings, self.groups)
+        if shape is not None:
+            reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
+            groups = parents * self.groups
+            weight = reorder(weight.contiguous().to_mkldnn(), *self.where, groups, list(shape))
+        return weight, bias
 
     def _drop_oldest(self) -> None:
-        limit = _KEPT * self.stored_conv.weight.numel()
+        limit = _KEPT * self._conv[0].weight.numel()
         held = sum(weight.numel() for weight, _ in self._parts.values())
         while held > limit:
             weight, _ = self._parts.pop(next(iter(self._parts)))
             held -= weight.numel()
 
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        """Fold again if a tensor was replaced, moved or written to."""
-        conv, norm = self.stored_conv, self.stored_norm
-        found = [conv.weight, conv.bias]
-        if norm is not None:
-            found += [norm.running_mean, norm.running_var, norm.weight, norm.bias]
-        found = [tensor for tensor in found if tensor is not None]
-        if len(found) == len(self._sources) and all(
-            tensor.data_ptr() == known.data_ptr() and tensor._version == version
-            for tensor, (known, version) in zip(found, self._sources, strict=True)
-        ):
-            return
-        self._forget()
-        self._folded = self._fold()
-        # Holding on to the sources keeps their addresses from being given to others.
-        self._sources = [(tensor.detach(), tensor._version) for tensor in found]
+    def _refresh(self) -> bool:
+        """Fold again if a tensor was replaced, moved or written to.
+
+        Returns:
+            Whether the folded weights may be used: not for a norm in training mode, nor where
+            changes of the weights cannot be noticed.
+        """
+        norm = self._norm[0]
+        if norm is not None and norm.training:
+            return False
+        try:
+            found = [table[name] for table, name in self._places]
+            seen = [(tensor.data_ptr(), tensor._version) for tensor in found if tensor is not None]
+        except (RuntimeError, KeyError):
+            # Tensors made in inference mode count no changes; parametrized ones are elsewhere.
+            return False
+        eps = None if norm is None else norm.eps
+        if seen != self._seen or eps != self._eps:
+            self.forget()
+            with torch.no_grad():
+                self._folded = self._fold()
+            self._seen, self._eps = seen, eps
+            # Holding on to the sources keeps their addresses from being given to others.
+            self._sources = [tensor.detach() for tensor in found if tensor is not None]
+        return True
 
     def _fold(self) -> tuple[Tensor, Tensor | None]:
-        conv, norm = self.stored_conv, self.stored_norm
+        conv, norm = self._conv[0], self._norm[0]
         if norm is None:
             return conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
         weight, bias = fuse_conv_bn_weights(
@@ -227,34 +261,34 @@ class FusedConv(nn.Module):
             *(norm.weight, norm.bias),
         )
         like = conv.weight
+        folded = weight.detach()
         if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
-            weight = weight.contiguous(memory_format=torch.channels_last)  # type: ignore[assignment]
-        return weight.detach(), bias.detach()
+            folded = folded.contiguous(memory_format=torch.channels_last)
+        return folded, bias.detach()
 
     def extra_repr(self) -> str:
         """What was fused, for printing a segment."""
-        parts = [part for part in (self.stored_conv, self.stored_norm) if part is not None]
+        parts = [stored(part) for part in self.operations if part is not None]
         return " + ".join(type(part).__name__ for part in parts)
 
 
-def _has_onednn(x: Tensor, conv: nn.Module) -> bool:
-    """Whether oneDNN's fused convolution takes this call."""
-    library: Any = torch.backends.mkldnn
-    return (
-        type(conv) is nn.Conv2d
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.ndim == 4
-        and x.numel() > 0
-        and isinstance(conv.padding, tuple)
-        and bool(library.is_available() and library.enabled)
-    )
+def _places(module: nn.Module | None, names: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
+    """Where a module's tensors are found, whatever they are replaced by."""
+    tables = () if module is None else (module._parameters, module._buffers)
+    return [(table, name) for table in tables for name in names if name in table]
 
 
-def add_into(own: Tensor, other: Tensor) -> Tensor:
+def _takes_onednn(x: Tensor) -> bool:
+    """Whether oneDNN's fused convolution takes this input."""
+    fits = x.is_cpu and x.dtype is torch.float32 and x.ndim == 4 and x.numel() > 0
+    return fits and bool(torch._C._get_mkldnn_enabled())
+
+
+def add_into(own: Tensor, other: Tensor | float) -> Tensor:
     """The sum, written over `own` where shapes and types allow."""
-    same = own.shape == other.shape and own.dtype == other.dtype
-    return own.add_(other) if same else own + other
+    if not isinstance(other, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
+        return own + other
+    return own.add_(other)
 
 
 class Overwrite(nn.Module):
@@ -276,7 +310,7 @@ class AddInto(nn.Module):
         super().__init__()
         self.activation = activation
 
-    def forward(self, span: Span, own: Tensor, other: Tensor) -> Tensor:
-        """The sum of two tensors."""
+    def forward(self, span: Span, own: Tensor, other: Tensor | float) -> Tensor:
+        """The sum."""
         result = add_into(own, other)
         return result if self.activation is None else self.activation.apply(result)

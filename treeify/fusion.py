@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import timm.layers.activations as timm_act
@@ -38,9 +38,29 @@ _FUNCTIONS: dict[Any, Activation] = {
 }
 
 
-def fuse(program: Program) -> Program:
-    """The same program with batch norms folded and sums and activations written in place."""
-    return replace(program, segments=tuple(_Fuser(part).run() for part in program.segments))
+class Fused:
+    """A program's twin with batch norms folded and sums and activations written in place.
+
+    Args:
+        source: the program; its twin is made when first asked for.
+    """
+
+    def __init__(self, source: Program) -> None:
+        self.source = source
+
+    @cached_property
+    def program(self) -> Program:
+        """The twin."""
+        segments = tuple(_Fuser(part).run() for part in self.source.segments)
+        return replace(self.source, segments=segments)
+
+    def forget(self) -> None:
+        """Drop prepared weights: they may be about to change unnoticed."""
+        if "program" in self.__dict__:
+            for segment in self.program.segments:
+                for module in segment.module.modules():
+                    if isinstance(module, FusedConv):
+                        module.forget()
 
 
 class _Fuser:
@@ -102,7 +122,7 @@ class _Fuser:
         last, activation = self._activation_after(node)
         operation = self._operation(own)
         if isinstance(operation, FusedConv) and self._ends_in_convolution(own):
-            fused = FusedConv(operation.conv, operation.norm, activation)
+            fused = FusedConv(*operation.operations, activation)
             self._replace(last, fused, (self.span, own.args[1], other))
         else:
             self._replace(last, AddInto(activation), (self.span, own, other))

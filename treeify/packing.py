@@ -173,7 +173,7 @@ class Leaves(nn.Module):
             if fact is None:
                 return packed
             if fact.folds:
-                return packed.unflatten(1, (span.size, -1))
+                return unfold(packed, span.size)
             return packed.transpose(0, 1) if fact.shape else packed
 
         return tree_map(separate, self.known, value)
@@ -181,7 +181,8 @@ class Leaves(nn.Module):
 
 def unfold(packed: Tensor, count: int) -> Tensor:
     """`[N, G*C, ...] -> [N, G, C, ...]`, a view."""
-    return torch.unflatten(packed, 1, (count, -1))
+    # Not -1: that cannot be told for a batch of no images.
+    return torch.unflatten(packed, 1, (count, packed.shape[1] // count))
 
 
 def refold(unfolded: Tensor) -> Tensor:

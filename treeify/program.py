@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from treeify.packing import Branches, Form, join, unpack
 from treeify.storage import cut_once
@@ -97,12 +97,21 @@ class Held:
         parts = unpack(self.value, self.crossing.known, self.span.size)
         return Branches(tree_map(_dense, part, self.value) for part in parts)
 
+    def tensors(self) -> list[Tensor]:
+        """The tensors in the value."""
+        parts = self.value if self.crossing.form is Form.BRANCHES else (self.value,)
+        leaves = [leaf for part in parts for leaf in tree_leaves(part)]
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
     def only(self, branch: int) -> Held:
         """One branch's value in memory of its own, so that the rest can be freed."""
         wanted = Span(branch, branch + 1)
-        if self.crossing.form is Form.SHARED or wanted == self.span:
-            return self
-        return Held(self.crossing, wanted, tree_map(_own, self.take(wanted)))
+        value = self.take(wanted)
+        if self.crossing.form is Form.BRANCHES:
+            own: Any = Branches(tree_map(_own, part) for part in value)
+        else:
+            own = tree_map(_own, value)
+        return Held(self.crossing, wanted, own)
 
     def rows(self, images: Tensor) -> Held:
         """The value for some of the images."""

@@ -349,7 +349,9 @@ class _Rewriter:
 
         result: Any = map_arg(node.args[0], leaves)
         draft.outputs[OUTPUT] = result
-        self.crossings[OUTPUT] = Crossing(level, Form.LEAVES, None, rows=True)
+        outputs = [fact for source in node.all_input_nodes for fact in facts(source).tensors]
+        rows = all(fact.batched for fact in outputs)
+        self.crossings[OUTPUT] = Crossing(level, Form.LEAVES, None, rows)
 
 
 def _crossing(node: fx.Node, level: int, form: Form) -> Crossing:

@@ -52,7 +52,8 @@ def cut_once() -> Iterator[None]:
     The gradient of one branch's part is a whole packed tensor of zeros but for that part; a loop
     over `G` branches would add up `G` of them. That of the cut is one concatenation.
     """
-    if _CUTS.get() is not None or not torch.is_grad_enabled():
+    compiling = torch.compiler.is_compiling()
+    if compiling or _CUTS.get() is not None or not torch.is_grad_enabled():
         yield
         return
     token = _CUTS.set({})

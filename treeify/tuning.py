@@ -56,7 +56,8 @@ def tune(
     if x.numel() == 0:
         raise InputError("there is nothing to measure.", expected="at least one image")
     contest = _Contest(model, execution.levels, run, x, loss or _mean_square, repeats)
-    with _undisturbed(model) if model.training else torch.no_grad():
+    # Parameters laid out anew in inference mode could never be trained again.
+    with torch.inference_mode(False), _undisturbed(model) if model.training else torch.no_grad():
         plan = contest.run()
     tuning = Tuning(Situation.of(x, training=model.training), plan, contest.seconds)
     execution.tunings[tuning.situation] = tuning
@@ -73,6 +74,8 @@ def _mean_square(logits: Any) -> Tensor:
 def _undisturbed(model: nn.Module) -> Iterator[None]:
     """Put gradients, buffers and the random state back after training steps."""
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    for parameter in gradients:
+        parameter.grad = None
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     with torch.random.fork_rng(), torch.enable_grad():
         try:

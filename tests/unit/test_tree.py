@@ -166,3 +166,52 @@ def test_a_tree_without_splits_is_the_base_model() -> None:
 def test_trees_are_values() -> None:
     assert Tree([2, 2]) == Tree((2, 2))
     assert len({Tree((2, 2)), Tree((2, 2)), Tree((4,))}) == 2
+
+
+@given(trees_with_leaves())
+def test_pieces_go_on_where_a_branch_is_computed_already(example: tuple[Tree, Span]) -> None:
+    tree, leaves = example
+    pieces = tree.pieces(leaves)
+    covered = [leaf for _, piece in pieces for leaf in range(*piece)]
+    assert covered == list(range(*leaves))
+    paths = walked_paths(tree)
+    for level, piece in pieces:
+        assert piece.size > 0
+        for here in range(tree.levels):
+            computed = {path[here] for path in paths[: piece.start]}
+            needed = {path[here] for path in paths[piece.start : piece.stop]}
+            if here < level:
+                assert len(needed) == 1
+                assert needed <= computed
+            else:
+                assert not needed & computed
+
+
+@given(trees)
+def test_no_leaves_are_no_pieces(tree: Tree) -> None:
+    for leaf in range(tree.leaves + 1):
+        assert tree.pieces(Span(leaf, leaf)) == []
+
+
+@given(trees, st.data())
+def test_any_increasing_sizes_compute_every_branch_once(tree: Tree, data: st.DataObject) -> None:
+    sizes = sorted(data.draw(st.sets(st.integers(1, tree.leaves), min_size=1)))
+    computed = [0] * tree.levels
+    for start, stop in pairwise([0, *sizes]):
+        for first, leaves in tree.pieces(Span(start, stop)):
+            for level in range(first, tree.levels):
+                computed[level] += tree.span(level, leaves).size
+    assert tuple(computed) == tree.branch_count(sizes[-1])
+
+
+@given(trees_with_leaves(), st.data())
+def test_the_leaves_within_a_branch_are_those_below_it(
+    example: tuple[Tree, Span], data: st.DataObject
+) -> None:
+    tree, leaves = example
+    level = data.draw(st.integers(0, tree.levels - 1))
+    branches = tree.span(level, leaves)
+    parts = [leaves.within(branch, tree.leaves_below(level)) for branch in range(*branches)]
+    assert [leaf for part in parts for leaf in range(*part)] == list(range(*leaves))
+    for branch, part in zip(range(*branches), parts, strict=True):
+        assert {tree.path(leaf)[level] for leaf in range(*part)} == {branch}

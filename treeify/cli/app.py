@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
+from treeify.allocator import tune_allocator
 from treeify.errors import TreeifyError
 
 BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130
@@ -35,6 +36,14 @@ COMMANDS = {
         "treeify.cli.eval:evaluate",
         "Measure a trained ensemble on held-out images, for every nested size.",
     ),
+    "predict": (
+        "treeify.cli.predict:predict",
+        "Classify images, with answers that get better while there is time.",
+    ),
+    "calibrate": (
+        "treeify.cli.calibrate:calibrate",
+        "Measure how fast an ensemble answers here, and choose when images need no more leaves.",
+    ),
 }
 
 
@@ -52,20 +61,36 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in COMMANDS:
             return super().resolve_command(ctx, args)
-        return args[0], load_command(args[0], debug=ctx.params["debug"]), args[1:]
+        options = {key: ctx.params[key] for key in ("debug", "keep_memory")}
+        return args[0], load_command(args[0], **options), args[1:]
 
 
-def load_command(name: str, *, debug: bool = False) -> Any:
-    """The click command behind a name, with its errors made readable unless `debug`."""
+def load_command(name: str, *, debug: bool = False, keep_memory: bool = False) -> Any:
+    """The click command behind a name.
+
+    Args:
+        name: of a command.
+        debug: let its errors pass as they are, instead of making them readable.
+        keep_memory: tune the allocator before it runs; asking for its help does not run it.
+    """
     module, _, function = COMMANDS[name][0].partition(":")
 
     def run() -> Callable[..., None]:
         found: Callable[..., None] = getattr(importlib.import_module(module), function)
-        return found
+        return _with_tuned_allocator(found) if keep_memory else found
 
     alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
     alone.command(name)(run() if debug else _readable(run()))
     return typer.main.get_command(alone)
+
+
+def _with_tuned_allocator(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        tune_allocator()
+        command(*args, **kwargs)
+
+    return run
 
 
 def _readable(command: Callable[..., None]) -> Callable[..., None]:
@@ -119,6 +144,15 @@ def options(
         bool,
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),
     ] = False,
+    keep_memory: Annotated[
+        bool,
+        typer.Option(
+            "--tune-allocator/--no-tune-allocator",
+            envvar="TREEIFY_TUNE_ALLOCATOR",
+            help="Keep the memory of freed tensors for the next ones: faster on Linux, but the"
+            " process holds its peak until it ends.",
+        ),
+    ] = True,
 ) -> None:
     """Turn an image classifier into a tree of networks that answers at any time.
 
@@ -131,6 +165,12 @@ def options(
         treeify train recipes/digits_hne.yaml
 
         treeify eval runs/digits_hne
+
+    And to answers by a deadline:
+
+        treeify calibrate runs/digits_hne
+
+        treeify predict runs/digits_hne photo.png --deadline 20ms
     """
     # `package.module:function` may name a module beside the user, as it would under `python -m`.
     if (here := str(Path.cwd())) not in sys.path:

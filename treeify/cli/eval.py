@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -11,12 +10,10 @@ import typer
 from rich.console import Console
 
 from treeify import checkpoint
+from treeify.cli.saved import checkpoint_in, data_section
 from treeify.cli.scores import score_rows, score_table
 from treeify.data import loader
-from treeify.errors import RecipeError
 from treeify.metrics import evaluate as score
-from treeify.recipe import DataRecipe, data_recipe, load_recipe
-from treeify.run_directory import CHECKPOINTS
 from treeify.trainer import check_classes, resolve_device
 
 
@@ -52,9 +49,8 @@ def evaluate(
 
         treeify eval my_ensemble --data name=image_folder --data root=photos
     """
-    path = directory / "last" if (directory / "last").is_dir() else directory
-    checkpoint.read_config(path)  # says at once if there is no ensemble here
-    section = _data_section(path, data or ())
+    path = checkpoint_in(directory)
+    section = data_section(path, data or ())
     hne = checkpoint.load(path).to(resolve_device(device))
     images = section.load()
     check_classes(hne, images)
@@ -67,18 +63,3 @@ def evaluate(
     console = Console()
     console.print(score_table(hne, scores))
     console.print(f"{path}; {images.split}.", soft_wrap=True, highlight=False)
-
-
-def _data_section(path: Path, options: Sequence[str]) -> DataRecipe:
-    """The data of the run that wrote a checkpoint, changed by options; else the options alone."""
-    path = path.resolve()
-    recipe = path.parent / "recipe.yaml"
-    if path.name in CHECKPOINTS and recipe.is_file():
-        return load_recipe(recipe, [f"data.{option}" for option in options]).data
-    if options:
-        return data_recipe(options)
-    raise RecipeError(
-        f"{str(path)!r} does not say what data to evaluate on.",
-        expected="a run directory, or its last/ or best/, with the run's recipe.yaml",
-        next_step="Name the data: --data name=image_folder --data root=DIRECTORY",
-    )

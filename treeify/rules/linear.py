@@ -45,9 +45,10 @@ def _grouped_linear(
     """`branches / parents` linear layers on each parent's features."""
     features = x.shape[-1] // parents if x.ndim == 2 else x.shape[-1]
     # [N, P*T, ..., I] -> [P, N*M, I] with M = T * ...; a vector [N, P*I] has M = 1
-    rows = x.reshape(x.shape[0], parents, -1, features).transpose(0, 1)
-    batch, middle = rows.shape[1:3]
-    rows = rows.reshape(parents, -1, features)
+    batch, branched = x.shape[:2]
+    middle = 1 if x.ndim == 2 else x.shape[1:-1].numel() // parents
+    rows = x.reshape(batch, parents, middle, features).transpose(0, 1)
+    rows = rows.reshape(parents, batch * middle, features)
     columns = weight.view(parents, -1, features).transpose(1, 2)
     product = (
         torch.bmm(rows, columns)
@@ -56,11 +57,11 @@ def _grouped_linear(
     )
     siblings = branches // parents
     # [P, N, M, S, O] -> [N, P, S, M, O]
-    result = product.view(parents, batch, middle, siblings, -1).permute(1, 0, 3, 2, 4)
-    outputs = result.shape[-1]
+    outputs = weight.shape[0] // branches
+    result = product.view(parents, batch, middle, siblings, outputs).permute(1, 0, 3, 2, 4)
     if x.ndim == 2:
         return result.reshape(batch, branches * outputs)
-    return result.reshape(batch, branches * (x.shape[1] // parents), *x.shape[2:-1], outputs)
+    return result.reshape(batch, branches * (branched // parents), *x.shape[2:-1], outputs)
 
 
 @rule(nn.Linear, TimmLinear)

@@ -14,6 +14,9 @@ from treeify.storage import call_with, narrow
 from treeify.trace import TensorFacts
 from treeify.tree import Span
 
+# What users change on a module after it was made.
+_LIVE = ("training", "eps", "momentum")
+
 
 class Widened(nn.Module):
     """Runs a widened module, or the part of it that a span of branches needs.
@@ -45,8 +48,9 @@ class Widened(nn.Module):
             self._resized[count]._modules = self.module._modules
             WIDEN[type(self.base)](self._resized[count], count)
         part = self._resized[count]
-        if part.training != self.module.training:
-            part.training = self.module.training
+        for name in _LIVE:
+            if name in self.module.__dict__:
+                part.__dict__[name] = self.module.__dict__[name]
         return part
 
     def tensors(self, span: Span) -> dict[str, Tensor]:
@@ -121,7 +125,8 @@ class WidenedConv(Widened):
 
 def swap(tensor: Tensor, dim: int, parents: int, outer: int, inner: int) -> Tensor:
     """Exchange two of the axes folded into `dim`: `(parents, outer, inner, rest)`."""
-    axes = torch.unflatten(tensor, dim, (parents, outer, inner, -1))
+    rest = tensor.shape[dim] // (parents * outer * inner)
+    axes = torch.unflatten(tensor, dim, (parents, outer, inner, rest))
     return axes.transpose(dim + 1, dim + 2).flatten(dim, dim + 3)
 
 

@@ -1,0 +1,131 @@
+"""Is every multiply-accumulate of an ensemble as cheap as in its base model? Inference.
+
+`python benchmarks/inference.py` measures, in one process and in turns: the base model, the ensemble
+with all levels packed, all looped and as tuned, 16 independent networks in a loop, and
+`torch.func.vmap` over their stacked weights. E is (T_base * MACs_hne / MACs_base) / T_auto; 1 means
+that every multiply-accumulate costs what it costs in the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import common
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state, vmap
+
+import treeify
+from treeify import machine
+from treeify.trace import facts
+
+BATCHES = (1, 8, 32, 128)
+# Batches above this take the plan tuned for it: tuning would take longer than the row.
+LARGEST_TUNED = 32
+MEMORY = 16e9
+
+
+def independent(networks: list[nn.Module], x: Tensor) -> Tensor:
+    """Every network's logits, one after the other."""
+    return torch.stack([network(x) for network in networks], dim=1)
+
+
+def stacked(networks: list[nn.Module]) -> Callable[[Tensor], Tensor]:
+    """The same by `vmap` over the networks' stacked weights."""
+    parameters, buffers = stack_module_state(networks)
+    skeleton = networks[0]
+
+    def run(parameters: Any, buffers: Any, x: Tensor) -> Tensor:
+        logits: Tensor = functional_call(skeleton, (parameters, buffers), (x,))
+        return logits
+
+    mapped = vmap(run, in_dims=(0, 0, None), out_dims=1)
+    return lambda x: mapped(parameters, buffers, x)
+
+
+def largest_activations(hne: treeify.HierarchicalEnsemble, count: int, leaves: int) -> float:
+    """Bytes of three of the largest activation, in `leaves` networks side by side."""
+    sizes = (
+        fact.shape[0] // 2 * torch.Size(fact.shape[1:]).numel()
+        for node in hne._traced.graphs[False].nodes
+        for fact in facts(node).tensors
+        if fact.batched
+    )
+    return 3.0 * 4 * count * leaves * max(sizes)
+
+
+def measure(report: common.Report, case: common.Case, budget: float) -> None:
+    """One row per batch size."""
+    rows = {count: f"{case.name}, batch {count}" for count in BATCHES}
+    if not any(report.wanted(row) for row in rows.values()):
+        return
+    base = case.base()
+    hne = case.ensemble(base)
+    networks = [hne.leaf(leaf).to(memory_format=torch.channels_last) for leaf in range(hne.leaves)]
+    ratio = hne.count_macs() / hne.count_macs(1)
+    for count, row in rows.items():
+        if not report.wanted(row):
+            continue
+        x = case.images(count)
+        tuned = min(count, LARGEST_TUNED) if case.size > 32 else count
+        if all(known.shape[0] != tuned for known in hne.tunings):
+            hne.tune(case.images(tuned), repeats=5 if count < 32 else 3)
+
+        def way(setting: str, x: Tensor = x) -> Callable[[], Any]:
+            def run() -> None:
+                hne.execution = setting
+                hne(x)
+
+            return run
+
+        actions: dict[str, Callable[[], Any]] = {
+            "base": lambda x=x: base(x),  # type: ignore[misc]
+            **{name: way(name) for name in ("packed", "looped", "auto")},
+        }
+        with torch.inference_mode():
+            times = machine.alternate(actions, x.device, repeats=21, budget=budget)
+            others: dict[str, Callable[[], Any]] = {
+                "base again": actions["base"],
+                "independent": lambda x=x: independent(networks, x),  # type: ignore[misc]
+            }
+            if largest_activations(hne, count, hne.leaves) < MEMORY:
+                mapped = stacked(networks)
+                others["vmap"] = lambda x=x, mapped=mapped: mapped(x)  # type: ignore[misc]
+            least = 2 if count > 8 else 3
+            times |= machine.alternate(others, x.device, repeats=7, budget=budget / 2, least=least)
+        typical = machine.medians(times)
+        hne.execution = "auto"
+        report.add(
+            row,
+            macs_ratio=ratio,
+            **{name: common.milliseconds(own) for name, own in times.items()},
+            E=typical["base"] * ratio / typical["auto"],
+            E_packed=typical["base"] * ratio / typical["packed"],
+            E_looped=typical["base"] * ratio / typical["looped"],
+            auto_vs_best=min(typical["packed"], typical["looped"]) / typical["auto"],
+            independent_vs_auto=typical["independent"] / (hne.leaves / ratio) / typical["auto"],
+            vmap_vs_auto=typical["vmap"] / typical["auto"] if "vmap" in typical else "over 16 GB",
+            plan=str(hne.plan(x)),
+            seconds={name: common.spread(own) for name, own in times.items()},
+        )
+
+
+COLUMNS = (
+    *("macs_ratio", "base", "packed", "looped", "auto", "independent", "vmap", "E"),
+    *("auto_vs_best", "independent_vs_auto", "vmap_vs_auto", "plan"),
+)
+
+
+def main() -> None:
+    """Measure what is asked for and print the table."""
+    options = common.arguments(__doc__ or "").parse_args()
+    common.prepare()
+    report = common.Report("inference", COLUMNS, options)
+    for case in (*common.CIFAR, *common.IMAGENET):
+        measure(report, case, options.budget)
+    report.show()
+
+
+if __name__ == "__main__":
+    main()

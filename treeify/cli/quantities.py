@@ -1,0 +1,98 @@
+"""Quantities with units, as they are written on the command line: `20ms`, `60M`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from math import isfinite
+
+from treeify.errors import InputError
+
+_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,2})?"
+_GROUPED = r"[1-9]\d{0,2}(?:[_,]\d{3})+"  # 60,000,000, as tables show counts
+_SECONDS = {"": Decimal(1), "s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
+_COUNTS = {"": Decimal(1), "k": Decimal(10**3), "K": Decimal(10**3)}
+_COUNTS |= {"M": Decimal(10**6), "G": Decimal(10**9), "T": Decimal(10**12)}
+
+
+def seconds(text: str, option: str) -> float:
+    """A duration in seconds.
+
+    Args:
+        text: a number with `s`, `ms` or `us` after it; seconds without a unit.
+        option: who asks, for the error.
+
+    Raises:
+        InputError: the text is no duration, or none above 0.
+    """
+    value = _quantity(text, _SECONDS)
+    if not value:
+        raise InputError(
+            f"{option} {text!r} is no duration.",
+            expected="a time above 0 in s, ms or us: 20ms, 0.02s; 0.02 means seconds",
+            next_step=_unit_meant(text, _SECONDS),
+        )
+    return float(value)
+
+
+def count(text: str, option: str) -> int:
+    """A whole number.
+
+    Args:
+        text: a number with `k`, `M`, `G` or `T` (thousands, millions, ...) after it; without one,
+            digits may be grouped by commas or underscores.
+        option: who asks, for the error.
+
+    Raises:
+        InputError: the text is no whole number above 0.
+    """
+    grouped = re.fullmatch(_GROUPED, text.strip())
+    value = _quantity(re.sub("[_,]", "", text) if grouped else text, _COUNTS)
+    if not value or value != value.to_integral_value():
+        raise InputError(
+            f"{option} {text!r} is no whole number above 0.",
+            expected="a number with k, M, G, T or no unit: 60M, 1.2G, 60000000",
+            next_step=_unit_meant(text, _COUNTS),
+        )
+    return int(value)
+
+
+def numbers(text: str, option: str, *, positive: bool = False) -> tuple[float, ...]:
+    """Comma-separated numbers.
+
+    Args:
+        text: such as `0.485,0.456,0.406`.
+        option: who asks, for the error.
+        positive: all of them must be above 0.
+
+    Raises:
+        InputError: the text is no such list.
+    """
+    try:
+        values = tuple(map(float, text.split(",")))
+    except ValueError:
+        values = ()
+    if not values or not all(isfinite(value) and (value > 0 or not positive) for value in values):
+        raise InputError(
+            f"{option} {text!r} is no list of numbers{' above 0' if positive else ''}.",
+            expected=f"one number, or one for each channel: {option} 0.5,0.5,0.5",
+        )
+    return values
+
+
+def _quantity(text: str, units: Mapping[str, Decimal]) -> Decimal | None:
+    match = re.fullmatch(rf"({_NUMBER})\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2] not in units:
+        return None
+    # Decimal: 1.2G is 1,200,000,000 and no rounding of it.
+    return Decimal(match[1]) * units[match[2]]
+
+
+def _unit_meant(text: str, units: Mapping[str, Decimal]) -> str | None:
+    """A hint where only the case of the unit is wrong."""
+    match = re.fullmatch(rf"({_NUMBER})\s*([A-Za-z]+)", text.strip())
+    if match is None or match[2] in units:
+        return None
+    same = [unit for unit in units if unit.lower() == match[2].lower()]
+    return f"Did you mean {match[1]}{same[0]}?" if same else None

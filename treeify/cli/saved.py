@@ -1,0 +1,53 @@
+"""What a directory on the command line holds: a run, or an ensemble by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from treeify import checkpoint
+from treeify.errors import RecipeError
+from treeify.recipe import DataRecipe, data_recipe, load_recipe
+from treeify.run_directory import CHECKPOINTS
+
+
+def checkpoint_in(directory: Path) -> Path:
+    """The checkpoint that is meant: a run's last one, or the directory itself.
+
+    Args:
+        directory: a run directory, or a checkpoint such as `runs/NAME/best`.
+
+    Returns:
+        A directory with a readable configuration; `CheckpointError` is raised if there is none.
+    """
+    path = directory / "last" if (directory / "last").is_dir() else directory
+    checkpoint.read_config(path)
+    return path
+
+
+def recipe_of(path: Path) -> Path | None:
+    """The recipe of the run that wrote a checkpoint; None if no run did."""
+    path = path.resolve()
+    recipe = path.parent / "recipe.yaml"
+    return recipe if path.name in CHECKPOINTS and recipe.is_file() else None
+
+
+def data_section(path: Path, options: Sequence[str]) -> DataRecipe:
+    """The data of the run that wrote a checkpoint, changed by options; else the options alone.
+
+    Args:
+        path: the checkpoint.
+        options: `key=value` of a recipe's data section.
+
+    Raises:
+        RecipeError: neither says what data to use, or an option is wrong.
+    """
+    if recipe := recipe_of(path):
+        return load_recipe(recipe, [f"data.{option}" for option in options]).data
+    if options:
+        return data_recipe(options)
+    raise RecipeError(
+        f"{str(path)!r} does not say what data to evaluate on.",
+        expected="a run directory, or its last/ or best/, with the run's recipe.yaml",
+        next_step="Name the data: --data name=image_folder --data root=DIRECTORY",
+    )

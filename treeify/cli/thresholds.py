@@ -1,0 +1,142 @@
+"""Confidence thresholds for `treeify calibrate`: chosen on some images, reported on others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from treeify.confidence import Budget, budget, confidence
+from treeify.data import Data, loader
+from treeify.ensemble import HierarchicalEnsemble
+from treeify.losses import nested_logits
+
+_IMAGES_AT_ONCE = 128
+
+
+class Halves:
+    """The held-out images' answers: one half to choose thresholds on, the other to report on.
+
+    Args:
+        hne: the ensemble.
+        images: held-out images and their classes.
+        seed: of the halves.
+    """
+
+    def __init__(self, hne: HierarchicalEnsemble, images: Data, seed: int) -> None:
+        self.split, self.seed = images.split, seed
+        self.sizes = hne.tree.nested_sizes
+        self.macs = [hne.count_macs(size) for size in self.sizes]
+        logits, labels = _answers(hne, images)
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+        first, second = order.tensor_split(2)
+        self.choose_on = logits[:, first], labels[first]
+        self.report_on = logits[:, second], labels[second]
+
+    def budget(self, target: int) -> Budget:
+        """Thresholds chosen on one half, with what they give on the other."""
+        chosen = budget(*self.choose_on, self.sizes, self.macs, target)
+        return _on_others(chosen, *self.report_on, self.macs)
+
+    @property
+    def fixed(self) -> list[float]:
+        """Accuracy of every nested size for all images, 0 to 1."""
+        logits, labels = self.report_on
+        return (logits.argmax(-1) == labels).double().mean(1).tolist()
+
+    def explanation(self) -> str:
+        """On which images what was done."""
+        chosen, reported = (len(labels) for _, labels in (self.choose_on, self.report_on))
+        return (
+            f"Thresholds were chosen on {chosen:,} held-out images; accuracy, MACs and stops are"
+            f" those of the {reported:,} others (seed {self.seed}; {self.split})."
+        )
+
+    def accuracy_table(self, budgets: Sequence[Budget]) -> Table:
+        """Fixed sizes, and beside them thresholds."""
+        table = Table(caption="mean MACs per image, on images that no threshold was chosen on")
+        table.add_column("answer")
+        for heading in ("MACs", "accuracy %"):
+            table.add_column(heading, justify="right")
+        for size, macs, accuracy in zip(self.sizes, self.macs, self.fixed, strict=True):
+            word = "leaf" if size == 1 else "leaves"
+            table.add_row(f"{size} {word}, every image", f"{macs:,}", f"{100 * accuracy:.2f}")
+        table.add_section()
+        for own in budgets:
+            row = (f"{own.macs:,.0f}", f"{100 * own.accuracy:.2f}")
+            table.add_row(f"budget {own.target_macs:,}", *row)
+        return table
+
+    def threshold_table(self, budgets: Sequence[Budget]) -> Table:
+        """The confidence that stops an image at each size, and how many it stops."""
+        table = Table(caption="an image stops at this confidence: share of the images that do")
+        table.add_column("leaves", justify="right")
+        for own in budgets:
+            table.add_column(f"budget {own.target_macs:,}", justify="right")
+        for index, size in enumerate(self.sizes):
+            table.add_row(str(size), *(_stop(own, index) for own in budgets))
+        return table
+
+    def as_json(self, budgets: Sequence[Budget]) -> dict[str, Any]:
+        """Everything the tables show; accuracies and shares from 0 to 1."""
+        chosen, reported = (len(labels) for _, labels in (self.choose_on, self.report_on))
+        rows = zip(self.sizes, self.macs, self.fixed, strict=True)
+        return {
+            "split": self.split,
+            "seed": self.seed,
+            "images": {"chosen_on": chosen, "reported_on": reported},
+            "fixed": [
+                {"leaves": size, "macs": macs, "accuracy": accuracy}
+                for size, macs, accuracy in rows
+            ],
+            "budgets": [own.to_dict() for own in budgets],
+        }
+
+
+@torch.no_grad()
+def _answers(hne: HierarchicalEnsemble, images: Data) -> tuple[Tensor, Tensor]:
+    """Logits of every nested size `[S, N, K]`, and classes `[N]`, of the held-out images."""
+    device = next(hne.parameters()).device
+    logits, labels = [], []
+    for batch, target in loader(images.held_out, _IMAGES_AT_ONCE, shuffle=False):
+        nested = nested_logits(hne(batch.to(device)).float(), hne.tree)
+        logits.append(nested.transpose(0, 1).cpu())
+        labels.append(target)
+    return torch.cat(logits, 1), torch.cat(labels)
+
+
+def _on_others(chosen: Budget, logits: Tensor, labels: Tensor, macs: Sequence[int]) -> Budget:
+    """The same thresholds with what they give on other images.
+
+    Args:
+        chosen: the thresholds.
+        logits: of every nested size, `[S, N, K]`.
+        labels: classes, `[N]`.
+        macs: MACs per image of each size.
+    """
+    sure = torch.stack([confidence(own.double()) for own in logits])
+    sure[-1] = 1.0
+    needed = torch.tensor([*chosen.thresholds, 0.0], dtype=sure.dtype)
+    stop = (sure >= needed[:, None]).int().argmax(0)  # the first size that is sure enough
+    images = len(labels)
+    right = logits.argmax(-1)[stop, torch.arange(images)] == labels
+    shares = torch.bincount(stop, minlength=len(macs)).double() / images
+    return replace(
+        chosen,
+        macs=(shares * torch.tensor(macs, dtype=shares.dtype)).sum().item(),
+        accuracy=right.double().mean().item(),
+        shares=tuple(shares.tolist()),
+        images=images,
+    )
+
+
+def _stop(own: Budget, index: int) -> str:
+    share = f"{100 * own.shares[index]:.1f} %"
+    if index == len(own.thresholds):
+        return f"the rest: {share}"
+    threshold = own.thresholds[index]
+    return f"never: {share}" if threshold > 1 else f"{threshold:.4f}: {share}"

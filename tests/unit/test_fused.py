@@ -1,8 +1,8 @@
 """Fused programs compute what unfused ones do, from the weights as they are now."""
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import small
@@ -15,11 +15,16 @@ from torch.testing import assert_close
 
 import treeify
 from treeify.execution import Plan
-from treeify.fused import AddInto, FusedConv, Overwrite
+from treeify.fused import AddInto, FusedConv, Overwrite, stored
 
 WAYS = ("packed", "looped")
 Ensemble = treeify.HierarchicalEnsemble
 WIDTH = 8
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
 
 
 class Net(nn.Module):
@@ -48,7 +53,7 @@ def settle(model: nn.Module) -> None:
 
 def convert(model: nn.Module, splits: list[str] | None = None) -> Ensemble:
     hne = treeify.hierarchicalize(
-        model, splits or ["stage1:3", "stage2"], init="perturb", example_input=small.EXAMPLE
+        model, splits or ["stage1", "stage2"], init="perturb", example_input=small.EXAMPLE
     ).eval()
     torch.manual_seed(3)
     settle(hne)
@@ -83,16 +88,16 @@ def assert_fused_equals(hne: Ensemble, x: Tensor | None = None) -> None:
     given = x.clone()
     expected = run(hne, x, fuse=False)
     for way in WAYS:
-        for leaves in (*range(1, hne.leaves + 1), hne.leaves):
+        for leaves in (1, hne.leaves - 1, hne.leaves, hne.leaves):
             found = run(hne, x, fuse=True, way=way, leaves=leaves)
             assert_close(found, expected[:, :leaves], rtol=1e-4, atol=1e-5)
     assert torch.equal(x, given)
 
 
-def fused_modules(hne: Ensemble, kind: type[nn.Module]) -> list[nn.Module]:
+def fused_modules(hne: Ensemble, kind: type[nn.Module]) -> list[Any]:
     return [
         module
-        for segment in hne._fused.segments
+        for segment in hne._fused.program.segments
         for module in segment.module.modules()
         if isinstance(module, kind)
     ]
@@ -116,7 +121,7 @@ def test_norms_and_activations_are_part_of_the_convolution(
     stages = [nn.Sequential(conv(bias=bias), nn.BatchNorm2d(WIDTH), *after) for bias in (0, 1)]
     hne = convert(Net(*stages))
     assert len(fused_modules(hne, FusedConv)) == 3
-    assert all(module.stored_norm is not None for module in fused_modules(hne, FusedConv))
+    assert all(module.operations[1] is not None for module in fused_modules(hne, FusedConv))
     assert_fused_equals(hne)
 
 
@@ -164,11 +169,10 @@ def test_approximate_gelu_and_sloped_activations_keep_their_options() -> None:
     ids=repr,
 )
 def test_layers_right_after_a_split(stage: nn.Module) -> None:
-    flat = any(isinstance(module, nn.Conv1d) for module in stage.modules())
-    last = nn.Conv1d(WIDTH, WIDTH, 1) if flat else None
-    assert_fused_equals(convert(Net(copy.deepcopy(stage), last)))
-    if not flat:
-        assert_fused_equals(convert(Net(conv(), copy.deepcopy(stage))))
+    if isinstance(stage, nn.Sequential) and isinstance(stage[0], nn.Flatten):
+        assert_fused_equals(convert(Net(stage, nn.Conv1d(WIDTH, WIDTH, 1))))
+    else:
+        assert_fused_equals(convert(Net(stage, copy.deepcopy(stage))))
 
 
 class Residual(nn.Module):
@@ -258,10 +262,7 @@ def _norms(own: Residual, y: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("join", JOINS)
 def test_sums_and_values_read_twice(join: str) -> None:
-    hne = convert(Net(Residual(JOINS[join]), Residual(JOINS[join])))
-    assert_fused_equals(hne)
-    shared = convert(Net(Residual(JOINS[join]), Residual(JOINS[join])), ["stage2:3"])
-    assert_fused_equals(shared)
+    assert_fused_equals(convert(Net(Residual(JOINS[join]), Residual(JOINS[join])), ["stage2:3"]))
 
 
 def test_sums_and_activations_are_fused() -> None:
@@ -270,7 +271,7 @@ def test_sums_and_activations_are_fused() -> None:
     assert len(fused_modules(hne, FusedConv)) == 3
     assert not fused_modules(hne, AddInto)
     assert not fused_modules(hne, Overwrite)
-    targets = [node.target for s in hne._fused.segments for node in s.module.graph.nodes]
+    targets = [node.target for s in hne._fused.program.segments for node in s.module.graph.nodes]
     assert F.relu not in targets
 
 
@@ -299,7 +300,7 @@ def test_values_that_cross_levels_stay_as_they_were() -> None:
         assert_close(session.leaf_logits, whole[:, :size], rtol=1e-4, atol=1e-5)
     assert hne._program(hne.plan(x)) is hne._programs[False]  # with gradients
     with torch.no_grad():
-        assert hne._program(hne.plan(x)) is hne._fused
+        assert hne._program(hne.plan(x)) is hne._fused.program
 
 
 def _fused_tuning(hne: Ensemble, x: Tensor) -> dict:
@@ -369,6 +370,11 @@ def _train_one_norm(hne: Ensemble) -> None:
     norm.eval()
 
 
+def _train_one_norm_without_a_counter(hne: Ensemble) -> None:
+    hne.get_submodule("stage1.1").num_batches_tracked = None
+    _train_one_norm(hne)
+
+
 def _reset(hne: Ensemble) -> None:
     for module in hne.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -388,7 +394,14 @@ def _tune_training(hne: Ensemble) -> None:
 
 CHANGES = [
     *(_step, _adam_step, _copy, _copy_in_inference_mode, _replace, _assign_data, _train),
-    *(_train_looped, _train_without_counters, _train_one_norm, _reset, _other_eps),
+    *(
+        _train_looped,
+        _train_without_counters,
+        _train_one_norm,
+        _reset,
+        _train_one_norm_without_a_counter,
+        _other_eps,
+    ),
     _tune_training,
 ]
 
@@ -434,7 +447,7 @@ def test_copies_fold_their_own_weights() -> None:
             tensor.zero_()
     assert run(twin, x, fuse=True).abs().max() == 0
     assert_close(run(hne, x, fuse=True), before, rtol=0, atol=0)
-    own = {id(module.stored_conv) for module in fused_modules(twin, FusedConv)}
+    own = {id(stored(module.operations[0])) for module in fused_modules(twin, FusedConv)}
     assert own <= {id(module) for module in twin.modules()}
 
 
@@ -444,14 +457,15 @@ def test_a_copied_gelu_still_runs() -> None:
 
 
 def test_a_norm_in_training_mode_uses_the_batch() -> None:
-    twins = [convert(Net(Residual(JOINS["relu(conv + x)"]))) for _ in range(2)]
+    hne = convert(Net(Residual(JOINS["relu(conv + x)"])))
+    twins = [hne, copy.deepcopy(hne)]
     x = small.images(4)
     found = []
-    for hne, fuse in zip(twins, (True, False), strict=True):
-        run(hne, x, fuse=fuse)
-        hne.get_submodule("stage1.norm").train()
-        found.append(run(hne, x, fuse=fuse, way="looped"))
-        found.append(run(hne, x, fuse=fuse))
+    for twin, fuse in zip(twins, (True, False), strict=True):
+        run(twin, x, fuse=fuse)
+        twin.get_submodule("stage1.norm").train()
+        found.append(run(twin, x, fuse=fuse, way="looped"))
+        found.append(run(twin, x, fuse=fuse))
     assert_close(found[:2], found[2:], rtol=1e-4, atol=1e-5)
     buffers = zip(twins[0].buffers(), twins[1].buffers(), strict=True)
     assert all(torch.allclose(one, other) for one, other in buffers)
@@ -518,21 +532,17 @@ def test_tensors_made_in_inference_mode(changed: str) -> None:
     assert_fused_equals(hne, x)
 
 
-@contextmanager
-def _onednn(enabled: bool) -> Iterator[None]:
-    with torch.backends.mkldnn.flags(enabled=enabled):
-        yield
-
-
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")  # a flag that is set along with the other
 @pytest.mark.parametrize("onednn", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_batches_dtypes_and_memory_formats(count: int, dtype: torch.dtype, onednn: bool) -> None:
-    hne, x = ensemble().to(dtype), small.images(count).to(dtype)
+    stages = [nn.Sequential(conv(), nn.BatchNorm2d(WIDTH), nn.ReLU()), nn.Conv2d(WIDTH, WIDTH, 1)]
+    hne, x = convert(Net(*stages)).to(dtype), small.images(count).to(dtype)
     for way in WAYS:
         expected = torch.cat([hne.leaf(n)(x)[:, None].detach() for n in range(6)], dim=1)
         for channels_last in (None, True, False):
-            with _onednn(onednn):
+            with torch.backends.mkldnn.flags(enabled=onednn):
                 found = run(hne, x, fuse=True, way=way, channels_last=channels_last)
             assert found.dtype == dtype
             assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -562,7 +572,7 @@ def test_prepared_weights_do_not_pile_up() -> None:
             run(hne, small.images(count), fuse=True, leaves=leaves)
     for module in fused_modules(hne, FusedConv):
         kept = sum(weight.numel() for weight, _ in module._parts.values())
-        assert kept <= 4 * module.stored_conv.weight.numel()
+        assert kept <= 4 * stored(module.operations[0]).weight.numel()
 
 
 def test_mixed_precision() -> None:
@@ -570,6 +580,41 @@ def test_mixed_precision() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(hne, x, fuse=True)
     assert_close(found.float(), run(hne, x, fuse=False), rtol=0.05, atol=0.05)
+
+
+def test_hooks_on_modules_are_called() -> None:
+    hne, x = ensemble(), small.images()
+    run(hne, x, fuse=True)
+    calls: list[str] = []
+    handle = hne.get_submodule("stage1.1").register_forward_hook(lambda *_: calls.append("norm"))
+    twin = copy.deepcopy(hne)
+    run(hne, x, fuse=True)
+    run(twin, x, fuse=True)
+    assert calls == ["norm"] * 2
+    handle.remove()
+    run(hne, x, fuse=True)
+    assert calls == ["norm"] * 2
+
+
+def test_parametrized_weights_are_followed() -> None:
+    hne, x = ensemble(), small.images()
+    run(hne, x, fuse=True)
+    torch.nn.utils.parametrizations.weight_norm(hne.get_submodule("stem.0"))
+    with torch.no_grad():
+        hne.get_submodule("stem.0").parametrizations.weight.original0.mul_(2)
+    assert_fused_equals(hne, x)
+
+
+def test_functional_calls_use_the_given_weights() -> None:
+    hne, x = ensemble(), small.images()
+    hne.tunings.update(_fused_tuning(hne, x))
+    other = {name: 1.5 * tensor.detach() for name, tensor in hne.named_parameters()}
+    with torch.no_grad():
+        before = hne(x)
+        found = torch.func.functional_call(hne, other, (x,))
+        assert torch.equal(hne(x), before)
+        hne.load_state_dict(other, strict=False)
+        assert_close(found, run(hne, x, fuse=False), rtol=1e-4, atol=1e-5)
 
 
 def test_fusing_leaves_the_other_programs_alone() -> None:

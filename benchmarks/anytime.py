@@ -1,0 +1,151 @@
+"""Do answers come in time? First answers, steps against one call, deadlines under load.
+
+`python benchmarks/anytime.py` measures, for the CIFAR ensembles and the MobileNetV2 one at 224:
+the first answer against the base model; the sum of all steps against one call; and, for
+deadlines spread evenly from the first leaf's time to the full time, how often the answer came in
+time and how many leaves it had, against the most that would have fitted. Deadlines are for one
+image, with the machine idle and with one core kept busy by another process, calibrated so each time.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import common
+import torch
+from torch import Tensor
+
+import treeify
+from treeify import machine
+from treeify.deadline import advance_until
+
+CASES = (*common.CIFAR, common.IMAGENET[0])
+BATCHES = (1, 8, 32)
+DEADLINES = 40
+COLUMNS = (
+    *("base", "first", "first_vs_base", "steps", "one_call", "steps_vs_call"),
+    *("hits_%", "misses_by_ms", "leaves", "leaves_in_hindsight", "leaves_%"),
+)
+
+
+@contextmanager
+def busy(wanted: bool) -> Iterator[None]:
+    """Another process that computes all the time, if wanted."""
+    if not wanted:
+        yield
+        return
+    other = subprocess.Popen([sys.executable, "-c", "while True: sum(range(1000))"])
+    try:
+        time.sleep(0.5)
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+def all_steps(hne: treeify.HierarchicalEnsemble, x: Tensor) -> None:
+    """A session from the first leaf to the last."""
+    for _ in hne.anytime(x):
+        pass
+
+
+def latencies(report: common.Report, case: common.Case, count: int, budget: float) -> None:
+    """The first answer, and all steps against one call."""
+    row = f"{case.name}, batch {count}, steps"
+    if not report.wanted(row):
+        return
+    base = case.base()
+    hne = case.ensemble(base)
+    x = case.images(count)
+    hne.tune(x, repeats=5)
+    actions = {
+        "base": lambda: base(x),
+        "first": lambda: hne.session(x).advance(),
+        "steps": partial(all_steps, hne, x),
+        "one_call": lambda: hne.predict(x),
+    }
+    with torch.no_grad():
+        times = machine.alternate(actions, x.device, repeats=101, budget=budget)
+    typical = machine.medians(times)
+    report.add(
+        row,
+        **{name: common.milliseconds(own) for name, own in times.items()},
+        first_vs_base=typical["first"] / typical["base"],
+        steps_vs_call=typical["steps"] / typical["one_call"],
+        seconds={name: common.spread(own) for name, own in times.items()},
+    )
+
+
+def deadlines(report: common.Report, case: common.Case, budget: float, *, load: bool) -> None:
+    """How often deadlines are kept, and with how many leaves."""
+    row = f"{case.name}, deadlines, {'one core busy' if load else 'idle'}"
+    if not report.wanted(row):
+        return
+    hne = case.ensemble(case.base())
+    x = case.images(1)
+    hne.tune(x)
+    with busy(load):
+        known = hne.calibrate(x, repeats=200, budget=budget)
+        first, full = known.slow[0], sum(known.slow)
+        wanted = [first + (full - first) * i / (DEADLINES - 1) for i in range(DEADLINES)]
+        late, leaves, best = [], [], []
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < 3 * budget:
+            for deadline in wanted:
+                start = time.perf_counter()
+                session = hne.session(x)
+                advance_until(session, known, deadline, start)
+                late.append(time.perf_counter() - start - deadline)
+                leaves.append(session.leaves)
+                best.append(most_in(hne, x, deadline))
+    hits = sum(own <= 0 for own in late) / len(late)
+    over = [own for own in late if own > 0]
+    report.add(
+        row,
+        **{
+            "hits_%": 100 * hits,
+            "misses_by_ms": 1e3 * common.median(over) if over else 0.0,
+            "leaves": sum(leaves) / len(leaves),
+            "leaves_in_hindsight": sum(best) / len(best),
+            "leaves_%": 100 * sum(leaves) / sum(best),
+        },
+        worst_miss_ms=1e3 * max(over, default=0.0),
+        first_ms=1e3 * first,
+        full_ms=1e3 * full,
+        answers=len(late),
+    )
+
+
+def most_in(hne: treeify.HierarchicalEnsemble, x: Tensor, deadline: float) -> int:
+    """The largest nested size whose steps end within a deadline, seen by taking all of them."""
+    start = time.perf_counter()
+    session = hne.session(x)
+    best = 1
+    while not session.done:
+        step = session.advance()
+        if time.perf_counter() - start > deadline:
+            break
+        best = step.leaves
+    return best
+
+
+def main() -> None:
+    """Measure what is asked for and print the table."""
+    options = common.arguments(__doc__ or "").parse_args()
+    common.prepare()
+    report = common.Report("anytime", COLUMNS, options)
+    for case in CASES:
+        for count in BATCHES:
+            latencies(report, case, count, options.budget)
+        for load in (False, True):
+            deadlines(report, case, options.budget, load=load)
+    report.show()
+
+
+if __name__ == "__main__":
+    main()

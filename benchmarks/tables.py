@@ -1,0 +1,51 @@
+"""The measured rows as Markdown, for `docs/performance.md`.
+
+`python benchmarks/tables.py NAME` prints the table of `benchmarks/results/NAME.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+COLUMNS = {
+    "inference": (
+        *("macs_ratio", "base", "packed", "looped", "auto", "independent", "vmap", "E"),
+        *("auto_vs_best", "independent_vs_auto", "vmap_vs_auto"),
+    ),
+    "training": ("macs_ratio", "base", "packed", "looped", "auto", "E", "auto_vs_best"),
+    "steps": ("base", "first", "first_vs_base", "steps", "one_call", "steps_vs_call"),
+    "deadlines": (
+        *("first_ms", "full_ms", "answers", "hits_%", "misses_by_ms", "worst_miss_ms"),
+        *("leaves", "leaves_in_hindsight", "leaves_%"),
+    ),
+    "conversion": (
+        *("converted", "built", "traced", "time_ratio", "result_MB", "base_MB", "peak_MB"),
+        "peak_ratio",
+    ),
+}
+
+
+def table(name: str) -> str:
+    """A benchmark's rows as a Markdown table, in the order of measuring."""
+    columns = COLUMNS[name]
+    file = "anytime" if name in ("steps", "deadlines") else name
+    rows = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["rows"]
+    lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
+    for row in rows:
+        if any(column in row for column in columns[:1]):
+            cells = (_text(row.get(column, "")) for column in columns)
+            lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or COLUMNS:
+        sys.stdout.write(table(name) + "\n\n")

@@ -4,7 +4,7 @@
 the first answer against the base model; the sum of all steps against one call; and, for
 deadlines spread evenly from the first leaf's time to the full time, how often the answer came in
 time and how many leaves it had, against the most that would have fitted. Deadlines are for one
-image, with the machine idle and with one core kept busy by another process, calibrated so each time.
+image, the machine idle or one core kept busy by another process, and calibrated so each time.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ class FusedConv(nn.Module):
         images, channels, height, width = x.shape
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
         result = F.linear(rows, weight.view(-1, channels), bias)
-        result = result.view(images, height, width, -1).permute(0, 3, 1, 2)
+        result = result.view(images, height, width, result.shape[1]).permute(0, 3, 1, 2)
         return self._finish(result, addend)
 
     def _onednn(self, span: Span, parents: int, x: Tensor, addend: Tensor | float | None) -> Tensor:
@@ -235,6 +235,7 @@ class FusedConv(nn.Module):
         """
         norm = self._norm[0]
         if norm is not None and norm.training:
+            self.forget()
             return False
         try:
             found = [table[name] for table, name in self._places]

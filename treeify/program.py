@@ -36,7 +36,7 @@ class NodeReport:
         level: its level in the tree.
         form: shared, packed or per branch.
         reason: why it does not run packed; empty where it does.
-        macs: multiply-accumulates per image and branch.
+        macs: multiply-accumulates per image and branch; counted for evaluation only.
     """
 
     path: str
@@ -106,11 +106,19 @@ class Held:
     def only(self, branch: int) -> Held:
         """One branch's value in memory of its own, so that the rest can be freed."""
         wanted = Span(branch, branch + 1)
-        value = self.take(wanted)
-        if self.crossing.form is Form.BRANCHES:
-            own: Any = Branches(tree_map(_own, part) for part in value)
+        form, start = self.crossing.form, branch - self.span.start
+        if form is Form.BRANCHES:
+            own: Any = Branches([tree_map(_own, self.value[start])])
+        elif form is Form.PACKED:
+            own = tree_map(
+                lambda fact, whole: _own(
+                    _dense(_piece(fact, whole, self.span.size, start, 1), whole)
+                ),
+                self.crossing.known,
+                self.value,
+            )
         else:
-            own = tree_map(_own, value)
+            own = tree_map(_own, self.value)
         return Held(self.crossing, wanted, own)
 
     def rows(self, images: Tensor) -> Held:

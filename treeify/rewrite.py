@@ -162,11 +162,15 @@ class _Rewriter:
         return draft.values[key]
 
     def _call(self, level: int, name: str, operation: nn.Module, args: Any, kwargs: Any) -> fx.Node:
+        """Call an operation of ours, which takes the span first."""
+        return self._add(level, name, operation, (self.drafts[level].span, *args), kwargs)
+
+    def _add(self, level: int, name: str, operation: nn.Module, args: Any, kwargs: Any) -> fx.Node:
         draft = self.drafts[level]
-        while name in draft.modules:
+        # A graph module's own attributes must not be hidden by a node called `half` or `apply`.
+        while name in draft.modules or hasattr(fx.GraphModule, name):
             name += "_"
         draft.modules[name] = operation
-        args = (draft.span, *args)
         return draft.graph.create_node("call_module", name, args, kwargs, name=name)
 
     def _write(self, node: fx.Node) -> None:
@@ -226,10 +230,7 @@ class _Rewriter:
             shared = SharedModule(module, storage, self._slots(node), self.tree.branches, level)
             return self._call(level, node.name, shared, args, kwargs)
         self._note_in_place(node)
-        self.drafts[level].modules[node.name] = storage
-        return self.drafts[level].graph.create_node(
-            "call_module", node.name, args, kwargs, name=node.name
-        )
+        return self._add(level, node.name, storage, args, kwargs)
 
     def _arguments(self, node: fx.Node, convert: Any) -> tuple[Any, Any]:
         return map_arg(node.args, convert), map_arg(node.kwargs, convert)

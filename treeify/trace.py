@@ -13,7 +13,7 @@ import operator
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Facts:
         path: unique readable name: the module path, and for functions the operation inside it.
         scope: path of the module the node stems from.
         value: the node's output with every tensor replaced by its `TensorFacts`.
-        macs: multiply-accumulates per image.
+        macs: multiply-accumulates per image; counted for evaluation only.
         rows: whether dropping images from the batch means dropping rows of the tensors, no more.
     """
 
@@ -397,8 +397,9 @@ class _Recorder(fx.Interpreter):
         self.others: dict[fx.Node, list[str]] = {}
         self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
 
-    def record(self, example: Tensor) -> None:
-        with self._counter:
+    def record(self, example: Tensor, *, count: bool) -> None:
+        """Run the graph; counting makes it take twice as long."""
+        with self._counter if count else nullcontext():
             self.run(example)
 
     def run_node(self, n: fx.Node) -> Any:
@@ -458,7 +459,7 @@ def _record(
         with _mode(root, training), torch.no_grad():
             try:
                 recorder = _Recorder(root, graph)
-                recorder.record(image)
+                recorder.record(image, count=batch == _BATCHES[0] and not training)
             except Exception as error:
                 failure = error
             else:

@@ -1,8 +1,38 @@
-"""Commands under test leave the memory allocator of the test process alone."""
+"""What the commands are tried on; the memory allocator of the test process is left alone."""
+
+import shutil
+from pathlib import Path
 
 import pytest
+from cli import saved_ensembles as saved
+
+import treeify
 
 
 @pytest.fixture(autouse=True)
 def untuned_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TREEIFY_TUNE_ALLOCATOR", "0")
+
+
+@pytest.fixture(scope="session")
+def saved_ensemble(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to copy."""
+    path = tmp_path_factory.mktemp("saved") / "ensemble"
+    saved.save(path)
+    return path
+
+
+@pytest.fixture
+def directories(saved_ensemble: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the user is: `run`, a run directory of the digits recipe, and an ensemble `alone`."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(saved_ensemble, tmp_path / "run" / "last")
+    shutil.copy(saved.RECIPE, tmp_path / "run" / "recipe.yaml")
+    shutil.copytree(saved_ensemble, tmp_path / "alone")
+    return tmp_path
+
+
+@pytest.fixture
+def hne(directories: Path) -> treeify.HierarchicalEnsemble:
+    """The ensemble in both."""
+    return treeify.load(directories / "alone")

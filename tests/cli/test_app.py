@@ -99,3 +99,45 @@ def test_the_installed_command(tmp_path: Path) -> None:
     assert result.stdout == ""
     assert "ModelError: there is no model 'resnet5O'." in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Gets an entry whenever the allocator would be tuned; `splits` does nothing."""
+    calls: list[bool] = []
+    monkeypatch.setattr("treeify.cli.app.tune_allocator", lambda: calls.append(True))
+    monkeypatch.setattr("treeify.cli.splits.splits", lambda: None)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("words", "variable", "times"),
+    [
+        (["splits"], None, 1),
+        (["--debug", "splits"], None, 1),
+        (["--no-tune-allocator", "splits"], None, 0),
+        (["splits"], "0", 0),
+        (["--tune-allocator", "splits"], "0", 1),
+        (["splits", "--help"], None, 0),
+        (["--help"], None, 0),
+    ],
+    ids=str,
+)
+def test_the_allocator_is_tuned_where_a_command_runs(
+    words: list[str],
+    variable: str | None,
+    times: int,
+    tuned: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if variable is None:
+        monkeypatch.delenv("TREEIFY_TUNE_ALLOCATOR")
+    else:
+        monkeypatch.setenv("TREEIFY_TUNE_ALLOCATOR", variable)
+    assert run(*words).exit_code == 0
+    assert len(tuned) == times
+
+
+def test_the_overview_does_not_wait_for_torch() -> None:
+    code = "import sys, treeify.cli.app; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

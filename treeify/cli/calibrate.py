@@ -101,6 +101,11 @@ def calibrate(
     with console.status("measuring latencies"):
         latencies = hne.calibrate(x, repeats=repeats)
     console.print(_latency_table(hne, latencies))
+    line = (
+        f"{latencies.situation}: each step's median, and its 99th percentile, of"
+        f" {latencies.repeats} calls, added up."
+    )
+    console.print(line, soft_wrap=True, highlight=False)
     found["latencies"] = latencies.to_dict()
     if images is not None:
         console.print(halves.accuracy_table(budgets))
@@ -166,10 +171,7 @@ def _tuning_table(tuning: Tuning) -> Table:
 
 
 def _latency_table(hne: HierarchicalEnsemble, latencies: Latencies) -> Table:
-    table = Table(
-        caption=f"ms from the call, {latencies.situation}, median and 99 % of"
-        f" {latencies.repeats} calls; MACs per image"
-    )
+    table = Table(caption="ms from the call; MACs per image")
     for heading in ("leaves", "ms", "99 %", "MACs"):
         table.add_column(heading, justify="right")
     ends = zip(

@@ -324,7 +324,8 @@ class _Call:
         except CheckpointError as error:
             kept = f"not kept: {str(error).splitlines()[0].rstrip('.')}"
         self.notes.append(
-            f"Latencies of {situation} were not known: measured in {found.repeats} sessions, {kept}."
+            f"Latencies of {situation} were not known: measured in {found.repeats} sessions,"
+            f" {kept}."
         )
         return found
 

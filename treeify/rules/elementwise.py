@@ -123,7 +123,7 @@ class Broadcast(nn.Module):
         if known.folds:
             return unfold(arg, count)
         missing = [1] * (self.rank - len(known.shape))
-        base = (*missing, *known.shape)
+        base = (*missing, *arg.shape[1:])
         # A value without a batch broadcasts over it: its place at dim 0 goes to the branches.
         return arg.reshape(1, count, *base[1:]) if self.folds else arg.reshape(count, *base)
 

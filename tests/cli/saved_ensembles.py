@@ -1,0 +1,36 @@
+"""A small ensemble as the command line finds it, and digits as the files it reads."""
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+import treeify
+from treeify.architecture import Architecture
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "digits_hne.yaml"
+
+
+def save(path: Path) -> None:
+    """Write an ensemble of 6 leaves for 8 x 8 digits."""
+    hne = treeify.hierarchicalize(
+        Architecture("small:build", {"classes": 10}),
+        ["stage1", "stage2:3"],
+        init="fresh",
+        example_input=torch.zeros(1, 3, 8, 8),
+    )
+    with torch.no_grad():  # fresh heads are never sure of anything
+        hne.head.weight *= 10
+    treeify.save(hne, path)
+
+
+def write_digits(directory: Path, count: int) -> tuple[list[str], Tensor]:
+    """Files of the first digits, and their pixels in 0 to 1, `[count, 3, 8, 8]`."""
+    directory.mkdir(exist_ok=True)
+    scans = (torch.from_numpy(load_digits().images[:count]) * (255 / 16)).round().to(torch.uint8)
+    files = [directory / f"{number}.png" for number in range(count)]
+    for file, scan in zip(files, scans, strict=True):
+        Image.fromarray(scan.numpy()).save(file)
+    return [str(file) for file in files], scans[:, None].expand(-1, 3, -1, -1) / 255

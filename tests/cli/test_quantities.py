@@ -1,0 +1,59 @@
+"""Quantities as the command line reads them."""
+
+import pytest
+
+from treeify.cli import quantities
+from treeify.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("20ms", 0.02), ("0.02s", 0.02), ("0.02", 0.02), (" 3 s ", 3), (".5", 0.5), ("15us", 1.5e-5)],
+)
+def test_durations(text: str, seconds: float) -> None:
+    assert quantities.seconds(text, "--deadline") == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("60M", 60_000_000),
+        ("1.2G", 1_200_000_000),
+        ("60000000", 60_000_000),
+        ("60,000,000", 60_000_000),
+        ("60_000_000", 60_000_000),
+        ("150k", 150_000),
+        ("6e7", 60_000_000),
+        ("0.000001M", 1),
+    ],
+)
+def test_counts(text: str, count: int) -> None:
+    assert quantities.count(text, "--budget") == count
+
+
+@pytest.mark.parametrize("text", ["", "ms", "20 minutes", "-1ms", "0", "0,020", "1e", "nan", "inf"])
+def test_what_is_no_duration(text: str) -> None:
+    with pytest.raises(InputError, match=r"--deadline .* is no duration"):
+        quantities.seconds(text, "--deadline")
+
+
+@pytest.mark.parametrize("text", ["", "M", "0", "1.5", "-3M", "1,2G", "0,200", "60MB", "nan"])
+def test_what_is_no_count(text: str) -> None:
+    with pytest.raises(InputError, match=r"--budget .* is no whole number above 0"):
+        quantities.count(text, "--budget")
+
+
+def test_units_in_the_wrong_case_are_corrected() -> None:
+    with pytest.raises(InputError, match="Did you mean 20ms"):
+        quantities.seconds("20MS", "--deadline")
+    with pytest.raises(InputError, match=r"Did you mean 1\.2G"):
+        quantities.count("1.2g", "--budget")
+
+
+def test_numbers() -> None:
+    assert quantities.numbers("0.5, -1,2e-1", "--mean") == (0.5, -1.0, 0.2)
+    for text in ("", "a", "0.5,", "nan"):
+        with pytest.raises(InputError, match=r"--mean .* is no list of numbers"):
+            quantities.numbers(text, "--mean")
+    with pytest.raises(InputError, match="above 0"):
+        quantities.numbers("0.5,0", "--std", positive=True)

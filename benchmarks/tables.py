@@ -1,16 +1,14 @@
-"""The measured rows as Markdown, for `docs/performance.md`.
-
-`python benchmarks/tables.py NAME` prints the table of `benchmarks/results/NAME.json`.
-"""
+"""The measured rows as Markdown: `python benchmarks/tables.py` puts them into the page."""
 
 from __future__ import annotations
 
 import json
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 COLUMNS = {
     "inference": (
         *("macs_ratio", "base", "packed", "looped", "auto", "independent", "vmap", "E"),
@@ -46,6 +44,16 @@ def _text(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+def updated(page: str) -> str:
+    """A page with the table of NAME after every `<!-- NAME -->`."""
+    for name in COLUMNS:
+        mark = f"<!-- {name} -->\n"
+        before, found, after = page.partition(mark)
+        if found:
+            rest = re.sub(r"\A(\n\|[^\n]*(?:\n\|[^\n]*)*\n)?", "", after)
+            page = f"{before}{mark}\n{table(name)}\n{rest}"
+    return page
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or COLUMNS:
-        sys.stdout.write(table(name) + "\n\n")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

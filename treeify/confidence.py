@@ -190,10 +190,13 @@ def budget(
 
 
 def _threshold(sure: Tensor, wanted: int) -> float:
-    """The confidence that lets `wanted` images stop."""
+    """The confidence that lets `wanted` images stop, and all as sure as the last of them."""
     if wanted <= 0:
         return 2.0  # above every probability: nobody stops
-    return sure.sort(descending=True).values[min(wanted, len(sure)) - 1].item()
+    last = sure.sort(descending=True).values[min(wanted, len(sure)) - 1]
+    below = sure[sure < last]
+    # Half-way to the next image, so that rounding does not decide about either.
+    return ((last + below.max()) / 2).item() if len(below) else last.item() * (1 - 1e-6)
 
 
 def _geometric_shares(macs: Sequence[int], target: int) -> Tensor:

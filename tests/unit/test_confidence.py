@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("way", ["packed", "looped"])
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(shares=st.lists(st.floats(0, 1), min_size=2, max_size=2))
 def test_answers_are_those_of_the_first_sure_size(way: str, shares: list[float]) -> None:
     hne, x = _ensemble(), small.images(12)
@@ -92,7 +93,7 @@ def test_sure_images_leave_the_batch(rows: list[tuple[int, int]]) -> None:
     logits = _at_every_size(hne, x)
     threshold = _middle(confidence(logits[0]), 0.5)
     _, used = _oracle(hne.tree.nested_sizes, logits, [threshold] * 2)
-    assert 1 < len(set(used))
+    assert len(set(used)) > 1
     hne.predict(x, confidence=threshold)
     expected = [(size, sum(own >= size for own in used)) for size in hne.tree.nested_sizes]
     assert rows == [step for step in expected if step[1]]
@@ -160,7 +161,7 @@ def test_images_that_cannot_leave_are_answered_the_same(rows: list[tuple[int, in
     logits = _at_every_size(hne, x)
     threshold = _middle(confidence(logits[0]), 0.5)
     expected, used = _oracle(hne.tree.nested_sizes, logits, [threshold] * 2)
-    assert 1 < len(set(used))
+    assert len(set(used)) > 1
     answer = hne.predict(x, confidence=threshold)
     assert answer.leaves.tolist() == used
     assert_close(answer.logits, expected, rtol=1e-4, atol=1e-5)
@@ -216,7 +217,6 @@ def test_the_mean_cost_is_the_target(target: int, images: int) -> None:
     )
     assert (found.target_macs, found.sizes, found.images) == (target, SIZES, images)
     assert len(found.thresholds) == 3
-    assert json.loads(json.dumps(found.to_dict())) == json.loads(json.dumps(found.to_dict()))
     assert Budget.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
@@ -238,7 +238,7 @@ def test_more_to_spend_is_never_less_spent() -> None:
     spent = [own.macs for own in found]
     # A share may round to one image less, whose cost is at most the largest step between sizes.
     slack = (MACS[-1] - MACS[0]) / len(labels)
-    assert all(more >= less - slack for less, more in zip(spent, spent[1:], strict=False))
+    assert all(more >= less - slack for less, more in pairwise(spent))
     assert spent[-1] - spent[0] > 0.9 * (MACS[-1] - MACS[0])
     assert found[-1].accuracy > found[0].accuracy
 
@@ -258,7 +258,7 @@ def test_the_ends_of_the_range() -> None:
 @pytest.mark.parametrize("target", [0, MACS[0] - 1, MACS[-1] + 1, float("nan")])
 def test_targets_that_cannot_be_kept(target: float) -> None:
     logits, labels = _held_out(5)
-    with pytest.raises(InputError, match="53,000,001 .1 leaf. to 207,000,009 .8 leaves."):
+    with pytest.raises(InputError, match=r"53,000,001 \(1 leaf\) to 207,000,009 \(8 leaves\)"):
         budget(logits, labels, SIZES, MACS, target)  # type: ignore[arg-type]
 
 
@@ -278,19 +278,21 @@ def test_equal_confidences_stop_together() -> None:
     assert found.accuracy == 1.0
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.5, 0.8, 1.0])
-def test_predicting_the_held_out_images_spends_the_budget(share: float) -> None:
-    hne, x = _ensemble(), small.images(64)
-    labels = torch.arange(64) % small.CLASSES
+@pytest.mark.parametrize("seed", range(3))
+def test_predicting_the_held_out_images_spends_the_budget(seed: int) -> None:
+    hne, x = _ensemble(), small.images(256, seed)
+    labels = torch.arange(256) % small.CLASSES
     sizes = hne.tree.nested_sizes
     macs = [hne.count_macs(size) for size in sizes]
-    target = round(macs[0] + share * (macs[-1] - macs[0]))
-    found = budget(_at_every_size(hne, x), labels, sizes, macs, target)
-    answer = hne.predict(x, confidence=found)
-    spent = sum(hne.count_macs(leaves) for leaves in answer.leaves.tolist()) / len(x)
-    assert spent == pytest.approx(found.macs, rel=1e-12)
-    right = (answer.logits.argmax(-1) == labels).double().mean().item()
-    assert right == found.accuracy
+    logits = _at_every_size(hne, x)
+    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
+        target = round(macs[0] + share * (macs[-1] - macs[0]))
+        found = budget(logits, labels, sizes, macs, target)
+        answer = hne.predict(x, confidence=found)
+        spent = sum(hne.count_macs(leaves) for leaves in answer.leaves.tolist()) / len(x)
+        assert spent == pytest.approx(found.macs, rel=1e-12)
+        right = (answer.logits.argmax(-1) == labels).double().mean().item()
+        assert right == found.accuracy
 
 
 def test_a_budget_of_another_tree_is_refused() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -75,6 +74,7 @@ class Held:
 
     def __init__(self, crossing: Crossing, span: Span, value: Any) -> None:
         self.crossing, self.span, self.value = crossing, span, value
+        self._parts: Branches | None = None
 
     def take(self, wanted: Span) -> Any:
         """The value for part of the span; a view where memory allows."""
@@ -84,18 +84,19 @@ class Held:
         if form is Form.BRANCHES:
             return Branches(self.value[start : start + wanted.size])
         if wanted.size == 1:
-            return self._parts[start]
+            return self._part(start)
         return tree_map(
             lambda fact, whole: _piece(fact, whole, self.span.size, start, wanted.size),
             self.crossing.known,
             self.value,
         )
 
-    @cached_property
-    def _parts(self) -> Branches:
-        """Every branch's part, dense: operations would otherwise copy it at each reading."""
-        parts = unpack(self.value, self.crossing.known, self.span.size)
-        return Branches(tree_map(_dense, part, self.value) for part in parts)
+    def _part(self, position: int) -> Any:
+        """One branch's part, dense: operations would otherwise copy it at each reading."""
+        if self._parts is None:
+            parts = unpack(self.value, self.crossing.known, self.span.size)
+            self._parts = Branches(tree_map(_dense, part, self.value) for part in parts)
+        return self._parts[position]
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the value."""

@@ -8,7 +8,7 @@ that every multiply-accumulate costs what it costs in the base model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
@@ -55,9 +55,11 @@ def largest_activations(hne: treeify.HierarchicalEnsemble, count: int, leaves: i
     return 3.0 * 4 * count * leaves * max(sizes)
 
 
-def measure(report: common.Report, case: common.Case, budget: float) -> None:
+def measure(
+    report: common.Report, case: common.Case, batches: Sequence[int], budget: float
+) -> None:
     """One row per batch size."""
-    rows = {count: f"{case.name}, batch {count}" for count in BATCHES}
+    rows = {count: f"{case.name}, batch {count}" for count in batches}
     if not any(report.wanted(row) for row in rows.values()):
         return
     base = case.base()
@@ -119,11 +121,13 @@ COLUMNS = (
 
 def main() -> None:
     """Measure what is asked for and print the table."""
-    options = common.arguments(__doc__ or "").parse_args()
+    parser = common.arguments(__doc__ or "")
+    parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    options = parser.parse_args()
     common.prepare()
     report = common.Report("inference", COLUMNS, options)
     for case in (*common.CIFAR, *common.IMAGENET):
-        measure(report, case, options.budget)
+        measure(report, case, options.batches, options.budget)
     report.show()
 
 

@@ -110,6 +110,8 @@ def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[st
         hne.execution = config.get("execution", AUTO)
         for tuning in map(Tuning.from_dict, config.get("tunings", ())):
             hne.tunings[tuning.situation] = tuning
+            if tuning.plan.channels_last:
+                hne.to(memory_format=torch.channels_last)
         for latencies in map(Latencies.from_dict, config.get("latencies", ())):
             hne.latencies[latencies.situation] = latencies
         for budget in map(Budget.from_dict, config.get("budgets", ())):

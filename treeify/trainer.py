@@ -232,7 +232,12 @@ def resolve_device(name: str) -> torch.device:
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((kind for kind in there if there[kind]), "cpu"))
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise RecipeError(
+            f"{name!r} is no device.", expected="auto, cpu, cuda, cuda:1 or mps"
+        ) from error
     if not there.get(device.type, True) or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise RecipeError(
             f"device {name!r} is not there.",

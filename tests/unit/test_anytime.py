@@ -144,7 +144,7 @@ def _convert(model: nn.Module, splits: list[str] | None = None) -> Ensemble:
     ).eval()
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(situations())
 def test_stepping_equals_full_calls(example: tuple[Ensemble, tuple[Splits, list[int]]]) -> None:
     hne, (splits, sizes) = example
@@ -172,7 +172,7 @@ def test_stepping_equals_full_calls(example: tuple[Ensemble, tuple[Splits, list[
     assert not session.leaf_logits.requires_grad
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(situations())
 def test_nothing_is_computed_twice(example: tuple[Ensemble, tuple[Splits, list[int]]]) -> None:
     hne, (_, sizes) = example
@@ -399,7 +399,7 @@ class Gates(small.SmallNet):
 
 @pytest.mark.parametrize("way", ["packed", "looped"])
 @pytest.mark.parametrize("model", [small.SmallNet, Views, PerBranch, Pair, Gates])
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_kept_images_go_on_as_if_alone(model: type[nn.Module], way: str, data: Any) -> None:
     hne = _kept_model(model)

@@ -74,7 +74,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("way", ["packed", "looped"])
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(shares=st.lists(st.floats(0, 1), min_size=2, max_size=2))
 def test_answers_are_those_of_the_first_sure_size(way: str, shares: list[float]) -> None:
     hne, x = _ensemble(), small.images(12)

@@ -134,7 +134,7 @@ def test_every_mix_of_ways_trains_the_same(leaves: int | None) -> None:
             assert_close(found[key], value, msg=f"{ways} {key}")
 
 
-@pytest.mark.parametrize("leaves", range(1, 13))
+@pytest.mark.parametrize("leaves", [1, 5, 8, 11, 12])
 def test_groups_after_splits_train_the_same_looped(leaves: int) -> None:
     hne, x = _grouped().double(), small.images(3).double()
     expected = _training_step(hne, x, "packed", leaves)

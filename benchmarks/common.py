@@ -114,6 +114,25 @@ def milliseconds(times: Sequence[float]) -> str:
     return f"{1e3 * median(times):.1f} ±{500 * (high - low):.1f}"
 
 
+def columns(times: machine.Times, ratio: float) -> dict[str, Any]:
+    """What every comparison of `base`, `packed`, `looped` and `auto` reports.
+
+    Args:
+        times: seconds of every round, by name.
+        ratio: MACs of the ensemble over the base model's.
+    """
+    typical = machine.medians(times)
+    return {
+        "macs_ratio": ratio,
+        **{name: milliseconds(own) for name, own in times.items()},
+        "E": typical["base"] * ratio / typical["auto"],
+        "E_packed": typical["base"] * ratio / typical["packed"],
+        "E_looped": typical["base"] * ratio / typical["looped"],
+        "auto_vs_best": min(typical["packed"], typical["looped"]) / typical["auto"],
+        "seconds": {name: spread(own) for name, own in times.items()},
+    }
+
+
 class Report:
     """A table of rows that is written after every row, so that a stopped run goes on later.
 

@@ -110,16 +110,10 @@ def measure(
         hne.execution = "auto"
         report.add(
             row,
-            macs_ratio=ratio,
-            **{name: common.milliseconds(own) for name, own in times.items()},
-            E=typical["base"] * ratio / typical["auto"],
-            E_packed=typical["base"] * ratio / typical["packed"],
-            E_looped=typical["base"] * ratio / typical["looped"],
-            auto_vs_best=min(typical["packed"], typical["looped"]) / typical["auto"],
+            **common.columns(times, ratio),
             independent_vs_auto=typical["independent"] / (hne.leaves / ratio) / typical["auto"],
             vmap_vs_auto=typical["vmap"] / typical["auto"] if "vmap" in typical else "over 16 GB",
             plan=str(hne.plan(x)),
-            seconds={name: common.spread(own) for name, own in times.items()},
         )
 
 

@@ -57,18 +57,11 @@ def measure(report: common.Report, case: common.Case, budget: float) -> None:
 
         actions = {"base": base_step, **{name: way(name) for name in ("packed", "looped", "auto")}}
         times = machine.alternate(actions, x.device, repeats=15, budget=budget)
-        typical = machine.medians(times)
         hne.execution = "auto"
         report.add(
             row,
-            macs_ratio=ratio,
-            **{name: common.milliseconds(own) for name, own in times.items()},
-            E=typical["base"] * ratio / typical["auto"],
-            E_packed=typical["base"] * ratio / typical["packed"],
-            E_looped=typical["base"] * ratio / typical["looped"],
-            auto_vs_best=min(typical["packed"], typical["looped"]) / typical["auto"],
+            **common.columns(times, ratio),
             plan=str(hne.plan(x)),
-            seconds={name: common.spread(own) for name, own in times.items()},
         )
 
 

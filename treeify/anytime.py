@@ -99,9 +99,7 @@ class Session:
         Raises:
             LeafError: no leaf is computed yet.
         """
-        return tree_map_only(
-            Tensor, lambda logits: logits.mean(min(1, logits.ndim - 1)), self.leaf_logits
-        )
+        return mean_over_leaves(self.leaf_logits)
 
     @property
     def cached_bytes(self) -> int:

@@ -7,7 +7,7 @@ Source: Huang et al., Multi-Scale Dense Networks for Resource Efficient Image Cl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,29 @@ class Budget:
         """JSON values."""
         return asdict(self)
 
+    def on(self, logits: Tensor, labels: Tensor, macs: Sequence[int]) -> Budget:
+        """The same thresholds with what they give on other images.
+
+        Args:
+            logits: of the images at every size, `[S, N, K]`.
+            labels: their classes, `[N]`.
+            macs: MACs per image of each size.
+        """
+        needed = torch.tensor((*self.thresholds, 0.0), dtype=torch.double)
+        enough = confidence(logits.double()) >= needed[:, None]
+        enough[-1] = True
+        stop = enough.int().argmax(0)  # the first size that is sure enough
+        images = len(labels)
+        right = logits.argmax(-1)[stop, torch.arange(images)] == labels
+        shares = torch.bincount(stop, minlength=len(macs)).double() / images
+        return replace(
+            self,
+            macs=(shares * torch.tensor(macs, dtype=shares.dtype)).sum().item(),
+            accuracy=right.double().mean().item(),
+            shares=tuple(shares.tolist()),
+            images=images,
+        )
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Budget:
         """What `to_dict` wrote."""
@@ -63,7 +86,7 @@ class Budget:
 
 
 def confidence(logits: Tensor) -> Tensor:
-    """The probability of the likeliest class, `[N, K] -> [N]`."""
+    """The probability of the likeliest class, `[..., K] -> [...]`."""
     return logits.softmax(-1).amax(-1)
 
 
@@ -162,31 +185,16 @@ def budget(
             f"a mean of {target_macs:,} MACs per image cannot be kept.",
             expected=f"{macs[0]:,} (1 leaf) to {macs[-1]:,} ({sizes[-1]} leaves)",
         )
-    shares = _geometric_shares(macs, target_macs)
-    sure = torch.stack([confidence(own) for own in logits.double()])
-    images = len(labels)
-    thresholds, stop = [], torch.full((images,), len(sizes) - 1)
-    rest = torch.arange(images)
-    cumulative = shares.cumsum(0)
-    for index in range(len(sizes) - 1):
-        wanted = round(cumulative[index].item() * images) - (images - len(rest))
-        threshold = _threshold(sure[index, rest], wanted)
-        thresholds.append(threshold)
-        leaving = sure[index, rest] >= threshold
-        stop[rest[leaving]] = index
-        rest = rest[~leaving]
-    right = logits.argmax(-1)[stop, torch.arange(images)] == labels
-    counts = torch.bincount(stop, minlength=len(sizes)).double() / images
-    spent = (counts * torch.tensor(macs, dtype=counts.dtype)).sum().item()
-    return Budget(
-        target_macs,
-        tuple(sizes),
-        tuple(thresholds),
-        spent,
-        right.double().mean().item(),
-        tuple(counts.tolist()),
-        images,
-    )
+    cumulative = _geometric_shares(macs, target_macs).cumsum(0)
+    sure = confidence(logits.double())
+    thresholds: list[float] = []
+    rest = torch.arange(len(labels))
+    for own, share in zip(sure[:-1], cumulative[:-1], strict=True):
+        wanted = round(share.item() * len(labels)) - (len(labels) - len(rest))
+        thresholds.append(_threshold(own[rest], wanted))
+        rest = rest[~(own[rest] >= thresholds[-1])]
+    chosen = Budget(target_macs, tuple(sizes), tuple(thresholds), 0.0, 0.0, (), 0)
+    return chosen.on(logits, labels, macs)
 
 
 def _threshold(sure: Tensor, wanted: int) -> float:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from treeify.confidence import Budget, budget, confidence
+from treeify.confidence import Budget, budget
 from treeify.data import Data, loader
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.losses import nested_logits
@@ -40,7 +39,7 @@ class Halves:
     def budget(self, target: int) -> Budget:
         """Thresholds chosen on one half, with what they give on the other."""
         chosen = budget(*self.choose_on, self.sizes, self.macs, target)
-        return _on_others(chosen, *self.report_on, self.macs)
+        return chosen.on(*self.report_on, self.macs)
 
     @property
     def fixed(self) -> list[float]:
@@ -107,31 +106,6 @@ def _answers(hne: HierarchicalEnsemble, images: Data) -> tuple[Tensor, Tensor]:
         logits.append(nested.transpose(0, 1).cpu())
         labels.append(target)
     return torch.cat(logits, 1), torch.cat(labels)
-
-
-def _on_others(chosen: Budget, logits: Tensor, labels: Tensor, macs: Sequence[int]) -> Budget:
-    """The same thresholds with what they give on other images.
-
-    Args:
-        chosen: the thresholds.
-        logits: of every nested size, `[S, N, K]`.
-        labels: classes, `[N]`.
-        macs: MACs per image of each size.
-    """
-    sure = torch.stack([confidence(own.double()) for own in logits])
-    sure[-1] = 1.0
-    needed = torch.tensor([*chosen.thresholds, 0.0], dtype=sure.dtype)
-    stop = (sure >= needed[:, None]).int().argmax(0)  # the first size that is sure enough
-    images = len(labels)
-    right = logits.argmax(-1)[stop, torch.arange(images)] == labels
-    shares = torch.bincount(stop, minlength=len(macs)).double() / images
-    return replace(
-        chosen,
-        macs=(shares * torch.tensor(macs, dtype=shares.dtype)).sum().item(),
-        accuracy=right.double().mean().item(),
-        shares=tuple(shares.tolist()),
-        images=images,
-    )
 
 
 def _stop(own: Budget, index: int) -> str:

@@ -4,6 +4,7 @@ import copy
 import json
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import pytest
 import small
@@ -15,6 +16,8 @@ import treeify
 from treeify import machine
 from treeify.errors import InputError
 from treeify.execution import Plan, Situation, Tuning
+from treeify.program import Held, Walk
+from treeify.tree import Span
 
 WAYS = ("packed", "looped")
 FOUR_LEVELS = ["stem.2", "stage1:3", "stage2"]
@@ -295,3 +298,18 @@ def test_situations_name_the_machine() -> None:
     assert torch.__version__ in situation.machine
     assert str(situation) == "inference, 2x3x8x8 float32"
     assert str(Plan(("packed", "looped"), True, True)) == "packed looped, channels_last, fused"
+
+
+def test_consecutive_looped_levels_are_walked_depth_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    hne = small.ensemble(["stem", "stage1", "stage2"])
+    calls: list[tuple[int, int]] = []
+    call = Walk._call
+
+    def recorded(walk: Walk, level: int, span: Span, held: dict[str, Held]) -> Any:
+        calls.append((level, span.start))
+        return call(walk, level, span, held)
+
+    monkeypatch.setattr(Walk, "_call", recorded)
+    hne.execution = ["packed", "looped", "looped", "packed"]
+    hne(small.images())
+    assert calls == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (2, 2), (2, 3), (3, 0)]

@@ -18,13 +18,16 @@ from treeify.fused import CONVOLUTIONS, Activation, AddInto, FusedConv, Overwrit
 from treeify.program import Program, Segment
 from treeify.rules.elementwise import ACTIVATIONS, Broadcast, Direct
 from treeify.rules.linear import PackedLinear
-from treeify.rules.norm import PackedLayerNorm
+from treeify.rules.norm import NormInBatch, PackedLayerNorm
 from treeify.rules.widened import Widened
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 _ADDITIONS = (operator.add, torch.add, "add")
 # Operations whose result is a new tensor that nothing else looks into.
-_FRESH = (nn.Linear, nn.LayerNorm, PackedLinear, PackedLayerNorm, *CONVOLUTIONS, *_NORMS)
+_FRESH = (
+    *(nn.Linear, nn.LayerNorm, PackedLinear, PackedLayerNorm, NormInBatch),
+    *(*CONVOLUTIONS, *_NORMS),
+)
 _ARITHMETIC = (*_ADDITIONS, operator.mul, torch.mul, "mul", operator.sub, torch.sub, "sub")
 
 _RELU = Activation(torch.relu_, "relu")

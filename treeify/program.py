@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from treeify.packing import Branches, Form, join, unpack
+from treeify.packing import Branches, Form, join, place, unpack
 from treeify.storage import cut_once
 from treeify.trace import TensorFacts
 from treeify.tree import Span, Tree
@@ -86,15 +86,24 @@ class Held:
         if wanted.size == 1:
             return self._part(start)
         return tree_map(
-            lambda fact, whole: _piece(fact, whole, self.span.size, start, wanted.size),
+            lambda fact, whole: self._piece(fact, whole, start, wanted.size),
             self.crossing.known,
             self.value,
         )
 
+    def _piece(self, fact: TensorFacts | None, whole: Any, start: int, size: int) -> Any:
+        """Some branches of a tensor; a view."""
+        if fact is None:
+            return whole
+        dim = place(fact, self.crossing.form) or 0
+        width = whole.shape[dim] // self.span.size
+        return whole.narrow(dim, start * width, size * width)
+
     def _part(self, position: int) -> Any:
         """One branch's part, dense: operations would otherwise copy it at each reading."""
         if self._parts is None:
-            parts = unpack(self.value, self.crossing.known, self.span.size)
+            crossing = self.crossing
+            parts = unpack(self.value, crossing.known, self.span.size, crossing.form)
             self._parts = Branches(tree_map(_dense, part, self.value) for part in parts)
         return self._parts[position]
 
@@ -110,11 +119,9 @@ class Held:
         form, start = self.crossing.form, branch - self.span.start
         if form is Form.BRANCHES:
             own: Any = Branches([tree_map(_own, self.value[start])])
-        elif form is Form.PACKED:
+        elif form in (Form.PACKED, Form.BATCH):
             own = tree_map(
-                lambda fact, whole: _own(
-                    _dense(_piece(fact, whole, self.span.size, start, 1), whole)
-                ),
+                lambda fact, whole: _own(_dense(self._piece(fact, whole, start, 1), whole)),
                 self.crossing.known,
                 self.value,
             )
@@ -124,24 +131,21 @@ class Held:
 
     def rows(self, images: Tensor) -> Held:
         """The value for some of the images."""
+        known, form = self.crossing.known, self.crossing.form
 
         def choose(fact: TensorFacts | None, value: Any) -> Any:
-            return value.index_select(0, images) if fact is not None and fact.batched else value
+            if fact is None or not fact.batched:
+                return value
+            if form is not Form.BATCH:
+                return value.index_select(0, images)
+            parts = torch.unflatten(value, 0, (self.span.size, value.shape[0] // self.span.size))
+            return parts.index_select(1, images).flatten(0, 1)
 
-        known = self.crossing.known
         if self.crossing.form is Form.BRANCHES:
             chosen: Any = Branches(tree_map(choose, known, value) for value in self.value)
         else:
             chosen = tree_map(choose, known, self.value)
         return Held(self.crossing, self.span, chosen)
-
-
-def _piece(fact: TensorFacts | None, whole: Any, count: int, start: int, size: int) -> Any:
-    if fact is None:
-        return whole
-    dim = 1 if fact.folds else 0
-    width = whole.shape[dim] // count
-    return whole.narrow(dim, start * width, size * width)
 
 
 def _dense(part: Any, whole: Any) -> Any:

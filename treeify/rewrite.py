@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
-from treeify.packing import Convert, Form, Leaves
+from treeify.packing import Convert, Form, Leaves, Multiply
 from treeify.program import OUTPUT, Crossing, NodeReport, Program, Segment
 from treeify.rules.branchwise import (
     Constant,
@@ -26,11 +27,24 @@ from treeify.rules.branchwise import (
     ReadTensor,
     SharedModule,
 )
-from treeify.rules.registry import WIDEN, Call, Unpackable, find, is_pure
+from treeify.rules.registry import (
+    WIDEN,
+    Call,
+    Rule,
+    Unpackable,
+    find,
+    find_in_batch,
+    is_in_batch_first,
+    is_pure,
+)
 from treeify.rules.shape import SHAPE_READINGS
 from treeify.storage import Slot, submodule, tensors
 from treeify.trace import Traced, facts
 from treeify.tree import Tree
+
+_SUFFIXES = {Form.PACKED: "packed", Form.BATCH: "batch", Form.BRANCHES: "branches"}
+_NO_RULE = "no rule for"
+_Find = Callable[[Call], Rule | None]
 
 
 def rewrite(
@@ -145,20 +159,33 @@ class _Rewriter:
 
     def _value(self, node: fx.Node, level: int, form: Form) -> fx.Node:
         """The value in a form, for the branches of `level`."""
-        shared = self.forms[node] is Form.SHARED
+        known = facts(node)
+        made = self.forms[node]
+        shared = made is Form.SHARED
         ratio = self.tree.branches[level] // self._branches(node)
-        if (self.forms[node] is form and ratio == 1) or (
-            shared and (form is not Form.PACKED or not facts(node).tensors)
-        ):
+        if shared and not known.tensors and form is Form.BATCH:
+            return self._multiplied(node, level)
+        if (made is form and ratio == 1) or (shared and not _differs(node, form)):
             return self._raw(node, level)
         draft = self.drafts[level]
         key = (node, form)
         if key not in draft.values:
-            step = Convert(facts(node).value, self.forms[node], form, ratio)
-            word = "packed" if form is Form.PACKED else "branches"
-            draft.values[key] = self._call(
-                level, f"{node.name}_{word}", step, (self._raw(node, level),), {}
-            )
+            step = Convert(known.value, made, form, ratio)
+            name = f"{node.name}_{_SUFFIXES[form]}"
+            draft.values[key] = self._call(level, name, step, (self._raw(node, level),), {})
+        return draft.values[key]
+
+    def _multiplied(self, node: fx.Node, level: int) -> fx.Node:
+        """A number of the base model's batch, for the branches' images together."""
+        grows = facts(node).grows
+        if not _any(grows):
+            return self._raw(node, level)
+        draft = self.drafts[level]
+        key = (node, Form.BATCH)
+        if key not in draft.values:
+            name = f"{node.name}_{_SUFFIXES[Form.BATCH]}"
+            raw = self._raw(node, level)
+            draft.values[key] = self._call(level, name, Multiply(grows), (raw,), {})
         return draft.values[key]
 
     def _call(self, level: int, name: str, operation: nn.Module, args: Any, kwargs: Any) -> fx.Node:
@@ -241,19 +268,35 @@ class _Rewriter:
         return {name: self.layout[f"{node.target}.{name}"] for name, _ in tensors(module)}
 
     def _write_branches(self, node: fx.Node, level: int) -> tuple[fx.Node, Form, str]:
-        operation: nn.Module | None = None
         try:
-            operation = self._packed_operation(node, level)
-            reason = ""
+            call = self._described(node, level)
+            form, operation = self._together(node, level, call)
         except Unpackable as verdict:
-            reason = str(verdict)
-        if operation is not None:
-            form = Form.PACKED if facts(node).tensors else Form.SHARED
-            return self._write_packed(node, level, operation), form, reason
-        return self._write_each(node, level, reason)
+            return self._write_each(node, level, str(verdict))
+        made = self._write_together(node, level, operation, form)
+        return made, form if facts(node).tensors else Form.SHARED, ""
 
-    def _packed_operation(self, node: fx.Node, level: int) -> nn.Module:
-        """The packed operation of a node, or `Unpackable` with the reason there is none."""
+    def _together(self, node: fx.Node, level: int, call: Call) -> tuple[Form, nn.Module]:
+        """The better form whose rule takes the call, and the operation.
+
+        Raises:
+            Unpackable: neither does.
+        """
+        reasons = []
+        for form, find_rule in self._candidates(node, call):
+            try:
+                return form, self._operation_in(form, node, level, call, find_rule)
+            except Unpackable as verdict:  # noqa: PERF203 - two rounds at most
+                reasons.append(str(verdict))
+        found = (own for own in reasons if not own.startswith(_NO_RULE))
+        raise Unpackable(next(found, reasons[0]))
+
+    def _described(self, node: fx.Node, level: int) -> Call:
+        """The call as rules see it.
+
+        Raises:
+            Unpackable: no rule may run it.
+        """
         module = self._module(node)
         storage = None
         if module is not None:
@@ -261,32 +304,68 @@ class _Rewriter:
             if any(slot.level != level for slot in self._slots(node).values()):
                 raise Unpackable("its parameters are shared with another level")
         inputs = node.all_input_nodes
-        first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
-        ratio = 1
-        if first is not None and self.forms[first] is not Form.BRANCHES:
-            ratio = self.tree.branches[level] // self._branches(first)
-        call = Call(node, module, storage, self.tree.branches[level], ratio)
-        rule = find(call)
-        if rule is None:
-            raise Unpackable(f"no rule for {self._operation(node)}")
         per_branch = [source for source in inputs if self.forms[source] is Form.BRANCHES]
         if any(not facts(source).tensors for source in per_branch):
             raise Unpackable("it reads a number that may differ from branch to branch")
-        tensor_inputs = [source for source in inputs if facts(source).tensors]
         free = module is None or not any(True for _ in tensors(module))
-        operation = rule(call)
+        tensor_inputs = [source for source in inputs if facts(source).tensors]
         if free and tensor_inputs and set(tensor_inputs) <= set(per_branch):
             raise Unpackable("its inputs are per branch, packing them would only copy")
-        return operation
+        own = frozenset(source for source in inputs if self.forms[source] is not Form.SHARED)
+        return Call(node, module, storage, self.tree.branches[level], 1, own)
 
-    def _write_packed(self, node: fx.Node, level: int, operation: nn.Module) -> fx.Node:
+    def _candidates(self, node: fx.Node, call: Call) -> list[tuple[Form, _Find]]:
+        """The forms to try, the better one first: the one that needs less copying."""
+        packed, in_batch = (Form.PACKED, find), (Form.BATCH, find_in_batch)
+        inputs = [source for source in node.all_input_nodes if source in call.own]
+        forms = {self.forms[source] for source in inputs if _has_batch(source)}
+        batch_first = is_in_batch_first(call) or (Form.BATCH in forms and Form.PACKED not in forms)
+        return [in_batch, packed] if batch_first else [packed, in_batch]
+
+    def _operation_in(
+        self, form: Form, node: fx.Node, level: int, call: Call, find_rule: _Find
+    ) -> nn.Module:
+        """The operation of a node with its branches in one tensor.
+
+        Raises:
+            Unpackable: there is no rule, or it refuses.
+        """
+        first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
+        if first is not None and self.forms[first] in (Form.SHARED, form):
+            ratio = self.tree.branches[level] // self._branches(first)
+            call = replace(call, ratio=ratio)
+        rule = find_rule(call)
+        if rule is None:
+            raise Unpackable(f"{_NO_RULE} {self._operation(node)}")
+        if form is Form.BATCH:
+            for source in node.all_input_nodes:
+                self._require_images(source)
+            if any(fact.batch_dim is None for fact in facts(node).tensors):
+                raise Unpackable("its result has no batch dim")
+        return rule(call)
+
+    def _require_images(self, source: fx.Node) -> None:
+        """Raise Unpackable unless a value can be brought into the batch."""
+        known = facts(source)
+        if not known.tensors:
+            if known.grows is None:
+                raise Unpackable("it reads a number that is not proportional to the batch")
+        elif self.forms[source] is not Form.BATCH and any(
+            fact.batch_dim is not None and not fact.counts_images for fact in known.tensors
+        ):
+            raise Unpackable("it reads several rows for each image in an order of their own")
+
+    def _write_together(
+        self, node: fx.Node, level: int, operation: nn.Module, form: Form
+    ) -> fx.Node:
+        """Call an operation on all branches at once."""
         reads_parents = getattr(operation, "ratio", 1) > 1
         first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
 
         def convert(source: fx.Node) -> fx.Node:
             if source is first and reads_parents:
                 return self._raw(source, level)
-            return self._value(source, level, Form.PACKED)
+            return self._value(source, level, form)
 
         if node.op == "call_module":
             self._note_in_place(node)
@@ -344,15 +423,32 @@ class _Rewriter:
         def leaves(source: fx.Node) -> fx.Node:
             if not facts(source).tensors:
                 return self._raw(source, level)
-            packed = self._value(source, level, Form.PACKED)
+            form = self.forms[source]
+            form = form if form is Form.BATCH else Form.PACKED
+            together = self._value(source, level, form)
             name = f"{source.name}_leaves"
-            return self._call(level, name, Leaves(facts(source).value), (packed,), {})
+            return self._call(level, name, Leaves(facts(source).value, form), (together,), {})
 
         result: Any = map_arg(node.args[0], leaves)
         draft.outputs[OUTPUT] = result
         outputs = [fact for source in node.all_input_nodes for fact in facts(source).tensors]
         rows = all(fact.batched for fact in outputs)
         self.crossings[OUTPUT] = Crossing(level, Form.LEAVES, None, rows)
+
+
+def _differs(node: fx.Node, form: Form) -> bool:
+    """Whether a shared value takes another shape in a form."""
+    if form is Form.BATCH:
+        return _has_batch(node)
+    return form is Form.PACKED and bool(facts(node).tensors)
+
+
+def _has_batch(node: fx.Node) -> bool:
+    return any(fact.batch_dim is not None for fact in facts(node).tensors)
+
+
+def _any(grows: Any) -> bool:
+    return any(bool(own) for own in tree_leaves(grows))
 
 
 def _crossing(node: fx.Node, level: int, form: Form) -> Crossing:

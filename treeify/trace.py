@@ -32,15 +32,28 @@ _PARAMETER_SOURCES = ("torch.nn.utils",)
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """A tensor of the base model: its shape for a batch of 2, and whether dim 0 is the batch."""
+    """A tensor of the base model, as seen at two batch sizes.
+
+    Args:
+        shape: its shape for a batch of 2.
+        batched: whether dim 0 is the batch, one row per image.
+        batch_dim: the one dim that grows with the batch, as the batch itself or a multiple of it
+            (windows of every image); None where there is no such dim.
+    """
 
     shape: tuple[int, ...]
     batched: bool
+    batch_dim: int | None = None
 
     @property
     def folds(self) -> bool:
         """Whether branches ride in dim 1 (`[N, G*C, ...]`), not in a new dim 0 (`[G, ...]`)."""
         return self.batched and len(self.shape) >= 2
+
+    @property
+    def counts_images(self) -> bool:
+        """Whether the dim that grows with the batch has one place per image, not several."""
+        return self.batch_dim is not None and self.shape[self.batch_dim] == _BATCHES[0]
 
 
 @dataclass(frozen=True)
@@ -51,6 +64,8 @@ class Facts:
         path: unique readable name: the module path, and for functions the operation inside it.
         scope: path of the module the node stems from.
         value: the node's output with every tensor replaced by its `TensorFacts`.
+        grows: the node's output with every integer replaced by whether it is proportional to the
+            batch; None where a number depends on the batch in another way.
         macs: multiply-accumulates per image; counted for evaluation only.
         rows: whether dropping images from the batch means dropping rows of the tensors, no more.
     """
@@ -58,6 +73,7 @@ class Facts:
     path: str
     scope: str
     value: Any
+    grows: Any
     macs: int
     rows: bool
 
@@ -394,7 +410,7 @@ class _Recorder(fx.Interpreter):
         self.graph = graph
         self.values: dict[fx.Node, Any] = {}
         self.macs: dict[fx.Node, int] = {}
-        self.others: dict[fx.Node, list[str]] = {}
+        self.others: dict[fx.Node, Any] = {}
         self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
 
     def record(self, example: Tensor, *, count: bool) -> None:
@@ -407,12 +423,21 @@ class _Recorder(fx.Interpreter):
         value = super().run_node(n)
         self.macs[n] = (self._counter.get_total_flops() - before) // 2
         self.values[n] = tree_map(_shape, value)
-        self.others[n] = [str(leaf) for leaf in tree_leaves(value) if not isinstance(leaf, Tensor)]
+        self.others[n] = tree_map(_number, value)
         return value
 
 
 def _shape(value: Any) -> torch.Size | None:
     return value.shape if isinstance(value, Tensor) else None
+
+
+def _number(value: Any) -> Any:
+    """What a value that is no tensor can be compared by."""
+    if isinstance(value, Tensor):
+        return ""
+    if isinstance(value, torch.Size):
+        return tuple(value)
+    return value if isinstance(value, int) else str(value)
 
 
 def _annotate(
@@ -426,6 +451,7 @@ def _annotate(
             path=paths[node],
             scope=scope,
             value=tree_map(_merge, small.values[node], large.values[node], is_leaf=_is_leaf),
+            grows=_growth(small.others[node], large.others[node]),
             macs=small.macs[node] // _BATCHES[0],
             rows=_follows_batch(small, large, node),
         )
@@ -485,7 +511,32 @@ def _compare(small: torch.Size, large: torch.Size) -> TensorFacts:
     """Merge the shapes seen at both batch sizes."""
     rest_fixed = small[1:] == large[1:]
     batched = bool(small) and (small[0], large[0]) == _BATCHES and rest_fixed
-    return TensorFacts(tuple(small), batched)
+    differing = [
+        dim for dim, sizes in enumerate(zip(small, large, strict=False)) if sizes[0] != sizes[1]
+    ]
+    same_rank = len(small) == len(large)
+    dim = differing[0] if same_rank and len(differing) == 1 else None
+    if dim is not None and not _grows_with_batch(small[dim], large[dim]):
+        dim = None
+    return TensorFacts(tuple(small), batched, dim)
+
+
+def _grows_with_batch(small: int, large: int) -> bool:
+    return small * _BATCHES[1] == large * _BATCHES[0]
+
+
+def _growth(small: Any, large: Any) -> Any:
+    """Where integers grow with the batch; None where a number differs in another way."""
+    if isinstance(small, dict):
+        found = {key: _growth(own, large[key]) for key, own in small.items()}
+        return None if None in found.values() else found
+    if isinstance(small, list | tuple):
+        parts = [_growth(own, other) for own, other in zip(small, large, strict=True)]
+        return None if None in parts else tuple(parts)
+    if small == large:
+        return False
+    whole = type(small) is int and type(large) is int
+    return True if whole and _grows_with_batch(small, large) else None
 
 
 def _scope(node: fx.Node) -> str:

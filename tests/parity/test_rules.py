@@ -33,6 +33,87 @@ class Around(nn.Module):
         return self.operation(self.before(self.stem(x)))
 
 
+class Tokens(nn.Module):
+    """A module on tokens `[N, 36, 4]`, with a class token and a place for each token."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        self.class_token = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.places = nn.Parameter(torch.randn(1, 37, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.class_token.expand(x.shape[0], -1, -1), tokens], dim=1)
+        tokens = tokens + self.places
+        return (tokens + self.module(tokens))[:, 0]
+
+
+class OwnWeights(nn.Module):
+    """Functional layers on parameters that the forward pass reads itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+        self.bias = nn.Parameter(torch.randn(WIDTH))
+        self.scale = nn.Parameter(torch.randn(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = F.linear(x, self.weight, self.bias) * self.scale
+        return mixed + torch.matmul(x, self.weight)
+
+
+class Attend(nn.Module):
+    """Attention, by torch's function or spelled out, with a bias for every pair of tokens."""
+
+    def __init__(self, *, bias: bool, fused: bool) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.norm = nn.RMSNorm(2)
+        self.bias = nn.Parameter(torch.randn(2, 37, 37)) if bias else None
+        self.fused = fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, t, c = x.shape
+        q, k, v = self.qkv(x).reshape(n, t, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        q = self.norm(q)
+        if self.fused:
+            mask = None if self.bias is None else self.bias.unsqueeze(0)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            scores = q @ k.transpose(-2, -1)
+            scores = scores if self.bias is None else scores + self.bias
+            mixed = scores.softmax(dim=-1) @ v
+        return mixed.transpose(1, 2).reshape(n, t, c)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(WIDTH, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+class Windows(nn.Module):
+    """Shifted windows of 3x3, each through a linear layer: `[N, 4, 6, 6] -> [N, 6, 6, 5]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, 5)
+        self.norm = nn.LayerNorm(5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1).roll((1, 1), dims=(1, 2))
+        n, h, w, c = x.shape
+        windows = x.view(n, h // 3, 3, w // 3, 3, c).transpose(2, 3).reshape(-1, 9, c)
+        windows = self.norm(self.linear(windows))
+        whole = windows.shape[0] // (h * w // 9)
+        x = windows.view(whole, h // 3, w // 3, 3, 3, -1).permute(0, 1, 3, 2, 4, 5)
+        return x.reshape(n, h, w, -1)
+
+
 class Do(nn.Module):
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -69,6 +150,7 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "adaptive_pool": lambda: nn.AdaptiveAvgPool2d(2),
     "interpolate": lambda: Do(lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear")),
     "pad": lambda: Do(lambda x: F.pad(x, (1, 2, 0, 1))),
+    "pad_channels": lambda: Do(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1))),
     "cat": lambda: Do(lambda x: torch.cat([x, x * 2, x[:, :1]], 1)),
     "cat_space": lambda: Do(lambda x: torch.cat([x, x * 2], dim=-1)),
     "chunk": lambda: Do(lambda x: x.chunk(2, dim=1)[0] - x.chunk(2, dim=1)[1]),
@@ -82,6 +164,18 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "shuffle": lambda: nn.ChannelShuffle(2),
     "pixel_shuffle": lambda: nn.PixelShuffle(2),
     "matmul": lambda: Do(lambda x: x @ x.transpose(-2, -1)),
+    "einsum": lambda: Do(lambda x: torch.einsum("nchw,ncwv->nhv", x, x)),
+    "tokens_linear": lambda: Tokens(nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, 4))),
+    "tokens_own_weights": lambda: Tokens(OwnWeights()),
+    "tokens_conv": lambda: Tokens(nn.Conv1d(37, 37, 3, padding=1)),
+    "attention": lambda: Tokens(Attend(bias=False, fused=True)),
+    "attention_spelled_out": lambda: Tokens(Attend(bias=True, fused=False)),
+    "self_attention": lambda: Tokens(SelfAttention()),
+    "windows": Windows,
+}
+# Packed, but for small operations on parameters alone.
+MOSTLY: dict[str, Callable[[], nn.Module]] = {
+    "attention_bias": lambda: Tokens(Attend(bias=True, fused=True)),
 }
 
 
@@ -94,12 +188,11 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "roll_everything": lambda: Do(lambda x: torch.roll(x, 1)),
     "normalize_batch": lambda: Do(lambda x: F.normalize(x, dim=-4)),
     "pool_without_channels": lambda: Do(lambda x: F.max_pool2d(x.flatten(2), 2)),
-    "pad_without_channels": lambda: Do(lambda x: F.pad(x, (0, 0, 0, 0, 1, 1))),
     "flatten_batch": lambda: Do(lambda x: x.flatten(0, 1)[: x.shape[0]].unflatten(0, (-1, 1))),
     "index_batch": lambda: Do(lambda x: x[torch.tensor([1, 0])]),
     "mean_batch": lambda: Do(lambda x: x - x.mean(0, keepdim=True)),
 }
-CASES = {**OPERATIONS, **REFUSED}
+CASES = {**OPERATIONS, **MOSTLY, **REFUSED}
 
 # Parts of `Around` that every branch has of its own, by where it is split.
 BRANCHED = {
@@ -165,10 +258,12 @@ def test_the_operation_runs_per_branch_with_a_reason(name: str) -> None:
 
 
 def test_registering_a_rule_twice_names_both() -> None:
-    from treeify.rules.registry import rule
+    from treeify.rules.registry import batch_rule, rule
 
     def mine(call: Any) -> nn.Module:
         raise NotImplementedError
 
-    with pytest.raises(ValueError, match=r"pack_linear.*mine"):
-        rule(nn.Linear)(mine)
+    with pytest.raises(ValueError, match=r"pack_norm.*mine"):
+        rule(nn.BatchNorm2d)(mine)
+    with pytest.raises(ValueError, match=r"run_linear.*mine"):
+        batch_rule(nn.Linear)(mine)

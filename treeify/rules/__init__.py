@@ -1,16 +1,28 @@
 """Rules: how operations run on packed branches, one family per file. Importing registers all."""
 
-from treeify.rules import conv, dropout, elementwise, linear, norm, pooling, shape
+from treeify.rules import (
+    attention,
+    conv,
+    dropout,
+    elementwise,
+    in_batch,
+    linear,
+    norm,
+    pooling,
+    shape,
+)
 from treeify.rules.registry import WIDEN, Call, Unpackable, find, is_pure, leaf_types, rule, widens
 
 __all__ = [
     "WIDEN",
     "Call",
     "Unpackable",
+    "attention",
     "conv",
     "dropout",
     "elementwise",
     "find",
+    "in_batch",
     "is_pure",
     "leaf_types",
     "linear",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from treeify.rules.elementwise import Direct
-from treeify.rules.registry import Call, rule, widens
+from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import Widened, widened
 from treeify.tree import Span
 
@@ -28,7 +28,10 @@ def pack_dropout_module(call: Call) -> Widened:
     return widened(call)
 
 
-@rule(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+
+
+@rule(*_FUNCTIONS)
 def pack_dropout_function(call: Call) -> Direct:
     """The same as functions."""
     call.input_facts()
@@ -55,3 +58,20 @@ def pack_stochastic_depth(call: Call) -> PackedStochasticDepth:
     call.input_facts()
     assert call.storage is not None
     return PackedStochasticDepth(call.storage)
+
+
+@batch_rule(*_ELEMENT_OR_CHANNEL, *_SAMPLE)
+def run_dropout_module(call: Call) -> Direct:
+    """In the batch every image of every branch draws its own mask."""
+    known = call.batch_facts()
+    if known.batch_dim != 0 or getattr(call.module, "mode", "row") != "row":
+        raise Unpackable("it draws one mask for the whole batch")
+    return Direct(call.storage)  # type: ignore[arg-type]
+
+
+@batch_rule(*_FUNCTIONS)
+def run_dropout_function(call: Call) -> Direct:
+    """The same as functions."""
+    if call.require_one_tensor().batch_dim != 0:
+        raise Unpackable("its input does not begin with the batch")
+    return Direct(call.node.target)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm.layers.activations as timm_act
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from treeify.packing import refold, unfold
-from treeify.rules.registry import Call, Unpackable, rule, widens
+from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import widened
 from treeify.storage import lookup, narrow
 from treeify.trace import TensorFacts
@@ -85,6 +85,20 @@ def pack_unary(call: Call) -> Direct:
     return Direct(call.node.target)
 
 
+@batch_rule(*_UNARY, pure=True)
+def run_unary(call: Call) -> Direct:
+    """The same in the batch."""
+    call.require_one_tensor()
+    return Direct(call.node.target)
+
+
+@batch_rule(*ACTIVATIONS, pure=True)
+def run_activation(call: Call) -> Direct:
+    """Activations in the batch."""
+    call.batch_facts()
+    return Direct(call.storage)  # type: ignore[arg-type]
+
+
 class Broadcast(nn.Module):
     """Runs an element-wise operation whose operands broadcast in a way packing would disturb.
 
@@ -155,6 +169,96 @@ def pack_broadcast(call: Call) -> nn.Module:
         len(result.shape),
         folds=result.folds,
     )
+
+
+class BroadcastInBatch(nn.Module):
+    """Runs an element-wise operation on branches in the batch and parameters of each branch.
+
+    Operands become `[..., G, N, ...]`, so that each branch broadcasts as in the base model.
+
+    Args:
+        target: the operation.
+        operands: for each positional argument its `TensorFacts` where it differs from branch to
+            branch; None for what is no tensor or the same for all branches.
+        result: facts of the base model's result.
+    """
+
+    def __init__(
+        self,
+        target: Callable[..., Any] | str,
+        operands: tuple[TensorFacts | None, ...],
+        result: TensorFacts,
+    ) -> None:
+        super().__init__()
+        assert result.batch_dim is not None
+        self.target, self.operands = target, operands
+        self.rank, self.dim = len(result.shape), result.batch_dim
+
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Tensor:
+        """`[G*N, ...]`."""
+        aligned = [
+            self._align(arg, known, span.size)
+            for arg, known in zip(args, self.operands, strict=True)
+        ]
+        result: Tensor = call_target(self.target, *aligned, **kwargs)
+        return result.flatten(self.dim, self.dim + 1)
+
+    def _align(self, arg: Any, known: TensorFacts | None, count: int) -> Any:
+        if known is None:
+            batch = self.dim + arg.ndim - self.rank if isinstance(arg, Tensor) else -1
+            # The batch is two dims now: what reaches beyond it needs one more, and has 1 there.
+            return arg.unsqueeze(batch) if batch >= 0 else arg
+        if known.batch_dim is not None:
+            images = arg.shape[known.batch_dim] // count
+            return torch.unflatten(arg, known.batch_dim, (count, images))
+        missing = [1] * (self.rank - len(known.shape))
+        whole = arg.reshape(count, *missing, *arg.shape[1:])
+        return whole.movedim(0, self.dim)
+
+
+@batch_rule(*_BROADCAST, pure=True)
+def run_broadcast(call: Call) -> nn.Module:
+    """Element-wise operations in the batch, with scalars, constants and parameters."""
+    result = call.known.value
+    if not isinstance(result, TensorFacts) or result.batch_dim is None:
+        raise Unpackable("its result has no batch dim")
+    if any(call.tensor(value) for value in call.node.kwargs.values()):
+        raise Unpackable("an operand is given by keyword")
+    operands = [call.tensor(argument) for argument in call.node.args]
+    if not any(known is not None and known.batch_dim is not None for known in operands):
+        raise Unpackable("none of its operands has a batch dim")
+    require_aligned(operands, result)
+    return with_parameters(call, call.node.target, operands, result)
+
+
+def require_aligned(operands: Sequence[TensorFacts | None], result: TensorFacts) -> None:
+    """Raise Unpackable unless operands hold the batch where the result does, or 1 there."""
+    assert result.batch_dim is not None
+    from_right = len(result.shape) - result.batch_dim
+    for known in operands:
+        if known is None:
+            continue
+        if known.batch_dim is not None:
+            same = known.shape[known.batch_dim] == result.shape[result.batch_dim]
+            if len(known.shape) - known.batch_dim != from_right or not same:
+                raise Unpackable("its operands hold the batch in different dims")
+        elif len(known.shape) >= from_right and known.shape[-from_right] != 1:
+            raise Unpackable("its operands broadcast across the batch")
+
+
+def with_parameters(
+    call: Call, target: Any, operands: Sequence[TensorFacts | None], result: TensorFacts
+) -> nn.Module:
+    """The operation in the batch, as it stands where no operand is a parameter of each branch."""
+    own = [argument in call.own for argument in call.node.args]
+    pairs = list(zip(operands, own, strict=True))
+    if not any(known is not None and known.batch_dim is None and mine for known, mine in pairs):
+        return Direct(call.node.target)
+    differing = [
+        known if known is not None and (mine or known.batch_dim is not None) else None
+        for known, mine in pairs
+    ]
+    return BroadcastInBatch(target, tuple(differing), result)
 
 
 class PackedPReLU(nn.Module):

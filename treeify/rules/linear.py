@@ -7,66 +7,81 @@ import torch.nn.functional as F
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 
-from treeify.packing import read_once
-from treeify.rules.registry import Call, rule
+from treeify.rules.registry import Call, Unpackable, batch_rule
 from treeify.storage import narrow
-from treeify.trace import TensorFacts
 from treeify.tree import Span
 
 
 class PackedLinear(nn.Module):
-    """`G` linear layers in one product; siblings of a split read their parent's features once.
+    """`G` linear layers in one product.
 
     Args:
         storage: holds the packed `weight` `[G*O, I]` and `bias` `[G*O]` or None.
         branches: how many branches the storage holds.
-        ratio: siblings per input branch; above 1 only right after a split.
-        known: facts of the input.
     """
 
-    def __init__(self, storage: nn.Module, branches: int, ratio: int, known: TensorFacts) -> None:
+    def __init__(self, storage: nn.Module, branches: int) -> None:
         super().__init__()
-        self.storage, self.branches, self.ratio, self.known = storage, branches, ratio, known
+        self.storage, self.branches = storage, branches
 
     def forward(self, span: Span, x: Tensor) -> Tensor:
-        """`[N, P*I] -> [N, G*O]`, or `[N, P*T, ..., I] -> [N, G*T, ..., O]`."""
+        """`[G*N, ..., I] -> [G*N, ..., O]`."""
         weight: Tensor = narrow(self.storage.weight, self.branches, span)  # type: ignore[arg-type]
         bias = self.storage.bias
         bias = None if bias is None else narrow(bias, self.branches, span)  # type: ignore[arg-type]
-        parents, x = read_once(span, self.ratio, x, self.known)
-        if span.size == 1 or (x.ndim == 2 and parents == 1):
-            return F.linear(x, weight, bias)
-        return _grouped_linear(x, weight, bias, parents, span.size)
+        return linear(x, weight, bias, span.size)
 
 
-def _grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parents: int, branches: int
-) -> Tensor:
-    """`branches / parents` linear layers on each parent's features."""
-    features = x.shape[-1] // parents if x.ndim == 2 else x.shape[-1]
-    # [N, P*T, ..., I] -> [P, N*M, I] with M = T * ...; a vector [N, P*I] has M = 1
-    batch, branched = x.shape[:2]
-    middle = 1 if x.ndim == 2 else x.shape[1:-1].numel() // parents
-    rows = x.reshape(batch, parents, middle, features).transpose(0, 1)
-    rows = rows.reshape(parents, batch * middle, features)
-    columns = weight.view(parents, -1, features).transpose(1, 2)
-    product = (
-        torch.bmm(rows, columns)
-        if bias is None
-        else torch.baddbmm(bias.view(parents, 1, -1), rows, columns)
-    )
-    siblings = branches // parents
-    # [P, N, M, S, O] -> [N, P, S, M, O]
-    outputs = weight.shape[0] // branches
-    result = product.view(parents, batch, middle, siblings, outputs).permute(1, 0, 3, 2, 4)
-    if x.ndim == 2:
-        return result.reshape(batch, branches * outputs)
-    return result.reshape(batch, branches * (branched // parents), *x.shape[2:-1], outputs)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
+    """Each branch's own linear layer on its part of the batch.
+
+    Args:
+        x: `[G*N, ..., I]`.
+        weight: `[G*O, I]`.
+        bias: `[G*O]` or None.
+        count: branches `G`.
+
+    Returns:
+        `[G*N, ..., O]`.
+    """
+    if count == 1:
+        return F.linear(x, weight, bias)
+    features, outputs = weight.shape[-1], weight.shape[0] // count
+    rows = x.reshape(count, x.shape[:-1].numel() // count, features)
+    columns = weight.view(count, outputs, features).transpose(1, 2)
+    if bias is None:
+        product = torch.bmm(rows, columns)
+    else:
+        product = torch.baddbmm(bias.view(count, 1, outputs), rows, columns)
+    return product.view(*x.shape[:-1], outputs)
 
 
-@rule(nn.Linear, TimmLinear)
-def pack_linear(call: Call) -> PackedLinear:
-    """Linear layers on `[N, I]` or `[N, T, ..., I]`."""
-    known = call.input_facts()
+@batch_rule(nn.Linear, TimmLinear, first=True)
+def run_linear(call: Call) -> PackedLinear:
+    """Linear layers on `[N, ..., I]`."""
+    known = call.batch_facts()
+    if known.batch_dim != 0 or len(known.shape) < 2:
+        raise Unpackable("its input does not begin with the batch")
     assert call.storage is not None
-    return PackedLinear(call.storage, call.branches, call.ratio, known)
+    return PackedLinear(call.storage, call.branches)
+
+
+class LinearFunction(nn.Module):
+    """`F.linear` with weights that the base model reads directly, `[G, O, I]` and `[G, O]`."""
+
+    def forward(self, span: Span, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`[G*N, ..., I] -> [G*N, ..., O]`."""
+        bias = None if bias is None else bias.flatten(0, 1)
+        return linear(x, weight.flatten(0, 1), bias, span.size)
+
+
+@batch_rule(F.linear, first=True)
+def run_linear_function(call: Call) -> LinearFunction:
+    """`F.linear` on `[N, ..., I]` with each branch's own weight and bias."""
+    known = call.batch_facts()
+    if known.batch_dim != 0 or len(known.shape) < 2:
+        raise Unpackable("its input does not begin with the batch")
+    given = [call.argument(1, "weight"), call.argument(2, "bias")]
+    if any(argument is not None and argument not in call.own for argument in given):
+        raise Unpackable("its weights are shared")
+    return LinearFunction()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torchvision.models import convnext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from treeify.packing import refold, unfold
-from treeify.rules.registry import Call, Unpackable, rule, widens
+from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import Widened, widened
 from treeify.storage import narrow
 from treeify.tree import Span
@@ -21,6 +22,7 @@ from treeify.tree import Span
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _GROUP_NORMS = (nn.GroupNorm, timm_norm.GroupNorm, timm_norm.GroupNorm1)
 _LAYER_NORMS = (nn.LayerNorm, timm_norm.LayerNorm)
+_RMS_NORMS = (nn.RMSNorm, timm_norm.RmsNorm)
 _CHANNEL_LAYER_NORMS = (timm_norm.LayerNorm2d, convnext.LayerNorm2d)
 _NORM_ACTS = (timm_norm_act.BatchNormAct2d, timm_norm_act.GroupNormAct)
 
@@ -64,14 +66,78 @@ rule(FrozenBatchNorm2d)(widened)
 
 
 class PackedLayerNorm(nn.Module):
-    """Layer norms over each branch's own features, with each branch's own scale.
+    """Layer norms over each branch's own channels, with each branch's own scale.
+
+    Args:
+        storage: holds the packed `weight` and `bias`, `[G*C]`, or None.
+        branches: how many branches the storage holds.
+        eps: added to the variance.
+    """
+
+    def __init__(self, storage: nn.Module, branches: int, eps: float) -> None:
+        super().__init__()
+        self.storage, self.branches, self.eps = storage, branches, eps
+
+    def forward(self, span: Span, x: Tensor) -> Tensor:
+        """`[N, G*C, H, W] -> [N, G*C, H, W]`."""
+        weight, bias = (_part(self.storage, name, self.branches, span) for name in _AFFINE)
+        if span.size == 1:
+            channels = (x.shape[1],)
+            x = F.layer_norm(x.movedim(1, -1), channels, weight, bias, self.eps)
+            return x.movedim(-1, 1)
+        x = unfold(x, span.size).movedim(2, -1)
+        x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
+        shape = (span.size, *[1] * (x.ndim - 3), x.shape[-1])
+        return refold(_affine(x, weight, bias, shape).movedim(-1, 2))
+
+
+_AFFINE = ("weight", "bias")
+
+
+def _part(storage: nn.Module, name: str, branches: int, span: Span) -> Tensor | None:
+    tensor = getattr(storage, name, None)
+    return None if tensor is None else narrow(tensor, branches, span)
+
+
+def _affine(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]
+) -> Tensor:
+    """Scale and shift; `shape` lets the packed tensors broadcast over `x`."""
+    if weight is None:
+        return x
+    if bias is None:
+        return x * weight.view(shape)
+    return torch.addcmul(bias.view(shape), x, weight.view(shape))
+
+
+@rule(*_CHANNEL_LAYER_NORMS)
+def pack_channel_layer_norm(call: Call) -> PackedLayerNorm:
+    """Layer norms over the channels of images."""
+    norm: Any = call.module
+    known = call.input_facts()
+    _require_plain(norm)
+    if len(known.shape) < 3:
+        raise Unpackable("its input has no channel dim")
+    assert call.storage is not None
+    return PackedLayerNorm(call.storage, call.branches, norm.eps)
+
+
+def _require_plain(norm: nn.Module) -> None:
+    if getattr(norm, "_fast_norm", False):
+        raise Unpackable("timm's fast norm is switched on")
+
+
+class NormInBatch(nn.Module):
+    """Layer or root-mean-square norms over the last dims, with each branch's own scale.
+
+    Siblings of a split normalise their parent's features once.
 
     Args:
         storage: holds the packed `weight` and `bias`, `[G*D1, ...]`, or None.
         branches: how many branches the storage holds.
         shape: the normalised shape `(D1, ...)` of one branch.
-        eps: added to the variance.
-        channels: normalise over dim 1 of `[N, C, H, W]` instead of the last dims.
+        normalise: the base model's norm of `(x, weight, bias)`.
+        ratio: siblings per input branch; above 1 only right after a split.
     """
 
     def __init__(
@@ -79,57 +145,50 @@ class PackedLayerNorm(nn.Module):
         storage: nn.Module,
         branches: int,
         shape: tuple[int, ...],
-        eps: float,
-        *,
-        channels: bool,
+        normalise: Callable[..., Tensor],
+        ratio: int,
     ) -> None:
         super().__init__()
-        self.storage, self.branches, self.eps = storage, branches, eps
-        self.shape, self.channels = shape, channels
+        self.storage, self.branches, self.ratio = storage, branches, ratio
+        self.shape, self.normalise = shape, normalise
 
     def forward(self, span: Span, x: Tensor) -> Tensor:
-        """`[N, G*C, ...] -> [N, G*C, ...]`."""
-        weight, bias = (self._part(name, span) for name in ("weight", "bias"))
+        """`[P*N, ..., D1, ...]` of the span's `P` parents -> `[G*N, ..., D1, ...]`."""
+        weight, bias = (_part(self.storage, name, self.branches, span) for name in _AFFINE)
         if span.size == 1:
-            return self._single(x, weight, bias)
-        x = unfold(x, span.size)
-        if self.channels:
-            x = x.movedim(2, -1)
-        x = F.layer_norm(x, self.shape, eps=self.eps)
-        between = x.ndim - 2 - len(self.shape)
-        scale, shift = (
-            None if part is None else part.view(span.size, *[1] * between, *self.shape)
-            for part in (weight, bias)
-        )
-        if scale is not None and shift is not None:
-            x = torch.addcmul(shift, x, scale)
-        elif scale is not None:
-            x = x * scale
-        return refold(x.movedim(-1, 2) if self.channels else x)
-
-    def _single(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        """One branch: the base model's own operation."""
-        if self.channels:
-            x = x.movedim(1, -1)
-        x = F.layer_norm(x, self.shape, weight, bias, self.eps)
-        return x.movedim(-1, 1) if self.channels else x
-
-    def _part(self, name: str, span: Span) -> Tensor | None:
-        tensor = getattr(self.storage, name, None)
-        return None if tensor is None else narrow(tensor, self.branches, span)
+            return self.normalise(x, weight, bias)
+        parents = span.parents(self.ratio)
+        x = self.normalise(x, None, None)
+        x = torch.unflatten(x, 0, (parents.size, x.shape[0] // parents.size))
+        whole = parents.size * self.ratio == span.size
+        if whole and weight is not None:
+            # [P, 1, N, ...] times [P, siblings, 1, ...]
+            between = [1] * (x.ndim - 1 - len(self.shape))
+            shape = (parents.size, self.ratio, *between, *self.shape)
+            return _affine(x.unsqueeze(1), weight, bias, shape).flatten(0, 2)
+        if parents.size != span.size:
+            x = x[[branch // self.ratio - parents.start for branch in range(*span)]]
+        shape = (span.size, *[1] * (x.ndim - 1 - len(self.shape)), *self.shape)
+        return _affine(x, weight, bias, shape).flatten(0, 1)
 
 
-@rule(*_LAYER_NORMS, *_CHANNEL_LAYER_NORMS)
-def pack_layer_norm(call: Call) -> PackedLayerNorm:
-    """Layer norms; per branch they share nothing, so only the scale needs care."""
+@batch_rule(*_LAYER_NORMS, *_RMS_NORMS, first=True)
+def run_norm(call: Call) -> NormInBatch:
+    """Norms over the last dims; they share nothing between images."""
     norm: Any = call.module
-    known = call.input_facts()
-    if getattr(norm, "_fast_norm", False):
-        raise Unpackable("timm's fast norm is switched on")
-    channels = type(norm) in _CHANNEL_LAYER_NORMS
-    if len(norm.normalized_shape) >= len(known.shape):
+    known = call.batch_facts()
+    _require_plain(norm)
+    shape = tuple(norm.normalized_shape)
+    if known.batch_dim != 0 or len(shape) >= len(known.shape):
         raise Unpackable("it normalises over the batch")
     assert call.storage is not None
-    return PackedLayerNorm(
-        call.storage, call.branches, tuple(norm.normalized_shape), norm.eps, channels=channels
-    )
+    if isinstance(norm, nn.LayerNorm):
+
+        def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return F.layer_norm(x, shape, weight, bias, norm.eps)
+    else:
+
+        def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+            return F.rms_norm(x, list(shape), weight, norm.eps)
+
+    return NormInBatch(call.storage, call.branches, shape, normalise, call.ratio)

@@ -12,8 +12,9 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from treeify.rules.elementwise import Direct
-from treeify.rules.registry import Call, Unpackable, rule, widens
+from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import Widened, widened
+from treeify.trace import TensorFacts
 
 _MODULES = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.LPPool2d),
@@ -50,8 +51,15 @@ def pack_pool_function(call: Call) -> Direct:
 
 def _require_channels(call: Call, name: str) -> None:
     """Refuse `[N, H, W]`, which a pool over 2 dims takes for one image without a batch."""
+    call.input_facts()
+    _require_rank(call.batch_facts(), name)
+
+
+def _require_rank(known: TensorFacts, name: str) -> None:
     spatial = re.search(r"(\d)d", name)
-    rank = len(call.input_facts().shape)
+    rank = len(known.shape)
+    if known.batch_dim != 0:
+        raise Unpackable("its input does not begin with the batch")
     if rank < 3 or (spatial is not None and rank != int(spatial[1]) + 2):
         raise Unpackable("its input has no channel dim")
 
@@ -63,4 +71,30 @@ def pack_pad(call: Call) -> Direct:
     rank = len(call.input_facts().shape)
     if not isinstance(padding, Sequence) or len(padding) > 2 * (rank - 2):
         raise Unpackable("it pads dim 1")
+    return Direct(call.node.target)
+
+
+@batch_rule(*_MODULES, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, pure=True)
+def run_pool_module(call: Call) -> Direct:
+    """The same in the batch."""
+    _require_rank(call.batch_facts(), type(call.module).__name__)
+    return Direct(call.storage)  # type: ignore[arg-type]
+
+
+@batch_rule(*_FUNCTIONS, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, pure=True)
+def run_pool_function(call: Call) -> Direct:
+    """The same in the batch, as functions."""
+    _require_rank(call.require_one_tensor(), getattr(call.node.target, "__name__", ""))
+    return Direct(call.node.target)
+
+
+@batch_rule(F.pad, pure=True)
+def run_pad(call: Call) -> Direct:
+    """Padding of the dims after the batch."""
+    known = call.require_one_tensor()
+    padding = call.argument(1, "pad", ())
+    assert known.batch_dim is not None
+    after = len(known.shape) - known.batch_dim - 1
+    if not isinstance(padding, Sequence) or len(padding) > 2 * after:
+        raise Unpackable("it pads the batch")
     return Direct(call.node.target)

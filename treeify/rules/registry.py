@@ -1,14 +1,15 @@
 """The table of rules: how an operation runs on packed branches.
 
-There are two kinds. A *widen* rule turns a module into the same module with `G` times the
+There are three kinds. A *widen* rule turns a module into the same module with `G` times the
 channels and groups, so that the packed module is an ordinary PyTorch module. An *operation* rule
-looks at one call and returns the packed operation. It may refuse with `Unpackable`; the call then
-runs per branch and the conversion report says why.
+looks at one call and returns the operation on packed branches, `[N, G*C, ...]`; a *batch rule* that
+on branches in the batch, `[G*N, ...]`. Both may refuse with `Unpackable`; if all do, the call runs
+per branch and the conversion report says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ class Call:
         storage: for a module call, the module that holds its packed tensors.
         branches: branches `G` of the call's level.
         ratio: branches here for each branch of the first argument's level.
+        own: arguments that differ from branch to branch; the others are one value for all.
     """
 
     node: fx.Node
@@ -40,6 +42,7 @@ class Call:
     storage: nn.Module | None
     branches: int
     ratio: int
+    own: Set[fx.Node] = frozenset()
 
     @property
     def known(self) -> Facts:
@@ -76,6 +79,27 @@ class Call:
         map_arg((self.node.args, self.node.kwargs), lambda node: found.extend(facts(node).tensors))
         return found
 
+    def batch_facts(self) -> TensorFacts:
+        """Facts of the first argument, which must be a tensor with a dim that grows with the batch.
+
+        Raises:
+            Unpackable: it is not.
+        """
+        known = self.tensor(self.argument(0, "input"))
+        if known is None or known.batch_dim is None:
+            raise Unpackable("its input has no batch dim")
+        return known
+
+    def require_one_tensor(self) -> TensorFacts:
+        """Facts of the only tensor among the arguments, which must have a batch dim.
+
+        Raises:
+            Unpackable: there are other tensors, or it has none.
+        """
+        if len(self.tensor_arguments()) != 1:
+            raise Unpackable("it reads more than one tensor")
+        return self.batch_facts()
+
     def require_folds(self) -> None:
         """Raise Unpackable unless every tensor in and out has the batch at dim 0 and a dim 1."""
         if not all(known.folds for known in self.tensor_arguments()):
@@ -90,6 +114,8 @@ _W = TypeVar("_W", bound=Callable[..., None])
 
 WIDEN: dict[type[nn.Module], Widen] = {}
 _RULES: dict[Any, Rule] = {}
+_BATCH_RULES: dict[Any, Rule] = {}
+_IN_BATCH_FIRST: dict[Any, Callable[[Call], bool]] = {}
 _PURE: set[Any] = set()
 
 
@@ -123,6 +149,30 @@ def rule(*targets: Any, pure: bool = False) -> Callable[[_R], _R]:
     return register
 
 
+def batch_rule(
+    *targets: Any, pure: bool = False, first: bool | Callable[[Call], bool] = False
+) -> Callable[[_R], _R]:
+    """Register how module types, functions or method names run with branches in the batch.
+
+    Args:
+        targets: exact module types, functions, or names of tensor methods.
+        pure: the result depends on nothing but the arguments.
+        first: whether to prefer this to the packed rule even for packed inputs.
+    """
+
+    def register(function: _R) -> _R:
+        for target in targets:
+            _claim(_BATCH_RULES, target, function)
+        if pure:
+            _PURE.update(targets)
+        if first:
+            prefers = first if callable(first) else lambda call: True
+            _IN_BATCH_FIRST.update(dict.fromkeys(targets, prefers))
+        return function
+
+    return register
+
+
 def pure(*targets: Any) -> None:
     """Declare operations without a rule pure: siblings reading the same values share results."""
     _PURE.update(targets)
@@ -147,6 +197,17 @@ def find(call: Call) -> Rule | None:
     return _RULES.get(_key(call.node, call.module))
 
 
+def find_in_batch(call: Call) -> Rule | None:
+    """The batch rule for a call, likewise."""
+    return _BATCH_RULES.get(_key(call.node, call.module))
+
+
+def is_in_batch_first(call: Call) -> bool:
+    """Whether a call is better run in the batch, whatever form its inputs are in."""
+    prefers = _IN_BATCH_FIRST.get(_key(call.node, call.module))
+    return prefers is not None and prefers(call)
+
+
 def is_pure(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether siblings with the same inputs may share the call's result."""
     return _key(node, module) in _PURE
@@ -158,5 +219,6 @@ def _key(node: fx.Node, module: nn.Module | None) -> Any:
 
 def leaf_types() -> frozenset[type[nn.Module]]:
     """Module types that rules handle whole, so tracing must not open them."""
-    kinds = {key for key in _RULES if isinstance(key, type) and issubclass(key, nn.Module)}
+    known = (*_RULES, *_BATCH_RULES)
+    kinds = {key for key in known if isinstance(key, type) and issubclass(key, nn.Module)}
     return frozenset(kinds | set(WIDEN))

@@ -11,13 +11,26 @@ from treeify.rules import (
     pooling,
     shape,
 )
-from treeify.rules.registry import WIDEN, Call, Unpackable, find, is_pure, leaf_types, rule, widens
+from treeify.rules.elementwise import Direct
+from treeify.rules.registry import (
+    WIDEN,
+    Call,
+    Unpackable,
+    batch_rule,
+    find,
+    is_pure,
+    leaf_types,
+    rule,
+    widens,
+)
 
 __all__ = [
     "WIDEN",
     "Call",
+    "Direct",
     "Unpackable",
     "attention",
+    "batch_rule",
     "conv",
     "dropout",
     "elementwise",

@@ -14,6 +14,7 @@ COLUMNS = {
         *("macs_ratio", "base", "packed", "looped", "auto", "independent", "vmap", "E"),
         *("auto_vs_best", "independent_vs_auto", "vmap_vs_auto"),
     ),
+    "shortcuts": ("with", "without", "gain"),
     "training": ("macs_ratio", "base", "packed", "looped", "auto", "E", "auto_vs_best"),
     "steps": ("base", "first", "first_vs_base", "steps", "one_call", "steps_vs_call"),
     "deadlines": (

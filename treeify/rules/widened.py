@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.packing import read_once
+from treeify.rules import patches
 from treeify.rules.registry import WIDEN, Call, Unpackable
 from treeify.storage import call_with, narrow
 from treeify.trace import TensorFacts
@@ -84,6 +85,7 @@ class WidenedConv(Widened):
         self.known = known
         conv: Any = base
         self.groups: int = conv.groups
+        self.has_patches = patches.has_patches(base)
         self._readers: dict[tuple[int, int], nn.Module] = {}
         if ratio > 1:  # made here for all branches, so that compiling meets no copying
             reader = self._reading(branches, branches // ratio * self.groups)
@@ -92,10 +94,23 @@ class WidenedConv(Widened):
 
     def forward(self, span: Span, x: Tensor) -> Any:
         """`[N, P*C, ...]` of the span's `P` parents -> `[N, G*O, ...]`."""
-        if self.ratio == 1:
-            return super().forward(span, x)
-        parents, x = read_once(span, self.ratio, x, self.known)
-        return self._grouped(span, parents, x)
+        parents = span.size
+        if self.ratio > 1:
+            parents, x = read_once(span, self.ratio, x, self.known)
+        if self._is_product(span, x):
+            weight, bias = (self.tensors(span).get(name) for name in ("weight", "bias"))
+            assert weight is not None
+            return patches.convolve(self.base, x, weight, bias, parents)
+        return super().forward(span, x) if self.ratio == 1 else self._grouped(span, parents, x)
+
+    def _is_product(self, span: Span, x: Tensor) -> bool:
+        """Whether to multiply patches instead; hooks and parametrizations need the module."""
+        module = self.module
+        if not self.has_patches or type(module) is not nn.Conv2d:
+            return False
+        if module._forward_hooks or module._forward_pre_hooks:
+            return False
+        return patches.pays(self.base, span.size, x)
 
     def _reading(self, count: int, groups: int) -> nn.Module:
         """The convolution with `count` branches' output channels over `groups` input groups."""

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import common
@@ -238,7 +239,7 @@ def compiling(report: common.Report, budget: float) -> None:
         if report.wanted(base_row):
             fast = torch.compile(base)
             with torch.no_grad():
-                actions = {"with": lambda: base(x), "without": lambda: fast(x)}
+                actions = {"with": partial(base, x), "without": partial(fast, x)}
                 compare(report, base_row, actions, budget)
 
 

@@ -114,17 +114,32 @@ def milliseconds(times: Sequence[float]) -> str:
     return f"{1e3 * median(times):.1f} ±{500 * (high - low):.1f}"
 
 
-def columns(times: machine.Times, ratio: float) -> dict[str, Any]:
-    """What every comparison of `base`, `packed`, `looped` and `auto` reports.
+# Side of the square matrices whose product shows how fast the machine can multiply.
+_SIDE = 1024
+
+
+def product() -> Callable[[], Tensor]:
+    """A large matrix product, to be timed among the others: the machine's own speed."""
+    left, right = torch.randn(_SIDE, _SIDE), torch.randn(_SIDE, _SIDE)
+    return lambda: left @ right
+
+
+def columns(times: machine.Times, ratio: float, macs: int) -> dict[str, Any]:
+    """What every comparison of `base`, `packed`, `looped`, `auto` and `product` reports.
 
     Args:
         times: seconds of every round, by name.
         ratio: MACs of the ensemble over the base model's.
+        macs: multiply-accumulates of the ensemble in one round.
     """
     typical = machine.medians(times)
+    peak = _SIDE**3 / typical["product"]
     return {
         "macs_ratio": ratio,
         **{name: milliseconds(own) for name, own in times.items()},
+        "GMAC/s": macs / typical["auto"] / 1e9,
+        "product_GMAC/s": peak / 1e9,
+        "share_of_product": macs / typical["auto"] / peak,
         "E": typical["base"] * ratio / typical["auto"],
         "E_packed": typical["base"] * ratio / typical["packed"],
         "E_looped": typical["base"] * ratio / typical["looped"],

@@ -95,6 +95,7 @@ def measure(
         actions: dict[str, Callable[[], Any]] = {
             "base": lambda x=x: base(x),  # type: ignore[misc]
             **{name: way(name) for name in ("packed", "looped", "auto")},
+            "product": common.product(),
         }
         with torch.inference_mode():
             times = machine.alternate(actions, x.device, repeats=21, budget=budget)
@@ -110,7 +111,7 @@ def measure(
         hne.execution = "auto"
         report.add(
             row,
-            **common.columns(times, ratio),
+            **common.columns(times, ratio, count * hne.count_macs()),
             independent_vs_auto=typical["independent"] / (hne.leaves / ratio) / typical["auto"],
             vmap_vs_auto=typical["vmap"] / typical["auto"] if "vmap" in typical else "over 16 GB",
             plan=str(hne.plan(x)),
@@ -119,7 +120,7 @@ def measure(
 
 COLUMNS = (
     *("macs_ratio", "base", "packed", "looped", "auto", "independent", "vmap", "E"),
-    *("auto_vs_best", "independent_vs_auto", "vmap_vs_auto", "plan"),
+    *("auto_vs_best", "independent_vs_auto", "vmap_vs_auto", "share_of_product", "plan"),
 )
 
 

@@ -12,10 +12,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 COLUMNS = {
     "inference": (
         *("macs_ratio", "base", "packed", "looped", "auto", "independent", "vmap", "E"),
-        *("auto_vs_best", "independent_vs_auto", "vmap_vs_auto"),
+        *("auto_vs_best", "independent_vs_auto", "vmap_vs_auto", "share_of_product"),
     ),
     "shortcuts": ("with", "without", "gain"),
-    "training": ("macs_ratio", "base", "packed", "looped", "auto", "E", "auto_vs_best"),
+    "training": (
+        *("macs_ratio", "base", "packed", "looped", "auto", "E", "auto_vs_best"),
+        "share_of_product",
+    ),
     "steps": ("base", "first", "first_vs_base", "steps", "one_call", "steps_vs_call"),
     "deadlines": (
         *("first_ms", "full_ms", "answers", "hits_%", "misses_by_ms", "worst_miss_ms"),

@@ -20,7 +20,10 @@ from treeify import losses, machine
 
 BATCHES = (8, 128)
 CASES = (*common.CIFAR, common.Case("resnet18", torchvision.models.resnet18, 64))
-COLUMNS = ("macs_ratio", "base", "packed", "looped", "auto", "E", "auto_vs_best", "plan")
+COLUMNS = (
+    *("macs_ratio", "base", "packed", "looped", "auto", "E", "auto_vs_best"),
+    *("share_of_product", "plan"),
+)
 
 
 def measure(report: common.Report, case: common.Case, budget: float) -> None:
@@ -55,12 +58,17 @@ def measure(report: common.Report, case: common.Case, budget: float) -> None:
             F.cross_entropy(base(x), labels).backward()  # type: ignore[no-untyped-call]
             base.zero_grad()
 
-        actions = {"base": base_step, **{name: way(name) for name in ("packed", "looped", "auto")}}
+        actions: dict[str, Callable[[], Any]] = {
+            "base": base_step,
+            **{name: way(name) for name in ("packed", "looped", "auto")},
+            "product": common.product(),
+        }
         times = machine.alternate(actions, x.device, repeats=15, budget=budget)
         hne.execution = "auto"
         report.add(
             row,
-            **common.columns(times, ratio),
+            # Backward takes two products for each of forward's.
+            **common.columns(times, ratio, 3 * count * hne.count_macs()),
             plan=str(hne.plan(x)),
         )
 

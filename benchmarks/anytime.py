@@ -92,7 +92,7 @@ def deadlines(report: common.Report, case: common.Case, budget: float, *, load: 
     x = case.images(1)
     hne.tune(x)
     with busy(load):
-        known = hne.calibrate(x, budget=budget)
+        known = hne.calibrate(x, repeats=200, budget=budget)
         first, full = known.slow[0, 1], known.slow[0, hne.leaves]
         # Rare slow calls may meet the first leaf more than all of them.
         low, high = min(first, full), max(first, full)

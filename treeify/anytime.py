@@ -18,7 +18,7 @@ from treeify import machine
 from treeify.errors import InputError, LeafError
 from treeify.execution import Plan
 from treeify.packing import Form, join
-from treeify.program import Held, Program, Walk
+from treeify.program import PACKED, Held, Program, Walk
 from treeify.tree import Span
 
 
@@ -176,17 +176,32 @@ class Session:
 
     def _compute(self, to: int) -> None:
         program, tree = self._program, self._program.tree
-        for level, leaves in tree.pieces(Span(self._leaves, to)):
+        pieces = tree.pieces(Span(self._leaves, to))
+        if len(pieces) > 1 and all(way == PACKED for way in self._plan.ways):
+            self._compute_at_once(Span(self._leaves, to))
+            return
+        for level, leaves in pieces:
             held = dict(self._start)
             for above in range(level):
                 held |= self._kept[above]
             walk = Walk(program, self._plan.ways, leaves.stop)
             logits = walk.descend(level, leaves, program.needed(held, level))
-            self._kept |= walk.kept
-            for below in list(self._kept):
-                if leaves.stop % tree.leaves_below(below) == 0:
-                    del self._kept[below]
+            self._keep(walk, leaves.stop)
             self._take(logits, leaves)
+
+    def _compute_at_once(self, leaves: Span) -> None:
+        """One call per level rather than one per piece and level: fewer calls, the same MACs."""
+        walk = Walk(self._program, self._plan.ways, leaves.stop)
+        logits = walk.extend(leaves, self._start, self._kept)
+        self._keep(walk, leaves.stop)
+        self._take(logits, leaves)
+
+    def _keep(self, walk: Walk, stop: int) -> None:
+        """Take over what a walk kept, and let go of what belongs to completed branches."""
+        self._kept |= walk.kept
+        for level in list(self._kept):
+            if stop % self._program.tree.leaves_below(level) == 0:
+                del self._kept[level]
 
     def _take(self, logits: Any, leaves: Span) -> None:
         if self._leaves:

@@ -6,14 +6,14 @@ Source: Huang et al., Multi-Scale Dense Networks for Resource Efficient Image Cl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from treeify.anytime import Session
+from treeify.anytime import Session, Step
 from treeify.errors import InputError
 
 
@@ -90,13 +90,20 @@ def confidence(logits: Tensor) -> Tensor:
     return logits.softmax(-1).amax(-1)
 
 
-def answer(session: Session, sizes: Sequence[int], thresholds: Sequence[float]) -> Answer:
+def answer(
+    session: Session,
+    sizes: Sequence[int],
+    thresholds: Sequence[float],
+    *,
+    watch: Callable[[Step, Tensor], None] = lambda step, images: None,
+) -> Answer:
     """Advance a session until every image is confident; sure images leave the batch.
 
     Args:
         session: a new session.
         sizes: the nested sizes.
         thresholds: per size but the last, the confidence that suffices.
+        watch: told every step, and which images of the batch it has logits of, positions `[M]`.
 
     Raises:
         InputError: the model returns no single tensor of logits.
@@ -104,8 +111,8 @@ def answer(session: Session, sizes: Sequence[int], thresholds: Sequence[float]) 
     logits, used = None, None
     open_rows = None
     for size, threshold in zip(sizes, (*thresholds, None), strict=True):
-        session.advance(to=size)
-        found = session.logits
+        step = session.advance(to=size)
+        found = step.logits
         if not isinstance(found, Tensor):
             raise InputError(
                 "confidence needs one tensor of logits.",
@@ -114,7 +121,8 @@ def answer(session: Session, sizes: Sequence[int], thresholds: Sequence[float]) 
             )
         if logits is None or used is None or open_rows is None:
             logits, used = found.clone(), torch.zeros(len(found), dtype=torch.long)
-            open_rows = torch.arange(len(found), device=found.device)
+            open_rows = everyone = torch.arange(len(found), device=found.device)
+        watch(step, open_rows if session.droppable else everyone)
         if not session.droppable:
             found = found[open_rows]
         sure = torch.ones(len(found), dtype=torch.bool, device=found.device)

@@ -1,66 +1,163 @@
-"""Answers by a deadline: latencies measured beforehand, and the clock checked between steps."""
+"""Answers by a deadline: latencies measured beforehand, and the clock checked between steps.
+
+At small batches a call costs much the same however few leaves it computes, so going straight to a
+size is far cheaper than by the sizes before it. Latencies are therefore those of every transition.
+"""
 
 from __future__ import annotations
 
+import random
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from statistics import median, quantiles
 from typing import Any
 
-from treeify.anytime import Session
+from treeify.anytime import Session, Step
 from treeify.errors import InputError
 from treeify.execution import Plan, Situation
 
-# Latencies are promises: of 100 measurements, 99 were this fast or faster.
-_QUANTILE = 99
+# From how many leaves to how many.
+Transition = tuple[int, int]
+
+# Of 100 measurements of a transition, 99 were as fast as its slow latency or faster.
+_SLOW = 99
+# So many of 100 forecasts hold where only just enough time is left. Mostly there is more, since a
+# deadline lies anywhere between two sizes: then about 99 of 100 deadlines are kept.
+_HOLD = 97
+# Rounds that are measured whatever they take.
+_LEAST = 5
 
 
 @dataclass(frozen=True)
 class Latencies:
-    """How long every step of a session took on this machine.
+    """How long every transition between sizes took on this machine.
 
     Args:
         situation: the input's shape and the machine.
         plan: how the ensemble ran.
-        sizes: the nested sizes, one for each step.
-        typical: median seconds of each step.
-        slow: the 99th percentile of the seconds of each step.
-        repeats: how many sessions were measured.
+        sizes: the nested sizes.
+        typical: median seconds to go from `a` leaves straight to `b`, for `a` in 0 and the sizes
+            and every larger size `b`, by `(a, b)`.
+        slow: likewise the 99th percentile of the seconds.
+        margin: what a forecast is multiplied by to hold 97 times in 100.
+        repeats: how many rounds were measured, each with all transitions.
+
+    Raises:
+        ValueError: a transition is missing.
     """
 
     situation: Situation
     plan: Plan
     sizes: tuple[int, ...]
-    typical: tuple[float, ...]
-    slow: tuple[float, ...]
+    typical: Mapping[Transition, float]
+    slow: Mapping[Transition, float]
+    margin: float
     repeats: int
+
+    def __post_init__(self) -> None:
+        """Check that there is a latency for every decision."""
+        wanted = set(transitions(self.sizes))
+        for times in (self.typical, self.slow):
+            if missing := wanted - times.keys():
+                raise ValueError(f"no latencies for {sorted(missing)}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self)
+        return {
+            "situation": asdict(self.situation),
+            "plan": asdict(self.plan),
+            "sizes": list(self.sizes),
+            "transitions": [
+                {
+                    "from": start,
+                    "to": stop,
+                    "typical": self.typical[start, stop],
+                    "slow": self.slow[start, stop],
+                }
+                for start, stop in transitions(self.sizes)
+            ],
+            "margin": self.margin,
+            "repeats": self.repeats,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Latencies:
         """What `to_dict` wrote."""
+        rows = {(row["from"], row["to"]): row for row in values["transitions"]}
         return cls(
             Situation.from_dict(values["situation"]),
             Plan.from_dict(values["plan"]),
             sizes=tuple(values["sizes"]),
-            typical=tuple(values["typical"]),
-            slow=tuple(values["slow"]),
+            typical={key: row["typical"] for key, row in rows.items()},
+            slow={key: row["slow"] for key, row in rows.items()},
+            margin=values["margin"],
             repeats=values["repeats"],
         )
 
+    def rows(self) -> list[list[str]]:
+        """A table: per size `a`, milliseconds from `a` leaves straight to each larger size."""
+        rows = [["from", *(f"to {size}" for size in self.sizes)]]
+        for start in (0, *self.sizes[:-1]):
+            times = [
+                f"{1e3 * self.typical[start, stop]:.2f} ({1e3 * self.slow[start, stop]:.2f})"
+                if stop > start
+                else ""
+                for stop in self.sizes
+            ]
+            rows.append([str(start), *times])
+        return rows
+
     def __str__(self) -> str:
-        """One line per size, with the time from the start in milliseconds."""
-        lines = [f"{self.situation}: {self.plan} ({self.repeats} sessions)"]
-        typical = slow = 0.0
-        for size, own, worst in zip(self.sizes, self.typical, self.slow, strict=True):
-            typical, slow = typical + own, slow + worst
-            word = "leaf" if size == 1 else "leaves"
-            lines.append(f"{size:6} {word:6}  {1e3 * typical:9.2f} ms, at most {1e3 * slow:9.2f}")
-        return "\n".join(lines)
+        """The situation, and a table of milliseconds."""
+        rows = self.rows()
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            [
+                f"{self.situation}: {self.plan} ({self.repeats} rounds, margin {self.margin:.2f})",
+                "leaves; ms, and the 99th percentile",
+                *(
+                    "  ".join(
+                        cell.rjust(width) for cell, width in zip(row, widths, strict=True)
+                    ).rstrip()
+                    for row in rows
+                ),
+            ]
+        )
+
+
+def transitions(sizes: Sequence[int]) -> list[Transition]:
+    """Every way from no leaf or a size straight to a larger size."""
+    return [(start, stop) for start in (0, *sizes) for stop in sizes if stop > start]
+
+
+@dataclass
+class Pace:
+    """How slow the machine is at present: recent times over the typical ones.
+
+    On a machine with other work slow steps come in a row, and so they do in sessions one after the
+    other. The median of the last three tells such a spell from a single slow step.
+
+    Args:
+        recent: the ratios of the last steps of any session, at most three.
+    """
+
+    recent: tuple[float, ...] = field(default=())
+
+    def take(self, seconds: float, typical: float) -> None:
+        """Remember how long a step took."""
+        if typical:
+            self.recent = (*self.recent, seconds / typical)[-3:]
+
+    def expected(self, seconds: float, typical: float) -> float:
+        """The ratio to expect of the next step.
+
+        Args:
+            seconds: what the session's steps took so far.
+            typical: what they typically take, 0 before the first step.
+        """
+        pace = median(self.recent) if self.recent else 1.0
+        return max(pace, seconds / typical) if typical else pace
 
 
 def measure(
@@ -72,58 +169,124 @@ def measure(
     repeats: int,
     budget: float,
 ) -> Latencies:
-    """Time the steps of many sessions.
+    """Time every transition between sizes in rounds, each in an order of its own.
 
     Args:
         start: begins a session.
         situation: what the sessions run on.
         plan: how they run.
         sizes: the nested sizes.
-        repeats: how many sessions, after two to warm up.
-        budget: seconds; after it no session begins, once ten are measured.
+        repeats: how many rounds, after one to warm up.
+        budget: seconds; after it no round begins, once five are measured.
 
     Raises:
-        InputError: fewer than two sessions give no spread.
+        InputError: fewer than two rounds give no spread.
     """
     if repeats < 2:
         raise InputError(f"repeats={repeats} shows no spread.", expected="at least 2")
-    rounds: list[list[float]] = []
+    order = random.Random(0)
+    walks: list[list[tuple[Transition, float]]] = []
     begin = time.perf_counter()
-    for count in range(repeats + 2):
-        if count >= 12 and time.perf_counter() - begin > budget:
+    done = 0
+    for count in range(repeats + 1):
+        if count > _LEAST and time.perf_counter() - begin > budget:
             break
-        session, before, times = start(), 0.0, []
-        for size in sizes:
-            elapsed = session.advance(to=size).elapsed
-            times.append(elapsed - before)
-            before = elapsed
-        rounds.append(times)
-    columns = list(zip(*rounds[2:], strict=True))
-    slow = tuple(quantiles(column, n=100, method="inclusive")[_QUANTILE - 1] for column in columns)
-    return Latencies(situation, plan, sizes, tuple(map(median, columns)), slow, len(rounds) - 2)
+        for path in _paths(sizes, order):
+            session, times = start(), []
+            for transition in path:
+                before = time.perf_counter()
+                session.advance(to=transition[1])
+                times.append((transition, time.perf_counter() - before))
+            if count:
+                walks.append(times)
+        done = count
+    columns: dict[Transition, list[float]] = {key: [] for key in transitions(sizes)}
+    for key, seconds in (step for walk in walks for step in walk):
+        columns[key].append(seconds)
+    typical = {key: median(column) for key, column in columns.items()}
+    slow = {key: _percentile(column, _SLOW) for key, column in columns.items()}
+    margin = _percentile(_misjudged(walks, typical), _HOLD)
+    return Latencies(situation, plan, sizes, typical, slow, margin, done)
 
 
-def advance_until(session: Session, latencies: Latencies, deadline: float, begin: float) -> None:
-    """Add leaves to a session as long as the next step is expected to end in time.
+def _paths(sizes: Sequence[int], order: random.Random) -> Iterator[list[Transition]]:
+    """Sessions that make every transition at least once, in random order."""
+    left = transitions(sizes)
+    order.shuffle(left)
+    while left:
+        start, stop = left[0]
+        path = [(0, start)] if start else []
+        while True:
+            path.append((start, stop))
+            left = [own for own in left if own not in path]
+            following = [own for own in left if own[0] == stop]
+            if not following:
+                break
+            start, stop = following[0]
+        yield path
 
-    The first step is always taken. When steps take longer than they typically did, as on a machine
-    that has other work, the next one is expected to take longer in proportion.
+
+def _misjudged(
+    walks: Sequence[Sequence[tuple[Transition, float]]], typical: Mapping[Transition, float]
+) -> list[float]:
+    """What each step took over what would have been forecast before it."""
+    pace, found = Pace(), []
+    for walk in walks:
+        spent = expected = 0.0
+        for transition, seconds in walk:
+            usual = typical[transition]
+            forecast = usual * pace.expected(spent, expected)
+            found.append(seconds / forecast if forecast else 1.0)
+            pace.take(seconds, usual)
+            spent, expected = spent + seconds, expected + usual
+    return found
+
+
+def _percentile(values: Sequence[float], percent: int) -> float:
+    return quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def advance_until(
+    session: Session,
+    latencies: Latencies,
+    deadline: float,
+    begin: float,
+    *,
+    pace: Pace | None = None,
+    watch: Callable[[Step], None] = lambda step: None,
+) -> None:
+    """Go straight to the largest size forecast to end in time, as long as there is one.
+
+    A session without leaves always takes the first leaf. A forecast is the transition's typical
+    time, times the pace of recent steps or of this session if that is slower, times the margin.
+    What is then left of the time decides again.
 
     Args:
-        session: a new session.
-        latencies: of the session's situation.
+        session: of the latencies' situation, at 0 leaves or a nested size.
+        latencies: measured beforehand.
         deadline: seconds after `begin`.
         begin: when the clock started, in seconds of `time.perf_counter()`.
+        pace: of the sessions before; it also learns from this one.
+        watch: told every step; its time counts.
     """
-    expected = 0.0
-    steps = zip(latencies.sizes, latencies.typical, latencies.slow, strict=True)
-    for number, (size, typical, slow) in enumerate(steps):
-        slowdown = max(1.0, session.elapsed / expected) if expected else 1.0
-        ends = time.perf_counter() - begin + max(slow, typical * slowdown)
-        if number and ends > deadline:
+    pace = Pace() if pace is None else pace
+    spent = expected = 0.0
+    while larger := [size for size in latencies.sizes if size > session.leaves]:
+        now = time.perf_counter()
+        factor = latencies.margin * pace.expected(spent, expected)
+        fitting = [
+            size
+            for size in larger
+            if now - begin + latencies.typical[session.leaves, size] * factor <= deadline
+        ]
+        if not fitting and session.leaves:
             break
-        session.advance(to=size)
-        expected += typical
+        typical = latencies.typical[session.leaves, to := max(fitting, default=larger[0])]
+        step = session.advance(to=to)
+        seconds = time.perf_counter() - now
+        pace.take(seconds, typical)
+        spent, expected = spent + seconds, expected + typical
+        watch(step)
 
 
 def check_deadline(deadline: float) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from treeify import splits as split_module
 from treeify.anytime import Session, Step, mean_over_leaves, steps
 from treeify.confidence import Answer, Budget, answer, thresholds_for
-from treeify.deadline import Latencies, advance_until, check_deadline, find, measure
+from treeify.deadline import Latencies, Pace, advance_until, check_deadline, find, measure
 from treeify.errors import InputError
 from treeify.execution import Execution, Plan, Situation, Tuning
 from treeify.fusion import Fused
@@ -138,6 +138,7 @@ class HierarchicalEnsemble(nn.Module):
         ]
         self._execution = Execution(splits.tree.levels)
         self.latencies: dict[Situation, Latencies] = {}
+        self._paces: dict[Situation, Pace] = {}
         self.budgets: dict[int, Budget] = {}
         self._shared_buffers = _shared_buffers(traced.skeleton, self._slots, calls)
         self._conversion = Conversion(
@@ -304,7 +305,8 @@ class HierarchicalEnsemble(nn.Module):
             x: images, `[N, C, H, W]`.
             leaves: average the first `leaves` leaves; all if nothing is given.
             deadline: seconds from the call; the largest nested size expected to end in time, at
-                least one leaf. Needs `calibrate` for this shape on this machine.
+                least one leaf. Needs `calibrate` for this shape on this machine. How slow the last
+                calls were against it is remembered, and expected of the next.
             confidence: stop adding leaves to an image once the probability of its likeliest class
                 reaches this; one value, one for every nested size but the last, or what
                 `treeify.confidence.budget` chose. Sure images leave the batch.
@@ -327,7 +329,9 @@ class HierarchicalEnsemble(nn.Module):
         if deadline is not None:
             check_deadline(deadline)
             session = self.session(x)
-            advance_until(session, self._latencies_for(x), deadline, begin)
+            known = self._latencies_for(x)
+            pace = self._paces.setdefault(known.situation, Pace())
+            advance_until(session, known, deadline, begin, pace=pace)
             return session.logits
         if confidence is not None:
             sizes = self.tree.nested_sizes
@@ -370,19 +374,24 @@ class HierarchicalEnsemble(nn.Module):
         """
         yield from steps(self.session(x), self.tree.nested_sizes if sizes is None else sizes)
 
-    def calibrate(self, x: Tensor, *, repeats: int = 100, budget: float = 30.0) -> Latencies:
-        """Measure how long each nested size takes for inputs like `x` on this machine.
+    def calibrate(self, x: Tensor, *, repeats: int = 50, budget: float = 30.0) -> Latencies:
+        """Measure how long the ways to each nested size take for inputs like `x` on this machine.
 
         `predict(x, deadline=...)` goes by it. Calibrate under the load you expect, and after
         `tune`: a change of how levels run asks for it again. Saved with the ensemble.
 
         Args:
             x: images, `[N, C, H, W]`.
-            repeats: sessions to measure.
-            budget: seconds after which no more are begun, once ten are measured.
+            repeats: rounds to measure, each with every transition from 0 leaves or a nested size
+                straight to a larger one.
+            budget: seconds after which no more are begun, once five are measured.
+
+        Returns:
+            The seconds of every transition; prints as a table.
 
         Raises:
-            InputError: the input does not fit, or the ensemble is in training mode.
+            InputError: the input does not fit, the ensemble is in training mode, or fewer than two
+                rounds are asked for.
         """
         self.session(x)
         situation = Situation.of(x, training=False)
@@ -393,6 +402,7 @@ class HierarchicalEnsemble(nn.Module):
             budget=budget,
         )
         self.latencies[situation] = found
+        self._paces.pop(situation, None)
         return found
 
     def _latencies_for(self, x: Tensor) -> Latencies:

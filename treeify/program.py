@@ -271,6 +271,32 @@ class Walk:
             values = program.needed(values, level)
         return values[OUTPUT].value
 
+    def extend(
+        self, leaves: Span, held: Mapping[str, Held], kept: Mapping[int, Mapping[str, Held]]
+    ) -> Any:
+        """Run every level once, packed, for leaves that go on below several computed branches.
+
+        Args:
+            leaves: the leaves; those before them are computed.
+            held: values that no branch has of its own.
+            kept: values of the branches that are computed but not complete, per level.
+
+        Returns:
+            The leaves' outputs, `[N, leaves, K]`.
+        """
+        program, tree = self.program, self.program.tree
+        values = dict(held)
+        for level in range(tree.levels):
+            below = tree.leaves_below(level)
+            span = Span(-(-leaves.start // below), -(-leaves.stop // below))
+            before = kept.get(level, {})
+            made = self._call(level, span, values) if span.size else {}
+            for name in {**before, **made}:
+                parts = [part[name] for part in (before, made) if name in part]
+                values[name] = _joined(parts)
+            values = program.needed(values, level + 1)
+        return values[OUTPUT].value
+
     def _stage_end(self, level: int) -> int:
         """The last of the levels that are walked together with `level`."""
         if self.ways[level] == LOOPED:

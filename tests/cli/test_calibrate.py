@@ -30,7 +30,7 @@ def test_everything_found_is_saved(hne: treeify.HierarchicalEnsemble) -> None:
     assert result.exit_code == 0, result.output
     for part in (
         "inference, 2x3x8x8 float32; * chosen",
-        "99th percentile, of 10 calls",
+        "medians of 10 rounds",
         "6 leaves, every image",
         f"budget {targets(hne)[0]:,}",
         "Thresholds were chosen on 180 held-out images; accuracy, MACs and stops are those of the"

@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_leaves
 import treeify
 from treeify.errors import InputError, LeafError
 from treeify.execution import Plan, Situation, Tuning
+from treeify.program import Walk
+from treeify.tree import Span
 
 Ensemble = treeify.HierarchicalEnsemble
 Splits = tuple[str, ...]
@@ -190,6 +192,28 @@ def test_nothing_is_computed_twice(example: tuple[Ensemble, tuple[Splits, list[i
 def _products(hne: Ensemble) -> list[Any]:
     kinds = ("Conv2d", "Linear")
     return [node for node in hne.conversion.nodes if node.operation in kinds]
+
+
+def test_going_on_calls_every_level_once_where_all_run_packed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hne, x = _ensemble(("stage1", "stage2", "head")), small.images()
+    calls: list[tuple[int, tuple[int, int]]] = []
+    call = Walk._call
+
+    def counted(self: Walk, level: int, span: Span, held: Any) -> Any:
+        calls.append((level, tuple(span)))
+        return call(self, level, span, held)
+
+    monkeypatch.setattr(Walk, "_call", counted)
+    session = hne.session(x)
+    session.advance(to=1)
+    calls.clear()
+    session.advance(to=7)
+    assert calls == [(1, (1, 2)), (2, (1, 4)), (3, (1, 7))]
+    calls.clear()
+    session.advance(to=8)
+    assert calls == [(3, (7, 8))]
 
 
 @pytest.mark.parametrize("way", ["packed", "looped"])

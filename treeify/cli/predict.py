@@ -248,17 +248,18 @@ class _Call:
         hne, limit, images = self.hne, self.limit, len(self.x)
         latencies = None if limit.deadline is None else self._latencies()
         begin = time.perf_counter()
-        self.watched = Watched(hne.session(self.x), images, begin, show)
-        session = self.watched.as_session
+        watched = self.watched = Watched(images, begin, show)
+        session = hne.session(self.x)
         if limit.deadline is not None and latencies is not None:
-            advance_until(session, latencies, limit.deadline, begin)
+            advance_until(session, latencies, limit.deadline, begin, watch=watched.take)
         elif limit.confidence is not None or limit.budget is not None:
             wanted = self._budget() if limit.confidence is None else limit.confidence
             sizes = hne.tree.nested_sizes
-            self.used = answer(session, sizes, thresholds_for(wanted, sizes)).leaves.tolist()
+            found = answer(session, sizes, thresholds_for(wanted, sizes), watch=watched.take)
+            self.used = found.leaves.tolist()
         else:
             for size in self._sizes():
-                session.advance(to=size)
+                watched.take(session.advance(to=size))
         self.used = self.used or [self.watched.told[-1].step.leaves] * images
 
     @property
@@ -324,8 +325,7 @@ class _Call:
         except CheckpointError as error:
             kept = f"not kept: {str(error).splitlines()[0].rstrip('.')}"
         self.notes.append(
-            f"Latencies of {situation} were not known: measured in {found.repeats} sessions,"
-            f" {kept}."
+            f"Latencies of {situation} were not known: measured in {found.repeats} rounds, {kept}."
         )
         return found
 

@@ -1,4 +1,4 @@
-"""A session that remembers its steps: what the ways to answer do, for a display and for JSON."""
+"""The steps of an answer, remembered for a display and for JSON."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from treeify.anytime import Session, Step
+from treeify.anytime import Step
 
 
 @dataclass(frozen=True)
@@ -41,12 +40,9 @@ class Told:
 
 
 class Watched:
-    """A session whose steps are remembered and, as they come, shown.
-
-    It has what `advance_until` and `confidence.answer` use of a session, and stands in for one.
+    """The steps of a session, remembered and, as they come, shown.
 
     Args:
-        session: a new session.
         images: how many the batch has.
         begin: when the clock started, in seconds of `time.perf_counter()`.
         show: called after every step; its time does not count.
@@ -54,45 +50,23 @@ class Watched:
 
     def __init__(
         self,
-        session: Session,
         images: int,
         begin: float,
         show: Callable[[Watched], None] = lambda watched: None,
     ) -> None:
-        self._session, self._begin, self._show = session, begin, show
+        self._begin, self._show = begin, show
         self._images = torch.arange(images)
         self.told: list[Told] = []
 
-    @property
-    def as_session(self) -> Session:
-        """The same, for functions that take a session."""
-        return cast("Session", self)
+    def take(self, step: Step, images: Tensor | None = None) -> None:
+        """Remember a step that has just ended, and show it.
 
-    @property
-    def elapsed(self) -> float:
-        """Seconds spent computing."""
-        return self._session.elapsed
-
-    @property
-    def logits(self) -> Any:
-        """The present answer, `[M, K]`."""
-        return self._session.logits
-
-    @property
-    def droppable(self) -> bool:
-        """Whether images can leave the batch."""
-        return self._session.droppable
-
-    def keep(self, images: Tensor) -> None:
-        """Go on with some of the images only."""
-        self._images = self._images[images.cpu()]
-        self._session.keep(images)
-
-    def advance(self, to: int) -> Step:
-        """Add leaves, remember the answer and show it."""
-        step = self._session.advance(to=to)
+        Args:
+            step: the step.
+            images: the positions in the batch of the images that took part; all if not given.
+        """
         now = time.perf_counter()
-        self.told.append(Told(step, now - self._begin, self._images))
+        took_part = self._images if images is None else images.cpu()
+        self.told.append(Told(step, now - self._begin, took_part))
         self._show(self)
         self._begin += time.perf_counter() - now
-        return step

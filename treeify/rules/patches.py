@@ -36,7 +36,8 @@ def pays(conv: Any, branches: int, x: Tensor) -> bool:
         branches: how many are computed.
         x: the input, `[N, ..., H, W]`.
     """
-    if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.jit.is_tracing():
+    recorded = torch._C._get_tracing_state() is not None
+    if recorded or x.device.type != "cpu" or not torch.is_grad_enabled():
         return False
     if conv.weight.numel() * branches < _LEAST_WEIGHTS:
         return False
@@ -46,7 +47,7 @@ def pays(conv: Any, branches: int, x: Tensor) -> bool:
             x.shape[-2:], conv.padding, conv.kernel_size, conv.stride, strict=True
         )
     )
-    return height * width <= _MOST_PIXELS
+    return bool(height * width <= _MOST_PIXELS)
 
 
 def convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parents: int) -> Tensor:

@@ -282,17 +282,17 @@ def test_mixed_precision_is_respected() -> None:
     assert_close(found.float(), run(hne, x, fuse=False), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("name", ["blocks.1.fc1", "blocks.1.drop", "blocks.0.scale", "head"])
+@pytest.mark.parametrize("name", ["blocks.0.fc1", "blocks.1.drop", "blocks.0.scale"])
 def test_hooks_on_modules_are_called(name: str) -> None:
     hne, x = ensemble(), small.images()
     run(hne, x, fuse=True)
     calls: list[str] = []
     handle = hne.get_submodule(name).register_forward_hook(lambda *_: calls.append(name))
-    expected = run(hne, x, fuse=True)
+    run(hne, x, fuse=True)
+    assert calls == [name]
     handle.remove()
-    counted = len(calls)
-    assert_close(run(hne, x, fuse=True), expected, rtol=1e-4, atol=1e-5)
-    assert len(calls) == counted
+    run(hne, x, fuse=True)
+    assert calls == [name]
 
 
 @pytest.mark.parametrize("name", ["blocks.0.drop", "blocks.1.drop", "blocks.2.path"])
@@ -310,12 +310,13 @@ def test_a_dropout_in_training_mode_drops(name: str) -> None:
     assert_close(run(hne, x, fuse=True), still, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["blocks.0.fc1", "blocks.1.fc1"])
 @pytest.mark.parametrize("run_before", [True, False])
-def test_parametrized_weights_are_followed(run_before: bool) -> None:
+def test_parametrized_weights_are_followed(name: str, run_before: bool) -> None:
     hne, x = ensemble(), small.images()
     if run_before:
         run(hne, x, fuse=True, way="looped")
-    layer = hne.get_submodule("blocks.0.fc1")
+    layer = hne.get_submodule(name)
     torch.nn.utils.parametrizations.weight_norm(layer)
     assert_fused_equals(hne)
     with torch.no_grad():

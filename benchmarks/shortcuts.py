@@ -25,16 +25,16 @@ import torchvision
 from torch import Tensor
 
 import treeify
-from treeify import fused, losses, machine
+from treeify import losses, machine
 from treeify.execution import Plan
-from treeify.fused import FusedConv
+from treeify.fused import FusedConv, FusedLinear, conv
 from treeify.packing import children, pack, unpack
 from treeify.program import LOOPED, PACKED, Walk
 from treeify.rules import patches
 
 SMALL, LARGE = common.CIFAR
 RESNET = common.Case("resnet18 at 64x64", torchvision.models.resnet18, 64)
-MOBILE = common.IMAGENET[0]
+MOBILE, *_, VIT = common.IMAGENET
 COLUMNS = ("with", "without", "gain")
 
 
@@ -57,20 +57,20 @@ def replicate(span: Any, ratio: int, x: Tensor, known: Any) -> tuple[int, Tensor
 
 @contextmanager
 def plain_kernels(hne: treeify.HierarchicalEnsemble) -> Iterator[None]:
-    """Folded convolutions by PyTorch's own call: weights are laid out anew at each."""
-    convolutions = [
+    """Fused layers by PyTorch's own calls: weights are laid out anew at each."""
+    layers = [
         module
         for segment in hne._fused.program.segments
         for module in segment.module.modules()
-        if isinstance(module, FusedConv)
+        if isinstance(module, FusedConv | FusedLinear)
     ]
-    before = [own.has_onednn for own in convolutions]
-    for own in convolutions:
+    before = [own.has_onednn for own in layers]
+    for own in layers:
         own.has_onednn = False
     try:
         yield
     finally:
-        for own, value in zip(convolutions, before, strict=True):
+        for own, value in zip(layers, before, strict=True):
             own.has_onednn = value
 
 
@@ -98,13 +98,14 @@ class Shortcut:
 SHORTCUTS = (
     Shortcut(
         *("siblings read their parent's value once", SMALL, (1, 32), PACKED),
-        lambda hne: changed(fused, "read_once", replicate),
+        lambda hne: changed(conv, "read_once", replicate),
     ),
     Shortcut("weights laid out once", SMALL, (1, 32), PACKED, plain_kernels),
     Shortcut("weights laid out once", MOBILE, (1,), PACKED, plain_kernels),
+    Shortcut("weights laid out once", VIT, (8,), LOOPED, plain_kernels),
     Shortcut(
         *("small 1x1 convolutions as products", SMALL, (1, 8), LOOPED),
-        lambda hne: changed(fused, "_SMALL", 0.0),
+        lambda hne: changed(conv, "SMALL", 0.0),
     ),
     Shortcut(
         *("depth-first through looped levels", LARGE, (8, 32), LOOPED),

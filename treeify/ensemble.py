@@ -129,7 +129,7 @@ class HierarchicalEnsemble(nn.Module):
         }
         _allow_in_place(self, self._programs[False], self._programs[True])
         self._fused = Fused(self._programs[False])
-        # A fused convolution does not call the modules it stands for, nor their hooks.
+        # A fused layer does not call the modules it stands for, nor their hooks.
         self._hooks = [
             hooks
             for module in self.children()
@@ -203,7 +203,7 @@ class HierarchicalEnsemble(nn.Module):
         # Folded weights have no gradients of their own, and compiling folds by itself.
         allowed = not (self.training or torch.is_grad_enabled() or _is_recorded())
         if plan.fuse and allowed and not any(self._hooks):
-            return self._fused.program
+            return self._fused.usable()
         return self._programs[self.training]
 
     @property

@@ -25,7 +25,7 @@ class Plan:
         ways: `packed` or `looped`, per level.
         channels_last: whether images, and so activations, are laid out `[N, H, W, C]` in memory;
             None leaves images as they are given.
-        fuse: whether batch norms are folded into convolutions; only ever without gradients.
+        fuse: whether layers take in what follows them; only ever without gradients.
     """
 
     ways: tuple[str, ...]

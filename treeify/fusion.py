@@ -1,4 +1,4 @@
-"""A program's segments with what follows each convolution fused into it, for evaluation."""
+"""A program's segments with what follows each layer fused into it, for evaluation."""
 
 from __future__ import annotations
 
@@ -11,21 +11,33 @@ from typing import Any
 import timm.layers.activations as timm_act
 import torch
 import torch.nn.functional as F
+from timm.layers.linear import Linear as TimmLinear
 from timm.layers.norm_act import BatchNormAct2d
 from torch import fx, nn
 
-from treeify.fused import CONVOLUTIONS, Activation, AddInto, FusedConv, Overwrite, stored
+from treeify.fused import (
+    CONVOLUTIONS,
+    Activation,
+    AddInto,
+    FusedConv,
+    FusedLinear,
+    Overwrite,
+    Prepared,
+    stored,
+)
 from treeify.program import Program, Segment
+from treeify.rules.dropout import DROPOUTS, PackedStochasticDepth
 from treeify.rules.elementwise import ACTIVATIONS, Broadcast, Direct
 from treeify.rules.linear import PackedLinear
 from treeify.rules.norm import NormInBatch, PackedLayerNorm
 from treeify.rules.widened import Widened
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
+_LINEAR = (nn.Linear, TimmLinear, PackedLinear)
 _ADDITIONS = (operator.add, torch.add, "add")
 # Operations whose result is a new tensor that nothing else looks into.
 _FRESH = (
-    *(nn.Linear, nn.LayerNorm, PackedLinear, PackedLayerNorm, NormInBatch),
+    *(nn.LayerNorm, PackedLayerNorm, NormInBatch),
     *(*CONVOLUTIONS, *_NORMS),
 )
 _ARITHMETIC = (*_ADDITIONS, operator.mul, torch.mul, "mul", operator.sub, torch.sub, "sub")
@@ -37,7 +49,7 @@ _FUNCTIONS: dict[Any, Activation] = {
     F.relu6: _RELU6,
     F.silu: Activation(partial(F.silu, inplace=True)),
     F.hardswish: Activation(partial(F.hardswish, inplace=True)),
-    F.gelu: Activation(torch.ops.aten.gelu_),
+    F.gelu: Activation(torch.ops.aten.gelu_, "gelu", [], "none"),
 }
 
 
@@ -50,19 +62,27 @@ class Fused:
 
     def __init__(self, source: Program) -> None:
         self.source = source
+        self._dropouts: list[nn.Module] = []
 
     @cached_property
     def program(self) -> Program:
         """The twin."""
-        segments = tuple(_Fuser(part).run() for part in self.source.segments)
+        fusers = [_Fuser(part) for part in self.source.segments]
+        segments = tuple(fuser.run() for fuser in fusers)
+        self._dropouts = [dropout for fuser in fusers for dropout in fuser.dropouts]
         return replace(self.source, segments=segments)
+
+    def usable(self) -> Program:
+        """The twin; the program itself while a dropout that the twin leaves out is switched on."""
+        twin = self.program
+        return self.source if any(dropout.training for dropout in self._dropouts) else twin
 
     def forget(self) -> None:
         """Drop prepared weights: they may be about to change unnoticed."""
         if "program" in self.__dict__:
             for segment in self.program.segments:
                 for module in segment.module.modules():
-                    if isinstance(module, FusedConv):
+                    if isinstance(module, Prepared):
                         module.forget()
 
 
@@ -75,15 +95,38 @@ class _Fuser:
         self.graph = copy.deepcopy(segment.module.graph)
         self.span = next(iter(self.graph.nodes))
         self.erased: set[fx.Node] = set()
+        self.dropouts: list[nn.Module] = []
 
     def run(self) -> Segment:
-        for fuse_at in (self._fuse_convolution, self._fuse_addition, self._fuse_activation):
+        steps = (self._skip, self._fuse_convolution, self._fuse_linear, self._fuse_addition)
+        for fuse_at in (*steps, self._fuse_activation):
             for node in reversed(list(self.graph.nodes)):
                 if node not in self.erased:
                     fuse_at(node)
         self.graph.lint()
         name = f"Level{self.segment.level}"
         return replace(self.segment, module=fx.GraphModule(self.modules, self.graph, name))
+
+    def _skip(self, node: fx.Node) -> None:
+        """Leave out what gives its input back in evaluation mode."""
+        operation, x = self._single(node), node.args[-1] if node.args else None
+        if not isinstance(x, fx.Node):
+            return
+        if type(operation) in DROPOUTS:
+            self.dropouts.append(operation)  # type: ignore[arg-type]
+        elif type(operation) is not nn.Identity:
+            return
+        node.replace_all_uses_with(x)
+        self._erase(node)
+
+    def _fuse_linear(self, node: fx.Node) -> None:
+        """A linear layer, with its activation if that alone reads it."""
+        operation = self._operation(node)
+        takes_span = isinstance(operation, PackedLinear)
+        if type(operation) in _LINEAR and len(node.args) == 1 + takes_span and not node.kwargs:
+            assert operation is not None
+            last, activation = self._activation_after(node)
+            self._replace(last, FusedLinear(operation, activation), (self.span, node.args[-1]))
 
     def _fuse_convolution(self, node: fx.Node) -> None:
         """A convolution, with its batch norm and activation if they alone read it."""
@@ -149,7 +192,8 @@ class _Fuser:
             return False
         if isinstance(operation, Direct | Broadcast):
             return operation.target in _ARITHMETIC
-        return isinstance(operation, FusedConv | AddInto) or type(stored(operation)) in _FRESH
+        fused = isinstance(operation, FusedConv | FusedLinear | AddInto)
+        return fused or type(stored(operation)) in _FRESH
 
     def _addition(self, node: fx.Node) -> list[fx.Node]:
         """The operands of a sum of two values; empty for anything else."""
@@ -179,9 +223,10 @@ class _Fuser:
         found = None
         if reader.op == "call_function" and len(reader.args) == 1 and not reader.kwargs:
             found = _FUNCTIONS.get(reader.target)
-        elif isinstance(operation, Direct) and len(reader.args) == 2 and not reader.kwargs:
-            found = _FUNCTIONS.get(operation.target)
-        elif (module := self._packed(reader)) is not None:
+        elif isinstance(operation, Direct) and not isinstance(operation.target, nn.Module):
+            if len(reader.args) == 2 and not reader.kwargs:
+                found = _FUNCTIONS.get(operation.target)
+        elif (module := self._single(reader)) is not None:
             found = _overwriting(module)
         return (node, None) if found is None else (reader, found)
 
@@ -198,6 +243,15 @@ class _Fuser:
             return None
         alone = len(node.args) == (2 if isinstance(operation, Widened) else 1)
         return stored(operation) if alone else None
+
+    def _single(self, node: fx.Node) -> nn.Module | None:
+        """The same of modules that run as they stand, and of random depth."""
+        operation = self._operation(node)
+        if isinstance(operation, Direct) and isinstance(operation.target, nn.Module):
+            return operation.target if len(node.args) == 2 and not node.kwargs else None
+        if isinstance(operation, PackedStochasticDepth):
+            return operation.drop
+        return self._packed(node)
 
     def _replace(self, last: fx.Node, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Let a module take the place of `last` and of what only `last` needed."""
@@ -230,7 +284,8 @@ def _overwriting(module: nn.Module) -> Activation | None:
         return _RELU6
     if kind in (nn.GELU, timm_act.GELU):
         approximate = getattr(module, "approximate", "none")
-        return Activation(partial(torch.ops.aten.gelu_, approximate=approximate))
+        overwrite = partial(torch.ops.aten.gelu_, approximate=approximate)
+        return Activation(overwrite, "gelu", [], approximate)
     if kind not in ACTIVATIONS or not hasattr(module, "inplace"):
         return None
     again = copy.copy(module)

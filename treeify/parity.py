@@ -37,7 +37,7 @@ class Figures:
 
     Args:
         leaf_eval: leaf logits in evaluation mode, as `hne.execution` is set and in every way to
-            run: packed, looped, and both with convolutions fused.
+            run: packed, looped, and both with layers fused.
         leaf_train: leaf logits in training mode, batch statistics included, as `hne.execution` is
             set.
         buffers: buffers (running statistics) after that training pass, but for
@@ -152,7 +152,7 @@ def _eval_parity(hne: HierarchicalEnsemble, x: Tensor) -> dict[str, float]:
 
 
 def _every_plan(hne: HierarchicalEnsemble) -> list[Plan]:
-    """All levels packed and all looped, with and without fused convolutions."""
+    """All levels packed and all looped, with and without fused layers."""
     levels = hne.tree.levels
     return [Plan((way,) * levels, fuse=fuse) for way in WAYS for fuse in (False, True)]
 

@@ -15,9 +15,11 @@ from treeify.tree import Span
 
 _ELEMENT_OR_CHANNEL = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _SAMPLE = (DropPath, StochasticDepth)
+# All of them give back their input in evaluation mode.
+DROPOUTS = (*_ELEMENT_OR_CHANNEL, *_SAMPLE)
 
 
-@widens(*_ELEMENT_OR_CHANNEL, *_SAMPLE)
+@widens(*DROPOUTS)
 def pack_dropout(dropout: nn.Module, branches: int) -> None:
     """Dropout is the same for any number of channels."""
 
@@ -60,7 +62,7 @@ def pack_stochastic_depth(call: Call) -> PackedStochasticDepth:
     return PackedStochasticDepth(call.storage)
 
 
-@batch_rule(*_ELEMENT_OR_CHANNEL, *_SAMPLE)
+@batch_rule(*DROPOUTS)
 def run_dropout_module(call: Call) -> Direct:
     """In the batch every image of every branch draws its own mask."""
     known = call.batch_facts()

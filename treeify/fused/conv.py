@@ -1,15 +1,12 @@
-"""Operations for evaluation without gradients: convolutions with what follows them fused in.
+"""Convolutions with what follows them fused in.
 
 In evaluation mode a batch norm is a scale and a shift per channel, and so is part of the
-convolution whose output it alone reads. Weights are folded and laid out for the processor when
-first used, and again whenever a tensor they come from has changed. A sum or an activation that
-alone reads a new tensor may overwrite it, since no gradient will ask for it.
+convolution whose output it alone reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +16,8 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from treeify.fused.overwrite import Activation, add_into
+from treeify.fused.prepared import SMALL, Prepared, Weights, has_onednn, takes_onednn
 from treeify.packing import read_once
 from treeify.rules.widened import Widened, WidenedConv, swap
 from treeify.storage import narrow
@@ -30,29 +29,9 @@ CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Conv3d: F.conv3d,
     Conv2dSame: conv2d_same,
 }
-# Prepared weights kept per convolution, as a multiple of the weights themselves: one set for full
-# calls, the others for single branches and parts. Beyond it the oldest are dropped.
-_KEPT = 4
-# Multiply-accumulates of a 1x1 convolution below which a matrix product is faster than oneDNN.
-_SMALL = 16e6
 _WEIGHTS = ("weight", "bias")
 # Batch norm writes its statistics without leaving a trace; it counts its batches with one.
 _STATISTICS = ("running_mean", "running_var", "weight", "bias", "num_batches_tracked")
-
-
-@dataclass(frozen=True)
-class Activation:
-    """An activation that may overwrite its input.
-
-    Args:
-        apply: overwrites its argument and returns it.
-        name: what oneDNN calls it; empty where it is done afterwards.
-        scalars: oneDNN's parameters of it.
-    """
-
-    apply: Callable[[Tensor], Tensor]
-    name: str = ""
-    scalars: list[float] = field(default_factory=list)
 
 
 def stored(operation: nn.Module) -> nn.Module:
@@ -60,7 +39,7 @@ def stored(operation: nn.Module) -> nn.Module:
     return operation.module if isinstance(operation, Widened) else operation
 
 
-class FusedConv(nn.Module):
+class FusedConv(Prepared):
     """A convolution with the batch norm, the sum and the activation that follow it.
 
     Args:
@@ -73,11 +52,14 @@ class FusedConv(nn.Module):
     def __init__(
         self, conv: nn.Module, norm: nn.Module | None, activation: Activation | None
     ) -> None:
-        super().__init__()
+        own: Any = stored(conv)
+        sources: list[tuple[Any, tuple[str, ...]]] = [(own, _WEIGHTS)]
+        if norm is not None:
+            sources.append((stored(norm), _STATISTICS))
+        super().__init__(sources)
         # In a tuple: looking up a registered submodule costs as much as a small operation.
         self.operations: tuple[Any, Any] = (conv, norm)
         self.activation = activation
-        own: Any = stored(conv)
         self._conv: tuple[Any] = (own,)
         self._norm: tuple[Any] = (None if norm is None else stored(norm),)
         wide = conv if isinstance(conv, WidenedConv) else None
@@ -87,25 +69,10 @@ class FusedConv(nn.Module):
         self.groups: int = wide.groups if wide else own.groups
         self.where = (own.padding, own.stride, own.dilation)
         plain = type(own) is nn.Conv2d and isinstance(own.padding, tuple)
-        self.has_onednn = plain and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        self.has_onednn = plain and has_onednn()
         self.is_pointwise = self.groups == 1 and (
             plain and self.where == ((0, 0), (1, 1), (1, 1)) and own.kernel_size == (1, 1)
         )
-        self._places = _places(own, _WEIGHTS) + _places(self._norm[0], _STATISTICS)
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop the prepared weights; they are prepared again when needed."""
-        self._seen: list[tuple[int, int]] = []
-        self._eps: float | None = None
-        self._sources: list[Tensor] = []
-        self._folded: tuple[Tensor, Tensor | None] | None = None
-        self._parts: dict[Any, tuple[Tensor, Tensor | None]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies prepare their own weights."""
-        nothing: dict[str, Any] = {"_seen": [], "_sources": [], "_folded": None, "_parts": {}}
-        return {**self.__dict__, **nothing}
 
     def forward(self, span: Span, x: Tensor, addend: Tensor | float | None = None) -> Tensor:
         """`[N, P*C, ...]` of the span's `P` parents -> `[N, G*O, ...]`.
@@ -125,7 +92,7 @@ class FusedConv(nn.Module):
             return self._exchanged(span, parents, x, addend)
         if self.is_pointwise and span.size == 1 and self._is_small(x):
             return self._product(span, x, addend)
-        if self.has_onednn and _takes_onednn(x):
+        if self.has_onednn and x.ndim == 4 and takes_onednn(x):
             return self._onednn(span, parents, x, addend)
         weight, bias = self._tensors(span, parents)
         return self._finish(self._convolve(x, weight, bias, parents), addend)
@@ -161,7 +128,7 @@ class FusedConv(nn.Module):
         """Whether a product of one branch costs less than oneDNN's way to begin."""
         if x.ndim != 4 or not x.is_contiguous(memory_format=torch.channels_last):
             return False
-        return bool(x.numel() * self._conv[0].weight.shape[0] < _SMALL * self.branches)
+        return bool(x.numel() * self._conv[0].weight.shape[0] < SMALL * self.branches)
 
     def _product(self, span: Span, x: Tensor, addend: Tensor | float | None) -> Tensor:
         """A 1x1 convolution of one branch, `[N*H*W, C] @ [C, O]`."""
@@ -179,15 +146,13 @@ class FusedConv(nn.Module):
         groups = parents * self.groups
         activation = self.activation
         if addend is None and activation is not None and activation.name:
-            name, scalars = activation.name, activation.scalars
-            result: Tensor = convolve(x, weight, bias, *self.where, groups, name, scalars, "")
+            ending = (activation.name, activation.scalars, activation.algorithm)
+            result: Tensor = convolve(x, weight, bias, *self.where, groups, *ending)
             return result
         result = convolve(x, weight, bias, *self.where, groups, "none", [], "")
         return self._finish(result, addend)
 
-    def _tensors(
-        self, span: Span, parents: int, shape: torch.Size | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _tensors(self, span: Span, parents: int, shape: torch.Size | None = None) -> Weights:
         """The weight and bias of a span, for convolving over its parents.
 
         Args:
@@ -195,19 +160,17 @@ class FusedConv(nn.Module):
             parents: how many branches the input holds.
             shape: of the input that oneDNN lays the weight out for; None leaves it as it is.
         """
-        key = (span, parents, shape)
-        found = self._parts.get(key)
-        if found is None:
-            found = self._parts[key] = self._prepare(span, parents, shape)
-            self._drop_oldest()
-        return found
+        return self.kept((span, parents, shape), self._prepare)
 
     def _prepare(
-        self, span: Span, parents: int, shape: torch.Size | None
-    ) -> tuple[Tensor, Tensor | None]:
-        assert self._folded is not None
-        weight = narrow(self._folded[0], self.branches, span)
-        bias = self._folded[1]
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        span: Span,
+        parents: int,
+        shape: torch.Size | None,
+    ) -> Weights:
+        weight = narrow(weight, self.branches, span)
         bias = None if bias is None else narrow(bias, self.branches, span)
         if self.groups > 1 and parents != span.size:
             siblings = span.size // parents
@@ -219,41 +182,16 @@ class FusedConv(nn.Module):
             weight = reorder(weight.contiguous().to_mkldnn(), *self.where, groups, list(shape))
         return weight, bias
 
-    def _drop_oldest(self) -> None:
-        limit = _KEPT * self._conv[0].weight.numel()
-        held = sum(weight.numel() for weight, _ in self._parts.values())
-        while held > limit:
-            weight, _ = self._parts.pop(next(iter(self._parts)))
-            held -= weight.numel()
-
     def _refresh(self) -> bool:
-        """Fold again if a tensor was replaced, moved or written to.
-
-        Returns:
-            Whether the folded weights may be used: not for a norm in training mode, nor where
-            changes of the weights cannot be noticed.
-        """
+        """Fold again if need be; False for a norm in training mode, which uses the batch."""
         norm = self._norm[0]
         if norm is not None and norm.training:
             self.forget()
             return False
-        try:
-            found = [table[name] for table, name in self._places]
-            seen = [(tensor.data_ptr(), tensor._version) for tensor in found if tensor is not None]
-        except (RuntimeError, KeyError):
-            # Tensors made in inference mode count no changes; parametrized ones are elsewhere.
-            return False
-        eps = None if norm is None else norm.eps
-        if seen != self._seen or eps != self._eps:
-            self.forget()
-            with torch.no_grad():
-                self._folded = self._fold()
-            self._seen, self._eps = seen, eps
-            # Holding on to the sources keeps their addresses from being given to others.
-            self._sources = [tensor.detach() for tensor in found if tensor is not None]
-        return True
+        return self.refresh(None if norm is None else norm.eps)
 
-    def _fold(self) -> tuple[Tensor, Tensor | None]:
+    def fold(self) -> Weights:
+        """The convolution's, with the norm's scale and shift in them."""
         conv, norm = self._conv[0], self._norm[0]
         if norm is None:
             return conv.weight.detach(), None if conv.bias is None else conv.bias.detach()
@@ -271,47 +209,3 @@ class FusedConv(nn.Module):
         """What was fused, for printing a segment."""
         parts = [stored(part) for part in self.operations if part is not None]
         return " + ".join(type(part).__name__ for part in parts)
-
-
-def _places(module: nn.Module | None, names: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
-    """Where a module's tensors are found, whatever they are replaced by."""
-    tables = () if module is None else (module._parameters, module._buffers)
-    return [(table, name) for table in tables for name in names if name in table]
-
-
-def _takes_onednn(x: Tensor) -> bool:
-    """Whether oneDNN's fused convolution takes this input."""
-    fits = x.is_cpu and x.dtype is torch.float32 and x.ndim == 4 and x.numel() > 0
-    return fits and bool(torch._C._get_mkldnn_enabled())
-
-
-def add_into(own: Tensor, other: Tensor | float) -> Tensor:
-    """The sum, written over `own` where shapes and types allow."""
-    if not isinstance(other, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
-        return own + other
-    return own.add_(other)
-
-
-class Overwrite(nn.Module):
-    """An activation written over its input, which nothing else reads."""
-
-    def __init__(self, activation: Activation) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, span: Span, x: Tensor) -> Tensor:
-        """The same shape."""
-        return self.activation.apply(x)
-
-
-class AddInto(nn.Module):
-    """A sum written over its first operand, which nothing else reads."""
-
-    def __init__(self, activation: Activation | None) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def forward(self, span: Span, own: Tensor, other: Tensor | float) -> Tensor:
-        """The sum."""
-        result = add_into(own, other)
-        return result if self.activation is None else self.activation.apply(result)

@@ -1,0 +1,59 @@
+"""Sums and activations written over a new tensor that nothing else reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from treeify.tree import Span
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation that may overwrite its input.
+
+    Args:
+        apply: overwrites its argument and returns it.
+        name: what oneDNN calls it; empty where it is done afterwards.
+        scalars: oneDNN's parameters of it.
+        algorithm: oneDNN's way to compute it; empty where there is one way only.
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    name: str = ""
+    scalars: list[float] = field(default_factory=list)
+    algorithm: str = ""
+
+
+def add_into(own: Tensor, other: Tensor | float) -> Tensor:
+    """The sum, written over `own` where shapes and types allow."""
+    if not isinstance(other, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
+        return own + other
+    return own.add_(other)
+
+
+class Overwrite(nn.Module):
+    """An activation written over its input, which nothing else reads."""
+
+    def __init__(self, activation: Activation) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, span: Span, x: Tensor) -> Tensor:
+        """The same shape."""
+        return self.activation.apply(x)
+
+
+class AddInto(nn.Module):
+    """A sum written over its first operand, which nothing else reads."""
+
+    def __init__(self, activation: Activation | None) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def forward(self, span: Span, own: Tensor, other: Tensor | float) -> Tensor:
+        """The sum."""
+        result = add_into(own, other)
+        return result if self.activation is None else self.activation.apply(result)

@@ -131,7 +131,7 @@ def _table(shown: dict[str, Row | None]) -> Table:
     table.add_column("model", no_wrap=True)
     table.add_column("family")
     for heading in ("parameters", "MACs", "packed"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("checked")
     for name, row in shown.items():
         if row is None:
@@ -144,13 +144,18 @@ def _table(shown: dict[str, Row | None]) -> Table:
 
 
 def _count(number: int | None) -> str:
-    return "?" if number is None else f"{number:,}"
+    """Three digits and a unit that `--max-params` takes; JSON has all digits."""
+    if number is None:
+        return "?"
+    units = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
+    size, unit = next(((size, unit) for size, unit in units if number >= size), (1, ""))
+    return f"{number / size:.3g}{unit}"
 
 
 def _checked(row: Row) -> str:
     if row.failure is not None:
         return f"failed: {row.failure:.60}"
-    return f"{'numbers' if row.proven else 'shapes'} ({row.how})"
+    return str(row.how) if row.proven else f"{row.how}: shapes only"
 
 
 def _summary(

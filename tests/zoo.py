@@ -20,6 +20,8 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import VGG, make_layers
 
+from treeify.parity import settle
+
 CLASSES = 10
 
 # Four binary splits (16 leaves), one split of 4, and independent networks.
@@ -84,24 +86,6 @@ class Case:
 
     def __str__(self) -> str:
         return self.name
-
-
-def settle(model: nn.Module) -> None:
-    """Give buffers and zero-initialised weights values that matter, as training would.
-
-    A fresh network hides mistakes: running means of 0, variances and scales of 1, and last scales
-    of residual branches of 0, under which whole branches vanish from the output.
-    """
-    with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if not tensor.is_floating_point():
-                continue
-            if name.endswith("running_var"):
-                tensor.uniform_(0.5, 1.5)
-            elif name.endswith("running_mean"):
-                tensor.normal_(0, 0.1)
-            elif isinstance(tensor, nn.Parameter) and tensor.std(correction=0) == 0:
-                tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.3))
 
 
 def drop_nothing(model: nn.Module) -> None:

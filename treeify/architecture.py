@@ -13,7 +13,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -199,6 +199,52 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def library_names() -> list[str]:
+    """Every classifier that timm and torchvision build by name, timm's first."""
+    return [*timm.list_models(), *(TORCHVISION + name for name in _torchvision_names())]
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ModelError, naming every wrong one and the nearest right ones, unless all are known."""
+    errors = [error for name in dict.fromkeys(names) if (error := _wrong(name)) is not None]
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ModelError("\n".join([f"{len(errors)} names are wrong.", *map(str, errors)]))
+
+
+def _wrong(name: str) -> ModelError | None:
+    try:
+        Architecture(name)._builder(pretrained=False)
+    except ModelError as error:
+        return error
+    unknown = name.startswith(TORCHVISION) and name not in library_names()
+    return _unknown(name) if unknown else None
+
+
+def family(name: str) -> str:
+    """The module that defines a library's model: `resnet` in timm, `torchvision/resnet`."""
+    if ":" in name:
+        return name.partition(":")[0]
+    if name.startswith(TORCHVISION):
+        builder = torchvision.models.get_model_builder(name.removeprefix(TORCHVISION))
+        return TORCHVISION + str(builder.__module__).rpartition(".")[2]
+    return str(timm.models.model_entrypoint(name.removeprefix(TIMM)).__module__).rpartition(".")[2]
+
+
+def skeleton(architecture: Architecture) -> nn.Module:
+    """A model on the meta device: shapes without weights, and mostly without memory for any.
+
+    Raises:
+        ModelError: the name is unknown or its builder refuses the arguments.
+    """
+    try:
+        with _ParametersOnMeta():
+            return architecture.build().to("meta")
+    except ModelError:
+        return architecture.build().to("meta")
+
+
 def example_shape(model: nn.Module, architecture: Architecture | None = None) -> tuple[int, ...]:
     """The image a model is usually fed.
 
@@ -283,7 +329,7 @@ def _load_function(name: str) -> Callable[..., object]:
 
 def _unknown(name: str) -> ModelError:
     bare = name.removeprefix(TORCHVISION).removeprefix(TIMM)
-    known = [*timm.list_models(), *(TORCHVISION + other for other in _torchvision_names())]
+    known = library_names()
     same = [other for other in known if other.removeprefix(TORCHVISION) == bare]
     close = repr(same[0]) if same else nearest(name, known) or nearest(bare, known)
     return ModelError(

@@ -96,6 +96,82 @@ def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
     )
 
 
+def verify_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
+    """Check that every leaf's output has the shape the untouched base architecture gives.
+
+    All that can be checked on the meta device: in evaluation mode every way to run and every nested
+    size, in training mode all leaves.
+
+    Args:
+        hne: the ensemble. Not modified but for its buffers.
+        x: images, `[N, C, H, W]`.
+
+    Raises:
+        ParityError: a leaf's output has another shape.
+    """
+    modes = {module: module.training for module in hne.modules()}
+    try:
+        for training in (False, True):
+            hne.train(training)
+            expected = _shapes(hne.leaf(0)(x))
+            with torch.set_grad_enabled(training):
+                if training:
+                    outputs = {hne.leaves: [hne(x)]}
+                else:
+                    outputs = {
+                        size: [hne.run(x, size, plan) for plan in _every_plan(hne)]
+                        for size in hne.tree.nested_sizes
+                    }
+            for size, found in outputs.items():
+                for output in found:
+                    _check_shapes(output, size, expected)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check_shapes(output: Any, size: int, expected: list[tuple[int, ...]]) -> None:
+    for index in range(size):
+        shapes = _shapes(_select(output, index))
+        if shapes != expected:
+            raise ParityError(
+                f"leaf {index} of {size} has an output of another shape.",
+                expected=f"{expected}",
+                found=f"{shapes}",
+            )
+    if any(out.shape[min(1, out.ndim - 1)] != size for out in _tensors(output)):
+        raise ParityError(f"the output of {size} leaves does not have {size} of them.")
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _shapes(value: Any) -> list[tuple[int, ...]]:
+    return [tuple(tensor.shape) for tensor in _tensors(value)]
+
+
+def settle(model: nn.Module) -> None:
+    """Give buffers and zero-initialised weights values that matter, as training would.
+
+    A fresh network hides mistakes: running means of 0, variances and scales of 1, and last scales
+    of residual branches of 0, under which whole branches vanish from the output.
+
+    Args:
+        model: changed in place, from torch's random state.
+    """
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if not tensor.is_floating_point():
+                continue
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 1.5)
+            elif name.endswith("running_mean"):
+                tensor.normal_(0, 0.1)
+            elif isinstance(tensor, nn.Parameter) and tensor.std(correction=0) == 0:
+                tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.3))
+
+
 def _decide(
     check: Callable[[HierarchicalEnsemble, Tensor], dict[str, float]],
     hne: HierarchicalEnsemble,
@@ -200,7 +276,7 @@ def _first(value: Any, size: int) -> Any:
 
 def _scalar(value: Any, weights: list[Tensor]) -> Tensor:
     """A weighted sum of all outputs; draws the weights where they are missing."""
-    outputs = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+    outputs = _tensors(value)
     if not weights:
         weights.extend(torch.randn_like(output) for output in outputs)
     return torch.stack(

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from treeify import coverage
+from treeify.architecture import library_names
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
@@ -51,3 +54,17 @@ def test_the_performance_page_shows_what_was_measured() -> None:
     tables = runpy.run_path(str(ROOT / "benchmarks" / "tables.py"))
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert tables["updated"](page) == page, "run python benchmarks/tables.py"
+
+
+def test_the_coverage_page_shows_the_rows() -> None:
+    generator = runpy.run_path(str(ROOT / "benchmarks" / "coverage.py"))
+    rows = list(coverage.shipped().newest().values())
+    page = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
+    assert rows
+    libraries = ("timm", "torchvision")
+    counted = {tuple(row.versions[library] for library in libraries) for row in rows}
+    if counted != {tuple(coverage.versions()[library] for library in libraries)}:
+        pytest.skip(f"the names of {libraries} were counted under {counted}")
+    assert generator["updated"](page, rows, library_names()) == page, (
+        "run python benchmarks/coverage.py"
+    )

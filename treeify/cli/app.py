@@ -44,6 +44,14 @@ COMMANDS = {
         "treeify.cli.calibrate:calibrate",
         "Measure how fast an ensemble answers here, and choose when images need no more leaves.",
     ),
+    "verify": (
+        "treeify.cli.verify:verify",
+        "Convert models and prove that every leaf equals the untouched architecture.",
+    ),
+    "list": (
+        "treeify.cli.list:list_models",
+        "List the models that convert, with their size and packed share.",
+    ),
 }
 
 

@@ -1,0 +1,135 @@
+"""The page on coverage, from rows of `treeify verify`.
+
+python benchmarks/coverage.py                     # the page again, from the rows treeify ships
+python benchmarks/coverage.py coverage-*.jsonl    # first put these rows among them
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from treeify import coverage
+from treeify.architecture import family, library_names
+from treeify.coverage import META, REDUCED, Row
+
+PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+_MOST_REASONS = 4
+
+
+def updated(page: str, rows: Sequence[Row], names: Sequence[str]) -> str:
+    """A page with everything between `<!-- NAME -->` and `<!-- end -->` written again.
+
+    Args:
+        page: the page as it is.
+        rows: one a model.
+        names: every name of the libraries.
+    """
+    known = sorted((row for row in rows if row.name in set(names)), key=lambda row: row.name)
+    parts = {
+        "counts": _counts(rows),
+        "totals": _totals(known, names),
+        "families": _families(known, names),
+        "failures": _failures(known),
+    }
+    for name, text in parts.items():
+        page = re.sub(
+            rf"(<!-- {name} -->\n).*?(\n<!-- end -->)",
+            lambda match, text=text: f"{match[1]}\n{text}\n{match[2]}",
+            page,
+            count=1,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+def _counts(rows: Sequence[Row]) -> str:
+    """What the page's own code prints."""
+    counts = (len(rows), sum(row.converted for row in rows), sum(row.proven for row in rows))
+    return f"```text\n{' '.join(map(str, counts))}\n```"
+
+
+def _totals(rows: Sequence[Row], names: Sequence[str]) -> str:
+    worst = max((row.worst for row in rows if row.proven and row.worst is not None), default=0.0)
+    meta = [row for row in rows if row.failure is None and row.how == META]
+    reduced = [row for row in rows if row.proven and str(row.how).startswith(REDUCED)]
+    exact = sum(row.proven for row in rows) - len(reduced)
+    versions = sorted({_versions(row) for row in rows})
+    lines = [
+        f"- **{len(rows)} of {len(names)} names were checked**; of the others nothing is known.",
+        f"- {sum(row.converted for row in rows)} of the {len(rows)} converted.",
+        f"- {exact + len(reduced)} of the {len(rows)} are proven numerically: {exact} in full,"
+        f" {len(reduced)} shallower; {len(meta)} more by shapes only.",
+        f"- Largest error of those proven: {worst:.2g} of the tolerance.",
+        f"- Versions: {'; '.join(versions)}.",
+    ]
+    return "\n".join(lines)
+
+
+def _versions(row: Row) -> str:
+    return ", ".join(f"{package} {number}" for package, number in row.versions.items())
+
+
+def _families(rows: Sequence[Row], names: Sequence[str]) -> str:
+    sizes = Counter(map(family, names))
+    lines = [
+        "| family | checked | converted | proven | packed | error | remaining reasons |",
+        "|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for name in sorted({family(row.name) for row in rows}):
+        own = [row for row in rows if family(row.name) == name]
+        shares = [row.packed_share for row in own if row.packed_share is not None]
+        worst = [row.worst for row in own if row.proven and row.worst is not None]
+        cells = (
+            name,
+            f"{len(own)} of {sizes[name]}",
+            str(sum(row.converted for row in own)),
+            str(sum(row.proven for row in own)),
+            f"{100 * sum(shares) / len(shares):.1f} %" if shares else "",
+            f"{max(worst):.2g}" if worst else "",
+            _reasons(own),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _reasons(rows: Iterable[Row]) -> str:
+    """Why nodes run per branch, the most frequent first."""
+    counts: Counter[str] = Counter()
+    for row in rows:
+        counts.update(row.reasons)
+    common = [f"{_cell(reason)} ({count})" for reason, count in counts.most_common(_MOST_REASONS)]
+    rest = len(counts) - len(common)
+    return "; ".join([*common, f"{rest} more"] if rest > 0 else common)
+
+
+def _failures(rows: Sequence[Row]) -> str:
+    failed = [row for row in rows if row.failure is not None]
+    return "\n".join(f"- `{row.name}`: {_cell(str(row.failure))}" for row in failed) or "Nothing."
+
+
+def _cell(text: str) -> str:
+    """Text that stays inside a table's cell."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def main(files: Sequence[str]) -> None:
+    """Put rows into the shipped file, and write the page.
+
+    Args:
+        files: of `treeify verify`; later ones count.
+    """
+    rows = coverage.shipped().newest()
+    for file in files:
+        rows |= coverage.read(Path(file)).newest()
+    if files:
+        coverage.SHIPPED.write_bytes(coverage.compressed(rows.values()))
+    page = updated(PAGE.read_text(encoding="utf-8"), list(rows.values()), library_names())
+    PAGE.write_text(page, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,98 @@
+"""`treeify verify`: what it says, what it skips and when it fails."""
+
+from pathlib import Path
+
+import pytest
+from runner import run
+
+from treeify import coverage
+from treeify.coverage import Row
+
+TINY, OTHER = "sweep_models:tiny", "sweep_models:another"
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def written(name: str, **fields: object) -> None:
+    row = Row(name=name, versions=coverage.versions(), asked="2", **fields)
+    coverage.append(Path("coverage.jsonl"), row)
+
+
+def test_models_pass_once_and_are_skipped_then() -> None:
+    result = run("verify", TINY, OTHER, TINY)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3
+    assert lines[0].startswith(f"1/2 {TINY}: proven (full), off by ")
+    assert "of the tolerance, 100.0% of MACs packed (" in lines[0]
+    assert lines[1].startswith(f"2/2 {OTHER}: proven (full)")
+    assert lines[2] == "All 2 passed. Rows: coverage.jsonl"
+    before = Path("coverage.jsonl").read_bytes()
+
+    result = run("verify", TINY, OTHER)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[0] == "2 of 2 are in coverage.jsonl already."
+    assert Path("coverage.jsonl").read_bytes() == before
+
+
+def test_a_failure_is_exit_code_1_now_and_later_until_it_is_retried() -> None:
+    written(TINY, failure="a bug that is gone")
+    result = run("verify", TINY, "sweep_models:raising")
+    assert result.exit_code == 1
+    assert "1 of 2 are in coverage.jsonl already." in result.stdout
+    assert "1/1 sweep_models:raising: FAILED (not built): ModelError: " in result.stdout
+    assert f"2 of 2 failed: {TINY}, sweep_models:raising" in result.stdout
+
+    assert run("verify", TINY).exit_code == 1
+    assert run("verify", TINY, "--retry").exit_code == 0
+    assert run("verify", TINY).exit_code == 0
+
+
+def test_splits_can_be_named_and_a_shard_taken() -> None:
+    result = run(
+        *("verify", TINY, OTHER, "--shard", "2/2", "--splits", "second:3", "--output", "own.jsonl")
+    )
+    assert result.exit_code == 0, result.output
+    (row,) = coverage.read(Path("own.jsonl")).rows
+    assert (row.name, row.splits, row.fanouts) == (OTHER, ("second:3",), (3,))
+
+
+def test_a_line_that_was_cut_off_is_told() -> None:
+    written(TINY)
+    with Path("coverage.jsonl").open("a") as file:
+        file.write('{"name":"resn')
+    result = run("verify", TINY)
+    assert result.exit_code == 0, result.output
+    assert "Lines of coverage.jsonl that were cut off, and are ignored: 1" in result.stdout
+
+
+def test_all_is_every_name_of_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treeify.cli.verify.library_names", lambda: ["a", "b", "c"])
+    for name in "abc":
+        written(name)
+    result = run("verify", "--all", "--shard", "1/2")
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 are in coverage.jsonl already." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "no model was named."),
+        (["resnet18", "--all"], "--all and names were both given."),
+        (["resnet1O", TINY], "there is no model 'resnet1O'"),
+        (["sweep_models:tinny"], "has no function 'tinny'"),
+        ([TINY, "--shard", "3"], "--shard '3' is no shard."),
+        ([TINY, "--shard", "3/2"], "there is no shard 3/2."),
+        ([TINY, "--memory", "much"], "--memory 'much' is no whole number"),
+        ([TINY, "--time-limit", "long"], "--time-limit 'long' is no duration"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_runs(words: list[str], message: str) -> None:
+    result = run("verify", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert not Path("coverage.jsonl").exists()

@@ -1,0 +1,78 @@
+"""Models that fail in every way a sweep must survive; named `sweep_models:FUNCTION`."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+class Tiny(nn.Module):
+    """Three layers, enough for two splits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=8)
+        self.second = nn.Conv2d(4, 4, 1)
+        self.third = nn.Conv2d(4, 4, 1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.third(self.second(self.first(x)).relu()).relu()
+        return self.head(x.mean((2, 3)))
+
+
+class Changing(Tiny):
+    """Gives another answer with every call, so that no parity can hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.rand(())
+
+
+def tiny() -> nn.Module:
+    """Passes."""
+    return Tiny()
+
+
+def another() -> nn.Module:
+    """Passes too."""
+    return Tiny()
+
+
+def changing() -> nn.Module:
+    """Converts and fails the checks."""
+    return Changing()
+
+
+def raising() -> nn.Module:
+    """Cannot be built."""
+    raise ValueError("no weights today")
+
+
+def killed() -> nn.Module:
+    """Ends its process as a crash or the system would."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    return Tiny()
+
+
+def hungry() -> nn.Module:
+    """Asks for more memory than there is."""
+    torch.empty(2**50, dtype=torch.uint8)
+    return Tiny()
+
+
+def wide() -> nn.Module:
+    """Too large for a small memory, unless it has no weights."""
+    model = Tiny()
+    model.third = nn.Conv2d(4, 4 * 2**20, 1)
+    model.head = nn.Linear(4 * 2**20, 5)
+    return model
+
+
+def endless() -> nn.Module:
+    """Leaves its process number in a file and never returns."""
+    Path("endless.pid").write_text(str(os.getpid()), encoding="utf-8")
+    time.sleep(600)
+    return Tiny()

@@ -1,0 +1,269 @@
+"""Sweeps: every model gets its row, whatever happens to it or to the sweep."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import sweep_models
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import treeify
+from treeify import coverage
+from treeify.architecture import Architecture, check_names, family, library_names
+from treeify.coverage import Coverage, Row
+from treeify.errors import InputError, ModelError, ParityError
+from treeify.parity import verify_shapes
+from treeify.proof import estimated_bytes, plan_check, round_trip
+from treeify.sweep import Settings, shard, sweep, todo
+
+TESTS = Path(sweep_models.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def swept(*functions: str, **settings: object) -> dict[str, Row]:
+    names = [f"sweep_models:{function}" for function in functions]
+    rows = list(sweep(names, Path("rows.jsonl"), Settings(**settings)))
+    assert coverage.read(Path("rows.jsonl")).rows == tuple(rows)
+    return dict(zip(functions, rows, strict=True))
+
+
+def test_every_model_gets_a_row_whatever_happens_to_it() -> None:
+    rows = swept("tiny", "raising", "killed", "hungry", "changing", "another")
+    for name in ("tiny", "another"):
+        row = rows[name]
+        assert row.proven
+        assert row.how == "full"
+        assert row.splits == ("second:2", "relu:2")
+        assert row.fanouts == (2, 2)
+        assert row.packed_share == 1
+        assert row.input == (3, 64, 64)
+        assert set(row.deviations) == {
+            *("leaf_eval", "leaf_train", "buffers", "prefix", "gradient", "round_trip")
+        }
+        assert row.worst is not None
+        assert row.worst <= 1
+        assert row.parameters == sum(p.numel() for p in sweep_models.tiny().parameters())
+        assert row.macs == 8 * 8 * (4 * 27 + 16 + 16) * (28 * 28) // (8 * 8) + 20
+        assert row.seconds is not None
+        assert row.peak_memory is not None
+        assert row.peak_memory > 10**8
+    assert "no weights today" in str(rows["raising"].failure)
+    assert "ended by SIGKILL" in str(rows["killed"].failure)
+    assert "out of memory: more than the 8 GB" in str(rows["hungry"].failure)
+    assert rows["changing"].converted
+    assert not rows["changing"].proven
+    assert "ParityError: leaf_eval parity is off" in str(rows["changing"].failure)
+    assert all(row.versions == coverage.versions() for row in rows.values())
+
+
+def test_a_model_that_takes_too_long_is_stopped() -> None:
+    row = swept("endless", time_limit=1.0)["endless"]
+    assert row.failure == "stopped after the time limit of 1 s"
+    assert is_gone(int(Path("endless.pid").read_text(encoding="utf-8")))
+
+
+def test_a_model_too_large_is_checked_without_weights() -> None:
+    row = swept("wide", memory=2 * 10**9)["wide"]
+    assert row.how == "meta"
+    assert row.failure is None
+    assert row.converted
+    assert not row.proven
+    assert row.deviations == {}
+    assert row.estimate is not None
+    assert row.estimate > 2 * 10**9
+    assert row.peak_memory is not None
+    assert row.peak_memory < row.estimate
+
+
+def is_gone(process: int, seconds: float = 10) -> bool:
+    """Whether a process ends within some seconds (zombies have ended)."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        stat = Path(f"/proc/{process}/stat")
+        if (
+            not stat.exists()
+            or stat.read_text(encoding="utf-8").rpartition(")")[2].split()[0] in "ZX"
+        ):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=lambda end: end.name)
+def test_an_ended_sweep_leaves_no_process_and_goes_on_where_it_stopped(
+    end: signal.Signals,
+) -> None:
+    names = ["sweep_models:tiny", "sweep_models:endless", "sweep_models:another"]
+    program = (
+        "from pathlib import Path\nfrom treeify.sweep import Settings, sweep\n"
+        f"if __name__ == '__main__':\n  list(sweep({names!r}, Path('rows.jsonl'), Settings()))\n"
+    )
+    Path("program.py").write_text(program, encoding="utf-8")
+    path = os.pathsep.join([str(TESTS), *sys.path])  # where `sweep_models` is
+    process = subprocess.Popen(
+        [sys.executable, "program.py"],
+        env={**os.environ, "PYTHONPATH": path},
+        stderr=subprocess.DEVNULL,  # Ctrl-C prints where it came
+    )
+    pid = Path("endless.pid")
+    while not (pid.exists() and pid.read_text(encoding="utf-8")):
+        assert process.poll() is None, "the sweep ended by itself"
+        time.sleep(0.05)
+    process.send_signal(end)
+    process.wait(10)
+    assert is_gone(int(pid.read_text(encoding="utf-8")))
+    known = coverage.read(Path("rows.jsonl"))
+    assert [row.name for row in known.rows] == names[:1]
+    assert todo(names, known, "2") == names[1:]
+    list(sweep(names[2:], Path("rows.jsonl"), Settings()))
+    assert todo(names, coverage.read(Path("rows.jsonl")), "2") == names[1:2]
+
+
+def row(name: str, **fields: object) -> Row:
+    return Row(name=name, versions=coverage.versions(), asked="2", **fields)
+
+
+def test_a_file_cut_off_anywhere_loses_no_other_line() -> None:
+    file = Path("rows.jsonl")
+    coverage.append(file, row("a", packed_share=0.5))
+    whole = file.read_bytes()
+    coverage.append(file, row("b"))
+    both = file.read_bytes()
+    for length in range(len(whole), len(both) + 1):
+        file.write_bytes(both[:length])
+        coverage.append(file, row("c"))
+        found = coverage.read(file)
+        names = [own.name for own in found.rows]
+        if length in (len(whole), len(both), len(both) - 1):
+            complete = length >= len(both) - 1
+            assert names == (["a", "b", "c"] if complete else ["a", "c"])
+            assert found.damaged == 0
+        else:
+            assert names == ["a", "c"]
+            assert found.damaged == 1
+
+
+def test_the_last_line_of_a_model_counts_and_versions_and_splits_are_told_apart() -> None:
+    file = Path("rows.jsonl")
+    other = {**coverage.versions(), "timm": "0.1"}
+    for own in (
+        row("a", failure="no"),
+        row("b", failure="no"),
+        Row(name="c", versions=other, asked="2"),
+        Row(name="d", versions=coverage.versions(), asked="4"),
+        row("a"),
+    ):
+        coverage.append(file, own)
+    known = coverage.read(file)
+    assert [own.name for own in known.rows] == ["b", "c", "d", "a"]
+    assert todo(["a", "b", "c", "d", "e"], known, "2") == ["c", "d", "e"]
+    assert todo(["a", "b", "c", "d", "e"], known, "2", retry=True) == ["b", "c", "d", "e"]
+    assert todo(["a", "d"], Coverage(()), "2") == ["a", "d"]
+
+
+@pytest.mark.parametrize("text", ['{"name": 3}', "[]", '{"name": "a", "versions": {}, "x": 1}'])
+def test_a_file_of_something_else_is_refused(text: str) -> None:
+    Path("other.jsonl").write_text(text + "\n", encoding="utf-8")
+    with pytest.raises(treeify.errors.DataError, match=r"other.jsonl:1 is no row"):
+        coverage.read(Path("other.jsonl"))
+
+
+def test_compressed_rows_read_the_same() -> None:
+    rows = (row("a", packed_share=1 / 3, deviations={"prefix": 0.1}), row("b", failure="é"))
+    file = Path("rows.jsonl.xz")
+    file.write_bytes(coverage.compressed(reversed(rows)))
+    assert coverage.read(file).rows == rows
+
+
+@given(st.lists(st.text(max_size=3), unique=True, max_size=40), st.integers(1, 12))
+def test_shards_part_the_names_evenly(names: list[str], parts: int) -> None:
+    shards = [shard(names, part, parts) for part in range(1, parts + 1)]
+    assert sorted(name for part in shards for name in part) == sorted(names)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    assert all(part == sorted(part, key=names.index) for part in shards)
+
+
+@pytest.mark.parametrize(("part", "parts"), [(0, 3), (4, 3), (1, 0)])
+def test_a_shard_that_is_none_is_refused(part: int, parts: int) -> None:
+    with pytest.raises(InputError, match="there is no shard"):
+        shard(["a"], part, parts)
+
+
+def test_the_memory_decides_how_a_model_is_checked() -> None:
+    name = "vit_tiny_patch16_224"
+    full = plan_check(name, 4, 2**40)
+    assert full.how == "full"
+    assert full.shape == (3, 64, 64)
+    assert full.architecture == Architecture(name, {"num_classes": 10, "img_size": 64})
+    reduced = plan_check(name, 4, full.estimate - 1)
+    assert reduced.how == "reduced:depth=4"
+    assert reduced.architecture.kwargs["depth"] == 4
+    assert reduced.estimate == full.estimate
+    meta = plan_check(name, 4, 1)
+    assert meta.how == "meta"
+    assert meta.architecture == full.architecture
+    assert estimated_bytes(0, 4) < full.estimate < plan_check(name, 16, 2**40).estimate
+
+
+def test_the_library_names_are_all_there_and_have_a_family() -> None:
+    names = library_names()
+    assert len(names) == len(set(names))
+    assert {"resnet18", "torchvision/resnet18"} <= set(names)
+    assert family("resnet18") == "resnet"
+    assert family("torchvision/resnet18") == "torchvision/resnet"
+    assert all(map(family, names))
+
+
+def test_wrong_names_are_refused_together_with_the_nearest_right_ones() -> None:
+    check_names(["resnet18", "torchvision/resnet18", "timm/resnet18", "sweep_models:tiny"])
+    with pytest.raises(
+        ModelError, match=r"(?s)2 names.*resnet1O.*'resnet18'.*5O.*'torchvision/resnet50'"
+    ):
+        check_names(["resnet1O", "resnet18", "torchvision/resnet5O"])
+
+
+def small() -> treeify.HierarchicalEnsemble:
+    return treeify.hierarchicalize(
+        Architecture("sweep_models:tiny"), 2, example_input=torch.zeros(1, 3, 16, 16)
+    )
+
+
+def test_a_round_trip_that_loses_something_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hne, x = small(), torch.rand(2, 3, 16, 16)
+    hne.train()
+    assert round_trip(hne, x) == 0
+    assert hne.training
+
+    original = treeify.load
+
+    def load(path: str) -> treeify.HierarchicalEnsemble:
+        loaded = original(path)
+        with torch.no_grad():
+            loaded.head.bias += 1
+        return loaded
+
+    monkeypatch.setattr("treeify.proof.checkpoint.load", load)
+    with pytest.raises(ParityError, match=r"1 tensors changed .* head.bias"):
+        round_trip(hne, x)
+
+
+def test_wrong_shapes_are_noticed() -> None:
+    hne, x = small().to("meta"), torch.rand(2, 3, 16, 16, device="meta")
+    verify_shapes(hne, x)
+    hne.run = lambda *args: torch.empty(2, 4, 6, device="meta")  # type: ignore[method-assign]
+    with pytest.raises(ParityError, match="another shape"):
+        verify_shapes(hne, x)
+    hne.run = lambda *args: torch.empty(2, 5, 5, device="meta")  # type: ignore[method-assign]
+    with pytest.raises(ParityError, match="does not have"):
+        verify_shapes(hne, x)

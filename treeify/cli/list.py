@@ -1,0 +1,183 @@
+"""`treeify list`: the models that convert, and what is known of each."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from treeify import coverage
+from treeify.architecture import TIMM, family, library_names
+from treeify.cli import quantities
+from treeify.coverage import Row
+
+
+@dataclass(frozen=True)
+class _Filter:
+    """What is asked for: a wildcard, a family, and limits."""
+
+    pattern: str
+    family: str | None
+    parameters: int | None
+    macs: int | None
+
+    def names(self, row: Row | None, name: str) -> bool:
+        """Whether a model's name and family are meant."""
+        if not fnmatchcase(name, self.pattern.removeprefix(TIMM)):
+            return False
+        if self.family is None:
+            return True
+        own = family(name) if row is None or row.family is None else row.family
+        return fnmatchcase(own, self.family)
+
+    @property
+    def limited(self) -> bool:
+        """Whether a model of unknown size can be judged."""
+        return self.parameters is not None or self.macs is not None
+
+    def fits(self, row: Row) -> bool:
+        """Whether the numbers are known and within the limits."""
+        pairs = ((row.parameters, self.parameters), (row.macs, self.macs))
+        return all(most is None or (own is not None and own <= most) for own, most in pairs)
+
+
+def list_models(
+    pattern: Annotated[
+        str, typer.Argument(help="Wildcard over names, e.g. 'resnet*' or 'torchvision/*'.")
+    ] = "*",
+    of_family: Annotated[
+        str | None,
+        typer.Option(
+            "--family",
+            help="Only models of this module of the library (wildcards too), e.g. swin_transformer"
+            " or torchvision/*.",
+            show_default=False,
+        ),
+    ] = None,
+    max_params: Annotated[
+        str | None,
+        typer.Option(metavar="COUNT", help="At most this many, e.g. 25M.", show_default=False),
+    ] = None,
+    max_macs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COUNT", help="At most this many an image, e.g. 4G.", show_default=False
+        ),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            "--coverage",
+            help="File of treeify verify to read; by default what treeify comes with.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """List the models that convert, with their size and packed share.
+
+    Parameters and MACs are those of the model as it is usually built and fed; the packed share is
+    that of the ensemble that was checked. Models that were never checked are listed too, with
+    nothing known; those that failed to convert are not.
+
+    For example:
+
+        treeify list 'mobilenet*' --max-macs 300M
+
+        treeify list --family swin_transformer --json
+    """
+    wanted = _Filter(
+        pattern,
+        of_family,
+        None if max_params is None else quantities.count(max_params, "--max-params"),
+        None if max_macs is None else quantities.count(max_macs, "--max-macs"),
+    )
+    rows = (coverage.shipped() if file is None else coverage.read(file)).newest()
+    named = dict(_named(rows, wanted))
+    failed = [name for name, row in named.items() if row is not None and not row.converted]
+    unknown = [name for name, row in named.items() if row is None]
+    shown = {
+        name: row
+        for name, row in named.items()
+        if (not wanted.limited if row is None else row.converted and wanted.fits(row))
+    }
+    if as_json:
+        models = [_as_json(name, row) for name, row in shown.items()]
+        found = {"models": models, "not_checked": unknown, "failed": failed}
+        typer.echo(json.dumps(found, indent=2))
+        return
+    console = Console()
+    if shown:
+        console.print(_table(shown))
+    for line in _summary(shown, unknown, failed, wanted):
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+
+def _named(rows: dict[str, Row], wanted: _Filter) -> Iterator[tuple[str, Row | None]]:
+    for name in dict.fromkeys([*library_names(), *sorted(rows)]):
+        if wanted.names(rows.get(name), name):
+            yield name, rows.get(name)
+
+
+def _table(shown: dict[str, Row | None]) -> Table:
+    table = Table(caption="MACs per image of the usual size; packed: share of the branches' MACs")
+    table.add_column("model", no_wrap=True)
+    table.add_column("family")
+    for heading in ("parameters", "MACs", "packed"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("checked")
+    for name, row in shown.items():
+        if row is None:
+            table.add_row(name, family(name), "?", "?", "?", "no")
+        else:
+            share = "?" if row.packed_share is None else f"{row.packed_share:.1%}"
+            counts = (_count(row.parameters), _count(row.macs))
+            table.add_row(name, row.family, *counts, share, _checked(row))
+    return table
+
+
+def _count(number: int | None) -> str:
+    """Three digits and a unit that `--max-params` takes; JSON has all digits."""
+    if number is None:
+        return "?"
+    units = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
+    size, unit = next(((size, unit) for size, unit in units if number >= size), (1, ""))
+    return f"{number / size:.3g}{unit}"
+
+
+def _checked(row: Row) -> str:
+    if row.failure is not None:
+        return f"failed: {row.failure:.60}"
+    return str(row.how) if row.proven else f"{row.how}: shapes only"
+
+
+def _summary(
+    shown: dict[str, Row | None], unknown: list[str], failed: list[str], wanted: _Filter
+) -> Iterator[str]:
+    yield f"{len(shown)} models."
+    if unknown and wanted.limited:
+        yield f"{len(unknown)} more were never checked, so their size is unknown."
+    elif unknown:
+        yield f"{len(unknown)} of them were never checked: treeify verify NAME does it."
+    if failed:
+        yield f"{len(failed)} did not convert: {', '.join(failed)}"
+
+
+def _as_json(name: str, row: Row | None) -> dict[str, object]:
+    return {
+        "name": name,
+        "family": family(name) if row is None else row.family,
+        "parameters": row and row.parameters,
+        "macs": row and row.macs,
+        "packed_share": row and row.packed_share,
+        "how": row and row.how,
+        "proven": bool(row and row.proven),
+        "failure": row and row.failure,
+    }

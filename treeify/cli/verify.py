@@ -1,0 +1,153 @@
+"""`treeify verify`: many models converted and checked, one JSON line each."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from treeify import coverage
+from treeify.architecture import TIMM, check_names, library_names
+from treeify.cli import quantities
+from treeify.coverage import META, Row
+from treeify.errors import InputError
+from treeify.sweep import Settings, shard, sweep, todo
+
+FAILED = 1
+
+
+def verify(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME...",
+            help="Models: timm's names, torchvision/NAME, or package.module:function.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every classifier of timm and torchvision.")
+    ] = False,
+    part: Annotated[
+        str,
+        typer.Option(
+            "--shard", metavar="K/N", help="Only the K-th of N parts, e.g. one part a machine."
+        ),
+    ] = "1/1",
+    splits: Annotated[
+        str, typer.Option(help="As for convert: how many, or names from input to output.")
+    ] = "2",
+    output: Annotated[
+        Path, typer.Option(help="File of JSON lines to append to; models in it are skipped.")
+    ] = Path("coverage.jsonl"),
+    retry: Annotated[
+        bool, typer.Option("--retry", help="Check those again that failed, as the file says.")
+    ] = False,
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="BYTES",
+            help="What a check may take. Models that need more are checked with fewer blocks, or on"
+            " the meta device: only shapes. The file says which.",
+        ),
+    ] = "8G",
+    time_limit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="What a model may take, such as 600s.", show_default=False
+        ),
+    ] = None,
+) -> None:
+    """Convert models and prove that every leaf equals the untouched architecture.
+
+    Each model, in a process of its own: leaf outputs in evaluation and training mode, gradients,
+    every nested size, and a save and load; in float64 where float32 rounds too coarsely. A line of
+    the output file says what was found. A sweep that was interrupted goes on where it stopped.
+
+    Exit code 1 means that a model failed.
+
+    For example:
+
+        treeify verify resnet18 torchvision/vit_b_16
+
+        treeify verify --all --shard 3/8 --output coverage-3.jsonl
+    """
+    settings = Settings(
+        splits,
+        quantities.count(memory, "--memory"),
+        None if time_limit is None else quantities.seconds(time_limit, "--time-limit"),
+    )
+    wanted = shard(_names(names or (), every), *_shard(part))
+    known = coverage.read(output) if output.exists() else coverage.Coverage(())
+    left = todo(wanted, known, splits, retry=retry)
+    console = Console()
+    if known.damaged:
+        _print(console, f"Lines of {output} that were cut off, and are ignored: {known.damaged}")
+    if len(left) < len(wanted):
+        _print(console, f"{len(wanted) - len(left)} of {len(wanted)} are in {output} already.")
+    _check(console, left, output, settings)
+    if failed := todo(wanted, coverage.read(output), splits, retry=True) if wanted else []:
+        _print(console, f"{len(failed)} of {len(wanted)} failed: {', '.join(failed)}")
+        sys.exit(FAILED)
+    _print(console, f"All {len(wanted)} passed. Rows: {output}")
+
+
+def _check(console: Console, names: Sequence[str], output: Path, settings: Settings) -> None:
+    """Check the models; a live line on a terminal, and everywhere a line a model."""
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task(names[0] if names else "", total=len(names))
+        for position, row in enumerate(sweep(names, output, settings), 1):
+            following = names[position] if position < len(names) else ""
+            progress.update(task, advance=1, description=following)
+            _print(console, f"{position}/{len(names)} {row.name}: {_line(row)}")
+
+
+def _line(row: Row) -> str:
+    """What was found, in a line."""
+    took = f"{row.seconds:.1f} s" + (
+        "" if row.peak_memory is None else f", {row.peak_memory / 1e9:.2f} GB"
+    )
+    if row.failure is not None:
+        return f"FAILED ({row.how or 'not built'}): {row.failure} ({took})"
+    share = "" if row.packed_share is None else f", {row.packed_share:.1%} of MACs packed"
+    if row.how == META:
+        return f"converted, shapes checked (meta){share} ({took})"
+    return f"proven ({row.how}), off by {row.worst:.2g} of the tolerance{share} ({took})"
+
+
+def _names(names: Sequence[str], every: bool) -> list[str]:
+    if every == bool(names):
+        raise InputError(
+            "--all and names were both given." if names else "no model was named.",
+            expected="either names, e.g. treeify verify resnet18, or --all",
+        )
+    if every:
+        return library_names()
+    check_names(names)
+    return list(dict.fromkeys(name.removeprefix(TIMM) for name in names))
+
+
+def _shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise InputError(f"--shard {text!r} is no shard.", expected="K/N with K from 1 to N: 3/8")
+    return int(match[1]), int(match[2])
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)

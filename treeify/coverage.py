@@ -1,0 +1,182 @@
+"""What is known of each model: one JSON line a model, in a file that survives interruptions.
+
+Lines are only ever appended, each in one write. A line cut off by a power cut or a full disk is
+left where it is and ignored, so nothing after it is lost; the last line of a model counts.
+"""
+
+from __future__ import annotations
+
+import lzma
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from treeify.errors import DataError
+
+SHIPPED = Path(__file__).with_name("coverage.jsonl.xz")
+FULL, REDUCED, META = "full", "reduced", "meta"
+_PACKAGES = ("treeify", "torch", "torchvision", "timm")
+
+
+class Row(BaseModel):
+    """What one check of one model found; what was not reached is None or empty.
+
+    Args:
+        name: the model's, as `treeify convert` takes it.
+        versions: of treeify and the libraries.
+        asked: the splits asked for.
+        family: the library's module that defines it.
+        network: its class.
+        parameters: of the model as it is usually built.
+        macs: multiply-accumulates per image of the size it is usually fed.
+        how: `full`, `reduced:` with the arguments that made it shallower, or `meta`: converted, and
+            only shapes were checked.
+        estimate: bytes the check of the full model was estimated to need.
+        arguments: what the builder was given for the check.
+        input: shape of one image of the check, `(C, H, W)`.
+        splits: the splits, each with its fanout.
+        fanouts: children per split.
+        packed_share: share of the branches' MACs that runs packed, at that input.
+        reasons: why nodes run per branch, with how many nodes each concerns.
+        deviations: the largest of each check, as multiples of the tolerance: at most 1 passes.
+        dtypes: the precision each check was decided in.
+        ungraded: how many parameters receive no gradient, in the base architecture neither.
+        seconds: from the start of the process to its end.
+        peak_memory: bytes the process held at most.
+        failure: what stopped the check; None where all of it passed.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    name: str
+    versions: dict[str, str]
+    asked: str
+    family: str | None = None
+    network: str | None = None
+    parameters: int | None = None
+    macs: int | None = None
+    how: str | None = None
+    estimate: int | None = None
+    arguments: dict[str, object] = {}
+    input: tuple[int, ...] = ()
+    splits: tuple[str, ...] = ()
+    fanouts: tuple[int, ...] = ()
+    packed_share: float | None = None
+    reasons: dict[str, int] = {}
+    deviations: dict[str, float] = {}
+    dtypes: dict[str, str] = {}
+    ungraded: int | None = None
+    seconds: float | None = None
+    peak_memory: int | None = None
+    failure: str | None = None
+
+    @property
+    def converted(self) -> bool:
+        """Whether the model became an ensemble, whatever the checks found then."""
+        return self.packed_share is not None
+
+    @property
+    def proven(self) -> bool:
+        """Whether every check passed with numbers, of the full or the shallower model."""
+        return self.failure is None and self.how != META and bool(self.deviations)
+
+    @property
+    def worst(self) -> float | None:
+        """The largest deviation of all checks, in multiples of the tolerance."""
+        return max(self.deviations.values(), default=None)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What makes a check another one: the model, the versions and the splits asked for."""
+        return self.name, tuple(sorted(self.versions.items())), self.asked
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """The rows of a file.
+
+    Args:
+        rows: the last of each model under the same versions and splits, in order of that line.
+        damaged: how many lines were cut off.
+    """
+
+    rows: tuple[Row, ...]
+    damaged: int = 0
+
+    def newest(self) -> dict[str, Row]:
+        """One row a model, the last of any versions and splits, by name."""
+        return {row.name: row for row in self.rows}
+
+
+def versions() -> dict[str, str]:
+    """The versions a row belongs to."""
+    return {package: version(package) for package in _PACKAGES}
+
+
+def read(path: Path) -> Coverage:
+    """The rows in a file of JSON lines; `.xz` files are compressed.
+
+    Raises:
+        DataError: the file is missing, cannot be read, or holds something else.
+    """
+    try:
+        data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+    except (OSError, lzma.LZMAError) as error:
+        raise DataError(
+            f"{path} cannot be read: {error}", expected="lines that treeify verify wrote"
+        ) from error
+    rows: dict[object, Row] = {}
+    damaged = 0
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = Row.model_validate_json(line)
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "json_invalid":
+                raise DataError(
+                    f"{path}:{number} is no row of a coverage file: {error.errors()[0]['msg']}"
+                    f" ({'.'.join(map(str, error.errors()[0]['loc']))}).",
+                    expected="lines that treeify verify wrote",
+                ) from error
+            damaged += 1
+            continue
+        rows.pop(row.key, None)
+        rows[row.key] = row
+    return Coverage(tuple(rows.values()), damaged)
+
+
+def shipped() -> Coverage:
+    """The rows that come with this version of treeify; none where the file was left out."""
+    return read(SHIPPED) if SHIPPED.is_file() else Coverage(())
+
+
+def append(path: Path, row: Row) -> None:
+    """Add a row in one write, on the disk when this returns.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    line = row.model_dump_json(exclude_defaults=True).encode() + b"\n"
+    try:
+        with path.open("ab+", buffering=0) as file:
+            # A line that was cut off ends here, so that this one stands alone.
+            if size := file.seek(0, os.SEEK_END):
+                file.seek(size - 1)
+                line = line if file.read(1) == b"\n" else b"\n" + line
+            written = file.write(line)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error}") from error
+    if written != len(line):
+        raise DataError(f"{path} cannot be written: the disk is full.")
+
+
+def compressed(rows: Iterable[Row]) -> bytes:
+    """A compressed file of the rows, the same for the same rows."""
+    lines = sorted(row.model_dump_json(exclude_defaults=True) + "\n" for row in rows)
+    return lzma.compress("".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME)

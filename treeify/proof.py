@@ -1,0 +1,253 @@
+"""One model's proof: how it can be checked in the memory there is, then every check.
+
+A full check holds the ensemble several times over, at worst in float64. What does not fit is
+checked with fewer blocks, where the builder takes their number, or else on the meta device, where
+tensors have shapes and no values.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from treeify import checkpoint
+from treeify.api import hierarchicalize, open_up
+from treeify.architecture import Architecture, example_shape, family, resized, skeleton
+from treeify.coverage import FULL, META, REDUCED
+from treeify.ensemble import HierarchicalEnsemble
+from treeify.errors import ModelError, ParityError
+from treeify.initialize import initialization
+from treeify.parity import deviation, settle, verify, verify_shapes
+from treeify.splits import choose, parse
+
+CLASSES = 10
+IMAGES = 2  # the fewest that have batch statistics
+SEED = 0
+
+# Sides of the images tried, smallest first. At 32 the last layers of many networks are a single
+# pixel, and batch statistics over two numbers say little.
+_SIDES = (64, 96, 128, 160, 192, 224, 256)
+# What timm's builders call the number of blocks, and a small one.
+_SHALLOWER: tuple[dict[str, Any], ...] = (
+    {"depth": 4},
+    {"depths": [1, 1, 1, 1]},
+    {"layers": [1, 1, 1, 1]},
+    {"num_blocks": 4},
+    {"depths": [1, 1, 1]},
+    {"depths": [1, 1, 1, 1, 1]},
+    {"layers": [1, 1, 1]},
+)
+# What Python and the libraries take before there is a model.
+_BASE_BYTES = 2**30
+
+Tell = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is checked.
+
+    Args:
+        how: `full`, `reduced:` with the arguments that make it shallower, or `meta`.
+        architecture: what is built.
+        shape: of one image, `(C, H, W)`.
+        estimate: bytes the check of the full model may need.
+    """
+
+    how: str
+    architecture: Architecture
+    shape: tuple[int, ...]
+    estimate: int
+
+
+def prove(name: str, splits: str, memory: int, tell: Tell) -> None:
+    """Convert a model and run every check on it: `verify`, and a round trip through a file.
+
+    Args:
+        name: of the model.
+        splits: as `hierarchicalize` takes them, as text.
+        memory: bytes a check may need; decides how the model is checked.
+        tell: called with what is found, as fields of a `treeify.coverage.Row`, as soon as it is.
+
+    Raises:
+        TreeifyError: the model cannot be built or converted, or a check found a difference.
+    """
+    torch.manual_seed(SEED)
+    usual = skeleton(Architecture(name))
+    tell(family=family(name), network=type(usual).__name__, parameters=_parameters(usual))
+    tell(macs=_macs(usual, example_shape(usual, Architecture(name))))
+    plan = plan_check(name, _leaves(splits), memory)
+    tell(
+        how=plan.how,
+        estimate=plan.estimate,
+        arguments=dict(plan.architecture.kwargs),
+        input=plan.shape,
+    )
+    hne = _on_meta(plan, splits) if plan.how == META else _converted(plan, splits)
+    tell(
+        splits=hne.conversion.splits.specs,
+        fanouts=hne.tree.fanouts,
+        packed_share=hne.conversion.packed_share,
+        reasons=hne.conversion.fallbacks,
+    )
+    x = torch.rand(IMAGES, *plan.shape)
+    if plan.how == META:
+        verify_shapes(hne, x.to("meta"))
+        return
+    figures = verify(hne, x)
+    checks = ("leaf_eval", "leaf_train", "buffers", "prefix", "gradient")
+    deviations = {check: getattr(figures, check) for check in checks}
+    tell(deviations=deviations, dtypes=figures.dtypes, ungraded=len(figures.ungraded))
+    tell(deviations={**deviations, "round_trip": round_trip(hne, x)})
+
+
+def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
+    """Save an ensemble, load it again and compare.
+
+    Args:
+        hne: the ensemble, whose base model treeify can build. Its mode is put back afterwards.
+        x: images, `[N, C, H, W]`.
+
+    Returns:
+        The largest deviation of the leaf logits, in multiples of the tolerance.
+
+    Raises:
+        ParityError: a tensor is not what was saved, or the logits deviate by more than 1.
+        CheckpointError: it cannot be saved, or not be loaded.
+    """
+    with tempfile.TemporaryDirectory(prefix="treeify-") as directory:
+        checkpoint.save(hne, directory)
+        loaded = checkpoint.load(directory)
+    state, again = hne.state_dict(), loaded.state_dict()
+    changed = sorted(state.keys() ^ again.keys()) or [
+        key for key in state if not torch.equal(state[key], again[key].to(state[key].device))
+    ]
+    if changed:
+        raise ParityError(
+            f"{len(changed)} tensors changed between save and load: {', '.join(changed[:3])}.",
+            expected="the same tensors",
+            next_step="This is a bug in treeify: please report the model's name.",
+        )
+    modes = {module: module.training for module in hne.modules()}
+    try:
+        with torch.no_grad():
+            found = deviation(loaded(x), hne.eval()(x))
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not found <= 1:
+        raise ParityError(
+            f"logits after save and load are off by {found:.3g} times the tolerance.",
+            expected="the same logits from the same weights",
+            next_step="This is a bug in treeify: please report the model's name.",
+        )
+    return found
+
+
+def plan_check(name: str, leaves: int, memory: int) -> Plan:
+    """Decide how to check a model, by building it without weights.
+
+    Args:
+        name: of the model.
+        leaves: of the ensemble.
+        memory: bytes a check may need.
+
+    Raises:
+        ModelError: the model cannot be built.
+    """
+    options: dict[str, Any] = {} if ":" in name else {"num_classes": CLASSES}
+    full = _smallest_input(Architecture(name, options))
+    estimate = estimated_bytes(_parameters(skeleton(full[0])), leaves)
+    if estimate <= memory:
+        return Plan(FULL, *full, estimate)
+    for fewer in _SHALLOWER if ":" not in name else ():
+        try:
+            found = _smallest_input(Architecture(name, {**options, **fewer}))
+        except ModelError:
+            continue
+        if estimated_bytes(_parameters(skeleton(found[0])), leaves) <= memory:
+            (key, value) = next(iter(fewer.items()))
+            return Plan(f"{REDUCED}:{key}={value}", *found, estimate)
+    return Plan(META, *full, estimate)
+
+
+def estimated_bytes(parameters: int, leaves: int) -> int:
+    """What a check may hold at once if it ends up in float64.
+
+    Per parameter and leaf: the ensemble in float32, a copy of it in float64, the copy that is
+    trained, its gradients and those expected; beside them one network with gradients. Activations
+    are small at the sizes checked.
+    """
+    return _BASE_BYTES + parameters * (leaves * (4 + 4 * 8) + 2 * 8)
+
+
+def _converted(plan: Plan, splits: str) -> HierarchicalEnsemble:
+    architecture = plan.architecture
+    example = torch.zeros(1, *plan.shape)
+    hne = hierarchicalize(architecture, splits, init="copy", example_input=example)
+    base = architecture.build()
+    settle(base)
+    # Every leaf its own weights, all of them at work: else a mistake could leave no trace.
+    hne.fill(initialization(base, architecture, "perturb", SEED).sources)
+    return hne
+
+
+def _on_meta(plan: Plan, splits: str) -> HierarchicalEnsemble:
+    base = skeleton(plan.architecture)
+    traced = open_up(base, plan.architecture, torch.zeros(1, *plan.shape, device="meta"))
+    return HierarchicalEnsemble(traced, choose(traced, splits), base, plan.architecture)
+
+
+def _leaves(splits: str) -> int:
+    if splits.isdecimal():
+        return int(2 ** int(splits))
+    return prod(parse(spec)[1] or 2 for spec in splits.split(",") if spec)
+
+
+def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int, ...]]:
+    """The architecture, and the smallest square image both its modes run on."""
+    model = skeleton(architecture)
+    usual = example_shape(model, architecture)
+    for side in (side for side in _SIDES if side < min(usual[1:])):
+        try:
+            fitting = resized(architecture, model, side)
+            candidate = model if fitting is architecture else skeleton(fitting)
+        except ModelError:
+            continue
+        shape = (usual[0], side, side)
+        if example_shape(candidate, fitting)[0] == usual[0] and _runs(candidate, shape):
+            return fitting, shape
+    return architecture, usual
+
+
+def _runs(model: nn.Module, shape: Sequence[int]) -> bool:
+    """Whether a model on the meta device takes images of a shape in both modes."""
+    x = torch.zeros(IMAGES, *shape, device="meta")
+    try:
+        for mode in (True, False):
+            with torch.no_grad():
+                model.train(mode)(x)
+    except Exception:  # whatever a library raises for a size it does not take
+        return False
+    return True
+
+
+def _macs(model: nn.Module, shape: Sequence[int]) -> int | None:
+    """Multiply-accumulates per image of a model on the meta device; None if it does not run."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        try:
+            model.eval()(torch.zeros(1, *shape, device="meta"))
+        except Exception:  # the checks will tell what is wrong with it
+            return None
+    return int(counter.get_total_flops() // 2)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())

@@ -1,0 +1,203 @@
+"""Many models checked one after the other, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from treeify import coverage
+from treeify.coverage import Coverage, Row
+from treeify.errors import InputError
+from treeify.proof import prove
+
+_DONE = "done"
+_LONGEST_REASON = 600
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of every model.
+
+    Args:
+        splits: as `hierarchicalize` takes them, as text.
+        memory: bytes a check may use. It decides which models are checked in full, and a process
+            gets no more where the system can refuse (Linux).
+        time_limit: seconds a model may take; None is no limit.
+    """
+
+    splits: str = "2"
+    memory: int = 8 * 10**9
+    time_limit: float | None = None
+
+
+def shard(names: Sequence[str], part: int, parts: int) -> list[str]:
+    """Every `parts`-th name from the `part`-th on: neighbours are alike and cost alike.
+
+    Args:
+        names: all of them, in the same order for every shard.
+        part: from 1 to `parts`.
+        parts: how many shards there are.
+
+    Raises:
+        InputError: there is no such shard.
+    """
+    if not 1 <= part <= parts:
+        raise InputError(
+            f"there is no shard {part}/{parts}.", expected="K/N with K from 1 to N, e.g. 3/8"
+        )
+    return list(names[part - 1 :: parts])
+
+
+def todo(names: Sequence[str], known: Coverage, splits: str, *, retry: bool = False) -> list[str]:
+    """The names that have no row yet under the present versions and these splits, in order.
+
+    Args:
+        names: of the models.
+        known: the rows there are.
+        splits: the splits asked for.
+        retry: those too whose row says that the check failed.
+    """
+    present = coverage.versions()
+    done = {
+        row.name
+        for row in known.rows
+        if row.versions == present and row.asked == splits and not (retry and row.failure)
+    }
+    return [name for name in names if name not in done]
+
+
+def sweep(names: Sequence[str], output: Path, settings: Settings) -> Iterator[Row]:
+    """Check models, and append a row for each to a file before going on.
+
+    A model that crashes its process, runs out of memory or of time has a row that says so. What a
+    sweep was doing when it was interrupted leaves no row.
+
+    Args:
+        names: of the models.
+        output: the file of JSON lines, made if need be.
+        settings: what is asked of every model.
+
+    Yields:
+        Each row, once it is in the file.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    known = coverage.versions()
+    for name in names:
+        start = time.monotonic()
+        found = _in_own_process(name, settings)
+        found.setdefault("seconds", round(time.monotonic() - start, 2))
+        row = Row(name=name, versions=known, asked=settings.splits, **found)
+        coverage.append(output, row)
+        yield row
+
+
+def _in_own_process(name: str, settings: Settings) -> dict[str, Any]:
+    """Fields of the model's row."""
+    # A server that has imported everything and does nothing else forks them off.
+    context: Any = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["treeify.sweep"])
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_check, args=(theirs, name, settings, Path.cwd()), daemon=True)
+    process.start()
+    theirs.close()
+    found: dict[str, Any] = {}
+    try:
+        failure = _listen(ours, found, settings.time_limit)
+        if found.pop(_DONE, False):
+            failure = None
+        elif failure is None:
+            process.join()
+            failure = _death(process.exitcode)
+    finally:
+        process.kill()
+        process.join()
+        ours.close()
+    return found if failure is None else {**found, "failure": failure}
+
+
+def _listen(connection: Connection, found: dict[str, Any], limit: float | None) -> str | None:
+    """Collect what a process tells until it ends; a reason if it takes too long."""
+    end = None if limit is None else time.monotonic() + limit
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        while connection.poll(None if end is None else max(0.0, end - time.monotonic())):
+            found |= connection.recv()
+        return f"stopped after the time limit of {limit:g} s"
+    return None
+
+
+def _death(code: int | None) -> str:
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
+        return f"its process was ended by {name}{hint}"
+    return f"its process ended by itself with code {code}"
+
+
+def _check(connection: Connection, name: str, settings: Settings, here: Path) -> None:
+    """What the process does: tell the row's fields one after the other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this one
+    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
+    warnings.simplefilter("ignore")
+    _limit_memory(settings.memory)
+    os.chdir(here)
+    start = time.monotonic()
+
+    def tell(**fields: Any) -> None:
+        connection.send(fields)
+
+    try:
+        prove(name, settings.splits, settings.memory, tell)
+    except Exception as error:
+        tell(failure=_reason(error, settings.memory))
+    tell(seconds=round(time.monotonic() - start, 2), peak_memory=_peak_memory(), done=True)
+
+
+def _end_with_parent(connection: Connection) -> None:
+    """Nothing is ever sent to this process: its end of the pipe speaks when the parent is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv()
+    os._exit(1)
+
+
+def _reason(error: Exception, memory: int) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    if isinstance(error, MemoryError) or "can't allocate memory" in text:
+        return f"out of memory: more than the {memory / 1e9:.3g} GB it may use"
+    return f"{type(error).__name__}: {text}"[:_LONGEST_REASON]
+
+
+def _limit_memory(size: int) -> None:
+    """Let allocations fail that would exceed a size, where the system can."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1])
+        )
+
+
+def _peak_memory() -> int | None:
+    """Bytes of memory this process held at most; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

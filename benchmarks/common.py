@@ -82,21 +82,23 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, processor and commit of a measurement."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
+    """Versions, processor and commit of a measurement; rows written before it change no code."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}")
     return {
         "machine": machine.describe(torch.device("cpu")),
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         "treeify": treeify.__version__,
-        "commit": commit,
+        "commit": f"{commit}-dirty" if changed else commit,
     }
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(
+        ["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip()
 
 
 def spread(times: Sequence[float]) -> dict[str, Any]:

@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import assert_equals_networks
 from timm.layers import BatchNormAct2d, GroupNormAct, LayerNorm2d, ScaledStdConv2d, StdConv2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.pool2d_same import AvgPool2dSame
 from torch import Tensor, nn
-from torch.testing import assert_close
 
 import treeify
 from treeify.packing import Form
@@ -221,21 +221,7 @@ def test_packed_equals_mapped_over_branches(
     )
     count = data.draw(st.integers(1, fanout))
     x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
-    networks = [hne.leaf(index) for index in range(count)]
-
-    actual = hne(x, leaves=count)
-    expected = torch.stack([network(x) for network in networks], dim=1)
-
-    assert_close(actual, expected)
-    weight = torch.randn_like(expected)
-    (actual * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for index, network in enumerate(networks):
-        for key, parameter in network.named_parameters():
-            if key.startswith(BRANCHED[where]) and parameter.grad is not None:
-                packed = hne.get_parameter(key).grad
-                assert packed is not None
-                assert_close(hne.part(key, index, packed), parameter.grad)
+    assert_equals_networks(hne, x, count, BRANCHED[where])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import assert_equals_networks
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -30,37 +31,27 @@ class Net(nn.Module):
 
 
 @contextmanager
-def everywhere() -> Iterator[list[int]]:
-    """Let products be used whatever the size; yields the parents of each."""
+def noted() -> Iterator[list[int]]:
+    """Yields the parents of every convolution run as a product."""
     calls: list[int] = []
+    convolve = patches.convolve
 
-    def convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parents: int) -> Tensor:
+    def noting(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parents: int) -> Tensor:
         calls.append(parents)
-        return patches_convolve(conv, x, weight, bias, parents)
+        return convolve(conv, x, weight, bias, parents)
 
-    patches_convolve = patches.convolve
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(patches, "_LEAST_WEIGHTS", 0)
-        patch.setattr(patches, "_MOST_PIXELS", 1000)
-        patch.setattr(patches, "convolve", convolve)
+        patch.setattr(patches, "convolve", noting)
         yield calls
 
 
-def _networks_and_gradients(hne: treeify.HierarchicalEnsemble, x: Tensor, count: int) -> None:
-    """Compare leaf logits and the convolution's gradients with those of separate networks."""
-    networks = [hne.leaf(index) for index in range(count)]
-    actual = hne(x, leaves=count)
-    expected = torch.stack([network(x) for network in networks], dim=1)
-    assert_close(actual, expected)
-    weight = torch.randn_like(expected)
-    (actual * weight).sum().backward()
-    (expected * weight).sum().backward()
-    for index, network in enumerate(networks):
-        for key in ("conv.weight", "conv.bias"):
-            if key in dict(network.named_parameters()):
-                grad = hne.get_parameter(key).grad
-                assert grad is not None
-                assert_close(hne.part(key, index, grad), network.get_parameter(key).grad)
+@contextmanager
+def everywhere() -> Iterator[list[int]]:
+    """Let products be used whatever the size; yields the parents of each."""
+    with pytest.MonkeyPatch.context() as patch, noted() as calls:
+        patch.setattr(patches, "_LEAST_WEIGHTS", 0)
+        patch.setattr(patches, "_MOST_PIXELS", 1000)
+        yield calls
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -95,7 +86,7 @@ def test_products_equal_separate_convolutions(
     hne.execution = execution
     count = data.draw(st.integers(1, hne.leaves))
     with everywhere() as calls:
-        _networks_and_gradients(hne, x, count)
+        assert_equals_networks(hne, x, count, ["conv"])
     assert calls
 
 
@@ -107,17 +98,10 @@ def _late_layer(size: int, split: str = "conv") -> tuple[treeify.HierarchicalEns
 
 
 @pytest.fixture
-def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def products() -> Iterator[list[int]]:
     """The parents of every convolution run as a product."""
-    calls: list[int] = []
-    convolve = patches.convolve
-
-    def noted(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parents: int) -> Tensor:
-        calls.append(parents)
-        return convolve(conv, x, weight, bias, parents)
-
-    monkeypatch.setattr(patches, "convolve", noted)
-    return calls
+    with noted() as calls:
+        yield calls
 
 
 @pytest.mark.parametrize("execution", ["packed", "looped"])
@@ -164,3 +148,11 @@ def test_a_hook_on_the_convolution_is_called(products: list[int]) -> None:
     hne(x)
     assert calls == ["hook"]
     assert products == []
+
+
+def test_a_product_compiles_in_one_graph(products: list[int]) -> None:
+    hne, x = _late_layer(2)
+    expected = hne(x)
+    compiled = torch.compile(hne, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), expected)
+    assert len(products) >= 2

@@ -125,7 +125,8 @@ def deadlines(report: common.Report, case: common.Case, budget: float, *, load: 
         full_ms=1e3 * full,
         typical_first_ms=1e3 * known.typical[0, 1],
         typical_full_ms=1e3 * known.typical[0, hne.leaves],
-        margin=known.margin,
+        margins=[min(known.margins.values()), max(known.margins.values())],
+        margin_full=known.margins[0, hne.leaves],
         answers=len(late),
     )
 

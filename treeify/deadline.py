@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from statistics import median, quantiles
 from typing import Any
 
@@ -40,7 +40,7 @@ class Latencies:
         typical: median seconds to go from `a` leaves straight to `b`, for `a` in 0 and the sizes
             and every larger size `b`, by `(a, b)`.
         slow: likewise the 99th percentile of the seconds.
-        margin: what a forecast is multiplied by to hold 97 times in 100.
+        margins: what a forecast of each is multiplied by to hold 97 times in 100.
         repeats: how many rounds were measured, each with all transitions.
 
     Raises:
@@ -52,14 +52,14 @@ class Latencies:
     sizes: tuple[int, ...]
     typical: Mapping[Transition, float]
     slow: Mapping[Transition, float]
-    margin: float
+    margins: Mapping[Transition, float]
     repeats: int
 
     def __post_init__(self) -> None:
         """Check that there is a latency for every decision."""
         wanted = set(transitions(self.sizes))
-        for times in (self.typical, self.slow):
-            if missing := wanted - times.keys():
+        for known in (self.typical, self.slow, self.margins):
+            if missing := wanted - known.keys():
                 raise ValueError(f"no latencies for {sorted(missing)}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class Latencies:
                     "to": stop,
                     "typical": self.typical[start, stop],
                     "slow": self.slow[start, stop],
+                    "margin": self.margins[start, stop],
                 }
                 for start, stop in transitions(self.sizes)
             ],
-            "margin": self.margin,
             "repeats": self.repeats,
         }
 
@@ -91,9 +91,13 @@ class Latencies:
             sizes=tuple(values["sizes"]),
             typical={key: row["typical"] for key, row in rows.items()},
             slow={key: row["slow"] for key, row in rows.items()},
-            margin=values["margin"],
+            margins={key: row["margin"] for key, row in rows.items()},
             repeats=values["repeats"],
         )
+
+    def caution(self) -> str:
+        """By how much forecasts are stretched, in words."""
+        return f"margins {min(self.margins.values()):.2f} to {max(self.margins.values()):.2f}"
 
     def rows(self) -> list[list[str]]:
         """A table: per size `a`, milliseconds from `a` leaves straight to each larger size."""
@@ -114,7 +118,7 @@ class Latencies:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             [
-                f"{self.situation}: {self.plan} ({self.repeats} rounds, margin {self.margin:.2f})",
+                f"{self.situation}: {self.plan} ({self.repeats} rounds, {self.caution()})",
                 "leaves; ms, and the 99th percentile",
                 *(
                     "  ".join(
@@ -142,22 +146,38 @@ class Pace:
         recent: the ratios of the last steps of any session, at most three.
     """
 
-    recent: tuple[float, ...] = field(default=())
+    recent: tuple[float, ...] = ()
 
-    def take(self, seconds: float, typical: float) -> None:
-        """Remember how long a step took."""
-        if typical:
-            self.recent = (*self.recent, seconds / typical)[-3:]
 
-    def expected(self, seconds: float, typical: float) -> float:
-        """The ratio to expect of the next step.
+@dataclass
+class Forecast:
+    """How long a session's next step is likely to take, by what was seen so far.
 
-        Args:
-            seconds: what the session's steps took so far.
-            typical: what they typically take, 0 before the first step.
-        """
-        pace = median(self.recent) if self.recent else 1.0
-        return max(pace, seconds / typical) if typical else pace
+    Args:
+        typical: median seconds of every transition.
+        pace: of the sessions before; it also learns from this one.
+        spent: seconds that this session's steps took.
+        expected: seconds that they typically take.
+    """
+
+    typical: Mapping[Transition, float]
+    pace: Pace
+    spent: float = 0.0
+    expected: float = 0.0
+
+    def seconds(self, transition: Transition) -> float:
+        """The typical time, at the pace of late or of this session if that is slower."""
+        ratio = median(self.pace.recent) if self.pace.recent else 1.0
+        if self.expected:
+            ratio = max(ratio, self.spent / self.expected)
+        return self.typical[transition] * ratio
+
+    def take(self, transition: Transition, seconds: float) -> None:
+        """Learn from a step."""
+        if typical := self.typical[transition]:
+            self.pace.recent = (*self.pace.recent, seconds / typical)[-3:]
+        self.spent += seconds
+        self.expected += typical
 
 
 def measure(
@@ -205,8 +225,9 @@ def measure(
         columns[key].append(seconds)
     typical = {key: median(column) for key, column in columns.items()}
     slow = {key: _percentile(column, _SLOW) for key, column in columns.items()}
-    margin = _percentile(_misjudged(walks, typical), _HOLD)
-    return Latencies(situation, plan, sizes, typical, slow, margin, done)
+    misjudged = _misjudged(walks, typical)
+    margins = {key: _percentile(column, _HOLD) for key, column in misjudged.items()}
+    return Latencies(situation, plan, sizes, typical, slow, margins, done)
 
 
 def _paths(sizes: Sequence[int], order: random.Random) -> Iterator[list[Transition]]:
@@ -228,17 +249,16 @@ def _paths(sizes: Sequence[int], order: random.Random) -> Iterator[list[Transiti
 
 def _misjudged(
     walks: Sequence[Sequence[tuple[Transition, float]]], typical: Mapping[Transition, float]
-) -> list[float]:
-    """What each step took over what would have been forecast before it."""
-    pace, found = Pace(), []
+) -> dict[Transition, list[float]]:
+    """What each step took over what would have been forecast before it, by transition."""
+    pace = Pace()
+    found: dict[Transition, list[float]] = {key: [] for key in typical}
     for walk in walks:
-        spent = expected = 0.0
+        forecast = Forecast(typical, pace)
         for transition, seconds in walk:
-            usual = typical[transition]
-            forecast = usual * pace.expected(spent, expected)
-            found.append(seconds / forecast if forecast else 1.0)
-            pace.take(seconds, usual)
-            spent, expected = spent + seconds, expected + usual
+            likely = forecast.seconds(transition)
+            found[transition].append(seconds / likely if likely else 1.0)
+            forecast.take(transition, seconds)
     return found
 
 
@@ -258,8 +278,8 @@ def advance_until(
     """Go straight to the largest size forecast to end in time, as long as there is one.
 
     A session without leaves always takes the first leaf. A forecast is the transition's typical
-    time, times the pace of recent steps or of this session if that is slower, times the margin.
-    What is then left of the time decides again.
+    time, times the pace of recent steps or of this session if that is slower, times the
+    transition's margin. What is then left of the time decides again.
 
     Args:
         session: of the latencies' situation, at 0 leaves or a nested size.
@@ -269,23 +289,20 @@ def advance_until(
         pace: of the sessions before; it also learns from this one.
         watch: told every step; its time counts.
     """
-    pace = Pace() if pace is None else pace
-    spent = expected = 0.0
-    while larger := [size for size in latencies.sizes if size > session.leaves]:
+    forecast = Forecast(latencies.typical, Pace() if pace is None else pace)
+    while larger := [(session.leaves, to) for to in latencies.sizes if to > session.leaves]:
         now = time.perf_counter()
-        factor = latencies.margin * pace.expected(spent, expected)
+        left = deadline - (now - begin)
         fitting = [
-            size
-            for size in larger
-            if now - begin + latencies.typical[session.leaves, size] * factor <= deadline
+            transition
+            for transition in larger
+            if forecast.seconds(transition) * latencies.margins[transition] <= left
         ]
         if not fitting and session.leaves:
             break
-        typical = latencies.typical[session.leaves, to := max(fitting, default=larger[0])]
-        step = session.advance(to=to)
-        seconds = time.perf_counter() - now
-        pace.take(seconds, typical)
-        spent, expected = spent + seconds, expected + typical
+        transition = fitting[-1] if fitting else larger[0]
+        step = session.advance(to=transition[1])
+        forecast.take(transition, time.perf_counter() - now)
         watch(step)
 
 

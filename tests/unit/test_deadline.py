@@ -58,10 +58,15 @@ class Steps:
 STRAIGHT = {(a, b): 1 + (b - a) / 4 for a, b in transitions(SIZES)}
 
 
-def _latencies(typical: dict[Transition, float] = STRAIGHT, margin: float = 1.0) -> Latencies:
+def _latencies(
+    typical: dict[Transition, float] = STRAIGHT,
+    margin: float = 1.0,
+    some: dict[Transition, float] | None = None,
+) -> Latencies:
     situation = Situation(False, (2, 3, 8, 8), "torch.float32", "here")
     slow = {key: 2 * seconds for key, seconds in typical.items()}
-    return Latencies(situation, Plan(("packed",) * 3), SIZES, typical, slow, margin, 100)
+    margins = dict.fromkeys(typical, margin) | (some or {})
+    return Latencies(situation, Plan(("packed",) * 3), SIZES, typical, slow, margins, 100)
 
 
 def _times(factor: float) -> dict[Transition, float]:
@@ -131,6 +136,13 @@ def test_forecasts_keep_a_margin(clock: Clock) -> None:
     assert _taken(clock, 5.0, latencies=careful) == [6]
 
 
+def test_each_transition_has_its_own_margin(clock: Clock) -> None:
+    careful = _latencies(margin=2.0, some={(0, 6): 1.0})
+    assert _taken(clock, 2.5, latencies=careful) == [6]
+    assert _taken(clock, 2.49, latencies=careful) == [1]
+    assert _taken(clock, 3.5, latencies=_latencies(some={(0, 6): 2.0})) == [3, 6]
+
+
 def test_a_step_slower_than_typical_makes_the_next_forecast_longer(clock: Clock) -> None:
     dear = {**STRAIGHT, (0, 6): 100.0}
     actual = {**dear, (0, 3): 3 * 1.75}  # three times slower than calibrated
@@ -157,9 +169,7 @@ def test_a_faster_machine_is_remembered_by_the_next_session(clock: Clock) -> Non
 
 
 def test_a_single_slow_step_is_no_slow_machine(clock: Clock) -> None:
-    pace = Pace()
-    for seconds in (1.0, 1.0, 9.0):
-        pace.take(seconds, 1.0)
+    pace = Pace((1.0, 1.0, 9.0))
     assert _taken(clock, 2.5, pace=pace) == [6]
     assert pace.recent == (1.0, 9.0, 1.0)
 
@@ -209,7 +219,7 @@ def test_predictions_meet_deadlines(clock: Clock, monkeypatch: pytest.MonkeyPatc
     expected = {(a, b): 1 + b - a for a, b in transitions(SIZES)}
     assert latencies.typical == pytest.approx(expected)
     assert latencies.slow == pytest.approx(expected)
-    assert latencies.margin == pytest.approx(1)
+    assert latencies.margins == pytest.approx(dict.fromkeys(expected, 1))
     assert latencies.repeats == 12
     for limit, leaves in ((0.1, 1), (3.9, 1), (4.1, 3), (6.9, 3), (7.1, 6), (math.inf, 6)):
         begin = clock.now
@@ -265,7 +275,8 @@ def test_typical_slow_and_margin_of_times_that_vary(
     assert found.repeats == 200
     assert found.typical == pytest.approx({(0, 1): 2, (0, 2): 3, (1, 2): 2})
     assert found.slow == pytest.approx({(0, 1): 4, (0, 2): 6, (1, 2): 4})
-    assert found.margin == pytest.approx(2)
+    # A session that was slow so far is known to be slow: its next step needs no margin.
+    assert found.margins == pytest.approx({(0, 1): 2, (0, 2): 2, (1, 2): 1})
 
 
 def test_a_slow_spell_needs_no_margin(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +292,7 @@ def test_a_slow_spell_needs_no_margin(clock: Clock, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(hne, "session", start)
     found = hne.calibrate(x, repeats=150, budget=math.inf)  # two sessions each
     assert found.slow[0, 1] == pytest.approx(4)
-    assert found.margin == pytest.approx(1)
+    assert found.margins == pytest.approx(dict.fromkeys(found.typical, 1))
 
 
 def test_calibration_stops_when_its_budget_is_spent(
@@ -362,9 +373,11 @@ def test_training_mode_and_several_limits_are_refused() -> None:
 
 
 def test_latencies_survive_json_and_print() -> None:
-    latencies = _latencies({key: seconds / 1000 for key, seconds in STRAIGHT.items()}, margin=1.2)
+    latencies = _latencies(
+        {key: seconds / 1000 for key, seconds in STRAIGHT.items()}, 1.2, {(1, 3): 1.5}
+    )
     assert Latencies.from_dict(json.loads(json.dumps(latencies.to_dict()))) == latencies
-    assert str(latencies).splitlines()[0].endswith("(100 rounds, margin 1.20)")
+    assert str(latencies).splitlines()[0].endswith("(100 rounds, margins 1.20 to 1.50)")
     assert [line.split() for line in str(latencies).splitlines()[2:]] == [
         ["from", "to", "1", "to", "3", "to", "6"],
         ["0", "1.25", "(2.50)", "1.75", "(3.50)", "2.50", "(5.00)"],
@@ -384,7 +397,7 @@ def _without_one(latencies: dict[str, Any]) -> None:
 
 
 def _without_margin(latencies: dict[str, Any]) -> None:
-    del latencies["margin"]
+    del latencies["transitions"][1]["margin"]
 
 
 @pytest.mark.parametrize("damage", [_without_transitions, _without_one, _without_margin])

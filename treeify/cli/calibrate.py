@@ -101,8 +101,8 @@ def calibrate(
         latencies = hne.calibrate(x, repeats=repeats)
     console.print(_latency_table(hne, latencies))
     line = (
-        f"{latencies.situation}: medians of {latencies.repeats} rounds; deadlines are kept with a"
-        f" margin of {latencies.margin:.2f}."
+        f"{latencies.situation}: medians of {latencies.repeats} rounds; deadlines are kept with"
+        f" {latencies.caution()}."
     )
     console.print(line, soft_wrap=True, highlight=False)
     found["latencies"] = latencies.to_dict()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from treeify.architecture import Architecture, example_shape, fingerprint, recognise
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import InputError, ModelError
-from treeify.initialize import PERTURBATION, Initialization, initialization
+from treeify.initialize import PERTURBATION, Initialization, branch_seed, initialization
 from treeify.rules import leaf_types
 from treeify.splits import Splits, choose, parse
 from treeify.storage import tensors
@@ -58,13 +58,15 @@ def hierarchicalize(
     Source: Ruiz & Verbeek, AAAI 2021, section 3.
     """
     base, architecture = resolve(model, seed)
+    named = architecture is not None
     # Only fresh weights and a reload need to build the model again: look for a builder then.
     architecture = architecture or recognise(base)
     traced = open_up(base, architecture, example_input)
     chosen = choose(traced, splits, fanout)
     _log.info("splits: %s", ", ".join(chosen.specs) or "none")
-    plan = initialization(base, architecture, init, seed)
+    plan = initialization(base, architecture, init, seed, is_first=named)
     hne = HierarchicalEnsemble(traced, chosen, base, architecture, _notes(plan))
+    del base  # its memory, if it was built here, serves the branches
     hne.fill(plan.sources)
     return hne
 
@@ -87,7 +89,7 @@ def resolve(
         )
     architecture = Architecture(model) if isinstance(model, str) else model
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(branch_seed(seed, 0))
         return architecture.build(), architecture
 
 

@@ -23,7 +23,7 @@ from treeify.fusion import Fused
 from treeify.initialize import State, pack_states
 from treeify.packing import Form
 from treeify.program import PACKED, NodeReport, Program
-from treeify.rewrite import rewrite
+from treeify.rewrite import rewrite, without_in_place
 from treeify.rules import WIDEN
 from treeify.splits import Splits
 from treeify.storage import Slot, build, lookup, owner, slots, tensors
@@ -123,9 +123,10 @@ class HierarchicalEnsemble(nn.Module):
             target for target, level in calls if level > 0
         }
         build(self, traced.skeleton, self._slots, splits.tree, WIDEN, dict(tensors(like)), whole)
+        base = without_in_place(traced.skeleton)
         self._programs = {
-            training: rewrite(traced, training, levels[training], self._slots, self, splits.tree)
-            for training in traced.graphs
+            training: rewrite(traced, base, training, own, self._slots, self, splits.tree)
+            for training, own in levels.items()
         }
         _allow_in_place(self, self._programs[False], self._programs[True])
         self._fused = Fused(self._programs[False])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -52,7 +53,12 @@ class Initialization:
 
 
 def initialization(
-    model: nn.Module, architecture: Buildable | None, scheme: str, seed: int
+    model: nn.Module,
+    architecture: Buildable | None,
+    scheme: str,
+    seed: int,
+    *,
+    is_first: bool = False,
 ) -> Initialization:
     """Plan the branches' first weights.
 
@@ -63,6 +69,7 @@ def initialization(
             by its modules' `reset_parameters`); `copy`: every branch equals the model; `perturb`: a
             copy plus noise of `PERTURBATION` times each tensor's root mean square, leaf 0 exact.
         seed: makes it reproducible.
+        is_first: the model was built with the seed of network 0, and so is that network.
 
     Raises:
         InputError: the scheme is unknown.
@@ -75,7 +82,15 @@ def initialization(
     if scheme != "fresh":
         raise InputError(f"init={scheme!r} is unknown.", expected=f"one of {', '.join(INITS)}")
     if architecture is not None:
-        return Initialization(scheme, seed, (), lambda network: built(architecture, seed, network))
+        ready = [dict(tensors(model))] if is_first else []
+
+        def source(network: int) -> State:
+            # Given away, so that its memory serves the next networks.
+            if network == 0 and ready:
+                return ready.pop()
+            return built(architecture, seed, network)
+
+        return Initialization(scheme, seed, (), source)
     stuck = tuple(name for name, module in model.named_modules() if _is_stuck(module))
     return Initialization(scheme, seed, stuck, lambda network: reset(model, seed, network))
 
@@ -89,7 +104,7 @@ def pack_states(
     *,
     by_leaf: bool = False,
 ) -> None:
-    """Fill an ensemble's packed tensors from `L` networks; one state is held at a time.
+    """Fill an ensemble's packed tensors from `L` networks; two states are held at a time.
 
     Args:
         root: the ensemble.
@@ -100,14 +115,32 @@ def pack_states(
             else network `i` gives branch `i` of every level that has one.
     """
     slots = list(layout)
-    for network in range(tree.leaves):
-        state = source(network)
+
+    def fill(network: int, state: State) -> None:
         for slot in slots:
             branches = tree.branches[slot.level]
             branch, rest = divmod(network, tree.leaves_below(slot.level) if by_leaf else 1)
             if rest == 0 and branch < branches:
                 part = narrow(lookup(root, slot.key), branches, Span(branch, branch + 1))
                 part.copy_(state[slot.key])
+
+    inference = torch.is_inference_mode_enabled()  # like no_grad, it holds for one thread only
+
+    def fill_beside(network: int, state: State) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            fill(network, state)
+
+    # Building a network keeps one core busy, copying it another.
+    with ThreadPoolExecutor(1) as copier:
+        copied = None
+        for network in range(tree.leaves):
+            state = source(network)
+            if copied is not None:
+                copied.result()
+            copied = copier.submit(fill_beside, network, state)
+            del state  # or it would be held while the next but one is built
+        if copied is not None:
+            copied.result()
 
 
 def branch_seed(seed: int, network: int) -> int:

@@ -47,8 +47,18 @@ _NO_RULE = "no rule for"
 _Find = Callable[[Call], Rule | None]
 
 
+def without_in_place(skeleton: nn.Module) -> nn.Module:
+    """A copy to run branch by branch: its in-place flags are off, see `functionalize`."""
+    base = copy.deepcopy(skeleton)
+    for module in base.modules():
+        if hasattr(module, "inplace"):
+            module.inplace = False  # type: ignore[assignment]
+    return base
+
+
 def rewrite(
     traced: Traced,
+    base: nn.Module,
     training: bool,
     levels: Mapping[fx.Node, int],
     layout: Mapping[str, Slot],
@@ -59,13 +69,14 @@ def rewrite(
 
     Args:
         traced: the base model.
+        base: its architecture `without_in_place`.
         training: which of its graphs.
         levels: level of every node.
         layout: slot of every tensor.
         root: the ensemble that holds the packed tensors.
         tree: the tree.
     """
-    return _Rewriter(traced, training, levels, layout, root, tree).run()
+    return _Rewriter(traced, base, training, levels, layout, root, tree).run()
 
 
 @dataclass
@@ -86,6 +97,7 @@ class _Rewriter:
     def __init__(
         self,
         traced: Traced,
+        base: nn.Module,
         training: bool,
         levels: Mapping[fx.Node, int],
         layout: Mapping[str, Slot],
@@ -93,12 +105,8 @@ class _Rewriter:
         tree: Tree,
     ) -> None:
         self.graph = traced.graphs[training]
-        # A copy to run branch by branch: its in-place flags are off, see `functionalize`.
         self.skeleton, self.constants = traced.skeleton, traced.constants
-        self.base = copy.deepcopy(traced.skeleton)
-        for module in self.base.modules():
-            if hasattr(module, "inplace"):
-                module.inplace = False  # type: ignore[assignment]
+        self.base = base
         self.levels, self.layout, self.root, self.tree = levels, layout, root, tree
         self.forms: dict[fx.Node, Form] = {}
         self.reports: list[NodeReport] = []

@@ -86,36 +86,42 @@ class _Reach:
         for index, node in enumerate(self.nodes):
             if node.op == "placeholder":
                 self.rooted |= self.below[index]
+        rooted = [index for index in range(len(self.nodes)) if self.rooted >> index & 1]
+        # By the name of everything a node belongs to, what hangs on it.
+        self._after: dict[str, int] = {}
+        for index in rooted:
+            for name in _belongs_to(self.nodes[index]):
+                self._after[name] = self._after.get(name, 0) | self.below[index]
+        self._macs = [(1 << index, facts(node).macs) for index, node in enumerate(self.nodes)]
+        self._macs = [(bit, macs) for bit, macs in self._macs if macs]
+        tensors = [(index, len(facts(self.nodes[index]).tensors)) for index in rooted]
+        self._tensors = [(1 << index, self.users[index], own) for index, own in tensors if own]
 
     def after(self, name: str) -> int:
         """Mask of every node that a split at `name` puts behind it; 0 if there is no such node."""
-        mask = 0
-        for index, node in enumerate(self.nodes):
-            if self.rooted >> index & 1 and _belongs(node, name):
-                mask |= self.below[index]
-        return mask
+        return self._after.get(name, 0)
 
     def point(self, name: str, mask: int) -> SplitPoint:
         """What a split with this mask costs."""
-        before = after = live = 0
-        for index, node in enumerate(self.nodes):
-            known = facts(node)
-            if mask >> index & 1:
-                after += known.macs
-            else:
-                before += known.macs
-                crosses = self.rooted >> index & 1 and self.users[index] & mask
-                live += bool(crosses) * len(known.tensors)
-        return SplitPoint(name, before, after, live)
+        before = sum(macs for bit, macs in self._macs if not bit & mask)
+        after = sum(macs for bit, macs in self._macs if bit & mask)
+        crossing = (own for bit, users, own in self._tensors if users & mask and not bit & mask)
+        return SplitPoint(name, before, after, sum(crossing))
 
 
-def _belongs(node: fx.Node, name: str) -> bool:
+def _belongs_to(node: fx.Node) -> set[str]:
+    """Every name of a split point that a node is part of."""
     if node.op == "output":
-        return False
-    if name == INPUT:
-        return node.op != "placeholder"
+        return set()
     known = facts(node)
-    return known.path == name or known.scope == name or known.scope.startswith(f"{name}.")
+    names = {known.path, *_above(known.scope)}
+    return names if node.op == "placeholder" else names | {INPUT}
+
+
+def _above(scope: str) -> list[str]:
+    """A module's path and those of the modules around it, the outermost first."""
+    parts = scope.split(".") if scope else []
+    return [".".join(parts[:depth]) for depth in range(1, len(parts) + 1)]
 
 
 def split_points(traced: Traced) -> list[SplitPoint]:
@@ -123,7 +129,10 @@ def split_points(traced: Traced) -> list[SplitPoint]:
 
     Points that put the same nodes behind the split are one point; the outermost module names it.
     """
-    reach = _Reach(traced.graphs[False])
+    return _points(_Reach(traced.graphs[False]))
+
+
+def _points(reach: _Reach) -> list[SplitPoint]:
     everything = reach.after(INPUT)
     points, seen = [], {everything}
     for name in _names(reach.nodes):
@@ -141,10 +150,7 @@ def _names(nodes: Iterable[fx.Node]) -> list[str]:
         if node.op in ("placeholder", "output", "get_attr"):
             continue
         known = facts(node)
-        parts = known.scope.split(".") if known.scope else []
-        for depth in range(1, len(parts) + 1):
-            names[".".join(parts[:depth])] = None
-        names[known.path] = None
+        names |= dict.fromkeys([*_above(known.scope), known.path])
     return list(names)
 
 
@@ -231,8 +237,8 @@ def _check_order(earlier: str, outer: int, later: str, inner: int) -> None:
 
 def _even_points(traced: Traced, count: int) -> tuple[SplitPoint, ...]:
     """The `count` points that even out the levels' MACs, with as few live tensors as can be."""
-    candidates = [point for point in split_points(traced) if point.macs_before and point.macs_after]
     reach = _Reach(traced.graphs[False])
+    candidates = [point for point in _points(reach) if point.macs_before and point.macs_after]
     masks = {point.name: reach.after(point.name) for point in candidates}
     trainable = _Reach(traced.graphs[True])
     candidates = [point for point in candidates if trainable.after(point.name)]

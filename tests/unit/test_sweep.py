@@ -154,6 +154,20 @@ def test_a_file_cut_off_anywhere_loses_no_other_line() -> None:
             assert found.damaged == 1
 
 
+def test_a_row_is_brought_to_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    file, bring = tmp_path / "rows.jsonl", os.fsync
+
+    def fsync(descriptor: int) -> None:
+        bring(descriptor)
+        seen.append(file.read_text())
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    coverage.append(file, Row(name="a", versions={}, asked="2"))
+    assert seen == [file.read_text()]
+    assert seen[0].endswith("\n")
+
+
 def test_the_last_line_of_a_model_counts_and_versions_and_splits_are_told_apart() -> None:
     file = Path("rows.jsonl")
     other = {**coverage.versions(), "timm": "0.1"}
@@ -255,6 +269,22 @@ def test_a_round_trip_that_loses_something_is_noticed(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("treeify.proof.checkpoint.load", load)
     with pytest.raises(ParityError, match=r"1 tensors changed .* head.bias"):
+        round_trip(hne, x)
+
+
+def test_a_round_trip_with_other_logits_from_the_same_tensors_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hne, x = small(), torch.rand(2, 3, 16, 16)
+    original = treeify.load
+
+    def load(path: str) -> treeify.HierarchicalEnsemble:
+        loaded = original(path)
+        loaded.register_forward_hook(lambda module, inputs, output: output + 1)
+        return loaded
+
+    monkeypatch.setattr("treeify.proof.checkpoint.load", load)
+    with pytest.raises(ParityError, match="logits after save and load are off"):
         round_trip(hne, x)
 
 

@@ -2,7 +2,8 @@
 
 Where an image has shrunk to a few pixels, most of a convolution's training step is spent laying
 out weights and their gradients for the kernel. A product of the image's patches takes them as they
-lie: two to three times faster at 2x2 pixels (`benchmarks/shortcuts.py`).
+lie: the whole training step of resnet18 at 64x64 becomes 1.5 to 2 times faster
+(`benchmarks/shortcuts.py`).
 """
 
 from __future__ import annotations

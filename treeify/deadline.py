@@ -10,6 +10,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
 
@@ -37,8 +38,8 @@ class Latencies:
         situation: the input's shape and the machine.
         plan: how the ensemble ran.
         sizes: the nested sizes.
-        typical: median seconds to go from `a` leaves straight to `b`, for `a` in 0 and the sizes
-            and every larger size `b`, by `(a, b)`.
+        typical: median seconds to go from `a` leaves straight to `b`, by `(a, b)`: from 0 to every
+            size, and from every size to the next.
         slow: likewise the 99th percentile of the seconds.
         margins: what a forecast of each is multiplied by to hold 97 times in 100.
         repeats: how many rounds were measured, each with all transitions.
@@ -100,12 +101,12 @@ class Latencies:
         return f"margins {min(self.margins.values()):.2f} to {max(self.margins.values()):.2f}"
 
     def rows(self) -> list[list[str]]:
-        """A table: per size `a`, milliseconds from `a` leaves straight to each larger size."""
+        """A table: milliseconds from no leaf straight to each size, and from each to the next."""
         rows = [["from", *(f"to {size}" for size in self.sizes)]]
         for start in (0, *self.sizes[:-1]):
             times = [
                 f"{1e3 * self.typical[start, stop]:.2f} ({1e3 * self.slow[start, stop]:.2f})"
-                if stop > start
+                if (start, stop) in self.typical
                 else ""
                 for stop in self.sizes
             ]
@@ -131,8 +132,12 @@ class Latencies:
 
 
 def transitions(sizes: Sequence[int]) -> list[Transition]:
-    """Every way from no leaf or a size straight to a larger size."""
-    return [(start, stop) for start in (0, *sizes) for stop in sizes if stop > start]
+    """From no leaf straight to every size, and from every size to the next.
+
+    Not from every size to all larger ones: each takes a set of prepared weights of its own, and
+    those of all together would drive one another out (`treeify.fused.prepared`).
+    """
+    return [*((0, size) for size in sizes), *pairwise(sizes)]
 
 
 @dataclass
@@ -275,7 +280,7 @@ def advance_until(
     pace: Pace | None = None,
     watch: Callable[[Step], None] = lambda step: None,
 ) -> None:
-    """Go straight to the largest size forecast to end in time, as long as there is one.
+    """Go straight to the largest size forecast to end in time, then on while the next one fits.
 
     A session without leaves always takes the first leaf. A forecast is the transition's typical
     time, times the pace of recent steps or of this session if that is slower, times the
@@ -290,7 +295,7 @@ def advance_until(
         watch: told every step; its time counts.
     """
     forecast = Forecast(latencies.typical, Pace() if pace is None else pace)
-    while larger := [(session.leaves, to) for to in latencies.sizes if to > session.leaves]:
+    while larger := [known for known in latencies.typical if known[0] == session.leaves]:
         now = time.perf_counter()
         left = deadline - (now - begin)
         fitting = [
@@ -300,7 +305,7 @@ def advance_until(
         ]
         if not fitting and session.leaves:
             break
-        transition = fitting[-1] if fitting else larger[0]
+        transition = max(fitting) if fitting else min(larger)
         step = session.advance(to=transition[1])
         forecast.take(transition, time.perf_counter() - now)
         watch(step)

@@ -383,8 +383,8 @@ class HierarchicalEnsemble(nn.Module):
 
         Args:
             x: images, `[N, C, H, W]`.
-            repeats: rounds to measure, each with every transition from 0 leaves or a nested size
-                straight to a larger one.
+            repeats: rounds to measure, each with every transition: from 0 leaves straight to every
+                nested size, and from every size to the next.
             budget: seconds after which no more are begun, once five are measured.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Data sets by name: images ready to train on, a fixed held-out part, and loaders with seeds.
+"""Data sets by name: images ready to train on, and a fixed held-out part.
 
 Every data set is a function of keyword options that returns a `Data`; a recipe names the function
 and sets its options. Adding one:
@@ -9,21 +9,24 @@ and sets its options. Adding one:
 
 from __future__ import annotations
 
-import signal
+import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from pydantic import NonNegativeInt, PositiveInt
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
+from timm.data import create_transform, resolve_data_config
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, TensorDataset
-from torchvision import datasets
+from torch.utils.data import Dataset, TensorDataset
+from torchvision import datasets, models
 from torchvision.transforms import v2
 
+from treeify.architecture import TIMM, TORCHVISION
 from treeify.errors import DataError
 from treeify.registry import Registry
 
@@ -42,6 +45,27 @@ FASHION_MNIST = ((0.2860,) * 3, (0.3530,) * 3)
 DIGITS = ((0.3053,) * 3, (0.3759,) * 3)
 
 
+class UnreadableImageError(DataError):
+    """An image file is damaged.
+
+    Args:
+        path: of the file.
+        reason: what reading it said.
+    """
+
+    def __init__(self, path: str, reason: Exception) -> None:
+        super().__init__(
+            f"{path!r} cannot be read as an image.",
+            found=str(reason),
+            next_step="Replace or remove the file, or set skip_corrupt to pass over so many.",
+        )
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Loader workers send it to their parent."""
+        return type(self), (self.path, self.reason)
+
+
 @dataclass(frozen=True)
 class Data:
     """A data set split into training and held-out examples.
@@ -57,6 +81,18 @@ class Data:
     held_out: Examples
     classes: tuple[str, ...]
     split: str
+
+    def example(self) -> Tensor:
+        """The first held-out image that can be read, [3, H, W].
+
+        Raises:
+            DataError: there is none.
+        """
+        for index in range(len(self.held_out)):  # type: ignore[arg-type]
+            with contextlib.suppress(UnreadableImageError):
+                image: Tensor = self.held_out[index][0]
+                return image
+        raise DataError("none of the held-out images can be read.")
 
 
 @register("digits")
@@ -188,72 +224,108 @@ def image_folder(
     *,
     root: str,
     size: PositiveInt = 224,
+    like: str | None = None,
     crop_padding: NonNegativeInt | None = None,
     flip: bool = True,
+    auto_augment: str | None = None,
+    random_erasing: float = 0.0,
 ) -> Data:
     """Your own images: `root/train/CLASS/*` to train on and `root/val/CLASS/*` held out.
 
-    Training images are random crops resized to `size` (ImageNet's usual augmentation); held-out
-    images are resized to `size / 0.875` and cropped at the centre. With `crop_padding`, meant for
-    small images, all are resized to `size` and training images cropped with that much padding.
-    Channels are normalised by ImageNet's statistics, as pretrained models expect.
+    They are prepared by timm: training images are random crops resized to `size`, held-out ones are
+    resized to `size / 0.875` and cropped at the centre, and channels normalised by ImageNet's
+    statistics; `like` takes all this from a trained model. With `crop_padding`, meant for small
+    images, all are resized to `size` and training images cropped with that much padding.
 
     Args:
         root: directory with the folders `train` and `val`, each with one folder per class.
         size: height and width in pixels.
+        like: timm or torchvision name of the model whose trained weights are used; its statistics,
+            share of the centre crop and interpolation are followed.
         crop_padding: pixels of black border that random training crops may reach into.
         flip: mirror half of the training images.
+        auto_augment: one of timm's policies, e.g. `rand-m9-mstd0.5`; not with `crop_padding`.
+        random_erasing: probability of blanking a rectangle; not with `crop_padding`.
 
     Returns:
         As many classes as there are folders.
 
     Raises:
-        DataError: a folder is missing or empty, or `train` and `val` have different classes.
+        DataError: a folder is missing or empty, `train` and `val` have different classes, nothing
+            is known of the model, or an augmentation is unknown.
     """
+    if crop_padding is not None and (like or auto_augment or random_erasing):
+        raise DataError(
+            "crop_padding leaves no room for like, auto_augment or random_erasing.",
+            next_step="Leave crop_padding out, or these.",
+        )
     train, held_out = (_folder(Path(root), part) for part in ("train", "val"))
     _check_same_classes(train, held_out)
-    fit: list[Transform]
-    crop: list[Transform]
+    crop: Transform
+    fit: Transform
     if crop_padding is None:
-        fit = [v2.Resize(round(size / 0.875), antialias=True), v2.CenterCrop(size)]
-        crop = [v2.RandomResizedCrop(size, antialias=True), *_augment(size, 0, flip)]
+        config = {"input_size": size, **preparation(like)}
+        fit = create_transform(**config)
+        try:
+            crop = create_transform(
+                **config,
+                is_training=True,
+                hflip=0.5 if flip else 0.0,
+                color_jitter=0.0,
+                auto_augment=auto_augment,
+                re_prob=random_erasing,
+            )
+        except (AssertionError, ValueError, KeyError) as error:
+            raise DataError(
+                f"auto_augment={auto_augment!r} is no policy of timm's: {error}",
+                expected="e.g. rand-m9-mstd0.5, augmix-m3-w3 or original",
+            ) from error
     else:
-        fit = [v2.Resize([size, size], antialias=True)]
-        crop = [*fit, *_augment(size, crop_padding, flip)]
+        resize = v2.Resize([size, size], antialias=True)
+        fit = _prepare(IMAGENET, resize)
+        crop = _prepare(IMAGENET, resize, *_augment(size, crop_padding, flip))
     return Data(
-        _Transformed(train, _prepare(IMAGENET, *crop)),
-        _Transformed(held_out, _prepare(IMAGENET, *fit)),
+        _Transformed(train, crop),
+        _Transformed(held_out, fit),
         tuple(train.classes),
         f"the {len(held_out):,} images of {Path(root) / 'val'} held out",
     )
 
 
-def loader(
-    examples: Examples, batch_size: int, *, shuffle: bool, seed: int = 0, workers: int = 0
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """Batches of images [N, 3, H, W] and classes [N].
+def preparation(like: str | None) -> dict[str, Any]:
+    """How images are prepared for a model, as arguments of `timm.data.create_transform`.
 
     Args:
-        examples: what to load.
-        batch_size: images per batch; the last batch of an epoch may be smaller.
-        shuffle: visit the examples in a new random order every epoch.
-        seed: of the order, and of the workers' random augmentations.
-        workers: processes that prepare images; 0 does it in this one, where augmentation draws from
-            torch's global generator.
+        like: timm or torchvision name of a model with trained weights; none for ImageNet's usual
+            way.
 
-    Returns:
-        The loader, with its own generator.
+    Raises:
+        DataError: nothing is known of such a model.
     """
-    return DataLoader(
-        examples,
-        batch_size,
-        shuffle=shuffle,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator().manual_seed(seed),  # torch seeds each worker from it, too
-        worker_init_fn=_ignore_interrupts,
-    )
+    if like is None:
+        mean, std = IMAGENET
+        return {"mean": mean, "std": std, "crop_pct": 0.875, "interpolation": "bilinear"}
+    try:
+        if like.startswith(TORCHVISION):
+            name = like.removeprefix(TORCHVISION)
+            usual = models.get_model_weights(name).DEFAULT.transforms()
+            return {
+                "mean": tuple(usual.mean),
+                "std": tuple(usual.std),
+                "crop_pct": usual.crop_size[0] / usual.resize_size[0],
+                "interpolation": usual.interpolation.value,
+            }
+        known = timm.get_pretrained_cfg(like.removeprefix(TIMM))
+    except (ValueError, RuntimeError):
+        known = None
+    if known is None:
+        raise DataError(
+            f"nothing is known of how images for {like!r} were prepared.",
+            expected="the timm or torchvision name of a model with trained weights",
+            next_step="Leave `like` out for ImageNet's usual way.",
+        )
+    found: dict[str, Any] = resolve_data_config(pretrained_cfg=asdict(known))  # type: ignore[no-untyped-call]
+    return {key: found[key] for key in ("mean", "std", "crop_pct", "interpolation")}
 
 
 class _Transformed(Dataset[tuple[Tensor, Any]]):
@@ -336,11 +408,7 @@ def _read_image(path: str) -> Any:
     try:
         return datasets.folder.default_loader(path)
     except OSError as error:
-        raise DataError(
-            f"{path!r} cannot be read as an image.",
-            found=str(error),
-            next_step="Replace or remove the file.",
-        ) from error
+        raise UnreadableImageError(path, error) from error
 
 
 def _check_same_classes(train: datasets.ImageFolder, held_out: datasets.ImageFolder) -> None:
@@ -354,8 +422,3 @@ def _check_same_classes(train: datasets.ImageFolder, held_out: datasets.ImageFol
         found=f"only in train: {only_train or 'none'}; only in val: {only_held_out or 'none'}",
         next_step="Add or remove those folders.",
     )
-
-
-def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the trainer's may stop the run."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -55,7 +55,7 @@ def independent(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
 
     Args:
         logits: of every leaf, [N, L, K].
-        target: classes, [N] integers below K.
+        target: classes, [N] integers below K, or their shares, [N, K] floats (mixup).
         tree: the shape the leaves belong to.
 
     Returns:
@@ -76,7 +76,7 @@ def structured(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
 
     Args:
         logits: of every leaf, [N, L, K].
-        target: classes, [N] integers below K.
+        target: classes, [N] integers below K, or their shares, [N, K] floats (mixup).
         tree: the shape the leaves belong to.
 
     Returns:
@@ -105,7 +105,7 @@ def co_distillation(
 
     Args:
         logits: of every leaf, [N, L, K].
-        target: classes, [N] integers below K.
+        target: classes, [N] integers below K, or their shares, [N, K] floats (mixup).
         tree: the shape the leaves belong to.
         alpha: weight `a` of the distillation, from 0 to 1.
         temperature: `T`, above 0, dividing the logits of teacher and students.
@@ -139,7 +139,7 @@ def hierarchical_distillation(
 
     Args:
         logits: of every leaf, [N, L, K].
-        target: classes, [N] integers below K.
+        target: classes, [N] integers below K, or their shares, [N, K] floats (mixup).
         tree: the shape the leaves belong to.
         alpha: weight `a` of the distillation, from 0 to 1.
         temperature: `T`, above 0, dividing the logits of teacher and students. The paper states it
@@ -162,6 +162,36 @@ def hierarchical_distillation(
     students = nested_logits(logits, tree)[:, :-1]
     distilled = _distill(students, logits, alpha, temperature, scale_by_t2)
     return (1 - alpha) * _cross_entropy(logits, target) + alpha * distilled
+
+
+def from_teacher(
+    logits: Tensor, teacher: Tensor, tree: Tree, *, temperature: float = 2.0
+) -> Tensor:
+    """Every nested sub-ensemble learns from another classifier: `sum_{b=0..B} CE_T(y^b, y^T)`.
+
+    Args:
+        logits: of every leaf, [N, L, K].
+        teacher: logits `y^T` of the other classifier, [N, K]; no gradient flows through them.
+        tree: the shape the leaves belong to.
+        temperature: `T`, above 0, dividing the logits of teacher and students.
+
+    Returns:
+        The loss, a scalar: summed over nested sizes, averaged over the batch.
+
+    Raises:
+        InputError: the teacher has other classes.
+
+    Source: the distillation of eq. 6 with the teacher of Hinton et al. 2015.
+    """
+    if teacher.shape != (len(logits), logits.shape[2]):
+        raise InputError(
+            "the teacher does not fit the ensemble.",
+            expected=f"logits of shape [{len(logits)}, {logits.shape[2]}]",
+            found=f"shape {list(teacher.shape)}",
+            next_step="Take a teacher of the same classes.",
+        )
+    soft_labels = (teacher.detach() / temperature).softmax(-1)
+    return _cross_entropy(nested_logits(logits, tree) / temperature, soft_labels)
 
 
 def nested_logits(logits: Tensor, tree: Tree) -> Tensor:
@@ -219,9 +249,12 @@ def _check(logits: Tensor, target: Tensor, tree: Tree) -> None:
             found=f"shape {list(logits.shape)}",
             next_step="Give the loss hne(x), not hne.predict(x) or hne(x, leaves=n).",
         )
-    if target.shape != logits.shape[:1] or target.is_floating_point():
+    mixed = (len(logits), logits.shape[2])
+    wanted = mixed if target.is_floating_point() else mixed[:1]
+    if target.shape != wanted:
         raise InputError(
             "the target does not fit the logits.",
-            expected=f"{len(logits)} integer classes, shape [{len(logits)}]",
+            expected=f"{len(logits)} integer classes, shape [{len(logits)}],"
+            f" or their shares as floats, shape {list(mixed)}",
             found=f"{target.dtype} of shape {list(target.shape)}",
         )

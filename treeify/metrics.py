@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,12 @@ from treeify.errors import DataError
 from treeify.losses import nested_logits
 from treeify.tree import Tree
 
+# Images [N, 3, H, W], classes [N], and whatever else.
+Batch = tuple[Any, ...]
+
+# Of the calibration error, by confidence from 0 to 1; as many as Guo et al., ICML 2017, take.
+_BINS = 15
+
 
 @dataclass(frozen=True)
 class Score:
@@ -23,11 +30,17 @@ class Score:
         leaves: its size `n`.
         accuracy: images whose class has the largest mean logit, in percent.
         nll: negative log-likelihood of the mean logits, nats per image.
+        calibration_error: how far confidence and accuracy are apart, in percent, in the mean over
+            15 equal bins of confidence weighted by their images (Guo et al., ICML 2017).
+        logit_std: standard deviation of the logits over its leaves (divided by `n`, not `n - 1`),
+            averaged over classes and images; 0 for one leaf.
     """
 
     leaves: int
     accuracy: float
     nll: float
+    calibration_error: float
+    logit_std: float
 
 
 def correct(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
@@ -60,6 +73,22 @@ def nll(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
     return F.cross_entropy(nested.transpose(1, 2), shared, reduction="none")
 
 
+def logit_std(logits: Tensor, tree: Tree) -> Tensor:
+    """How much the leaves of each nested sub-ensemble disagree.
+
+    Args:
+        logits: of every leaf, [N, L, K].
+        tree: the shape the leaves belong to.
+
+    Returns:
+        Standard deviation over the leaves, averaged over classes: [N, B + 1].
+
+    Source: Ruiz & Verbeek, AAAI 2021, section 4 (figures 3 and 9).
+    """
+    sizes = tree.nested_sizes
+    return torch.stack([logits[:, :n].std(1, correction=0).mean(-1) for n in sizes], dim=1)
+
+
 class Scores:
     """Running totals of every nested sub-ensemble's scores over batches.
 
@@ -69,16 +98,49 @@ class Scores:
 
     def __init__(self, tree: Tree) -> None:
         self.tree = tree
-        self.images = 0
-        self._correct = torch.zeros(tree.levels, dtype=torch.int64)
-        self._nll = torch.zeros(tree.levels, dtype=torch.float64)
+        sizes = tree.levels
+        shapes = {
+            "images": (),
+            "correct": (sizes,),
+            "nll": (sizes,),
+            "std": (sizes,),
+            "leaf_correct": (tree.leaves,),
+            "bin_images": (sizes, _BINS),
+            "bin_confidence": (sizes, _BINS),
+            "bin_correct": (sizes, _BINS),
+        }
+        self.totals = {
+            name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()
+        }
+
+    @property
+    def images(self) -> int:
+        """How many were counted."""
+        return int(self.totals["images"])
 
     def add(self, logits: Tensor, target: Tensor) -> None:
         """Count a batch of leaf logits [N, L, K] with classes [N]."""
         logits = logits.detach().float()
-        self.images += len(target)
-        self._correct += correct(logits, target, self.tree).sum(0).cpu()
-        self._nll += nll(logits, target, self.tree).double().sum(0).cpu()
+        confidence, answer = nested_logits(logits, self.tree).softmax(-1).max(-1)
+        right = (answer == target[:, None]).double()
+        bins = F.one_hot((confidence * _BINS).long().clamp(max=_BINS - 1), _BINS).double()
+        found = {
+            "images": torch.tensor(len(target)),
+            "correct": right.sum(0),
+            "nll": nll(logits, target, self.tree).double().sum(0),
+            "std": logit_std(logits, self.tree).double().sum(0),
+            "leaf_correct": (logits.argmax(-1) == target[:, None]).sum(0),
+            "bin_images": bins.sum(0),
+            "bin_confidence": (bins * confidence[..., None]).sum(0),
+            "bin_correct": (bins * right[..., None]).sum(0),
+        }
+        for name, total in self.totals.items():
+            total += found[name].cpu()
+
+    def take(self, totals: Mapping[str, Tensor]) -> None:
+        """Go on from totals noted before."""
+        for name, total in self.totals.items():
+            total.copy_(totals[name])
 
     def result(self) -> tuple[Score, ...]:
         """The scores so far, from one leaf to all `L`.
@@ -88,22 +150,38 @@ class Scores:
         """
         if not self.images:
             raise DataError("there are no images to measure accuracy on.")
+        totals = self.totals
+        gaps = (totals["bin_confidence"] - totals["bin_correct"]).abs().sum(-1)
         return tuple(
-            Score(leaves, 100 * right / self.images, loss / self.images)
-            for leaves, right, loss in zip(
-                self.tree.nested_sizes, self._correct.tolist(), self._nll.tolist(), strict=True
+            Score(leaves, *row)
+            for leaves, row in zip(
+                self.tree.nested_sizes,
+                torch.stack(
+                    [
+                        100 * totals["correct"] / self.images,
+                        totals["nll"] / self.images,
+                        100 * gaps / self.images,
+                        totals["std"] / self.images,
+                    ],
+                    dim=1,
+                ).tolist(),
+                strict=True,
             )
         )
 
+    def leaf_accuracy(self) -> tuple[float, ...]:
+        """Of every single leaf, in percent."""
+        return tuple((100 * self.totals["leaf_correct"] / self.images).tolist())
+
 
 @torch.no_grad()
-def evaluate(
+def measure(
     hne: HierarchicalEnsemble,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     *,
     stop: Callable[[], bool] = lambda: False,
-) -> tuple[Score, ...]:
-    """Score every nested sub-ensemble in evaluation mode, in one pass over the images.
+) -> Scores:
+    """Count every nested sub-ensemble's scores in evaluation mode, in one pass over the images.
 
     Args:
         hne: the ensemble; keeps the mode it was in.
@@ -111,18 +189,32 @@ def evaluate(
         stop: asked before every batch but the first; when it says so, the rest is left out.
 
     Returns:
+        The totals.
+    """
+    was_training = hne.training
+    hne.eval()
+    first = next(hne.parameters())
+    scores = Scores(hne.tree)
+    for images, target, *_ in batches:
+        if scores.images and stop():
+            break
+        if len(images):
+            scores.add(hne(images.to(first.device, first.dtype)), target.to(first.device))
+    hne.train(was_training)
+    return scores
+
+
+def evaluate(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple[Score, ...]:
+    """Score every nested sub-ensemble in evaluation mode, in one pass over the images.
+
+    Args:
+        hne: the ensemble; keeps the mode it was in.
+        batches: images [N, 3, H, W] and classes [N].
+
+    Returns:
         One score per nested size, from one leaf to all `L`.
 
     Raises:
         DataError: there are no images.
     """
-    was_training = hne.training
-    hne.eval()
-    device = next(hne.parameters()).device
-    scores = Scores(hne.tree)
-    for images, target in batches:
-        if scores.images and stop():
-            break
-        scores.add(hne(images.to(device)), target.to(device))
-    hne.train(was_training)
-    return scores.result()
+    return measure(hne, batches).result()

@@ -1,19 +1,12 @@
-"""Recipes: YAML files that say everything about a training run, checked before anything is built.
-
-Unknown keys, wrong types and impossible values are reported all at once, each with its key path,
-its line and the nearest valid key.
-"""
+"""Recipes: all about a training run, in sections that are checked before anything is built."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, get_type_hints
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_type_hints
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -28,7 +21,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
+from timm.optim import list_optimizers
 
 from treeify.data import SOURCES, Data
 from treeify.errors import RecipeError, nearest
@@ -37,8 +31,6 @@ from treeify.registry import Registry
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-KeyPath = tuple[str, ...]
 
 
 class Section(BaseModel):
@@ -53,7 +45,11 @@ class Section(BaseModel):
 
 
 class Named(Section):
-    """A registered function's name, beside it the options of that function."""
+    """A function's name, beside it the options of that function.
+
+    The name is a registered one, or `package.module:function` (or a class, whose instances are
+    called) of your own.
+    """
 
     model_config = ConfigDict(extra="allow")
     registry: ClassVar[Registry]
@@ -68,35 +64,88 @@ class Named(Section):
     @classmethod
     def keys(cls, values: object) -> list[str]:
         """`name` and the options of the function that `values` names."""
-        function = cls.registry.get(str(_get(values, ("name",))))
-        options = _options(function).model_fields if function else {}
-        return ["name", *options]
+        named = values.get("name") if isinstance(values, dict) else None
+        try:
+            function = cls.registry.find(str(named))
+        except RecipeError:
+            return list(cls.model_fields)
+        return [*cls.model_fields, *_options(function).model_fields]
 
     @field_validator("name")
     @classmethod
-    def _is_registered(cls, name: str) -> str:
-        if name not in cls.registry:
+    def _is_known(cls, name: str) -> str:
+        kind = cls.registry.kind
+        if ":" in name:
+            try:
+                cls.registry.find(name)
+            except RecipeError as error:
+                raise PydanticCustomError(
+                    "unknown_name", f"Input should name a {kind}: {error}"
+                ) from error
+        elif name not in cls.registry:
             known = nearest(name, cls.registry) or ", ".join(cls.registry)
-            kind = cls.registry.kind
             raise PydanticCustomError("unknown_name", f"Input should name a {kind}, e.g. {known}")
         return name
 
     @model_validator(mode="after")
     def _fit_function(self) -> Self:
-        options = _options(self.registry[self.name]).model_validate(self.model_extra)
+        options = _options(self.registry.find(self.name)).model_validate(self.model_extra)
         assert self.__pydantic_extra__ is not None
         self.__pydantic_extra__.update(options.model_dump())
         return self
 
 
+class Ramp(Section):
+    """A loss's option that moves in a straight line, step by step, and then stays.
+
+    Args:
+        start: its value at the first step.
+        stop: its value after `epochs`.
+        epochs: how long it moves.
+    """
+
+    start: float
+    stop: float
+    epochs: PositiveFloat
+
+    def at(self, epoch: float) -> float:
+        """The value after so many epochs."""
+        return self.start + (self.stop - self.start) * min(1.0, epoch / self.epochs)
+
+
 class LossRecipe(Named):
-    """A loss of `treeify.losses` and its options."""
+    """A loss of `treeify.losses`, or one of your own, and its options.
+
+    Args:
+        ramps: options that change over the run, e.g. `ramps: {alpha: {start: 0.0, stop: 0.5,
+            epochs: 20}}`.
+    """
 
     registry: ClassVar[Registry] = LOSSES
 
+    ramps: dict[str, Ramp] = {}
+
+    @model_validator(mode="after")
+    def _ramps_fit_function(self) -> Self:
+        known = _options(self.registry.find(self.name))
+        for key, ramp in self.ramps.items():
+            if key not in known.model_fields:
+                raise PydanticCustomError(
+                    "ramp", f"Input should have ramps of the loss's options only, not of {key!r}"
+                )
+            try:
+                known.model_validate({**self.options, key: ramp.start})
+                known.model_validate({**self.options, key: ramp.stop})
+            except ValidationError as error:
+                wanted = error.errors()[0]["msg"].removeprefix("Input should ")
+                raise PydanticCustomError(
+                    "ramp", f"Input should {wanted} at both ends of the ramp of {key}"
+                ) from error
+        return self
+
 
 class DataRecipe(Named):
-    """A data set of `treeify.data` and its options."""
+    """A data set of `treeify.data`, or one of your own, and its options."""
 
     registry: ClassVar[Registry] = SOURCES
 
@@ -106,48 +155,163 @@ class DataRecipe(Named):
         Returns:
             Its training and held-out examples; `DataError` is raised if they cannot be read.
         """
-        data: Data = self.registry[self.name](**self.options)
+        data: Data = self.registry.find(self.name)(**self.options)
         return data
 
 
 class ModelRecipe(Section):
-    """The base model and the tree made of it: the arguments of `treeify.hierarchicalize`."""
+    """The base model and the tree made of it: the arguments of `treeify.hierarchicalize`.
+
+    Args:
+        name: timm, torchvision or `package.module:function`.
+        kwargs: its builder's arguments.
+        pretrained: begin with the trained weights of timm or torchvision; init is then `copy` or
+            `perturb`.
+        splits: how many, or their names.
+        fanout: children per split.
+        init: `fresh`, `copy` or `perturb`.
+    """
 
     name: str
     kwargs: dict[str, JsonValue] = {}
+    pretrained: bool = False
     splits: NonNegativeInt | list[str] = 4
     fanout: int = Field(default=2, ge=2)
     init: Literal["fresh", "copy", "perturb"] = "fresh"
 
-
-class OptimizerRecipe(Section):
-    """Stochastic gradient descent; the defaults are the paper's for CIFAR (appendix A)."""
-
-    lr: PositiveFloat = 0.1
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: NonNegativeFloat = 5e-4
-    nesterov: bool = False
-
     @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> Self:
-        if self.nesterov and not self.momentum:
+    def _uses_pretrained_weights(self) -> Self:
+        if self.pretrained and self.init == "fresh":
             raise PydanticCustomError(
-                "nesterov", "Input should have a momentum above 0 to use nesterov"
+                "pretrained", "Input should have init: perturb (or copy) to use pretrained weights"
             )
         return self
 
 
-class ScheduleRecipe(Section):
-    """Cosine from the learning rate to 0, after a linear warm-up, one step at a time."""
+class OptimizerRecipe(Section):
+    """One of timm's optimizers; the defaults are the paper's for CIFAR (appendix A).
 
+    Args:
+        name: as `timm.optim.list_optimizers()` has them: `momentum` is plain SGD with momentum,
+            `sgd` the same with Nesterov's.
+        lr: learning rate.
+        momentum: of those that have one.
+        weight_decay: of all parameters, or see `filter_bias_and_bn`.
+        filter_bias_and_bn: spare biases and norms the weight decay, as timm does by default.
+        layer_decay: factor of the learning rate from layer to layer, towards the input.
+        options: further arguments of the optimizer, e.g. `{betas: [0.9, 0.95]}`.
+        clip_grad: largest gradient allowed.
+        clip_mode: of what: the `norm` of all, each `value`, or `agc`, adaptive by parameter.
+    """
+
+    name: str = "momentum"
+    lr: PositiveFloat = 0.1
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    weight_decay: NonNegativeFloat = 5e-4
+    filter_bias_and_bn: bool = False
+    layer_decay: float | None = Field(default=None, gt=0, le=1)
+    options: dict[str, JsonValue] = {}
+    clip_grad: PositiveFloat | None = None
+    clip_mode: Literal["norm", "value", "agc"] = "norm"
+
+    @field_validator("name")
+    @classmethod
+    def _is_timms(cls, name: str) -> str:
+        known = [str(own) for own in list_optimizers()]
+        if name not in known:
+            close = nearest(name, known) or ", ".join(known[:8])
+            raise PydanticCustomError(
+                "unknown_name", f"Input should name an optimizer, e.g. {close}"
+            )
+        return name
+
+
+class ScheduleRecipe(Section):
+    """One of timm's learning-rate schedules, one step at a time.
+
+    Args:
+        name: `plateau` is not among them: timm does not keep what it needs to be resumed.
+        epochs: of the whole run.
+        warmup_epochs: from `warmup_lr` to the full rate in a straight line.
+        warmup_lr: at the first step of a warm-up.
+        min_lr: at the end.
+        options: further arguments of `timm.scheduler.create_scheduler_v2`, e.g. `{decay_rate: 0.1,
+            decay_milestones: [100, 150]}`.
+    """
+
+    name: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = (
+        "cosine"
+    )
     epochs: PositiveInt
     warmup_epochs: NonNegativeFloat = 0.0
+    warmup_lr: NonNegativeFloat = 1e-5
+    min_lr: NonNegativeFloat = 0.0
+    options: dict[str, JsonValue] = {}
 
     @model_validator(mode="after")
     def _warms_up_before_the_end(self) -> Self:
         if self.warmup_epochs >= self.epochs:
             raise PydanticCustomError("warmup", "Input should have fewer warmup_epochs than epochs")
         return self
+
+
+class EmaRecipe(Section):
+    """An exponential moving average of the weights, timm's `ModelEmaV3`; it is what is measured.
+
+    Args:
+        decay: of the average, per step.
+        warmup: let the decay grow from 0, for short runs.
+    """
+
+    decay: float = Field(default=0.9999, gt=0, lt=1)
+    warmup: bool = False
+
+
+class MixRecipe(Section):
+    """Mixed images and labels, timm's `Mixup`.
+
+    Args:
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of CutMix, 0 for none.
+        prob: share of batches that are mixed.
+        switch_prob: share of those that CutMix gets where both are on.
+        label_smoothing: taken from the right class and spread over all.
+    """
+
+    mixup: NonNegativeFloat = 0.0
+    cutmix: NonNegativeFloat = 0.0
+    prob: float = Field(default=1.0, ge=0, le=1)
+    switch_prob: float = Field(default=0.5, ge=0, le=1)
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+
+
+class TeacherRecipe(Section):
+    """Another classifier whose answers every nested sub-ensemble learns, besides the loss.
+
+    Args:
+        name: timm or torchvision name with its trained weights, or the directory of an ensemble or
+            run of treeify's.
+        kwargs: its builder's arguments.
+        weight: of this term in the sum.
+        temperature: `T`, dividing the logits of teacher and students.
+    """
+
+    name: str
+    kwargs: dict[str, JsonValue] = {}
+    weight: PositiveFloat = 1.0
+    temperature: PositiveFloat = 2.0
+
+
+class CheckpointsRecipe(Section):
+    """When the run's state is saved: after every epoch, and in between.
+
+    Args:
+        minutes: since the last time.
+        keep: how many of the newest to keep, besides the best.
+    """
+
+    minutes: PositiveFloat = 10.0
+    keep: PositiveInt = 2
 
 
 class Recipe(Section):
@@ -158,9 +322,24 @@ class Recipe(Section):
         model: base model and splits.
         data: data set and its options.
         loss: loss and its options.
-        optimizer: stochastic gradient descent.
+        optimizer: timm's optimizers.
         schedule: epochs and learning rate over time.
-        batch_size: images per training step.
+        batch_size: images per training step, of all processes together.
+        gradient_accumulation: in so many parts a process's share of a step is computed, to save
+            memory; batch norms see one part at a time.
+        mix: mixup and CutMix.
+        ema: moving average of the weights.
+        teacher: another classifier to learn from.
+        precision: `fp32`, `fp64`, or mixed with `bf16` or `fp16`.
+        sync_batch_norm: several processes share the statistics of batch norms.
+        execution: how levels run: `auto`, `packed`, `looped`, or one for each level.
+        tune: measure first which way of running is fastest, and take it where execution is `auto`;
+            two runs may then differ in rounding.
+        compile: run the ensemble through `torch.compile`.
+        checkpoints: when the state is saved.
+        skip_corrupt: so many images that cannot be read are passed over and reported; one more is
+            an error.
+        trackers: where Accelerate also reports to: `tensorboard`, `wandb`, ...
         seed: of the weights, the order of the images and their augmentation.
         workers: processes that prepare images; 0 prepares them in the training process.
         device: `auto` takes CUDA, then MPS, then the CPU.
@@ -176,6 +355,18 @@ class Recipe(Section):
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
     batch_size: PositiveInt = 128
+    gradient_accumulation: PositiveInt = 1
+    mix: MixRecipe | None = None
+    ema: EmaRecipe | None = None
+    teacher: TeacherRecipe | None = None
+    precision: Literal["fp32", "fp64", "bf16", "fp16"] = "fp32"
+    sync_batch_norm: bool = True
+    execution: Literal["auto", "packed", "looped"] | list[Literal["packed", "looped"]] = "auto"
+    tune: bool = False
+    compile: bool = False
+    checkpoints: CheckpointsRecipe = CheckpointsRecipe()
+    skip_corrupt: NonNegativeInt = 0
+    trackers: list[str] = []
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
@@ -184,260 +375,11 @@ class Recipe(Section):
     out: str | None = None
 
 
-def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; nothing is built.
-
-    Args:
-        path: YAML file.
-        overrides: `key.path=value`, the value in YAML, e.g. `optimizer.lr=3e-2`. Naming another
-            loss or data set than the file (`loss.name=independent`) leaves the file's options for
-            the old one behind.
-
-    Returns:
-        The recipe with every default filled in.
-
-    Raises:
-        RecipeError: the file cannot be read, or something in it or in the overrides is wrong; all
-            problems are listed.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"recipe {str(path)!r} cannot be read.",
-            expected="a YAML file",
-            found=str(error),
-        ) from error
-    values, origins, repeated = _parse(text, str(path))
-    problems = [
-        f"{_shown(key, origins)}: the key is there twice, first in line {line}"
-        for key, line in repeated
-    ]
-    problems += _override(values, origins, overrides)
-    return _validate(Recipe, values, origins, problems, f"recipe {str(path)!r}")
-
-
-def data_recipe(options: Sequence[str]) -> DataRecipe:
-    """A data set and its options from `key=value` words.
-
-    Args:
-        options: `name=...` and options of that data set, the values in YAML.
-
-    Returns:
-        The section a recipe would have.
-
-    Raises:
-        RecipeError: a key is unknown or a value wrong; all problems are listed.
-    """
-    values: dict[str, Any] = {}
-    origins: dict[KeyPath, str] = {}
-    problems = _override(values, origins, options)
-    return _validate(DataRecipe, values, origins, problems, "the data set")
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML that `load_recipe` reads back to an equal one."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without surprises in numbers: `1e-4` is one, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
-def _parse(
-    text: str, path: str
-) -> tuple[dict[str, Any], dict[KeyPath, str], list[tuple[KeyPath, int]]]:
-    """A YAML mapping, the line of every key in it, and repeated keys with their first line."""
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-        values = None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"recipe {path!r} is not valid YAML.", found=str(error).replace("\n", "\n  ")
-        ) from error
-    if node is None or not isinstance(values, dict):
-        raise RecipeError(
-            f"recipe {path!r} holds no keys.",
-            expected="a YAML mapping, e.g. 'name: digits'",
-            found=f"{values!r}",
-        )
-    lines: dict[KeyPath, int] = {}
-    repeated = []
-    for key, line in _keys(node):
-        if key in lines:
-            repeated.append((key, lines[key]))
-        lines[key] = line
-    return values, {key: f"line {line}" for key, line in lines.items()}, repeated
-
-
-def _keys(root: yaml.Node) -> Iterator[tuple[KeyPath, int]]:
-    """Path and line of every key below a node; aliases are followed once."""
-    waiting: list[tuple[yaml.Node, KeyPath]] = [(root, ())]
-    seen: set[int] = set()
-    while waiting:
-        node, path = waiting.pop(0)
-        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        for key, value in node.value:
-            inner = (*path, str(key.value))
-            yield inner, key.start_mark.line + 1
-            waiting.append((value, inner))
-
-
-def _override(
-    values: dict[str, Any], origins: dict[KeyPath, str], overrides: Sequence[str]
-) -> list[str]:
-    """Write overrides into the values; return what is wrong with them."""
-    problems = []
-    parsed: list[tuple[KeyPath, Any]] = []
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        path = tuple(key.strip().split("."))
-        if not equals or not all(path):
-            problems.append(f"{override!r} is not of the form key.path=value")
-            continue
-        try:
-            parsed.append((path, yaml.load(text, _Loader)))
-        except yaml.YAMLError as error:
-            problems.append(f"the value of {override!r} is not valid YAML: {error}")
-            continue
-        for depth in range(1, len(path)):
-            origins.setdefault(path[:depth], "command line")
-        origins[path] = "command line"
-    for path, value in parsed:
-        if path[1:] == ("name",) and _get(values, path) != value:
-            _forget_options(values, path[0])
-    for path, value in parsed:
-        problems += _set(values, path, value)
-    return problems
-
-
-def _forget_options(values: dict[str, Any], section: str) -> None:
-    field = Recipe.model_fields.get(section)
-    if field and isinstance(field.annotation, type) and issubclass(field.annotation, Named):
-        values[section] = {}
-
-
-def _set(values: dict[str, Any], path: KeyPath, value: object) -> list[str]:
-    for depth, part in enumerate(path[:-1], start=1):
-        values = values.setdefault(part, {})
-        if not isinstance(values, dict):
-            return [f"{'.'.join(path)} cannot be set: {'.'.join(path[:depth])} is {values!r}"]
-    values[path[-1]] = value
-    return []
-
-
-def _get(values: object, path: KeyPath) -> object:
-    for part in path:
-        values = values.get(part) if isinstance(values, dict) else None
-    return values
-
-
-S = TypeVar("S", bound=Section)
-
-
-def _validate(
-    section: type[S],
-    values: dict[str, Any],
-    origins: Mapping[KeyPath, str],
-    problems: list[str],
-    what: str,
-) -> S:
-    try:
-        checked = section.model_validate(values)
-    except ValidationError as error:
-        problems = problems + _problems(section, values, origins, error.errors())
-    if problems:
-        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise RecipeError("\n  ".join([f"{what} has {count}.", *problems]))
-    return checked
-
-
-def _problems(
-    section: type[Section],
-    values: dict[str, Any],
-    origins: Mapping[KeyPath, str],
-    errors: Sequence[ErrorDetails],
-) -> list[str]:
-    """One line per key that is wrong; the alternatives of a union share a line."""
-    by_key: dict[KeyPath, list[ErrorDetails]] = {}
-    for error in errors:
-        by_key.setdefault(_key_path(error, values), []).append(error)
-    lines = []
-    for key, found in by_key.items():
-        kind = found[0]["type"]
-        if kind == "extra_forbidden":
-            text = f"unknown key{_suggestion(section, key, values)}"
-        elif kind == "missing":
-            text = "required key is missing"
-        else:
-            # pydantic's messages begin "Input should be ...", "String should match ...".
-            wanted = dict.fromkeys(re.sub(r"^\w+ should ", "", error["msg"]) for error in found)
-            text = f"should {' or '.join(wanted)}; found {found[0]['input']!r}"
-        lines.append(f"{_shown(key, origins)}: {text}")
-    return lines
-
-
-def _key_path(error: ErrorDetails, values: object) -> KeyPath:
-    """The error's location without the names pydantic adds for the members of a union."""
-    path: list[str] = []
-    for part in error["loc"]:
-        try:
-            values = values[part]  # type: ignore[index]
-        except (KeyError, IndexError, TypeError):
-            if error["type"] != "missing":
-                break
-        path.append(str(part))
-    return tuple(path)
-
-
-def _suggestion(section: type[Section], key: KeyPath, values: object) -> str:
-    siblings = _valid_keys(section, key[:-1], values)
-    if close := nearest(key[-1], siblings, count=1):
-        return f", did you mean {close}?"
-    elsewhere = [".".join(path) for path in _all_keys(section, values) if path[-1] == key[-1]]
-    if elsewhere:
-        return f", did you mean {elsewhere[0]!r}?"
-    return f"; valid here: {', '.join(siblings)}"
-
-
-def _valid_keys(section: type[Section], path: KeyPath, values: object) -> list[str]:
-    for part in path:
-        inner = section.model_fields[part].annotation
-        assert isinstance(inner, type) and issubclass(inner, Section)
-        section, values = inner, _get(values, (part,))
-    return section.keys(values)
-
-
-def _all_keys(section: type[Section], values: object, path: KeyPath = ()) -> Iterator[KeyPath]:
-    for key in section.keys(values):
-        yield (*path, key)
-        field = section.model_fields.get(key)
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, Section):
-            yield from _all_keys(field.annotation, _get(values, (key,)), (*path, key))
-
-
-def _shown(key: KeyPath, origins: Mapping[KeyPath, str]) -> str:
-    """A key path with the line it, or the nearest key above it, stands in."""
-    above = [key[:depth] for depth in range(len(key), 0, -1)]
-    origin = next((origins[path] for path in above if path in origins), None)
-    shown = ".".join(key) or "the recipe"
-    return f"{shown} ({origin})" if origin else shown
-
-
 @functools.cache
 def _options(function: Callable[..., Any]) -> type[BaseModel]:
     """A model of a function's keyword-only parameters."""
-    hints = get_type_hints(function, include_extras=True)
+    described = vars(function)["__init__"] if isinstance(function, type) else function
+    hints = get_type_hints(described, include_extras=True)
     fields: dict[str, Any] = {
         parameter.name: (
             hints.get(parameter.name, Any),

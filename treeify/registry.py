@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import operator
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from treeify.errors import RecipeError, nearest
@@ -29,11 +33,13 @@ class Registry(dict[str, Callable[..., Any]]):
         return lambda function: self._add(name, function)
 
     def find(self, name: str) -> Callable[..., Any]:
-        """The function registered under `name`.
+        """The function registered under `name`, or `package.module:function` of one's own.
 
         Raises:
             RecipeError: there is none; the message offers the nearest names.
         """
+        if ":" in name:
+            return _import(name, self.kind)
         if name not in self:
             close = nearest(name, self)
             known = ", ".join(sorted(self))
@@ -55,6 +61,25 @@ class Registry(dict[str, Callable[..., Any]]):
             )
         self[name] = function
         return function
+
+
+def _import(name: str, kind: str) -> Callable[..., Any]:
+    """A function from `package.module:function`, the directory the user is in included."""
+    module, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found = operator.attrgetter(attribute)(importlib.import_module(module))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise RecipeError(
+            f"{kind} {name!r} cannot be imported: {error}",
+            expected="package.module:function, or a class whose instances are called",
+        ) from error
+    finally:
+        sys.path.remove(here)
+    if not callable(found):
+        raise RecipeError(f"{kind} {name!r} is a {type(found).__name__}, not a function.")
+    return found  # type: ignore[no-any-return]
 
 
 def _where(function: Callable[..., Any]) -> str:

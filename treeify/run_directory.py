@@ -3,8 +3,10 @@
     recipe.yaml        the recipe with every default filled in
     environment.json   versions, machine and commit
     metrics.jsonl      one line per finished epoch
-    last/ best/        ensembles `treeify.load` reads, with the trainer's state beside them in
-                       `optimizer.safetensors` (momentum, random generators) and `trainer.json`
+    checkpoints/       step-00000360, ...: ensembles `treeify.load` reads, with the trainer's state
+                       beside them (`trainer.json`, `trainer.safetensors`) and, if the recipe has a
+                       moving average, the averaged ensemble in `ema/`
+    last, best         links to two of them
 
 `last` is the newest state, `best` the epoch with the highest held-out accuracy of all leaves:
 chosen on the held-out images, so its own accuracy on them is a little flattering.
@@ -12,41 +14,62 @@ chosen on the held-out images, so its own accuracy on them is a little flatterin
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from treeify import checkpoint
+from treeify import checkpoint, snapshot
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError
-from treeify.recipe import Recipe, dump_recipe
+from treeify.recipe import Recipe
+from treeify.recipe_file import dump_recipe, load_recipe
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-CHECKPOINTS = ("last", "best")
-RUN_FILES = ("recipe.yaml", "environment.json", "metrics.jsonl", *CHECKPOINTS)
-PACKAGES = ("treeify", "torch", "torchvision", "timm", "numpy", "safetensors", "pydantic")
+RECIPE, METRICS, STATES = "recipe.yaml", "metrics.jsonl", "checkpoints"
+LAST, BEST, EMA = "last", "best", "ema"
+CHECKPOINTS = (LAST, BEST)
+RUN_FILES = (RECIPE, "environment.json", METRICS, STATES, *CHECKPOINTS)
+PACKAGES = ("treeify", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+
+# What a run may go on with otherwise than it began; none of it changes the weights.
+_FREE = ("out", "workers", "trackers", "checkpoints", "skip_corrupt")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state of a run.
+
+    Args:
+        hne: the ensemble as it was.
+        state: the trainer's, see `treeify.trainer`.
+        ema: the averaged ensemble, if there is one.
+    """
+
+    hne: HierarchicalEnsemble
+    state: dict[str, Any]
+    ema: HierarchicalEnsemble | None
 
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Writes the files of one run.
+    """Writes and reads the files of one run.
 
     Args:
         path: an existing directory without files of another run.
@@ -56,38 +79,151 @@ class RunDirectory:
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
         """Write what is run and where."""
-        (self.path / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
-        _write_json(self.path / "environment.json", environment(device))
+        snapshot.replace_text(self.path / RECIPE, dump_recipe(recipe))
+        text = json.dumps(environment(device), indent=2) + "\n"
+        snapshot.replace_text(self.path / "environment.json", text)
 
     def append_metrics(self, epoch: DataclassInstance) -> None:
         """Add a line to `metrics.jsonl`."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(epoch)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; one that was cut off is not among them."""
+        file = self.path / METRICS
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(ValueError):
+            found.extend(map(json.loads, lines))
+        return found
 
     def save(
         self,
-        name: Literal["last", "best"],
+        step: int,
         hne: HierarchicalEnsemble,
-        tensors: Mapping[str, Tensor],
-        counters: Mapping[str, Any],
+        ema: HierarchicalEnsemble | None,
+        state: Mapping[str, Any],
+        *,
+        best: bool,
+        keep: int,
     ) -> None:
-        """Write a checkpoint beside the old one, then swap: at any time one of the two is whole.
+        """Write a checkpoint whole, point `last` (and `best`) to it, and remove older ones.
 
         Args:
-            name: which checkpoint.
+            step: names it.
             hne: the ensemble.
-            tensors: the trainer's state that is tensors.
-            counters: the trainer's state that is numbers.
+            ema: the averaged ensemble.
+            state: the trainer's.
+            best: it is the best so far.
+            keep: how many of the newest stay, besides the best.
+
+        Raises:
+            CheckpointError: it cannot be written; the earlier ones are as they were.
         """
-        final, new, old = (self.path / f"{name}{suffix}" for suffix in ("", ".new", ".old"))
-        checkpoint.save(hne, new, overwrite=True)
-        save_file(dict(tensors), new / "optimizer.safetensors")
-        _write_json(new / "trainer.json", counters)
-        if final.exists():
-            final.rename(old)
-        new.rename(final)
-        if old.exists():
-            shutil.rmtree(old)
+
+        def write(draft: Path) -> None:
+            checkpoint.save(hne, draft, overwrite=True)
+            snapshot.write_state(draft, state)
+            if ema is not None:
+                checkpoint.save(ema, draft / EMA)
+
+        final = self.path / STATES / f"step-{step:08d}"
+        snapshot.publish(final, write)
+        snapshot.point(self.path / LAST, final)
+        if best:
+            snapshot.point(self.path / BEST, final)
+        for old in self._states()[:-keep]:
+            if old.name != (self.path / BEST).resolve().name:
+                shutil.rmtree(old)
+
+    def _states(self) -> list[Path]:
+        """Checkpoints, the oldest first."""
+        return sorted((self.path / STATES).glob("step-*"))
+
+    def newest(self, warn: Callable[[str], None]) -> Saved | None:
+        """The newest whole state; None if there is none.
+
+        Metrics written after it are removed, drafts too; damaged states are renamed.
+
+        Args:
+            warn: told about states that are damaged.
+        """
+        for draft in (*self.path.glob(".*"), *(self.path / STATES).glob(".*")):
+            _remove(draft)
+        saved = None
+        for path in reversed(self._states()):
+            if (saved := _read(path, warn)) is not None:
+                snapshot.point(self.path / LAST, path)
+                break
+            path.rename(path.with_name(f"damaged-{path.name}"))
+        done = 0 if saved is None else saved.state["epochs"]
+        rows = [json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= done]
+        snapshot.replace_text(self.path / METRICS, "".join(rows))
+        return saved
+
+    def describe_last(self) -> str:
+        """Where the run can go on from, for messages."""
+        if not (self.path / LAST).exists():
+            return "Nothing was saved yet."
+        return (
+            f"{str(self.path / LAST)!r} holds the last state; go on from it with"
+            f" treeify train {self.path / RECIPE} --resume {self.path}"
+        )
+
+
+def _read(path: Path, warn: Callable[[str], None]) -> Saved | None:
+    """A state; None, with a warning, if it is damaged."""
+    ensembles = [path, *([path / EMA] if (path / EMA).is_dir() else [])]
+    try:
+        state = snapshot.read_state(path)
+        for ensemble in ensembles:
+            checkpoint.read_config(ensemble)
+            with safe_open(ensemble / checkpoint.WEIGHTS, "pt"):  # it notices what is cut off
+                pass
+    except (CheckpointError, OSError, SafetensorError) as error:
+        warn(f"{path} is damaged and put aside; the run goes on from the state before it.\n{error}")
+        return None
+    # Whatever else keeps it from being loaded is no damage.
+    hne, *ema = map(checkpoint.load, ensembles)
+    return Saved(hne, state, ema[0] if ema else None)
+
+
+def check_same(directory: RunDirectory, recipe: Recipe) -> None:
+    """Raise unless a directory holds a run of this recipe.
+
+    Raises:
+        CheckpointError: it holds no run.
+        RecipeError: the run's recipe cannot be read.
+    """
+    file = directory.path / RECIPE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{str(directory.path)!r} holds no run.",
+            expected=f"a directory with {RECIPE}, as treeify train makes it",
+        )
+    own, other = (_flat(found.model_dump()) for found in (recipe, load_recipe(file)))
+    differing = [
+        f"{key}: {own.get(key)!r}, the run has {other.get(key)!r}"
+        for key in sorted(own.keys() | other.keys())
+        if own.get(key) != other.get(key) and key.split(".")[0] not in _FREE
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{str(directory.path)!r} holds a run of another recipe.",
+            expected="the same recipe and overrides as when it began",
+            found="\n    ".join(differing),
+            next_step=f"Go on with it as it began: treeify train {file} --resume {directory.path}",
+        )
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{above}{key}.") if inner else {f"{above}{key}": value}
+    return found
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
@@ -106,11 +242,15 @@ def replaced_run(path: Path) -> RunDirectory:
     """The directory, made if need be, without an earlier run's files; other files stay."""
     path.mkdir(parents=True, exist_ok=True)
     for name in RUN_FILES:
-        if (path / name).is_dir():
-            shutil.rmtree(path / name)
-        else:
-            (path / name).unlink(missing_ok=True)
+        _remove(path / name)
     return RunDirectory(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def new_run(name: str) -> RunDirectory:
@@ -135,10 +275,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
         "argv": sys.argv,
     }
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _version(package: str) -> str | None:

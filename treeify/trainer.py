@@ -1,36 +1,56 @@
-"""Training runs: from a recipe to a trained ensemble, measured after every epoch."""
+"""Training runs: from a recipe to a trained ensemble, measured after every epoch.
+
+One process or several: `torchrun --nproc-per-node 4 -m treeify train RECIPE`, or `accelerate launch
+-m treeify train RECIPE`. Every process computes its share of each step's images; the batch size
+stays what the recipe says.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch.optim import SGD
-from torch.optim.lr_scheduler import LambdaLR
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from timm.data.mixup import Mixup, mixup_target
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, dispatch_clip_grad
+from torch import Tensor, nn
 
-from treeify import losses
+from treeify import checkpoint, losses
 from treeify.api import hierarchicalize
 from treeify.architecture import Architecture
-from treeify.data import Data, loader
+from treeify.batches import Batch, Order, held_out_loader, seed_everything, seed_of, training_loader
+from treeify.data import Data
 from treeify.ensemble import HierarchicalEnsemble
-from treeify.errors import RecipeError, TreeifyError
-from treeify.metrics import Score, Scores, evaluate
-from treeify.recipe import Recipe
-from treeify.run_directory import RunDirectory, check_free, new_run, replaced_run
+from treeify.errors import CheckpointError, DataError, RecipeError, TreeifyError
+from treeify.interrupt import Interrupt
+from treeify.metrics import Score, Scores, measure
+from treeify.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
+from treeify.run_directory import RunDirectory, check_free, check_same, new_run, replaced_run
+from treeify.snapshot import like
+from treeify.sync import SyncedBatchNorms, is_distributed
+
+_PRECISIONS = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 class DivergedError(TreeifyError):
     """The training loss is no longer a number."""
+
+
+class LostProcessError(TreeifyError):
+    """A loader's worker or another process of the run died."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class Step:
         epoch: it belongs to, from 1.
         step: number in its epoch, from 1.
         loss: of its batch.
-        accuracy: of all leaves on this epoch's training images so far, in percent.
+        accuracy: of all leaves on this epoch's training images so far, in percent; of this process.
         lr: learning rate it used.
     """
 
@@ -59,18 +79,22 @@ class Epoch:
     Args:
         epoch: its number, from 1.
         step: training steps since the start of the run.
-        seconds: time for training and evaluation.
+        seconds: time for training and evaluation; since the last resumption, if there was one.
+        waiting: share of the training time spent waiting for images.
         loss: mean training loss.
         train: scores on the augmented training images while training, one per nested size.
         held_out: scores on the held-out images afterwards, one per nested size.
+        skipped: images that could not be read, so far.
     """
 
     epoch: int
     step: int
     seconds: float
+    waiting: float
     loss: float
     train: tuple[Score, ...]
     held_out: tuple[Score, ...]
+    skipped: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +108,8 @@ class Plan:
         epochs: how many.
         steps: training steps per epoch.
         device: where the ensemble is.
+        processes: how many share the work.
+        done: training steps that an earlier part of the run has done.
     """
 
     directory: Path
@@ -92,6 +118,8 @@ class Plan:
     epochs: int
     steps: int
     device: torch.device
+    processes: int
+    done: int
 
 
 @dataclass(frozen=True)
@@ -101,7 +129,7 @@ class Result:
     Args:
         plan: what it set out to do.
         last: the last finished epoch, None if none was.
-        interrupted: Ctrl-C stopped it early; `last/` holds the state it stopped in.
+        interrupted: Ctrl-C or a SIGTERM stopped it early; `last/` holds the state it stopped in.
     """
 
     plan: Plan
@@ -110,7 +138,7 @@ class Result:
 
 
 class Reporter:
-    """Hears how a run goes; does nothing unless a subclass does."""
+    """Hears how a run goes, in the main process; does nothing unless a subclass does."""
 
     def started(self, plan: Plan) -> None:
         """The first step is next."""
@@ -121,47 +149,64 @@ class Reporter:
     def finished_epoch(self, epoch: Epoch) -> None:
         """An epoch is trained, measured and saved."""
 
+    def warned(self, message: str) -> None:
+        """Something is wrong, but the run goes on."""
+
 
 def train(
     recipe: Recipe,
     *,
     out: Path | str | None = None,
     overwrite: bool = False,
+    resume: Path | str | None = None,
     reporter: Reporter | None = None,
 ) -> Result:
     """Train an ensemble from a recipe.
 
-    Ctrl-C (in the main thread) finishes the current step, saves `last` and returns; a second one
-    acts at once.
+    Ctrl-C (in the main thread) or SIGTERM finishes the current step, saves `last` and returns; a
+    second one acts at once.
 
     Args:
         recipe: what to train on what, and how.
         out: run directory, instead of the recipe's.
         overwrite: replace a run that is already in that directory.
+        resume: go on with the run in this directory, from the last state it saved. On the CPU the
+            weights become the same bits as if the run had not been stopped.
         reporter: hears about every step and epoch.
 
     Returns:
         The trained ensemble, its last scores and where the run is.
 
     Raises:
-        RecipeError: the data and the model have different numbers of classes, or the device is not
-            there.
-        CheckpointError: the run directory is not empty.
-        DataError: the data set cannot be read.
+        RecipeError: the data and the model have different numbers of classes, the device is not
+            there, or the run to resume has another recipe.
+        CheckpointError: the run directory is not empty, or a state cannot be written.
+        DataError: the data set cannot be read, or too many images cannot.
         DivergedError: the loss became infinite or not a number.
+        LostProcessError: a loader's worker or another process died.
     """
-    wanted = out or recipe.out
-    if wanted is not None:
-        check_free(Path(wanted), overwrite=overwrite)
     device = resolve_device(recipe.device)
+    state = PartialState(cpu=device.type == "cpu")
+    wanted = out or recipe.out
+    directory = None
+    if resume is not None:
+        directory = RunDirectory(Path(resume))
+        check_same(directory, recipe)
+    elif wanted is not None and state.is_main_process:
+        check_free(Path(wanted), overwrite=overwrite)
     with _threads(recipe.threads):
-        data = recipe.data.load()
-        hne = build(recipe, data).to(device)
-        if recipe.channels_last:  # the images follow: convolutions take their weights' layout
-            hne = hne.to(memory_format=torch.channels_last)
-        directory = new_run(recipe.name) if wanted is None else replaced_run(Path(wanted))
-        directory.describe(recipe, device)
-        return _Run(recipe, data, hne, device, directory, reporter or Reporter()).fit()
+        with state.main_process_first():
+            data = recipe.data.load()
+        saved = None if directory is None else directory.newest(_warn(reporter, state))
+        hne = build(recipe, data) if saved is None else saved.hne
+        check_classes(hne, data)
+        if directory is None:
+            directory = _new_directory(recipe, wanted, device, state)
+        run = _Run(recipe, data, hne, device, directory, _main_only(reporter, state))
+        if saved is not None:
+            run.take(saved.state, saved.ema)
+        with _explained(directory):
+            return run.fit()
 
 
 def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
@@ -178,9 +223,15 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         RecipeError: the data and the model have different numbers of classes.
     """
     model = recipe.model
-    image, _ = data.held_out[0]
+    image = data.example()
+    architecture = Architecture(model.name, model.kwargs)
+    base: nn.Module | Architecture = architecture
+    if model.pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            base = architecture.build(pretrained=True)
     hne = hierarchicalize(
-        Architecture(model.name, model.kwargs),
+        base,
         splits=model.splits,
         fanout=model.fanout,
         init=model.init,
@@ -194,9 +245,10 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
 @torch.no_grad()
 def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
     """Raise RecipeError unless the ensemble has one logit for each class of the data."""
-    image, _ = data.held_out[0]
+    image = data.example()
+    first = next(hne.parameters())
     was_training = hne.training
-    outputs = hne.eval()(image[None].to(next(hne.parameters()).device), leaves=1).shape[-1]
+    outputs = hne.eval()(image[None].to(first.device, first.dtype), leaves=1).shape[-1]
     hne.train(was_training)
     if outputs != len(data.classes):
         raise RecipeError(
@@ -205,22 +257,6 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
             found=f"one with {outputs}",
             next_step=f"Set model.kwargs.num_classes={len(data.classes)}, or its name for it.",
         )
-
-
-def lr_factor(step: int, *, steps: int, warmup: int) -> float:
-    """The share of the full learning rate at a step: linear warm-up, then half a cosine to 0.
-
-    Args:
-        step: number of the step, from 0.
-        steps: of the whole run.
-        warmup: of the warm-up; its last step is the first at the full rate.
-
-    Returns:
-        A factor from 0 to 1.
-    """
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -248,7 +284,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 class _Run:
-    """The state of a training run."""
+    """The state of a training run in one of its processes."""
 
     def __init__(
         self,
@@ -259,144 +295,538 @@ class _Run:
         directory: RunDirectory,
         reporter: Reporter,
     ) -> None:
-        self.hne, self.device, self.directory, self.reporter = hne, device, directory, reporter
-        self.loss = partial(losses.get(recipe.loss.name), **recipe.loss.options)
-        batches = partial(loader, batch_size=recipe.batch_size, workers=recipe.workers)
-        self.train_batches = batches(data.train, shuffle=True, seed=recipe.seed)
-        self.held_out_batches = batches(data.held_out, shuffle=False)
-        self.steps = len(self.train_batches)
-        schedule, rule = recipe.schedule, recipe.optimizer
-        self.optimizer = SGD(hne.parameters(), **rule.model_dump())
-        factor = partial(
-            lr_factor,
-            steps=schedule.epochs * self.steps,
-            warmup=round(schedule.warmup_epochs * self.steps),
+        self.recipe, self.hne, self.directory, self.reporter = recipe, hne, directory, reporter
+        self.accelerator = _accelerator(recipe, device, directory)
+        self.device = self.accelerator.device
+        self.process = self.accelerator.process_index
+        self.processes = self.accelerator.num_processes
+        hne.to(self.device, torch.float64 if recipe.precision == "fp64" else None)
+        if recipe.channels_last:  # the images follow: convolutions take their weights' layout
+            hne.to(memory_format=torch.channels_last)
+        images = len(data.train)  # type: ignore[arg-type]
+        self.order = Order(
+            images,
+            recipe.batch_size,
+            recipe.seed,
+            process=self.process,
+            processes=self.processes,
+            parts=recipe.gradient_accumulation,
         )
-        self.scheduler = LambdaLR(self.optimizer, factor)
-        self.plan = Plan(directory.path, hne, data, schedule.epochs, self.steps, device)
-        self.step = 0
+        self.train_batches = training_loader(data, self.order, recipe.workers)
+        self.held_out_batches = held_out_loader(
+            data.held_out,
+            recipe.batch_size,
+            workers=recipe.workers,
+            process=self.process,
+            processes=self.processes,
+            skip=recipe.skip_corrupt > 0,
+        )
+        self.steps = self.order.steps
+        self.objective = _Objective(recipe, hne, self.device)
+        self.mix = None if recipe.mix is None else _mixing(recipe.mix, len(data.classes))
+        self._tune(data)
+        self.ema = None
+        if recipe.ema is not None:
+            self.ema = ModelEmaV3(hne, recipe.ema.decay, use_warmup=recipe.ema.warmup)
+        self.optimizer = optimizer = _optimizer(recipe, hne)
+        self.scheduler = _scheduler(recipe, optimizer, self.steps)
+        self.model = self.accelerator.prepare_model(hne)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        shared = recipe.sync_batch_norm and is_distributed()
+        self.norms: Callable[[], AbstractContextManager[Any]] = (
+            SyncedBatchNorms if shared else nullcontext
+        )
+        self.step = self.epochs = 0
         self.best = -1.0
-        torch.manual_seed(recipe.seed)  # augmentation and dropout; weights have their own generator
+        self.skipped: set[str] = set()
+        self.total = 0.0
+        self.scores = Scores(hne.tree)
+        self.data = data
+        self.saved = time.monotonic()
+
+    @property
+    def _plan(self) -> Plan:
+        return Plan(
+            self.directory.path,
+            self.hne,
+            self.data,
+            self.recipe.schedule.epochs,
+            self.steps,
+            self.device,
+            self.processes,
+            self.step,
+        )
+
+    def _tune(self, data: Data) -> None:
+        """Measure which way of running is fastest, once for all processes."""
+        self.hne.execution = self.recipe.execution
+        if not self.recipe.tune or self.hne.tunings:
+            return
+        image = data.example()
+        count = max(1, self.recipe.batch_size // (self.processes * self.order.parts))
+        first = next(self.hne.parameters())
+        x = image[None].expand(count, *image.shape).to(first.device, first.dtype)
+        tunings = [None]
+        if self.process == 0:
+            for training in (True, False):
+                self.hne.tune(x, training=training)
+            tunings = [self.hne.tunings]  # type: ignore[list-item]
+        broadcast_object_list(tunings)
+        self.hne.tunings.update(tunings[0])  # type: ignore[call-overload]
 
     def fit(self) -> Result:
-        """Train all epochs, or until Ctrl-C."""
-        last = None
-        self.reporter.started(self.plan)
-        with _Interrupt() as interrupt:
-            for number in range(1, self.plan.epochs + 1):
-                epoch = self._epoch(number, interrupt)
+        """Train what is left of the epochs, or until Ctrl-C."""
+        last = _read_epoch(self.directory.metrics()[-1]) if self.epochs else None
+        self.reporter.started(self._plan)
+        with Interrupt() as interrupt:
+            while self.epochs < self.recipe.schedule.epochs:
+                epoch = self._epoch(interrupt)
                 if epoch is None:
-                    self._save("last")
-                    return Result(self.plan, last, interrupted=True)
+                    self._save()
+                    self._end()
+                    return Result(self._plan, last, interrupted=True)
                 last = epoch
                 self._record(epoch)
                 self.reporter.finished_epoch(epoch)
-        return Result(self.plan, last, interrupted=False)
+        self._end()
+        return Result(self._plan, last, interrupted=False)
 
-    def _epoch(self, number: int, interrupt: _Interrupt) -> Epoch | None:
-        """Train and measure one epoch; None if interrupted before its end."""
-        start = time.perf_counter()
-        scores = Scores(self.hne.tree)
-        total = 0.0
+    def _end(self) -> None:
+        self.accelerator.end_training()
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
+    def _epoch(self, interrupt: Interrupt) -> Epoch | None:
+        """Train what is left of an epoch and measure it; None if interrupted before its end."""
+        begin, waited = time.perf_counter(), 0.0
+        self.order.epoch, self.order.start = self.epochs, self.step - self.epochs * self.steps
         self.hne.train()
-        for index, (images, target) in enumerate(self.train_batches, start=1):
-            lr = float(self.scheduler.get_last_lr()[0])
-            value = self._step(images.to(self.device), target.to(self.device), scores)
-            total += value * len(images)
-            accuracy = scores.result()[-1].accuracy
-            self.reporter.stepped(Step(number, index, value, accuracy, lr))
-            if interrupt.requested:
+        batches = iter(self.train_batches) if self.order.start < self.steps else iter(())
+        for index in range(self.order.start, self.steps):
+            lr = float(self.optimizer.param_groups[0]["lr"])
+            value, idle, (stop, due) = self._step(batches, index, interrupt)
+            waited += idle
+            accuracy = self.scores.result()[-1].accuracy if self.scores.images else math.nan
+            self.reporter.stepped(Step(self.epochs + 1, index + 1, value, accuracy, lr))
+            if stop or (self.processes == 1 and interrupt.requested):
                 return None
-        held_out = evaluate(self.hne, self.held_out_batches, stop=lambda: interrupt.requested)
-        if interrupt.requested:
+            if due:
+                self._save()
+        training = time.perf_counter() - begin
+        held_out = measure(
+            self.hne if self.ema is None else self.ema.module,
+            self._held_out(),
+            stop=lambda: interrupt.requested,  # processes may have different numbers of batches
+        )
+        if self._agreed(interrupt.requested):
             return None
-        seconds = time.perf_counter() - start
-        return Epoch(number, self.step, seconds, total / scores.images, scores.result(), held_out)
+        return Epoch(
+            self.epochs + 1,
+            self.step,
+            time.perf_counter() - begin,
+            waited / training if training else 0.0,
+            self.total / self.order.images,
+            self._together(self.scores).result(),
+            self._together(held_out).result(),
+            self._count_skipped(),
+        )
 
-    def _step(self, images: Tensor, target: Tensor, scores: Scores) -> float:
-        logits = self.hne(images)
-        loss: Tensor = self.loss(logits, target, self.hne.tree)
-        value = loss.item()
+    def _held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.held_out_batches:
+            self._skip(batch)
+            yield batch.images, batch.target
+
+    def _step(
+        self, batches: Iterator[Batch], index: int, interrupt: Interrupt
+    ) -> tuple[float, float, tuple[bool, bool]]:
+        """One step: its loss, seconds spent waiting for images, and whether to stop or save."""
+        loss, waited = torch.zeros((), device=self.device), 0.0
+        for part in range(self.order.parts):
+            begin = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - begin
+            self._skip(batch)
+            loss += self._part(batch, index, part)
+        due = time.monotonic() - self.saved > 60 * self.recipe.checkpoints.minutes
+        value, wishes = self._share(loss, interrupt.requested, due)
         if not math.isfinite(value):
             self._diverged(value)
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
+        clip = self.recipe.optimizer
+        if clip.clip_grad is not None:
+            self.accelerator.unscale_gradients()
+            dispatch_clip_grad(self.hne.parameters(), clip.clip_grad, clip.clip_mode)
         self.optimizer.step()
-        self.scheduler.step()
+        self.optimizer.zero_grad()
         self.step += 1
-        scores.add(logits, target)
-        return value
+        self.scheduler.step_update(self.step)
+        if self.ema is not None:
+            self.ema.update(self.hne, self.step)
+        self.total += value * self.order.size(index)
+        return value, waited, wishes
+
+    def _part(self, batch: Batch, index: int, part: int) -> Tensor:
+        """Forward and backward of a part of this process's share; its part of the loss."""
+        seed_everything(seed_of("step", self.recipe.seed, self.step, part, self.process))
+        dtype = next(self.hne.parameters()).dtype
+        images = batch.images.to(self.device, dtype, non_blocking=True)
+        target = batch.target.to(self.device, non_blocking=True)
+        labels = target
+        if self.mix is not None:
+            images, labels = _mixed(self.mix, images, target)
+        weight = self.order.weight(index, part)
+        is_last = part == self.order.parts - 1
+        with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with self.norms():
+                logits = self.model(images)
+            loss = self.objective(logits, labels, images, self.step / self.steps)
+            # Gradients are averaged over processes, the shares of a step are summed.
+            self.accelerator.backward(loss * (weight * self.processes))
+        if weight:
+            self.scores.add(logits, target)
+        return loss.detach() * weight
+
+    def _share(self, loss: Tensor, stop: bool, due: bool) -> tuple[float, tuple[bool, bool]]:
+        """The loss of all processes' shares, and whether one of them is to stop or to save."""
+        if self.processes == 1:
+            return loss.item(), (stop, due)
+        shared = torch.stack([loss, *(torch.full_like(loss, float(wish)) for wish in (stop, due))])
+        dist.all_reduce(shared)
+        value, *wishes = shared.tolist()
+        return value, (bool(wishes[0]), bool(wishes[1]))
+
+    def _agreed(self, wish: bool) -> bool:
+        """Whether any process wishes it."""
+        if self.processes == 1:
+            return wish
+        flag = torch.tensor(float(wish), device=self.device)
+        dist.all_reduce(flag)
+        return bool(flag)
+
+    def _together(self, scores: Scores) -> Scores:
+        """The totals of all processes."""
+        found = Scores(scores.tree)
+        for name, total in scores.totals.items():
+            shared = total.to(self.device, copy=True)
+            if self.processes > 1:
+                dist.all_reduce(shared)
+            found.totals[name].copy_(shared)
+        return found
+
+    def _skip(self, batch: Batch) -> None:
+        """Note images that could not be read.
+
+        Raises:
+            DataError: they are more than the recipe allows.
+        """
+        self.skipped.update(batch.skipped)
+        if len(self.skipped) > self.recipe.skip_corrupt:
+            some = sorted(self.skipped)[:5]
+            raise DataError(
+                f"{len(self.skipped)} images cannot be read.",
+                expected=f"at most {self.recipe.skip_corrupt} (skip_corrupt)",
+                found=", ".join(some) + (", ..." if len(self.skipped) > len(some) else ""),
+                next_step="Replace or remove them, or allow more: skip_corrupt=100.",
+            )
+
+    def _count_skipped(self) -> int:
+        return len(set(gather_object(sorted(self.skipped))))
 
     def _diverged(self, loss: float) -> None:
-        last = self.directory.path / "last"
         raise DivergedError(
             f"the loss is {loss} in epoch {self.step // self.steps + 1}, "
             f"step {self.step % self.steps + 1}.",
             expected="a finite number",
-            found=f"a learning rate of {self.scheduler.get_last_lr()[0]:.3g} in this step",
-            next_step="Try a smaller optimizer.lr or a longer schedule.warmup_epochs. "
-            + (f"{str(last)!r} holds the last whole epoch." if last.exists() else ""),
+            found=f"a learning rate of {self.optimizer.param_groups[0]['lr']:.3g} in this step",
+            next_step="Try a smaller optimizer.lr, a longer schedule.warmup_epochs or"
+            f" optimizer.clip_grad=1. {self.directory.describe_last()}",
         )
 
     def _record(self, epoch: Epoch) -> None:
-        """Write the epoch's metrics and checkpoints."""
-        self.directory.append_metrics(epoch)
+        """Write the epoch's metrics and checkpoint."""
+        self.epochs, self.total, self.scores = epoch.epoch, 0.0, Scores(self.hne.tree)
         accuracy = epoch.held_out[-1].accuracy
         better = accuracy > self.best
         self.best = max(self.best, accuracy)
-        self._save("last")
-        if better:
-            self._save("best")
+        if self.accelerator.is_main_process:
+            self.directory.append_metrics(epoch)
+        self.accelerator.log(_flat(epoch), step=self.step)
+        self._save(best=better)
 
-    def _save(self, name: Literal["last", "best"]) -> None:
-        self.directory.save(name, self.hne, self._tensors(), self._counters())
+    def _save(self, *, best: bool = False) -> None:
+        together = self._together(self.scores)
+        skipped = sorted(set(gather_object(sorted(self.skipped))))
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "step": self.step,
+                "epochs": self.epochs,
+                "steps_per_epoch": self.steps,
+                "best_accuracy": self.best,
+                "loss": self.total,
+                "scores": together.totals,
+                "skipped": skipped,
+                "optimizer": self.optimizer.state_dict(),
+                "scaler": None if scaler is None else scaler.state_dict(),
+            }
+            ema = None if self.ema is None else self.ema.module
+            keep = self.recipe.checkpoints.keep
+            self.directory.save(self.step, self.hne, ema, state, best=best, keep=keep)
+        self.accelerator.wait_for_everyone()
+        self.saved = time.monotonic()
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Momentum by parameter name, and the states of the random generators."""
-        generator = self.train_batches.generator
-        assert generator is not None
-        tensors = {"rng.torch": torch.get_rng_state(), "rng.order": generator.get_state()}
-        if self.device.type == "cuda":
-            tensors["rng.cuda"] = torch.cuda.get_rng_state(self.device)
-        for name, parameter in self.hne.named_parameters():
-            for key, value in self.optimizer.state[parameter].items():
-                if isinstance(value, Tensor):
-                    tensors[f"{key}.{name}"] = value.contiguous()
-        return tensors
+    def take(self, state: dict[str, Any], ema: HierarchicalEnsemble | None) -> None:
+        """Go on from a saved state.
 
-    def _counters(self) -> dict[str, Any]:
-        return {
-            "epoch": self.step // self.steps,
-            "step": self.step,
-            "steps_per_epoch": self.steps,
-            "best_accuracy": self.best,
-            "lr": float(self.scheduler.get_last_lr()[0]),
-        }
+        Raises:
+            CheckpointError: it was saved on other data.
+        """
+        if state["steps_per_epoch"] != self.steps:
+            raise CheckpointError(
+                f"{self.directory.path} was trained on other data.",
+                expected=f"{state['steps_per_epoch']} steps per epoch",
+                found=f"{self.steps}",
+            )
+        self.step, self.epochs = state["step"], state["epochs"]
+        self.best, self.total = state["best_accuracy"], state["loss"]
+        if self.process == 0:  # the totals of all processes
+            self.scores.take(state["scores"])
+        self.skipped = set(state["skipped"])
+        self.optimizer.load_state_dict(_laid_out(state["optimizer"], self.optimizer))
+        self.scheduler.step_update(self.step)
+        if state["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None and ema is not None:
+            self.ema.module.load_state_dict(ema.state_dict())
 
 
-class _Interrupt:
-    """While entered, the first Ctrl-C is a request; the next one does what it did before."""
+class _Objective:
+    """The recipe's loss, and its teacher's, at any time of the run."""
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: Any = None
+    def __init__(self, recipe: Recipe, hne: HierarchicalEnsemble, device: torch.device) -> None:
+        self.tree, self.recipe = hne.tree, recipe.loss
+        self.loss = _loss(recipe.loss)
+        self.teacher: Callable[[Tensor], Tensor] | None = None
+        self.weight = self.temperature = 0.0
+        if recipe.teacher is not None:
+            self.teacher = load_teacher(recipe.teacher, next(hne.parameters()), device)
+            self.weight, self.temperature = recipe.teacher.weight, recipe.teacher.temperature
 
-    def __enter__(self) -> _Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._request)
-        return self
+    def __call__(self, logits: Tensor, target: Tensor, images: Tensor, epoch: float) -> Tensor:
+        ramps = {key: ramp.at(epoch) for key, ramp in self.recipe.ramps.items()}
+        loss = self.loss(logits, target, self.tree, **ramps)
+        if self.teacher is not None:
+            answers = self.teacher(images)
+            distilled = losses.from_teacher(
+                logits, answers, self.tree, temperature=self.temperature
+            )
+            loss = loss + self.weight * distilled
+        return loss
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
 
-    def _request(self, *_: object) -> None:
-        self.requested = True
-        self._restore()
+def _loss(recipe: LossRecipe) -> Callable[..., Tensor]:
+    function = losses.get(recipe.name)
+    if not isinstance(function, type):
+        return partial(function, **recipe.options)
 
-    def _restore(self) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            self._before = None
+    def call(*args: Any, **ramps: Any) -> Tensor:
+        found: Tensor = function(**{**recipe.options, **ramps})(*args)
+        return found
+
+    return call
+
+
+def load_teacher(
+    recipe: TeacherRecipe, like: Tensor, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """A classifier's answers, `[N, C, H, W] -> [N, K]`.
+
+    Args:
+        recipe: which one.
+        like: gives its dtype.
+        device: where it runs.
+
+    Raises:
+        ModelError: there is no such model, or its weights cannot be had.
+        CheckpointError: the directory holds no ensemble.
+    """
+    path = Path(recipe.name)
+    if path.is_dir():
+        path = path / "last" if (path / "last").is_dir() else path
+        teacher: nn.Module = checkpoint.load(path)
+    else:
+        teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
+    teacher.to(device, like.dtype).eval().requires_grad_(False)
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = teacher(images)
+        return logits.mean(1) if isinstance(teacher, HierarchicalEnsemble) else logits
+
+    return answer
+
+
+def _optimizer(recipe: Recipe, hne: HierarchicalEnsemble) -> torch.optim.Optimizer:
+    rule, create = (
+        recipe.optimizer,
+        cast("Callable[..., torch.optim.Optimizer]", create_optimizer_v2),
+    )
+    try:
+        return create(
+            hne,
+            rule.name,
+            lr=rule.lr,
+            weight_decay=rule.weight_decay,
+            momentum=rule.momentum,
+            filter_bias_and_bn=rule.filter_bias_and_bn,
+            layer_decay=rule.layer_decay,
+            **rule.options,
+        )
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise RecipeError(
+            f"optimizer {rule.name!r} cannot be made: {error}",
+            expected="options that timm.optim.create_optimizer_v2 takes for it",
+        ) from error
+
+
+def _scheduler(recipe: Recipe, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    schedule, create = recipe.schedule, cast("Callable[..., Any]", create_scheduler_v2)
+    try:
+        scheduler, _ = create(
+            optimizer,
+            schedule.name,
+            num_epochs=schedule.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=schedule.warmup_lr,
+            min_lr=schedule.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps,
+            **schedule.options,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RecipeError(
+            f"schedule {schedule.name!r} cannot be made: {error}",
+            expected="options that timm.scheduler.create_scheduler_v2 takes",
+        ) from error
+    return scheduler
+
+
+def _accelerator(recipe: Recipe, device: torch.device, directory: RunDirectory) -> Accelerator:
+    # One process may train several recipes; Accelerate keeps the first one's settings otherwise.
+    AcceleratorState._reset_state()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    try:
+        accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            mixed_precision=_PRECISIONS[recipe.precision],
+            log_with=list(recipe.trackers) or None,
+            project_dir=directory.path,
+            dynamo_backend="inductor" if recipe.compile else None,
+        )
+    except ValueError as error:
+        raise RecipeError(
+            f"this run cannot be set up: {error}",
+            next_step="Set precision=fp32, or other trackers.",
+        ) from error
+    if recipe.trackers:
+        accelerator.init_trackers(recipe.name)
+        missing = sorted(set(recipe.trackers) - {tracker.name for tracker in accelerator.trackers})
+        if missing and accelerator.is_main_process:
+            raise RecipeError(
+                f"trackers {', '.join(missing)} are not there.",
+                next_step="Install them, e.g. pip install 'treeify[tensorboard]'.",
+            )
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # it would take the configuration for another run
+                tracker.store_init_configuration({"recipe": json.dumps(recipe.model_dump())})
+    return accelerator
+
+
+def _laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """An optimizer's state in the parameters' memory formats, in which it was computed."""
+    parameters = [own for group in optimizer.param_groups for own in group["params"]]
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                values[key] = like(value, parameters[int(index)])
+    return state
+
+
+def _mixing(recipe: MixRecipe, classes: int) -> Mixup:
+    return Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.prob,
+        switch_prob=recipe.switch_prob,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=classes,
+    )
+
+
+def _mixed(mix: Mixup, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixed images and the shares of their classes; the last of an odd number stays as it is."""
+    even = len(images) // 2 * 2
+    smooth: Tensor = mixup_target(target, mix.num_classes, 1.0, mix.label_smoothing)  # type: ignore[no-untyped-call]
+    smooth = smooth.to(images.dtype)
+    if even:
+        images, labels = images.clone(), smooth.clone()
+        images[:even], labels[:even] = mix(images[:even].clone(), target[:even])
+        return images, labels
+    return images, smooth
+
+
+def _new_directory(
+    recipe: Recipe, wanted: Path | str | None, device: torch.device, state: PartialState
+) -> RunDirectory:
+    """Made by the main process, known to all."""
+    path = [""]
+    if state.is_main_process:
+        directory = new_run(recipe.name) if wanted is None else replaced_run(Path(wanted))
+        directory.describe(recipe, device)
+        path = [str(directory.path)]
+    broadcast_object_list(path)
+    return RunDirectory(Path(path[0]))
+
+
+def _main_only(reporter: Reporter | None, state: PartialState) -> Reporter:
+    return reporter if reporter is not None and state.is_main_process else Reporter()
+
+
+def _warn(reporter: Reporter | None, state: PartialState) -> Callable[[str], None]:
+    return _main_only(reporter, state).warned
+
+
+def _flat(epoch: Epoch) -> dict[str, float]:
+    """What trackers are told."""
+    found = {"loss": epoch.loss, "seconds": epoch.seconds, "waiting": epoch.waiting}
+    for part in ("train", "held_out"):
+        for score in getattr(epoch, part):
+            for name, value in asdict(score).items():
+                found[f"{part}/{name}/{score.leaves}"] = value
+    return found
+
+
+def _read_epoch(row: dict[str, Any]) -> Epoch:
+    """A line of `metrics.jsonl`."""
+    scores = {part: tuple(Score(**own) for own in row[part]) for part in ("train", "held_out")}
+    return Epoch(**{**row, **scores})
+
+
+@contextmanager
+def _explained(directory: RunDirectory) -> Iterator[None]:
+    """Turn what a dead worker or process leaves behind into one clear message."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = str(error)
+        lost = "DataLoader worker" in text or isinstance(error, dist.DistError)
+        if not (lost or "Connection" in text or "gloo" in text):
+            raise
+        raise LostProcessError(
+            "a process of this run died.",
+            found=text.splitlines()[0],
+            next_step="Often memory ran out: see the system's log, or set fewer workers. "
+            + directory.describe_last(),
+        ) from error
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import json
 import math
 import signal
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,15 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 import treeify
-from treeify import data, losses, trainer
+from treeify import losses, snapshot, trainer
+from treeify.batches import held_out_loader
 from treeify.cli.eval import evaluate
 from treeify.cli.train import train as train_command
 from treeify.errors import CheckpointError, DataError, RecipeError
-from treeify.metrics import evaluate as measure
-from treeify.recipe import LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe, load_recipe
-from treeify.trainer import DivergedError, Epoch, Plan, Reporter, Step, lr_factor, train
+from treeify.metrics import evaluate as score
+from treeify.recipe import LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
+from treeify.recipe_file import load_recipe
+from treeify.trainer import DivergedError, Epoch, Plan, Reporter, Step, train
 
 RECIPE = """\
 name: tiny
@@ -88,6 +89,7 @@ def test_a_run_leaves_everything_behind(recipe: Recipe) -> None:
     assert not result.interrupted
     assert sorted(path.name for path in directory.iterdir()) == [
         "best",
+        "checkpoints",
         "environment.json",
         "last",
         "metrics.jsonl",
@@ -111,10 +113,10 @@ def test_a_run_leaves_everything_behind(recipe: Recipe) -> None:
 
 def test_checkpoints_load_and_score_as_recorded(recipe: Recipe) -> None:
     result = train(recipe)
-    batches = [next(iter(data.loader(recipe.data.load().held_out, 2000, shuffle=False)))]
+    batches = list(held_out_loader(recipe.data.load().held_out, 2000))
     loaded = treeify.load(result.plan.directory / "last")
-    for score, expected in zip(measure(loaded, batches), result.last.held_out, strict=True):
-        assert (score.leaves, score.accuracy) == (expected.leaves, expected.accuracy)
+    for found, expected in zip(score(loaded, batches), result.last.held_out, strict=True):
+        assert (found.leaves, found.accuracy) == (expected.leaves, expected.accuracy)
     images = batches[0][0][:5]
     assert_close(loaded(images), result.plan.hne.eval()(images))
 
@@ -122,32 +124,28 @@ def test_checkpoints_load_and_score_as_recorded(recipe: Recipe) -> None:
 def test_a_checkpoint_holds_the_trainers_state(recipe: Recipe) -> None:
     last = train(recipe).plan.directory / "last"
     assert {path.suffix for path in last.iterdir()} == {".safetensors", ".json"}
-    counters = json.loads((last / "trainer.json").read_text())
-    assert (counters["epoch"], counters["step"]) == (2, 2 * STEPS)
-    tensors = load_file(last / "optimizer.safetensors")
-    momenta = {name.removeprefix("momentum_buffer.") for name in tensors if "momentum" in name}
-    parameters = dict(treeify.load(last).named_parameters())
-    assert momenta == set(parameters)
-    for name in momenta:
-        assert tensors[f"momentum_buffer.{name}"].shape == parameters[name].shape
-    torch.Generator().set_state(tensors["rng.order"])
-    torch.Generator().set_state(tensors["rng.torch"])
+    state = snapshot.read_state(last)
+    assert (state["epochs"], state["step"]) == (2, 2 * STEPS)
+    parameters = list(treeify.load(last).parameters())
+    momenta = [own["momentum_buffer"] for own in state["optimizer"]["state"].values()]
+    assert [own.shape for own in momenta] == [own.shape for own in parameters]
 
 
 def test_best_is_the_epoch_with_the_highest_accuracy(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured = trainer.evaluate
-    accuracies = iter([50.0, 20.0])
+    measured = trainer.measure
+    shares = iter([0.5, 0.2])
 
     def falling(*args, **kwargs):
-        *others, last = measured(*args, **kwargs)
-        return (*others, type(last)(last.leaves, next(accuracies), last.nll))
+        scores = measured(*args, **kwargs)
+        scores.totals["correct"][-1] = scores.images * next(shares)
+        return scores
 
-    monkeypatch.setattr(trainer, "evaluate", falling)
+    monkeypatch.setattr(trainer, "measure", falling)
     directory = train(recipe).plan.directory
-    epochs = [json.loads((directory / n / "trainer.json").read_text()) for n in ("best", "last")]
-    assert [counters["epoch"] for counters in epochs] == [1, 2]
+    states = [snapshot.read_state(directory / name) for name in ("best", "last")]
+    assert [state["epochs"] for state in states] == [1, 2]
 
 
 def test_the_same_seed_gives_the_same_weights(recipe: Recipe) -> None:
@@ -172,7 +170,7 @@ def test_ctrl_c_finishes_the_step_and_saves(recipe: Recipe, step: int, epochs: i
     assert result.interrupted
     assert (result.last.epoch if result.last else 0) == epochs
     last = result.plan.directory / "last"
-    assert json.loads((last / "trainer.json").read_text())["step"] == step
+    assert snapshot.read_state(last)["step"] == step
     images = torch.zeros(2, 3, 8, 8)
     assert_close(treeify.load(last)(images), result.plan.hne.eval()(images))
 
@@ -201,8 +199,7 @@ def test_a_diverged_loss_is_an_error_and_keeps_the_last_state(
     recipe = recipe.model_copy(update={"loss": LossRecipe(name="exploding")})
     with pytest.raises(DivergedError, match=f"(?s){value}.* in epoch 2, step 1.*last"):
         train(recipe)
-    state = json.loads(Path("runs/tiny/last/trainer.json").read_text())
-    assert state["step"] == STEPS
+    assert snapshot.read_state(Path("runs/tiny/last"))["step"] == STEPS
     assert all(torch.isfinite(tensor).all() for tensor in weights(Path("runs/tiny/last")).values())
 
 
@@ -256,20 +253,128 @@ def test_overwrite_replaces_the_run_and_nothing_else(recipe: Recipe) -> None:
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_the_learning_rate_warms_up_then_follows_half_a_cosine() -> None:
-    factors = [lr_factor(step, steps=100, warmup=10) for step in range(101)]
-    assert factors[:11] == pytest.approx([(step + 1) / 11 for step in range(11)])
-    assert factors[55] == pytest.approx(0.5)
-    assert factors[100] == pytest.approx(0)
-    assert all(a >= b for a, b in pairwise(factors[10:]))
-    assert lr_factor(0, steps=100, warmup=0) == 1
-
-
 def test_each_step_uses_its_own_learning_rate(recipe: Recipe) -> None:
     recorder = Recorder()
-    train(recipe, reporter=recorder)
-    expected = [0.05 * lr_factor(step, steps=2 * STEPS, warmup=0) for step in range(2 * STEPS)]
-    assert [step.lr for step in recorder.of(Step)] == pytest.approx(expected)
+    schedule = ScheduleRecipe(epochs=4, warmup_epochs=1, warmup_lr=0.01)
+    train(recipe.model_copy(update={"schedule": schedule}), reporter=recorder)
+    found = [step.lr for step in recorder.of(Step)]
+    warming = [0.01 + 0.04 * step / STEPS for step in range(STEPS)]
+    cosine = [
+        0.025 * (1 + math.cos(math.pi * step / (4 * STEPS))) for step in range(STEPS, 4 * STEPS)
+    ]
+    assert found == pytest.approx([*warming, *cosine])
+
+
+def test_a_schedule_or_optimizer_of_timm_is_used_by_name(recipe: Recipe) -> None:
+    recorder = Recorder()
+    schedule = ScheduleRecipe(
+        name="multistep", epochs=3, options={"decay_milestones": [1, 2], "decay_rate": 0.1}
+    )
+    rule = OptimizerRecipe(
+        name="lamb", lr=1e-3, options={"betas": [0.8, 0.9]}, filter_bias_and_bn=True, clip_grad=1.0
+    )
+    train(recipe.model_copy(update={"schedule": schedule, "optimizer": rule}), reporter=recorder)
+    lrs = [step.lr for step in recorder.of(Step)][::STEPS]
+    assert lrs == pytest.approx([1e-3, 1e-4, 1e-5])
+    groups = snapshot.read_state(Path("runs/tiny/last"))["optimizer"]["param_groups"]
+    assert sorted(group["weight_decay"] for group in groups) == [0, 5e-4]
+    assert groups[0]["betas"] == [0.8, 0.9]
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        ("optimizer.options={no_such: 1}", "optimizer 'momentum' cannot be made.*no_such"),
+        ("schedule.options={no_such: 1}", "schedule 'cosine' cannot be made.*no_such"),
+        ("trackers=[tensorbored]", "this run cannot be set up.*tensorbored"),
+    ],
+)
+def test_options_timm_or_accelerate_does_not_know(
+    recipe_file: Path, override: str, match: str
+) -> None:
+    with pytest.raises(RecipeError, match=f"(?s){match}"):
+        train(load_recipe(recipe_file, [override]))
+
+
+def test_losses_of_ones_own_and_ramps(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(recipe_file.parent)
+    (recipe_file.parent / "own_losses.py").write_text(
+        "from torch.nn import functional as F\n\n"
+        "seen = []\n\n\n"
+        "class Weighted:\n"
+        "    def __init__(self, *, weight: float = 1.0):\n"
+        "        self.weight = weight\n\n"
+        "    def __call__(self, logits, target, tree):\n"
+        "        seen.append(self.weight)\n"
+        "        return self.weight * F.cross_entropy(logits.mean(1), target)\n"
+    )
+    ramp = "loss.ramps={weight: {start: 1.0, stop: 2.0, epochs: 1}}"
+    recipe = load_recipe(recipe_file, ["loss.name=own_losses:Weighted", ramp])
+    train(recipe)
+    import own_losses
+
+    assert own_losses.seen == pytest.approx([1, 4 / 3, 5 / 3, 2, 2, 2])
+    for override, match in (
+        ("loss.ramps={wait: {start: 1.0, stop: 2.0, epochs: 1}}", "not of 'wait'"),
+        ("loss.name=own_losses:Missing", "cannot be imported"),
+        ("loss.wait=1.0", "did you mean 'weight'"),
+    ):
+        with pytest.raises(RecipeError, match=match):
+            load_recipe(recipe_file, ["loss.name=own_losses:Weighted", override])
+
+
+def test_an_ensemble_can_be_the_teacher(recipe: Recipe, recipe_file: Path) -> None:
+    train(recipe, out="old")
+    plain = train(recipe, out="plain").last
+    taught = train(load_recipe(recipe_file, ["teacher={name: old, weight: 3.0}"]), out="taught")
+    assert plain is not None and taught.last is not None
+    assert taught.last.loss > plain.loss
+    assert not torch.equal(
+        weights(Path("plain/last"))["head.weight"], weights(Path("taught/last"))["head.weight"]
+    )
+    with pytest.raises(treeify.errors.ModelError):
+        train(load_recipe(recipe_file, ["teacher={name: no_such_model}"]), out="third")
+
+
+def test_a_moving_average_is_measured_and_saved(recipe: Recipe, recipe_file: Path) -> None:
+    result = train(load_recipe(recipe_file, ["ema={decay: 0.5}"]))
+    directory = result.plan.directory
+    averaged = treeify.load(directory / "last" / "ema")
+    batches = list(held_out_loader(recipe.data.load().held_out, 2000))
+    assert result.last is not None
+    found = [own.accuracy for own in score(averaged, batches)]
+    assert found == [own.accuracy for own in result.last.held_out]
+    raw = treeify.load(directory / "last").state_dict()
+    assert not torch.equal(raw["head.weight"], averaged.state_dict()["head.weight"])
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_other_precisions_train(recipe_file: Path, precision: str) -> None:
+    result = train(load_recipe(recipe_file, [f"precision={precision}"]))
+    assert result.last is not None and math.isfinite(result.last.loss)
+    dtype = {"bf16": torch.float32, "fp64": torch.float64}[precision]
+    assert weights(result.plan.directory / "last")["head.weight"].dtype is dtype
+
+
+def test_tuned_and_fixed_executions_train(recipe_file: Path) -> None:
+    tuned = train(load_recipe(recipe_file, ["tune=true", "schedule.epochs=1"])).plan
+    assert {situation.training for situation in tuned.hne.tunings} == {True, False}
+    assert treeify.load(tuned.directory / "last").tunings == tuned.hne.tunings
+    looped = train(load_recipe(recipe_file, ["execution=[packed, looped, looped]"])).plan
+    assert looped.hne.execution == ("packed", "looped", "looped")
+
+
+def test_trackers_are_told(recipe_file: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = train(load_recipe(recipe_file, ["trackers=[tensorboard]"]))
+    (events,) = result.plan.directory.rglob("events.out.*")
+    found = EventAccumulator(str(events.parent)).Reload()
+    accuracy = found.Scalars("held_out/accuracy/4")
+    assert [own.step for own in accuracy] == [STEPS, 2 * STEPS]
+    assert result.last is not None
+    assert accuracy[-1].value == pytest.approx(result.last.held_out[-1].accuracy)
 
 
 def test_the_commands_print_plain_tables(recipe_file: Path) -> None:
@@ -330,5 +435,6 @@ def test_the_resolved_recipe_states_every_option(recipe: Recipe) -> None:
         "alpha": 0.5,
         "temperature": 2.0,
         "scale_by_t2": False,
+        "ramps": {},
     }
     assert written["data"]["split_seed"] == 0

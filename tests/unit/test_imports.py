@@ -41,10 +41,15 @@ LAYERS = (
     "losses",
     "metrics",
     "data",
+    "batches",
     "recipe",
+    "recipe_file",
     "cost",
     "checkpoint",
+    "snapshot",
     "run_directory",
+    "interrupt",
+    "sync",
     "trainer",
     "coverage",
     "proof",
@@ -52,6 +57,7 @@ LAYERS = (
     "report",
     "export",
     "cli",
+    "__main__",
 )
 
 FILES = sorted(ROOT.rglob("*.py"))

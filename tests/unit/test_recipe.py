@@ -5,7 +5,8 @@ import pytest
 
 from treeify import losses
 from treeify.errors import DataError, RecipeError
-from treeify.recipe import Recipe, data_recipe, dump_recipe, load_recipe
+from treeify.recipe import Recipe
+from treeify.recipe_file import data_recipe, dump_recipe, load_recipe
 
 GOOD = """\
 name: small
@@ -105,7 +106,7 @@ def test_a_registered_loss_brings_its_options(
         (
             "epochs: 3",
             "epochs: 3\n  zzz: 1",
-            "schedule.zzz (line 16): unknown key; valid here: epo",
+            "schedule.zzz (line 16): unknown key; valid here: name, epo",
         ),
         (
             "epochs: 3",

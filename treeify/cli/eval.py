@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 
 from treeify import checkpoint
+from treeify.batches import held_out_loader
 from treeify.cli.saved import checkpoint_in, data_section
 from treeify.cli.scores import score_rows, score_table
-from treeify.data import loader
-from treeify.metrics import evaluate as score
+from treeify.metrics import measure
 from treeify.trainer import check_classes, resolve_device
 
 
@@ -54,8 +54,8 @@ def evaluate(
     hne = checkpoint.load(path).to(resolve_device(device))
     images = section.load()
     check_classes(hne, images)
-    batches = loader(images.held_out, batch_size, shuffle=False, workers=workers)
-    scores = score(hne, batches)
+    batches = held_out_loader(images.held_out, batch_size, workers=workers)
+    scores = measure(hne, batches).result()
     if as_json:
         found = {"ensemble": str(path), "split": images.split, "scores": score_rows(hne, scores)}
         typer.echo(json.dumps(found, indent=2))

@@ -20,7 +20,8 @@ from treeify import data
 from treeify.architecture import TIMM, TORCHVISION, Architecture
 from treeify.cli.saved import recipe_of
 from treeify.errors import DataError, InputError
-from treeify.recipe import DataRecipe, load_recipe
+from treeify.recipe import DataRecipe
+from treeify.recipe_file import load_recipe
 
 # How Pillow names pixels with so many channels.
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -165,6 +166,9 @@ def _of_recipe(path: Path, shape: Shape) -> Preparation | None:
     section = load_recipe(recipe).data if recipe else None
     if section is None or section.name not in _HELD_OUT:
         return None
+    if like := section.options.get("like"):
+        named = Architecture(like)
+        return _of_torchvision(named, shape) or _of_timm(named, shape)
     statistics, geometry = _HELD_OUT[section.name]
     source = f"held-out images of {section.name}, from the run's recipe"
     mean, std = map(tuple, statistics)
@@ -218,9 +222,9 @@ def _as_it_is(section: DataRecipe, shape: Shape) -> Geometry:
 def _folder(section: DataRecipe, shape: Shape) -> Geometry:
     if section.options["crop_padding"] is not None:
         return _stretch(section, shape)
-    resize = v2.Resize(round(max(shape[1:]) / 0.875), antialias=True)
-    both: Geometry = v2.Compose([v2.ToImage(), resize, v2.CenterCrop(list(shape[1:]))])
-    return both
+    config: dict[str, Any] = {"input_size": shape, **data.preparation(None)}
+    usual: Geometry = create_transform(**config, normalize=False)
+    return usual
 
 
 # What `treeify.data` does to held-out images: their statistics, and how they get their size.

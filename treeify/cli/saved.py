@@ -7,8 +7,9 @@ from pathlib import Path
 
 from treeify import checkpoint
 from treeify.errors import RecipeError
-from treeify.recipe import DataRecipe, data_recipe, load_recipe
-from treeify.run_directory import CHECKPOINTS
+from treeify.recipe import DataRecipe
+from treeify.recipe_file import data_recipe, load_recipe
+from treeify.run_directory import CHECKPOINTS, EMA, RECIPE, STATES
 
 
 def checkpoint_in(directory: Path) -> Path:
@@ -28,8 +29,11 @@ def checkpoint_in(directory: Path) -> Path:
 def recipe_of(path: Path) -> Path | None:
     """The recipe of the run that wrote a checkpoint; None if no run did."""
     path = path.resolve()
-    recipe = path.parent / "recipe.yaml"
-    return recipe if path.name in CHECKPOINTS and recipe.is_file() else None
+    state = path.parent if path.name == EMA else path
+    run = state.parent.parent if state.parent.name == STATES else state.parent
+    recipe = run / RECIPE
+    known = state.parent.name == STATES or state.name in CHECKPOINTS
+    return recipe if known and recipe.is_file() else None
 
 
 def data_section(path: Path, options: Sequence[str]) -> DataRecipe:

@@ -9,8 +9,9 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from treeify.batches import held_out_loader
 from treeify.confidence import Budget, budget
-from treeify.data import Data, loader
+from treeify.data import Data
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.losses import nested_logits
 
@@ -101,7 +102,7 @@ def _answers(hne: HierarchicalEnsemble, images: Data) -> tuple[Tensor, Tensor]:
     """Logits of every nested size `[S, N, K]`, and classes `[N]`, of the held-out images."""
     device = next(hne.parameters()).device
     logits, labels = [], []
-    for batch, target in loader(images.held_out, _IMAGES_AT_ONCE, shuffle=False):
+    for batch, target, _ in held_out_loader(images.held_out, _IMAGES_AT_ONCE):
         nested = nested_logits(hne(batch.to(device)).float(), hne.tree)
         logits.append(nested.transpose(0, 1).cpu())
         labels.append(target)

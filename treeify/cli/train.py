@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,7 +19,8 @@ from rich.progress import (
 )
 
 from treeify.cli.scores import score_table
-from treeify.recipe import load_recipe
+from treeify.errors import RecipeError
+from treeify.recipe_file import load_recipe
 from treeify.trainer import Epoch, Plan, Reporter, Result, Step
 from treeify.trainer import train as run_training
 
@@ -46,22 +48,44 @@ def train(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run that is already in the directory.")
     ] = False,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Go on with the run in this directory, from the last state it saved. The recipe "
+            "and overrides must be those it began with: RUN/recipe.yaml has them.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train a hierarchical neural ensemble from a recipe.
 
-    Ctrl-C finishes the current step, saves the state to DIRECTORY/last and exits with code 130.
+    Ctrl-C or SIGTERM finishes the current step, saves the state to DIRECTORY/last and exits with
+    code 130.
 
     For example:
 
         treeify train recipes/digits_hne.yaml
 
         treeify train recipes/digits_hne.yaml loss.name=independent seed=1 --out runs/independent
+
+        treeify train runs/independent/recipe.yaml --resume runs/independent
+
+        torchrun --nproc-per-node 2 -m treeify train recipes/digits_hne.yaml
+
+    Raises:
+        RecipeError: --resume and --out are both there.
     """
     console = Console()
+    if resume is not None and (out is not None or overwrite):
+        raise RecipeError("--resume goes on in RUN: leave --out and --overwrite out.")
     settings = load_recipe(recipe, overrides or ())
     with _Display(console) as display:
-        result = run_training(settings, out=out, overwrite=overwrite, reporter=display)
-    _print_result(console, result)
+        result = run_training(
+            settings, out=out, overwrite=overwrite, resume=resume, reporter=display
+        )
+    if PartialState().is_main_process:
+        _print_result(console, result)
     if result.interrupted:
         sys.exit(INTERRUPTED)
 
@@ -95,14 +119,24 @@ class _Display(Reporter):
     def started(self, plan: Plan) -> None:
         self.epochs = plan.epochs
         images = len(plan.data.train)  # type: ignore[arg-type]
+        where = f"{plan.processes} processes, " if plan.processes > 1 else ""
         self.console.print(
-            f"{plan.hne.leaves} leaves on {plan.device}, {images:,} training images; "
+            f"{plan.hne.leaves} leaves on {where}{plan.device}, {images:,} training images; "
             f"{plan.data.split}. Writing {plan.directory}",
             soft_wrap=True,
             highlight=False,
         )
+        if plan.done:
+            total = plan.epochs * plan.steps
+            self.console.print(f"Going on after step {plan.done:,} of {total:,}.")
         self.task = self.progress.add_task(
-            "", total=plan.epochs * plan.steps, epoch=1, epochs=plan.epochs, loss="-", accuracy=""
+            "",
+            total=plan.epochs * plan.steps,
+            completed=plan.done,
+            epoch=plan.done // plan.steps + 1,
+            epochs=plan.epochs,
+            loss="-",
+            accuracy="",
         )
 
     def stepped(self, step: Step) -> None:
@@ -122,9 +156,13 @@ class _Display(Reporter):
             self.console.print(
                 f"epoch {epoch.epoch}/{self.epochs}  loss {epoch.loss:.3f}  "
                 f"accuracy {epoch.train[-1].accuracy:.2f} % training, {accuracy:.2f} % held out  "
-                f"{epoch.seconds:.1f} s",
+                f"{epoch.seconds:.1f} s"
+                + (f"  {epoch.skipped} images skipped" if epoch.skipped else ""),
                 soft_wrap=True,
             )
+
+    def warned(self, message: str) -> None:
+        self.console.print(message, soft_wrap=True, highlight=False, style="yellow")
 
 
 def _print_result(console: Console, result: Result) -> None:
@@ -135,6 +173,11 @@ def _print_result(console: Console, result: Result) -> None:
     state = plan.directory / "last"
     if result.interrupted:
         done = f"after {last.epoch} of {plan.epochs} epochs" if last else "in the first epoch"
-        console.print(f"Stopped {done}; the state is saved in {state}", soft_wrap=True)
+        console.print(
+            f"Stopped {done}; the state is saved in {state}. Go on with"
+            f" treeify train {plan.directory / 'recipe.yaml'} --resume {plan.directory}",
+            soft_wrap=True,
+            highlight=False,
+        )
     else:
         console.print(f"Run: {plan.directory}  (the ensemble: {state})", soft_wrap=True)

@@ -1,0 +1,98 @@
+"""A run of seconds on a sixth of the digits, and how to stop and compare such runs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from treeify.recipe import Recipe
+from treeify.recipe_file import load_recipe
+
+RECIPE = """\
+name: tiny
+model:
+  name: treeify.models:cifar_resnet50
+  kwargs: {num_classes: 10, width: 0.25, layers: [1, 1, 1, 1]}
+  splits: [block3, block4]
+data: {name: digits, held_out: 1497, crop_padding: 1}
+loss: {name: hierarchical_distillation}
+optimizer: {lr: 0.05}
+schedule: {epochs: 2, warmup_epochs: 0.5}
+mix: {mixup: 0.2, label_smoothing: 0.1}
+ema: {decay: 0.9}
+batch_size: 96
+threads: 1
+device: cpu
+"""
+STEPS = 4  # per epoch: 300 training images, 12 of them in the last step
+
+# Has neither dropout nor batch norms, so it gives the same in any number of parts.
+NORMLESS = """\
+from torch import nn
+
+
+def net(num_classes=10):
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+"""
+
+
+def written(folder: Path, *overrides: str) -> Path:
+    """The recipe as a file in a folder, with overrides in it."""
+    from treeify.recipe_file import dump_recipe
+
+    path = folder / "tiny.yaml"
+    path.write_text(RECIPE)
+    path.write_text(dump_recipe(load_recipe(path, overrides)))
+    return path
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    return load_recipe(written(folder, *overrides))
+
+
+def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
+    return load_file(run / name / "model.safetensors")
+
+
+def assert_same_bits(run: Path, other: Path, name: str = "last") -> None:
+    one, two = weights(run, name), weights(other, name)
+    assert one.keys() == two.keys()
+    different = [key for key in one if not torch.equal(one[key], two[key])]
+    assert not different
+
+
+def command(*arguments: Any, processes: int = 1, script: str | None = None) -> list[str]:
+    """`treeify train` in one process or several, after a script of one's own if there is one."""
+    start = ["-c", script] if script else ["-m", "treeify"]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        start = [*torchrun, str(processes), *start]
+    return [sys.executable, *start, "train", *map(str, arguments)]
+
+
+def run(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command's end."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run(
+        command(*arguments, **options),
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

@@ -1,0 +1,158 @@
+"""Two processes compute what one computes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import runs
+import torch
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+from treeify.batches import Order, seed_of
+from treeify.sync import synced_batch_norm
+from treeify.trainer import train
+
+EXACT = (
+    "precision=fp64",
+    "data.crop_padding=0",
+    "mix=null",
+    "checkpoints.minutes=1e-9",
+    "checkpoints.keep=99",
+)
+
+
+def states(run: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path) for path in sorted(run.glob("checkpoints/*/model.safetensors"))]
+
+
+def assert_same_steps(one: Path, other: Path) -> None:
+    first, second = states(one), states(other)
+    assert len(first) == len(second) == 2 * runs.STEPS
+    for step, (left, right) in enumerate(zip(first, second, strict=True), start=1):
+        for key, value in left.items():
+            assert_close(right[key], value, rtol=1e-7, atol=1e-9, msg=f"step {step}, {key}")
+
+
+def test_two_processes_take_the_same_steps_as_one(tmp_path: Path) -> None:
+    file = runs.written(tmp_path, *EXACT)
+    done = runs.run(file, "--out", "two", cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert done.stdout.count("epoch 2/2") == 1
+    train(runs.load_recipe(file), out=tmp_path / "one")
+    assert_same_steps(tmp_path / "one", tmp_path / "two")
+
+
+def test_parts_of_a_step_add_up_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "normless.py").write_text(runs.NORMLESS)
+    own = ("model.name=normless:net", "model.kwargs={}", "model.splits=['3']")
+    for parts in (1, 5):
+        recipe = runs.recipe(tmp_path, *EXACT, *own, f"gradient_accumulation={parts}")
+        train(recipe, out=tmp_path / f"parts{parts}")
+    assert_same_steps(tmp_path / "parts1", tmp_path / "parts5")
+
+
+LOSS = """\
+import os
+import torch.distributed as dist
+from torch.nn import functional as F
+
+calls = []
+
+
+def dying(logits, target, tree):
+    calls.append(None)
+    if dist.get_rank() == 1 and len(calls) == 6:
+        os._exit(9)
+    return F.cross_entropy(logits.mean(1), target)
+"""
+
+
+def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "mortal.py").write_text(LOSS)
+    file = runs.written(tmp_path, *EXACT)
+    overrides = ["loss.name=mortal:dying"]
+    done = runs.run(file, *overrides, "--out", "run", cwd=tmp_path, processes=2)
+    assert done.returncode != 0
+    assert "a process of this run died" in done.stdout + done.stderr
+    assert (tmp_path / "run" / "last").resolve().name == "step-00000005"
+
+
+@pytest.mark.parametrize("images", [1, 7, 96, 100])
+@pytest.mark.parametrize(("processes", "parts"), [(1, 1), (2, 1), (3, 2)])
+def test_shares_make_up_every_step(images: int, processes: int, parts: int) -> None:
+    whole = Order(images, 16, 3)
+    shares = [
+        Order(images, 16, 3, process=process, processes=processes, parts=parts)
+        for process in range(processes)
+    ]
+    steps = [list(share) for share in shares]
+    for step, expected in enumerate(whole):
+        found, weight = [], 0.0
+        for process, share in enumerate(shares):
+            for part in range(parts):
+                weight += share.weight(step, part)
+                batch = steps[process][step * parts + part]
+                assert batch
+                if share.weight(step, part):
+                    found += batch
+        assert sorted(found) == sorted(expected)
+        assert weight == pytest.approx(1)
+    assert sorted(draw.image for batch in whole for draw in batch) == list(range(images))
+
+
+def test_the_order_depends_on_seed_and_epoch_and_can_begin_anywhere() -> None:
+    order = Order(100, 16, 3)
+    first = list(order)
+    assert list(order) == first
+    order.start = 4
+    assert list(order) == first[4:]
+    assert len(order) == len(first) - 4
+    order.start, order.epoch = 0, 1
+    assert [draw.image for draw in next(iter(order))] != [draw.image for draw in first[0]]
+    assert list(Order(100, 16, 4)) != first
+    assert seed_of("a", 1) != seed_of("a", 2)
+
+
+def _norm_of_a_share(rank: int, port: int, results: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    x, weight, bias, mean, var = _images_and_norm()
+    share = (x[:3] if rank == 0 else x[3:]).clone().requires_grad_()
+    out = synced_batch_norm(share, mean, var, weight, bias, training=True, momentum=0.3)
+    (out * out.detach().cos()).sum().backward()
+    found = {"out": out.detach(), "grad": share.grad, "mean": mean, "var": var}
+    found |= {"weight": weight.grad, "bias": bias.grad}
+    torch.save(found, results / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def _images_and_norm() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 6, 3, 4, dtype=torch.float64, generator=generator) * 2 + 5
+    weight, bias, mean = torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    var = torch.rand(6, dtype=torch.float64, generator=generator) + 0.5
+    return x, weight.requires_grad_(), bias.requires_grad_(), mean, var
+
+
+def test_batch_norms_of_uneven_shares_equal_one_of_all(tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_norm_of_a_share, (port, tmp_path), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    x, weight, bias, mean, var = _images_and_norm()
+    x.requires_grad_()
+    out = torch.nn.functional.batch_norm(x, mean, var, weight, bias, training=True, momentum=0.3)
+    (out * out.detach().cos()).sum().backward()
+    assert_close(torch.cat([first["out"], second["out"]]), out.detach())
+    assert_close(torch.cat([first["grad"], second["grad"]]), x.grad)
+    for name, whole in (("weight", weight.grad), ("bias", bias.grad)):
+        assert_close(first[name] + second[name], whole)
+    for own in (first, second):
+        assert_close(own["mean"], mean)
+        assert_close(own["var"], var)

@@ -1,0 +1,284 @@
+"""Runs that are killed, run out of space, meet damaged files or lose a process; and go on."""
+
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import runs
+from PIL import Image
+
+from treeify import snapshot, trainer
+from treeify.errors import CheckpointError, DataError
+from treeify.recipe import Recipe
+from treeify.trainer import Epoch, Reporter, Step, train
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run nobody stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(runs.recipe(folder), out=folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return runs.recipe(tmp_path, "checkpoints.minutes=1e-9", "checkpoints.keep=3")
+
+
+class Listener(Reporter):
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.warnings: list[str] = []
+        self.stepped = self.steps.append
+        self.warned = self.warnings.append
+
+
+def without_times(run: Path) -> list[dict]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [{**line, "seconds": 0, "waiting": 0} for line in lines]
+
+
+def assert_ends_like(whole: Path, run: Path) -> None:
+    for name in ("last", "best", "last/ema"):
+        runs.assert_same_bits(whole, run, name)
+    assert without_times(run) == without_times(whole)
+    assert not list(run.rglob(".*"))
+
+
+# A script that kills its process with -9 the n-th time a function is called.
+KILLER = """\
+import os, signal, sys
+from treeify import snapshot, trainer
+from treeify.cli.app import main
+
+owner, name, count, after = {owner}, {name!r}, {count}, {after}
+original, calls = getattr(owner, name), []
+
+def dying(*args, **kwargs):
+    calls.append(None)
+    found = original(*args, **kwargs) if after or len(calls) < count else None
+    if len(calls) == count:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return found
+
+setattr(owner, name, dying)
+sys.argv[0] = "treeify"
+main()
+"""
+MOMENTS = {
+    "before the first state": ("trainer._Run", "_part", 1, False),
+    "in a step": ("trainer._Run", "_part", 6, False),
+    "while measuring": ("trainer", "measure", 1, False),
+    "before the metrics": ("trainer._Run", "_record", 1, False),
+    "in a save, weights written": ("snapshot", "write_state", 3, False),
+    "in a save, not yet named": ("snapshot", "_bring_to_disk", 9, False),
+    "between name and link": ("snapshot", "point", 4, False),
+    "after the last step": ("trainer._Run", "_step", 2 * runs.STEPS, True),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path, moment: str) -> None:
+    owner, name, count, after = MOMENTS[moment]
+    script = KILLER.format(owner=owner, name=name, count=count, after=after)
+    file = runs.written(tmp_path, "checkpoints.minutes=1e-9", "checkpoints.keep=3")
+    killed = runs.run(file, "--out", "run", cwd=tmp_path, script=script)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    train(runs.load_recipe(file), resume=tmp_path / "run")
+    assert_ends_like(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("step", range(1, 2 * runs.STEPS))
+def test_a_stopped_run_goes_on_from_every_step(
+    whole: Path, recipe: Recipe, tmp_path: Path, step: int
+) -> None:
+    class Stop(Listener):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stepped = self.stop
+
+        def stop(self, found: Step) -> None:
+            self.steps.append(found)
+            if len(self.steps) == step:
+                signal.raise_signal(signal.SIGTERM)
+
+    stopped, going_on = Stop(), Listener()
+    assert train(recipe, out=tmp_path / "run", reporter=stopped).interrupted
+    result = train(recipe, resume=tmp_path / "run", reporter=going_on)
+    assert result.last is not None and result.last.epoch == 2
+    assert len(stopped.steps) + len(going_on.steps) == 2 * runs.STEPS
+    assert_ends_like(whole, tmp_path / "run")
+
+
+def test_a_finished_run_has_nothing_left_to_do(whole: Path, recipe: Recipe, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    listener = Listener()
+    result = train(recipe, resume=tmp_path / "run", reporter=listener)
+    assert not listener.steps
+    assert isinstance(result.last, Epoch)
+    assert_ends_like(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "trainer.safetensors", "trainer.json"])
+def test_a_truncated_state_is_put_aside_and_the_one_before_it_taken(
+    whole: Path, recipe: Recipe, tmp_path: Path, file: str
+) -> None:
+    train(recipe, out=tmp_path / "run")
+    newest = (tmp_path / "run" / "last").resolve()
+    damaged = newest / file
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    listener = Listener()
+    train(recipe, resume=tmp_path / "run", reporter=listener)
+    (warning,) = listener.warnings
+    assert str(newest) in warning
+    assert (newest.parent / f"damaged-{newest.name}" / file).stat().st_size
+    assert_ends_like(whole, tmp_path / "run")
+
+
+def test_a_full_disk_ends_in_one_message_and_a_run_that_goes_on(
+    whole: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    class Fill(Reporter):
+        def stepped(self, step: Step) -> None:
+            if step.step == 3:  # from now on, no file may grow beyond 10 kB
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+
+    try:
+        with pytest.raises(CheckpointError, match=r"(?s)cannot be written.*--resume"):
+            train(recipe, out=tmp_path / "run", reporter=Fill())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "run" / "last").resolve().name == "step-00000002"
+    train(recipe, resume=tmp_path / "run")
+    assert_ends_like(whole, tmp_path / "run")
+
+
+def test_only_the_newest_states_and_the_best_are_kept(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe, out=tmp_path / "run")
+    states = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    best = (tmp_path / "run" / "best").resolve().name
+    newest = [f"step-{step:08d}" for step in (6, 7, 8)]
+    assert states == sorted({best, *newest})
+
+
+def test_a_run_of_another_recipe_is_not_touched(whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run", symlinks=True)
+    other = runs.recipe(tmp_path, "optimizer.lr=0.1", "loss.alpha=0.2")
+    with pytest.raises(CheckpointError) as caught:
+        train(other, resume=tmp_path / "run")
+    for text in ("optimizer.lr: 0.1, the run has 0.05", "loss.alpha: 0.2", "recipe.yaml --resume"):
+        assert text in str(caught.value)
+    with pytest.raises(CheckpointError, match="holds no run"):
+        train(other, resume=tmp_path)
+    assert_ends_like(whole, tmp_path / "run")
+
+
+def test_a_model_that_cannot_be_imported_damages_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "vanishing.py").write_text(runs.NORMLESS)
+    recipe = runs.recipe(
+        tmp_path,
+        "model.name=vanishing:net",
+        "model.kwargs={}",
+        "model.splits=1",
+        "schedule.epochs=1",
+    )
+    train(recipe, out=tmp_path / "run")
+    (tmp_path / "vanishing.py").unlink()
+    monkeypatch.delitem(__import__("sys").modules, "vanishing")
+    states = sorted((tmp_path / "run" / "checkpoints").iterdir())
+    with pytest.raises(trainer.TreeifyError, match="vanishing"):
+        train(recipe, resume=tmp_path / "run")
+    assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == states
+
+
+def photos(folder: Path, damaged: int) -> Path:
+    for part in ("train", "val"):
+        for name, shade in (("dark", 0), ("light", 255)):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(8):
+                image = Image.new("RGB", (16, 16), (shade, shade, index))
+                image.save(folder / part / name / f"{index}.png")
+        for index in range(damaged):
+            file = folder / part / "dark" / f"{index}.png"
+            file.write_bytes(file.read_bytes()[:40])
+    return folder
+
+
+def on_photos(tmp_path: Path, *overrides: str) -> Recipe:
+    return runs.recipe(
+        tmp_path,
+        "data.name=image_folder",
+        f"data.root={tmp_path / 'photos'}",
+        "data.size=8",
+        "data.crop_padding=1",
+        "model.kwargs.num_classes=2",
+        "batch_size=8",
+        "schedule.epochs=1",
+        *overrides,
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_images_are_skipped_counted_and_limited(tmp_path: Path, workers: int) -> None:
+    photos(tmp_path / "photos", damaged=2)
+    recipe = on_photos(tmp_path, "skip_corrupt=4", f"workers={workers}")
+    result = train(recipe, out=tmp_path / "run")
+    assert result.last is not None and result.last.skipped == 4
+    with pytest.raises(DataError, match=r"(?s)4 images cannot be read.*at most 3.*0\.png"):
+        train(on_photos(tmp_path, "skip_corrupt=3"), out=tmp_path / "other")
+    with pytest.raises(DataError, match="cannot be read"):
+        train(on_photos(tmp_path), out=tmp_path / "third")
+
+
+DEADLY = """\
+import multiprocessing, os, signal
+from torch.nn import functional as F
+
+calls = []
+
+
+def deadly(logits, target, tree):
+    calls.append(None)
+    for worker in multiprocessing.active_children() if len(calls) == 3 else []:
+        os.kill(worker.pid, signal.SIGKILL)
+    return F.cross_entropy(logits.mean(1), target)
+"""
+
+
+def test_a_dead_worker_ends_in_one_message(tmp_path: Path) -> None:
+    photos(tmp_path / "photos", damaged=0)
+    (tmp_path / "mortal.py").write_text(DEADLY)
+    on_photos(tmp_path, "workers=1", "schedule.epochs=9", "checkpoints.minutes=1e-9")
+    done = runs.run("tiny.yaml", "loss.name=mortal:deadly", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 2
+    for text in ("LostProcessError", "DataLoader worker", "--resume run"):
+        assert text in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "run" / "last").resolve().name == "step-00000002"
+
+
+def test_states_are_plain_values_and_tensors(tmp_path: Path) -> None:
+    import torch
+
+    state = {
+        "numbers": [1, 2.5, None, True, "text", float("inf")],
+        3: {"deep": (torch.arange(3), torch.zeros((), dtype=torch.int64))},
+        "double": 0.1 + 0.2,
+    }
+    snapshot.write_state(tmp_path, state)
+    found = snapshot.read_state(tmp_path)
+    assert found["numbers"] == state["numbers"]
+    assert found["double"] == state["double"]
+    assert torch.equal(found[3]["deep"][0], torch.arange(3))
+    assert found[3]["deep"][1].dtype == torch.int64
+    with pytest.raises(TypeError, match="set"):
+        snapshot.write_state(tmp_path, {"bad": {1, 2}})

@@ -1,0 +1,90 @@
+"""Batch norms over the images of all processes, however the ensemble runs them.
+
+A packed norm is one batch norm over the channels of all branches, a looped one a call on a part of
+its tensors. Every one of them ends in `torch.nn.functional.batch_norm`, so that is the one place
+where statistics are shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+from torch.overrides import TorchFunctionMode
+
+
+class SyncedBatchNorms(TorchFunctionMode):
+    """While entered, batch norms in training mode share their statistics between processes."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Take over `F.batch_norm`; everything else runs as it is."""
+        function = synced_batch_norm if func is F.batch_norm else func
+        return function(*args, **(kwargs or {}))
+
+
+def synced_batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`torch.nn.functional.batch_norm` with the statistics of all processes' images.
+
+    Args:
+        x: images of this process, `[N, C, ...]`; other processes may have another N.
+        running_mean: `[C]`, updated in place.
+        running_var: `[C]`, updated in place.
+        weight: `[C]`.
+        bias: `[C]`.
+        training: use the statistics of `x`; else nothing is shared.
+        momentum: of the running statistics.
+        eps: added to the variance.
+    """
+    if not training:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
+    dims = [0, *range(2, x.ndim)]
+    shape = [1, -1, *[1] * (x.ndim - 2)]
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    count = torch.full((1,), x.numel() // x.shape[1], dtype=wide.dtype, device=x.device)
+    total = _sum(torch.cat([wide.sum(dims), count]))
+    mean, count = total[:-1] / total[-1], total[-1].detach()
+    centred = wide - mean.view(shape)
+    # About the mean and not from the mean square: that would cancel digits.
+    var = _sum(centred.square().sum(dims)) / count
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            running_var.lerp_(unbiased.to(running_var.dtype), momentum)
+    normed = centred * (var + eps).rsqrt().view(shape)
+    if weight is not None:
+        normed = normed * weight.view(shape)
+    if bias is not None:
+        normed = normed + bias.view(shape)
+    return normed.to(x.dtype)
+
+
+def _sum(local: Tensor) -> Tensor:
+    """Over all processes; its gradient likewise."""
+    total: Tensor = all_reduce(local)  # type: ignore[no-untyped-call]
+    return total
+
+
+def is_distributed() -> bool:
+    """Whether this is one of several processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

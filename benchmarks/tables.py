@@ -19,6 +19,7 @@ COLUMNS = {
         *("macs_ratio", "base", "packed", "looped", "auto", "E", "auto_vs_best"),
         "share_of_product",
     ),
+    "trainer": ("trainer", "bare", "overhead_%", "waiting_%", "workers"),
     "steps": ("base", "first", "first_vs_base", "steps", "one_call", "steps_vs_call"),
     "deadlines": (
         *("first_ms", "full_ms", "answers", "hits_%", "misses_by_ms", "worst_miss_ms"),

@@ -84,13 +84,17 @@ def command(*arguments: Any, processes: int = 1, script: str | None = None) -> l
     return [sys.executable, *start, "train", *map(str, arguments)]
 
 
+def environment() -> dict[str, str]:
+    """One thread and wide lines."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+
 def run(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """The command's end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.run(
         command(*arguments, **options),
         cwd=cwd,
-        env=environment,
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

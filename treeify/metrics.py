@@ -170,7 +170,7 @@ class Scores:
         )
 
     def leaf_accuracy(self) -> tuple[float, ...]:
-        """Of every single leaf, in percent."""
+        """Of every single leaf by itself, in percent."""
         return tuple((100 * self.totals["leaf_correct"] / self.images).tolist())
 
 

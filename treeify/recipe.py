@@ -117,6 +117,8 @@ class LossRecipe(Named):
     """A loss of `treeify.losses`, or one of your own, and its options.
 
     Args:
+        name: `independent`, `structured`, `co_distillation`, `hierarchical_distillation` or
+            `package.module:name`; its options stand beside it.
         ramps: options that change over the run, e.g. `ramps: {alpha: {start: 0.0, stop: 0.5,
             epochs: 20}}`.
     """
@@ -145,7 +147,11 @@ class LossRecipe(Named):
 
 
 class DataRecipe(Named):
-    """A data set of `treeify.data`, or one of your own, and its options."""
+    """A data set of `treeify.data`, or one of your own, and its options.
+
+    Args:
+        name: of the data set, or `package.module:name`; its options stand beside it.
+    """
 
     registry: ClassVar[Registry] = SOURCES
 
@@ -230,7 +236,8 @@ class ScheduleRecipe(Section):
     """One of timm's learning-rate schedules, one step at a time.
 
     Args:
-        name: `plateau` is not among them: timm does not keep what it needs to be resumed.
+        name: cosine, tanh, step, multistep, poly, wsd, rsqrt or constant; not plateau, of which
+            timm does not keep what it needs to be resumed.
         epochs: of the whole run.
         warmup_epochs: from `warmup_lr` to the full rate in a straight line.
         warmup_lr: at the first step of a warm-up.

@@ -56,6 +56,14 @@ def test_the_performance_page_shows_what_was_measured() -> None:
     assert tables["updated"](page) == page, "run python benchmarks/tables.py"
 
 
+def test_the_recipes_page_has_every_key() -> None:
+    generator = runpy.run_path(str(ROOT / "docs" / "recipe_keys.py"))
+    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    assert generator["updated"](page) == page, "run python docs/recipe_keys.py"
+    listed = {path.stem for path in (ROOT / "recipes").rglob("*.yaml")}
+    assert all(f"{name}.yaml" in page for name in listed)
+
+
 def test_the_coverage_page_shows_the_rows() -> None:
     generator = runpy.run_path(str(ROOT / "benchmarks" / "coverage.py"))
     rows = list(coverage.shipped().newest().values())

@@ -13,9 +13,10 @@ from treeify.recipe_file import load_recipe
 from treeify.trace import facts
 
 FOLDER = Path(__file__).parents[2] / "recipes"
-FILES = sorted(path for path in FOLDER.rglob("*.yaml") if path.stem != "table1")
+GRIDS = sorted(path for path in FOLDER.rglob("*.yaml") if "\nvariants:" in path.read_text())
+FILES = sorted(set(FOLDER.rglob("*.yaml")) - set(GRIDS))
 CIFAR = ("cifar_resnet_hne", "cifar10_resnet_hne")
-ABLATIONS = sorted(path.stem for path in (FOLDER / "ablations").glob("*.yaml"))
+ABLATIONS = [path.stem for path in FILES if path.parent.name == "ablations"]
 
 
 def converted(name: str, size: int) -> treeify.HierarchicalEnsemble:

@@ -1,10 +1,14 @@
+import io
 import pickle
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torchvision
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch.testing import assert_close
@@ -143,7 +147,7 @@ def fake_cifar10(root: str, *, train: bool, download: bool):
 
 
 def test_torchvision_images_are_normalised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data.datasets, "CIFAR10", fake_cifar10)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake_cifar10)
     cifar = data.cifar10(crop_padding=0, flip=False)
     (mean, *_), (std, *_) = data.CIFAR10
     for index, pixel in enumerate((0.0, 1.0)):
@@ -170,3 +174,121 @@ def test_workers_change_no_image() -> None:
 def test_data_sets_can_be_sent_to_worker_processes() -> None:
     digits = data.digits(crop_padding=1)
     assert len(pickle.loads(pickle.dumps(digits.train))) == 1437
+
+
+def test_photographs_follow_a_trained_model(tmp_path: Path) -> None:
+    make_folders(tmp_path, {"a": 1, "b": 1}, {"a": 1, "b": 1})
+    for name, mean in (("tf_efficientnet_lite0", 0.5), ("torchvision/resnet18", 0.485)):
+        photos = data.image_folder(root=str(tmp_path), size=32, like=name)
+        config = data.preparation(name)
+        assert config["mean"][0] == mean
+        expected = timm.data.create_transform(input_size=32, **config)
+        image = Image.open(tmp_path / "val" / "a" / "0.png")
+        assert torch.equal(photos.held_out[0][0], expected(image))
+        assert photos.train[0][0].shape == (3, 32, 32)
+    with pytest.raises(DataError, match="nothing is known"):
+        data.image_folder(root=str(tmp_path), like="no_such_model")
+    with pytest.raises(DataError, match="no room"):
+        data.image_folder(root=str(tmp_path), like="resnet18", crop_padding=1)
+
+
+def test_augmentations_of_timm_are_drawn_anew(tmp_path: Path) -> None:
+    make_folders(tmp_path, {"a": 1, "b": 1}, {"a": 1, "b": 1})
+    photos = data.image_folder(
+        root=str(tmp_path), size=32, auto_augment="rand-m9-mstd0.5", random_erasing=1.0
+    )
+    first, second = photos.train[0][0], photos.train[0][0]
+    assert not torch.equal(first, second)
+    order = Order(2, 2, 0)
+    (one,), (two,) = list(training_loader(photos, order)), list(training_loader(photos, order))
+    assert torch.equal(one.images, two.images)
+    with pytest.raises(DataError, match="no policy"):
+        data.image_folder(root=str(tmp_path), auto_augment="no-such-policy")
+
+
+@pytest.mark.parametrize("kind", ["folders", "tar"])
+def test_what_timm_reads_is_read(tmp_path: Path, kind: str) -> None:
+    make_folders(tmp_path, {"a": 2, "b": 1}, {"a": 1, "b": 2})
+    (tmp_path / "val").rename(tmp_path / "validation")
+    damaged = tmp_path / "train" / "a" / "1.png"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    plain = data.image_folder(root=str(_renamed(tmp_path)), size=32)
+    if kind == "tar":
+        for part in ("train", "validation"):
+            with tarfile.open(tmp_path / f"{part}.tar", "w") as tar:
+                for path in sorted((tmp_path / part).rglob("*.png")):
+                    tar.add(path, path.relative_to(tmp_path / part))
+    photos = data.timm_dataset(root=str(tmp_path), size=32)
+    assert photos.classes == plain.classes == ("a", "b")
+    assert labels_of(photos.held_out) == [0, 1, 1]
+    assert torch.equal(images_of(photos.held_out), images_of(plain.held_out))
+    with pytest.raises(data.UnreadableImageError, match=r"1\.png"):
+        photos.train[1]
+    assert pickle.loads(pickle.dumps(photos.train))[0][1] == 0
+
+
+def _renamed(folder: Path) -> Path:
+    """Links to the parts under the names `image_folder` knows."""
+    other = folder / "linked"
+    other.mkdir()
+    (other / "train").symlink_to(folder / "train")
+    (other / "val").symlink_to(folder / "validation")
+    return other
+
+
+def test_what_timm_cannot_read_is_an_error(tmp_path: Path) -> None:
+    for options, match in (
+        ({"dataset": "wds/shards"}, "is a stream"),
+        ({"root": str(tmp_path / "nowhere")}, "cannot be read"),
+        ({"dataset": "hfds/no/such"}, "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=match):
+            data.timm_dataset(**options)
+
+
+def make_shards(folder: Path, part: str, shards: int, each: int) -> list[np.ndarray]:
+    pictures = []
+    for shard in range(shards):
+        with tarfile.open(folder / f"{part}-{shard:04d}.tar", "w") as tar:
+            for index in range(each):
+                pixels = np.full((20, 30, 3), 10 * shard + index, dtype=np.uint8)
+                pictures.append(pixels)
+                image = io.BytesIO()
+                Image.fromarray(pixels).save(image, "png")
+                for name, content in (
+                    (f"{index:03d}.png", image.getvalue()),
+                    (f"{index:03d}.cls", str(index % 2).encode()),
+                ):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+    return pictures
+
+
+def test_shards_are_read_by_index(tmp_path: Path) -> None:
+    make_shards(tmp_path, "train", 3, 4)
+    pictures = make_shards(tmp_path, "val", 2, 3)
+    options = {
+        "train": str(tmp_path / "train-{0000..0002}.tar"),
+        "held_out": str(tmp_path / "val-*.tar"),
+        "size": 16,
+    }
+    shards = data.webdataset(**options, classes=["even", "odd"])
+    assert (len(shards.train), len(shards.held_out)) == (12, 6)
+    assert labels_of(shards.held_out) == [0, 1, 0, 0, 1, 0]
+    expected = timm.data.create_transform(input_size=16, **data.preparation(None))
+    for index, pixels in enumerate(pictures):
+        assert torch.equal(shards.held_out[index][0], expected(Image.fromarray(pixels)))
+    assert pickle.loads(pickle.dumps(shards.train))[11][1] == 1
+    with pytest.raises(DataError, match=r"class 1, of 1: 001"):
+        data.webdataset(**options, classes=1)
+    with pytest.raises(DataError, match="no shards"):
+        data.webdataset(**{**options, "train": str(tmp_path / "no-*.tar")}, classes=2)
+    whole = (tmp_path / "val-0001.tar").read_bytes()
+    (tmp_path / "val-0001.tar").write_bytes(whole[:700])
+    with pytest.raises(DataError, match="val-0001"):
+        data.webdataset(**options, classes=2)
+    where = whole.index(b"PNG")
+    (tmp_path / "val-0001.tar").write_bytes(whole[:where] + b"XXX" + whole[where + 3 :])
+    with pytest.raises(data.UnreadableImageError, match=r"val-0001.tar:000"):
+        data.webdataset(**options, classes=2).held_out[3]

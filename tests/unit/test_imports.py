@@ -51,6 +51,7 @@ LAYERS = (
     "interrupt",
     "sync",
     "trainer",
+    "ablation",
     "coverage",
     "proof",
     "sweep",

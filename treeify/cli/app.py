@@ -36,6 +36,10 @@ COMMANDS = {
         "treeify.cli.eval:evaluate",
         "Measure a trained ensemble on held-out images, for every nested size.",
     ),
+    "ablate": (
+        "treeify.cli.ablate:run_grid",
+        "Train a grid of recipes with several seeds, and compare them.",
+    ),
     "predict": (
         "treeify.cli.predict:predict",
         "Classify images, with answers that get better while there is time.",

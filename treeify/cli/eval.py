@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
-from treeify import checkpoint
+from treeify import checkpoint, machine
 from treeify.batches import held_out_loader
 from treeify.cli.saved import checkpoint_in, data_section
-from treeify.cli.scores import score_rows, score_table
+from treeify.cli.scores import as_csv, score_rows, score_table
+from treeify.ensemble import HierarchicalEnsemble
 from treeify.metrics import measure
+from treeify.snapshot import replace_text
 from treeify.trainer import check_classes, resolve_device
+
+_LATENCY = 3.0  # seconds for all sizes together
 
 
 def evaluate(
@@ -37,9 +43,19 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    latency: Annotated[
+        bool,
+        typer.Option("--latency/--no-latency", help="Time answers for one image, about 3 seconds."),
+    ] = True,
+    csv: Annotated[
+        Path | None, typer.Option(help="Also write the numbers to this file.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
     """Measure a trained ensemble on held-out images, for every nested size.
+
+    Accuracy, negative log-likelihood, calibration error and how much the leaves' logits differ,
+    beside MACs, parameters and the time an answer takes here; and every single leaf's accuracy.
 
     For example:
 
@@ -47,19 +63,43 @@ def evaluate(
 
         treeify eval runs/digits_hne/best --json
 
-        treeify eval my_ensemble --data name=image_folder --data root=photos
+        treeify eval my_ensemble --data name=image_folder --data root=photos --csv scores.csv
     """
     path = checkpoint_in(directory)
     section = data_section(path, data or ())
     hne = checkpoint.load(path).to(resolve_device(device))
     images = section.load()
     check_classes(hne, images)
-    batches = held_out_loader(images.held_out, batch_size, workers=workers)
-    scores = measure(hne, batches).result()
+    scores = measure(hne, held_out_loader(images.held_out, batch_size, workers=workers))
+    seconds = _seconds(hne) if latency else None
+    rows, single = score_rows(hne, scores.result(), seconds=seconds), scores.leaf_accuracy()
+    if csv is not None:
+        replace_text(csv, as_csv(rows, single))
     if as_json:
-        found = {"ensemble": str(path), "split": images.split, "scores": score_rows(hne, scores)}
+        found = {
+            "ensemble": str(path),
+            "split": images.split,
+            "scores": rows,
+            "leaf_accuracy": single,
+            "machine": machine.describe(next(hne.parameters()).device) if latency else None,
+        }
         typer.echo(json.dumps(found, indent=2))
         return
     console = Console()
-    console.print(score_table(hne, scores))
+    console.print(score_table(rows))
+    shown = ", ".join(f"{accuracy:.2f}" for accuracy in single)
+    console.print(f"Each leaf by itself, %: {shown}", soft_wrap=True, highlight=False)
     console.print(f"{path}; {images.split}.", soft_wrap=True, highlight=False)
+    if latency:
+        where = machine.describe(next(hne.parameters()).device)
+        console.print(f"ms: one image, {where}.", soft_wrap=True, highlight=False)
+
+
+@torch.no_grad()
+def _seconds(hne: HierarchicalEnsemble) -> dict[int, float]:
+    """How long an answer of every nested size takes for one image."""
+    hne.eval()
+    x = hne.example_images(1)
+    actions = {str(size): partial(hne.predict, x, leaves=size) for size in hne.tree.nested_sizes}
+    times = machine.alternate(actions, x.device, repeats=51, budget=_LATENCY)
+    return {int(size): typical for size, typical in machine.medians(times).items()}

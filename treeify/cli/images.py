@@ -220,7 +220,7 @@ def _as_it_is(section: DataRecipe, shape: Shape) -> Geometry:
 
 
 def _folder(section: DataRecipe, shape: Shape) -> Geometry:
-    if section.options["crop_padding"] is not None:
+    if section.options.get("crop_padding") is not None:
         return _stretch(section, shape)
     config: dict[str, Any] = {"input_size": shape, **data.preparation(None)}
     usual: Geometry = create_transform(**config, normalize=False)
@@ -234,4 +234,6 @@ _HELD_OUT: dict[str, tuple[data.Statistics, Callable[[DataRecipe, Shape], Geomet
     "cifar100": (data.CIFAR100, _as_it_is),
     "fashion_mnist": (data.FASHION_MNIST, _as_it_is),
     "image_folder": (data.IMAGENET, _folder),
+    "timm": (data.IMAGENET, _folder),
+    "webdataset": (data.IMAGENET, _folder),
 }

@@ -9,11 +9,13 @@ from treeify import checkpoint
 from treeify.errors import RecipeError
 from treeify.recipe import DataRecipe
 from treeify.recipe_file import data_recipe, load_recipe
-from treeify.run_directory import CHECKPOINTS, EMA, RECIPE, STATES
+from treeify.run_directory import CHECKPOINTS, EMA, LAST, RECIPE, STATES
 
 
 def checkpoint_in(directory: Path) -> Path:
     """The checkpoint that is meant: a run's last one, or the directory itself.
+
+    Where a moving average was kept, it is meant: it is what the run measured.
 
     Args:
         directory: a run directory, or a checkpoint such as `runs/NAME/best`.
@@ -21,7 +23,8 @@ def checkpoint_in(directory: Path) -> Path:
     Returns:
         A directory with a readable configuration; `CheckpointError` is raised if there is none.
     """
-    path = directory / "last" if (directory / "last").is_dir() else directory
+    path = directory / LAST if (directory / LAST).is_dir() else directory
+    path = path / EMA if (path / EMA).is_dir() else path
     checkpoint.read_config(path)
     return path
 

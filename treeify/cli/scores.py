@@ -1,8 +1,11 @@
-"""The table that `train` and `eval` end with."""
+"""The tables that `train` and `eval` end with."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -11,49 +14,79 @@ from treeify.cost import costs
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.metrics import Score
 
+# Keys of a row, their headings and formats.
+_COLUMNS = {
+    "leaves": ("leaves", "d"),
+    "accuracy": ("accuracy %", ".2f"),
+    "training": ("training %", ".2f"),
+    "nll": ("NLL", ".3f"),
+    "calibration_error": ("calibration %", ".2f"),
+    "logit_std": ("logit std", ".3f"),
+    "macs": ("MACs", ",d"),
+    "parameters": ("parameters", ",d"),
+    "milliseconds": ("ms", ".2f"),
+}
+_BRIEF = ("leaves", "accuracy", "training", "nll", "macs", "parameters")
 
-def score_rows(hne: HierarchicalEnsemble, scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Accuracy beside cost, one row per nested size, ready for JSON."""
-    return [
-        {
-            "leaves": score.leaves,
-            "accuracy": score.accuracy,
-            "nll": score.nll,
-            "macs": cost.macs,
-            "parameters": cost.parameters,
-        }
-        for score, cost in zip(scores, costs(hne), strict=True)
-    ]
 
-
-def score_table(
-    hne: HierarchicalEnsemble, held_out: Sequence[Score], train: Sequence[Score] = ()
-) -> Table:
-    """Accuracy beside cost, one row per nested size.
+def score_rows(
+    hne: HierarchicalEnsemble,
+    scores: Sequence[Score],
+    train: Sequence[Score] = (),
+    seconds: Mapping[int, float] | None = None,
+) -> list[dict[str, Any]]:
+    """Scores beside cost, one row per nested size, ready for JSON.
 
     Args:
         hne: the ensemble, for its costs.
-        held_out: its scores on held-out images.
-        train: its scores on training images, if known: they tell over- from underfitting.
+        scores: its scores on held-out images.
+        train: its scores on training images, if known.
+        seconds: how long an answer takes, by number of leaves, if measured.
+    """
+    rows = []
+    for index, (score, cost) in enumerate(zip(scores, costs(hne), strict=True)):
+        row = {**asdict(score), "macs": cost.macs, "parameters": cost.parameters}
+        if train:
+            row["training"] = train[index].accuracy
+        if seconds:
+            row["milliseconds"] = 1e3 * seconds[score.leaves]
+        rows.append(row)
+    return rows
 
-    Returns:
-        The table, to be printed by rich.
+
+def score_table(rows: Sequence[Mapping[str, Any]], *, brief: bool = False) -> Table:
+    """The rows of `score_rows`, to be printed by rich.
+
+    Args:
+        rows: one per nested size.
+        brief: leave out calibration error and logit deviation.
     """
     caption = "accuracy of the mean logits; MACs per image"
-    if train:
+    if "training" in rows[0]:
         caption += "; training: augmented images, during the last epoch"
     table = Table(caption=caption)
-    for heading in ("leaves", "accuracy %", *(["training %"] if train else []), "NLL"):
+    shown = {key: own for key, own in _COLUMNS.items() if key in (_BRIEF if brief else rows[0])}
+    shown = {key: own for key, own in shown.items() if key in rows[0]}
+    for heading, _ in shown.values():
         table.add_column(heading, justify="right")
-    for heading in ("MACs", "parameters"):
-        table.add_column(heading, justify="right")
-    for index, row in enumerate(score_rows(hne, held_out)):
-        table.add_row(
-            str(row["leaves"]),
-            f"{row['accuracy']:.2f}",
-            *([f"{train[index].accuracy:.2f}"] if train else []),
-            f"{row['nll']:.3f}",
-            f"{row['macs']:,}",
-            f"{row['parameters']:,}",
-        )
+    for row in rows:
+        table.add_row(*(format(row[key], form) for key, (_, form) in shown.items()))
     return table
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]], leaves: Sequence[float]) -> str:
+    """The rows of `score_rows` and, below them, each single leaf's accuracy.
+
+    Args:
+        rows: one per nested size; `kind` is `first` leaves.
+        leaves: accuracy of every leaf in percent; `kind` is the `single` leaf of that number.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ["kind", *rows[0]], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({"kind": "first", **row} for row in rows)
+    writer.writerows(
+        {"kind": "single", "leaves": number, "accuracy": accuracy}
+        for number, accuracy in enumerate(leaves, start=1)
+    )
+    return text.getvalue()

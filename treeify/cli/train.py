@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from treeify.cli.scores import score_table
+from treeify.cli.scores import score_rows, score_table
 from treeify.errors import RecipeError
 from treeify.recipe_file import load_recipe
 from treeify.trainer import Epoch, Plan, Reporter, Result, Step
@@ -168,7 +168,7 @@ class _Display(Reporter):
 def _print_result(console: Console, result: Result) -> None:
     plan, last = result.plan, result.last
     if last is not None:
-        console.print(score_table(plan.hne, last.held_out, last.train))
+        console.print(score_table(score_rows(plan.hne, last.held_out, last.train), brief=True))
         console.print(f"Data: {plan.data.split}.", soft_wrap=True, highlight=False)
     state = plan.directory / "last"
     if result.interrupted:

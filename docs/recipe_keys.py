@@ -1,0 +1,68 @@
+"""Writes the tables of docs/recipes.md from the sections of treeify/recipe.py.
+
+`python docs/recipe_keys.py` after a key was added or described anew.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_args
+
+from pydantic.fields import FieldInfo
+
+from treeify.recipe import Recipe, Section
+
+PAGE = Path(__file__).with_name("recipes.md")
+BEGIN, END = "<!-- keys -->\n", "\n## Data sets\n"
+
+
+def section_in(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, if it holds one."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next(
+        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None
+    )
+
+
+def descriptions(section: type[Section]) -> dict[str, str]:
+    """What the docstring says of every key."""
+    _, _, args = (inspect.getdoc(section) or "").partition("Args:\n")
+    found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", args, re.MULTILINE)
+    return {name: re.sub(r"\s+", " ", text) for name, text in found}
+
+
+def tables(section: type[Section], above: str = "") -> Iterator[str]:
+    """A section's table, and those of the sections in it."""
+    known = descriptions(section)
+    title = f"`{above}`" if above else "The recipe"
+    summary = re.split(r"\n\n|\n    ", inspect.getdoc(section) or "")[0].replace("\n", " ")
+    yield f"\n### {title}\n\n{summary}\n\n| key | default | |\n|---|---|---|\n"
+    inner: dict[str, type[Section]] = {}
+    for name, field in section.model_fields.items():
+        below = section_in(field)
+        if below is not None and not above:
+            inner[name] = below
+        default = "required" if field.is_required() else f"`{_yaml(field.default)}`"
+        if below is not None and not field.is_required() and field.default is not None:
+            default = "see below"
+        yield f"| `{name}` | {default} | {known.get(name, '')} |\n"
+    for name, below in inner.items():
+        yield from tables(below, name)
+
+
+def _yaml(value: object) -> str:
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def updated(page: str) -> str:
+    """The page with its tables written again."""
+    before, _, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return before + BEGIN + "".join(tables(Recipe)) + end + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,107 @@
+"""The commands of docs/training.md, run as they stand there on recipes made short."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import runs
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = re.findall(r"```\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.DOTALL)
+COMMANDS = [
+    line
+    for block in BLOCKS
+    for line in block.splitlines()
+    if line.startswith(("treeify ", "torchrun ", "accelerate "))
+]
+SHORT = """\
+extends: whole.yaml
+name: digits_hne
+schedule: {epochs: 1}
+model: {splits: [block4]}
+"""
+
+
+def test_the_page_has_commands() -> None:
+    kinds = {command.split()[0] for command in COMMANDS}
+    assert kinds == {"treeify", "torchrun", "accelerate"}
+    assert any("--resume" in command for command in COMMANDS)
+    assert any("ablate" in command for command in COMMANDS)
+
+
+def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    digits = tmp_path / "recipes" / "digits_hne.yaml"
+    digits.rename(digits.with_name("whole.yaml"))
+    digits.write_text(SHORT)
+    (tmp_path / "RECIPE").write_text(digits.read_text().replace("whole", "recipes/whole"))
+    for command in COMMANDS:
+        if "--nnodes 2" in command:
+            continue  # there is one machine
+        words = command.replace("--seeds 5", "--seeds 1").split()
+        program, *arguments = words
+        start = {
+            "treeify": ["-m", "treeify"],
+            "torchrun": ["-m", "torch.distributed.run"],
+            "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+        }[program]
+        if program == "accelerate":
+            arguments[1:1] = ["--cpu", "--num_processes", "2"]
+        done = subprocess.run(
+            [sys.executable, *start, *arguments],
+            cwd=tmp_path,
+            env=runs.environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:
+    import timm
+    import torch
+    from PIL import Image
+
+    from treeify.recipe_file import load_recipe
+    from treeify.trainer import build, train
+
+    for part in ("train", "val"):
+        for name, shade in (("dark", 40), ("light", 200)):
+            (tmp_path / "photos" / part / name).mkdir(parents=True)
+            for index in range(4):
+                image = Image.new("RGB", (40, 40), (shade, shade, 10 * index))
+                image.save(tmp_path / "photos" / part / name / f"{index}.png")
+    trained = timm.create_model("test_resnet")
+    torch.save(trained.state_dict(), tmp_path / "weights.pth")
+    recipe = load_recipe(
+        ROOT / "recipes" / "finetune_image_folder.yaml",
+        [
+            "model.name=test_resnet",
+            "model.kwargs.num_classes=2",
+            f"model.kwargs.pretrained_cfg_overlay.file={tmp_path}/weights.pth",
+            f"data.root={tmp_path / 'photos'}",
+            *("data.size=32", "data.like=null", "model.splits=1", "batch_size=4", "workers=0"),
+            *("schedule.epochs=2", "schedule.warmup_epochs=1"),
+        ],
+    )
+    first = build(recipe, recipe.data.load()).leaf(0).state_dict()
+    for key, value in trained.state_dict().items():
+        if not key.startswith("fc."):
+            assert torch.equal(first[key], value), key
+    result = train(recipe, out=tmp_path / "run")
+    assert result.last is not None
+    assert result.last.held_out[-1].accuracy >= 50
+
+
+@pytest.mark.parametrize("missing", ["model.name=no_such_net", "data.name=no_such_data"])
+def test_a_wrong_name_is_one_clear_message(tmp_path: Path, missing: str) -> None:
+    file = runs.written(tmp_path)
+    done = runs.run(file, missing, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "no_such" in done.stderr

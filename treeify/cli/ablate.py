@@ -1,0 +1,88 @@
+"""`treeify ablate`: a grid of recipes, and its table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from treeify.ablation import Planned, ablate, load_grid, plan, raw, table
+from treeify.cli.train import INTERRUPTED
+from treeify.snapshot import replace_text
+from treeify.trainer import Epoch, Reporter
+
+
+def run_grid(
+    grid: Annotated[Path, typer.Argument(help="YAML grid.", show_default=False)],
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Seeds of every variant, from 0; by default the grid's."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the runs; by default runs/NAME.", show_default=False),
+    ] = None,
+    show: Annotated[
+        bool, typer.Option("--show", help="Only print what has finished; train nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+) -> None:
+    """Train every variant of a grid of recipes with several seeds, and compare them.
+
+    What has finished is not trained again, and a run that was stopped goes on. The table has the
+    held-out accuracy of every number of leaves, mean and deviation over seeds; every run's last
+    metrics go to OUT/results.json.
+
+    For example:
+
+        treeify ablate recipes/ablations/table1_digits.yaml --seeds 5
+    """
+    console = Console(quiet=as_json)
+    directory = Path("runs") / load_grid(grid).name if out is None else out
+    runs = plan(grid, directory, seeds)
+    finished = True
+    if not show:
+        finished = ablate(runs, started=lambda run: _Line(console, run, len(runs), runs.index(run)))
+    rows = raw(runs)
+    if rows:
+        replace_text(directory / "results.json", json.dumps(rows, indent=1) + "\n")
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+    for part, title in (("held_out", "held-out accuracy %"), ("train", "training accuracy %")):
+        console.print(_table(runs, part, title))
+    console.print(f"{len(rows)} of {len(runs)} runs have finished; {directory}", soft_wrap=True)
+    if not finished:
+        sys.exit(INTERRUPTED)
+
+
+class _Line(Reporter):
+    """A line per run."""
+
+    def __init__(self, console: Console, run: Planned, count: int, index: int) -> None:
+        self.console = console
+        self.name = f"[{index + 1}/{count}] {run.variant}, seed {run.seed}"
+        self.epochs = run.recipe.schedule.epochs
+
+    def finished_epoch(self, epoch: Epoch) -> None:
+        if epoch.epoch == self.epochs:
+            accuracy = f"{epoch.held_out[-1].accuracy:.2f} % held out with all leaves"
+            self.console.print(f"{self.name}: {accuracy}", markup=False, highlight=False)
+
+    def warned(self, message: str) -> None:
+        self.console.print(f"{self.name}: {message}", markup=False, soft_wrap=True)
+
+
+def _table(runs: list[Planned], part: str, title: str) -> Table:
+    rows = table(runs, part)
+    sizes = sorted({leaves for row in rows.values() for leaves in row})
+    shown = Table("", title=title, caption="mean ± deviation over seeds")
+    for size in sizes:
+        shown.add_column(f"{size}", justify="right")
+    for variant, row in rows.items():
+        shown.add_row(variant, *(str(row[size]) if size in row else "" for size in sizes))
+    return shown

@@ -1,0 +1,54 @@
+"""Data sets by name: images ready to train on, and a fixed held-out part.
+
+Every data set is a function of keyword options that returns a `Data`; a recipe names the function
+and sets its options. Adding one:
+
+    @treeify.data.register("my_images")
+    def my_images(*, root: str) -> treeify.data.Data: ...
+
+or name it in the recipe as `package.module:my_images`.
+"""
+
+from treeify.data.photographs import image_folder, preparation, timm_dataset
+from treeify.data.shards import webdataset
+from treeify.data.small import (
+    CIFAR10,
+    CIFAR100,
+    DIGITS,
+    FASHION_MNIST,
+    cifar10,
+    cifar100,
+    digits,
+    fashion_mnist,
+)
+from treeify.data.source import (
+    IMAGENET,
+    SOURCES,
+    Data,
+    Examples,
+    Statistics,
+    UnreadableImageError,
+    register,
+)
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "DIGITS",
+    "FASHION_MNIST",
+    "IMAGENET",
+    "SOURCES",
+    "Data",
+    "Examples",
+    "Statistics",
+    "UnreadableImageError",
+    "cifar10",
+    "cifar100",
+    "digits",
+    "fashion_mnist",
+    "image_folder",
+    "preparation",
+    "register",
+    "timm_dataset",
+    "webdataset",
+]

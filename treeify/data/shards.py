@@ -1,0 +1,164 @@
+"""WebDataset shards read by index, so that a run can find its place in them again."""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections import defaultdict
+from glob import glob
+from typing import Annotated, Any, NamedTuple
+
+from PIL import Image
+from pydantic import Field, PositiveInt
+from torch.utils.data import Dataset
+
+from treeify.data.photographs import transforms
+from treeify.data.source import Data, Transformed, UnreadableImageError, register
+from treeify.errors import DataError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
+_LABEL = "cls"
+
+
+class Entry(NamedTuple):
+    """Where one image lies.
+
+    Args:
+        shard: path of the tar file.
+        key: of the sample, for messages.
+        offset: of the image's bytes.
+        size: how many.
+        label: its class.
+    """
+
+    shard: str
+    key: str
+    offset: int
+    size: int
+    label: int
+
+
+class Shards(Dataset[Any]):
+    """The images and classes of some shards, in their order.
+
+    Args:
+        entries: where each lies.
+    """
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        entry = self.entries[index]
+        try:
+            with open(entry.shard, "rb") as file:  # noqa: PTH123 - thousands of times an epoch
+                file.seek(entry.offset)
+                image = Image.open(io.BytesIO(file.read(entry.size))).convert("RGB")
+        except OSError as error:
+            raise UnreadableImageError(f"{entry.shard}:{entry.key}", error) from error
+        return image, entry.label
+
+
+@register("webdataset")
+def webdataset(
+    *,
+    train: str,
+    held_out: str,
+    classes: PositiveInt | list[str],
+    size: PositiveInt = 224,
+    like: str | None = None,
+    flip: bool = True,
+    auto_augment: str | None = None,
+    random_erasing: Share = 0.0,
+) -> Data:
+    """Shards of WebDataset: tar files of `KEY.jpg` (or png, webp) and `KEY.cls`, local or mounted.
+
+    They are read by index, not as a stream: every image once an epoch, in an order over all shards,
+    which a resumed run finds again. Their headers are read once at the start.
+
+    Args:
+        train: shards to train on, e.g. `data/train-{0000..0099}.tar` or `data/train-*.tar`.
+        held_out: shards held out.
+        classes: how many there are, or their names in the order of their numbers.
+        size: height and width in pixels.
+        like: timm or torchvision name of the model whose trained weights are used.
+        flip: mirror half of the training images.
+        auto_augment: one of timm's policies, e.g. `rand-m9-mstd0.5`.
+        random_erasing: probability of blanking a rectangle.
+
+    Returns:
+        As many classes as were said.
+
+    Raises:
+        DataError: there are no such shards, one is damaged, or a class is out of range.
+    """
+    names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
+    first, second = (Shards(_entries(pattern, len(names))) for pattern in (train, held_out))
+    crop, fit = transforms(size, like, flip, auto_augment, random_erasing)
+    return Data(
+        Transformed(first, crop),
+        Transformed(second, fit),
+        names,
+        f"the {len(second):,} images of {held_out} held out",
+    )
+
+
+def _entries(pattern: str, classes: int) -> list[Entry]:
+    """Every image of the shards that a pattern names."""
+    paths = sorted({path for name in expanded(pattern) for path in glob(name)})  # noqa: PTH207
+    if not paths:
+        raise DataError(
+            f"no shards are called {pattern!r}.",
+            expected="local tar files, e.g. data/train-{0000..0099}.tar",
+        )
+    return [entry for path in paths for entry in _index(path, classes)]
+
+
+def expanded(pattern: str) -> list[str]:
+    """`a-{08..10}.tar` as three names."""
+    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if found is None:
+        return [pattern]
+    begin, end = found.groups()
+    numbers = range(int(begin), int(end) + 1)
+    head, tail = pattern[: found.start()], pattern[found.end() :]
+    return [name for own in numbers for name in expanded(f"{head}{own:0{len(begin)}d}{tail}")]
+
+
+def _index(path: str, classes: int) -> list[Entry]:
+    images: dict[str, tarfile.TarInfo] = {}
+    labels: dict[str, int] = {}
+    problems: dict[str, list[str]] = defaultdict(list)
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                folder, _, name = member.name.rpartition("/")
+                stem, _, extension = name.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if extension.lower() in _IMAGES:
+                    images[key] = member
+                elif extension.lower() == _LABEL:
+                    file = tar.extractfile(member)
+                    labels[key] = -1 if file is None else int(file.read())
+    except (OSError, tarfile.TarError, ValueError) as error:
+        raise DataError(f"shard {path!r} is damaged.", found=str(error)) from error
+    for key in sorted(images.keys() | labels.keys()):
+        if key not in images:
+            problems[f"no image ({', '.join(_IMAGES)})"].append(key)
+        elif key not in labels:
+            problems[f"no .{_LABEL}"].append(key)
+        elif not 0 <= labels[key] < classes:
+            problems[f"class {labels[key]}, of {classes}"].append(key)
+    if problems:
+        found = "; ".join(f"{what}: {', '.join(keys[:3])}" for what, keys in problems.items())
+        raise DataError(
+            f"shard {path!r} has samples that cannot be used.",
+            expected=f"an image and a .{_LABEL} for every key",
+            found=found,
+        )
+    return [Entry(path, key, own.offset_data, own.size, labels[key]) for key, own in images.items()]

@@ -1,0 +1,117 @@
+"""What a data set is, and the registry of those known by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+
+from treeify.errors import DataError
+from treeify.registry import Registry
+
+Transform = Callable[[Any], Any]
+Examples = Dataset[Any]
+Statistics = tuple[Sequence[float], Sequence[float]]
+
+SOURCES = Registry("data set")
+register = SOURCES.register
+
+# Mean and standard deviation of ImageNet's training images by channel, pixels in [0, 1].
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class UnreadableImageError(DataError):
+    """An image file is damaged.
+
+    Args:
+        path: of the file.
+        reason: what reading it said.
+    """
+
+    def __init__(self, path: str, reason: Exception) -> None:
+        super().__init__(
+            f"{path!r} cannot be read as an image.",
+            found=str(reason),
+            next_step="Replace or remove the file, or set skip_corrupt to pass over so many.",
+        )
+        self.path, self.reason = path, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Loader workers send it to their parent."""
+        return type(self), (self.path, self.reason)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set split into training and held-out examples.
+
+    Args:
+        train: augmented training examples, an image [3, H, W] float and its class.
+        held_out: examples never trained on, without augmentation.
+        classes: the classes' names, in the order of their indices; there are `K`.
+        split: how the held-out examples were chosen, one phrase for reports.
+    """
+
+    train: Examples
+    held_out: Examples
+    classes: tuple[str, ...]
+    split: str
+
+    def example(self) -> Tensor:
+        """The first held-out image that can be read, [3, H, W].
+
+        Raises:
+            DataError: there is none.
+        """
+        for index in range(len(self.held_out)):  # type: ignore[arg-type]
+            with contextlib.suppress(UnreadableImageError):
+                image: Tensor = self.held_out[index][0]
+                return image
+        raise DataError("none of the held-out images can be read.")
+
+
+class Transformed(Dataset[tuple[Tensor, Any]]):
+    """Examples whose images go through a transform each time they are read."""
+
+    def __init__(self, examples: Any, transform: Transform) -> None:
+        self.examples = examples
+        self.transform = transform
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+        image, label = self.examples[index]
+        return self.transform(image), label
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
+def transformed(examples: Any, steps: Sequence[Transform]) -> Examples:
+    """Examples whose images go through steps, if there are any."""
+    return Transformed(examples, v2.Compose(steps)) if steps else examples
+
+
+def prepare(statistics: Statistics, *steps: Transform) -> v2.Compose:
+    """From images through `steps` to normalised floats [..., 3, H, W]."""
+    mean, std = statistics
+    return v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RGB(),
+            *steps,
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean, std),
+            v2.ToPureTensor(),
+        ]
+    )
+
+
+def augmentation(size: int, crop_padding: int, flip: bool, fill: float = 0.0) -> list[Transform]:
+    """Random crops reaching into a border, and mirror images."""
+    crop = [v2.RandomCrop(size, padding=crop_padding, fill=fill)] if crop_padding else []
+    return [*crop, *([v2.RandomHorizontalFlip()] if flip else [])]

@@ -2,7 +2,7 @@
 
 name: table1
 recipe: ../digits_hne.yaml      # of all variants, relative to the file
-set: [schedule.epochs=20]       # overrides of all variants
+overrides: [schedule.epochs=20] # of all variants
 seeds: 5
 variants:
 L_I: [loss.name=independent]
@@ -25,7 +25,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from treeify.errors import RecipeError
 from treeify.recipe import Recipe, Section
 from treeify.recipe_file import load_recipe
-from treeify.run_directory import RECIPE, RunDirectory
+from treeify.run_directory import LAST, RunDirectory, check_same, is_run, state_name
 from treeify.trainer import Reporter, train
 
 
@@ -121,10 +121,22 @@ def plan(path: Path, out: Path, seeds: int | None = None) -> list[Planned]:
 
 
 def last_line(run: Planned) -> dict[str, Any] | None:
-    """A finished run's last epoch; None if it has not finished."""
-    lines = RunDirectory(run.directory).metrics()
-    finished = bool(lines) and lines[-1]["epoch"] == run.recipe.schedule.epochs
-    return lines[-1] if finished else None
+    """A finished run's last epoch; None if it has not finished.
+
+    Raises:
+        CheckpointError: the directory holds another recipe's run.
+    """
+    if not is_run(run.directory):
+        return None
+    directory = RunDirectory(run.directory)
+    check_same(directory, run.recipe)
+    lines, last = directory.metrics(), run.directory / LAST
+    epochs = run.recipe.schedule.epochs
+    if not lines or lines[-1]["epoch"] != epochs:
+        return None
+    # Killed between the last line and the last state, it has not finished.
+    saved = last.resolve().name == state_name(lines[-1]["step"], epochs)
+    return lines[-1] if saved else None
 
 
 def ablate(
@@ -147,9 +159,9 @@ def ablate(
     for run in runs:
         if last_line(run) is not None:
             continue
-        begun = (run.directory / RECIPE).is_file()
-        where: dict[str, Path] = {"resume" if begun else "out": run.directory}
-        if train(run.recipe, reporter=started(run), **where).interrupted:
+        begun = run.directory if is_run(run.directory) else None
+        fresh = None if begun else run.directory
+        if train(run.recipe, out=fresh, resume=begun, reporter=started(run)).interrupted:
             return False
     return True
 

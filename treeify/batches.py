@@ -8,6 +8,7 @@ was stopped goes on as if it had not been, and several processes see what one wo
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import signal
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ def seed_everything(seed: int) -> None:
     np.random.seed(seed % 2**32)
     # Not `torch.manual_seed`, which takes a millisecond to note a stack for each device not in use.
     torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
     if torch.backends.mps.is_available():
         torch.mps.manual_seed(seed)
@@ -233,6 +234,8 @@ def _loader(examples: Dataset[Any], workers: int, **options: Any) -> DataLoader[
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal; only the trainer's may stop the run."""
+    """Ctrl-C and SIGTERM may reach a whole group of processes; the trainer alone stops the run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     torch.set_num_threads(1)

@@ -146,7 +146,7 @@ class HierarchicalEnsemble(nn.Module):
             splits,
             self._programs[False].nodes,
             self._programs[True].nodes,
-            (*notes, *_notes(self._shared_buffers)),
+            (*notes, *_notes(self._shared_buffers), *_closed(traced)),
         )
         self.train(like.training)
 
@@ -548,6 +548,12 @@ def _notes(shared_buffers: Sequence[str]) -> tuple[str, ...]:
         "updated at several levels, so that branches share the mean of their training updates: "
         + ", ".join(shared_buffers),
     )
+
+
+def _closed(traced: Traced) -> Iterator[str]:
+    for path, reason in traced.unopened.items():
+        kind = type(traced.skeleton.get_submodule(path)).__name__
+        yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
 
 
 def _allow_in_place(root: nn.Module, *programs: Program) -> None:

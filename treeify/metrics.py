@@ -122,20 +122,20 @@ class Scores:
         """Count a batch of leaf logits [N, L, K] with classes [N]."""
         logits = logits.detach().float()
         confidence, answer = nested_logits(logits, self.tree).softmax(-1).max(-1)
-        right = (answer == target[:, None]).double()
-        bins = F.one_hot((confidence * _BINS).long().clamp(max=_BINS - 1), _BINS).double()
+        right = (answer == target[:, None]).float()
+        bins = F.one_hot((confidence * _BINS).long().clamp(max=_BINS - 1), _BINS).float()
         found = {
             "images": torch.tensor(len(target)),
             "correct": right.sum(0),
-            "nll": nll(logits, target, self.tree).double().sum(0),
-            "std": logit_std(logits, self.tree).double().sum(0),
+            "nll": nll(logits, target, self.tree).sum(0),
+            "std": logit_std(logits, self.tree).sum(0),
             "leaf_correct": (logits.argmax(-1) == target[:, None]).sum(0),
             "bin_images": bins.sum(0),
             "bin_confidence": (bins * confidence[..., None]).sum(0),
             "bin_correct": (bins * right[..., None]).sum(0),
         }
         for name, total in self.totals.items():
-            total += found[name].cpu()
+            total += found[name].cpu().double()  # not every device has doubles
 
     def take(self, totals: Mapping[str, Tensor]) -> None:
         """Go on from totals noted before."""

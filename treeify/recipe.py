@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic_core import PydanticCustomError
-from timm.optim import list_optimizers
+from timm.optim import get_optimizer_info, list_optimizers
 
 from treeify.data import SOURCES, Data
 from treeify.errors import RecipeError, nearest
@@ -229,6 +229,10 @@ class OptimizerRecipe(Section):
             raise PydanticCustomError(
                 "unknown_name", f"Input should name an optimizer, e.g. {close}"
             )
+        if get_optimizer_info(name).second_order:
+            raise PydanticCustomError(
+                "second_order", "Input should need no second derivatives, which are not computed"
+            )
         return name
 
 
@@ -385,7 +389,7 @@ class Recipe(Section):
 @functools.cache
 def _options(function: Callable[..., Any]) -> type[BaseModel]:
     """A model of a function's keyword-only parameters."""
-    described = vars(function)["__init__"] if isinstance(function, type) else function
+    described = getattr(function, "__init__") if isinstance(function, type) else function  # noqa: B009
     hints = get_type_hints(described, include_extras=True)
     fields: dict[str, Any] = {
         parameter.name: (

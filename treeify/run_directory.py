@@ -3,9 +3,9 @@
     recipe.yaml        the recipe with every default filled in
     environment.json   versions, machine and commit
     metrics.jsonl      one line per finished epoch
-    checkpoints/       step-00000360, ...: ensembles `treeify.load` reads, with the trainer's state
-                       beside them (`trainer.json`, `trainer.safetensors`) and, if the recipe has a
-                       moving average, the averaged ensemble in `ema/`
+    checkpoints/       step-00000360-epoch-0015, ...: ensembles `treeify.load` reads, with the
+                       trainer's state beside them (`trainer.json`, `trainer.safetensors`) and, if
+                       the recipe has a moving average, the averaged ensemble in `ema/`
     last, best         links to two of them
 
 `last` is the newest state, `best` the epoch with the highest held-out accuracy of all leaves:
@@ -18,15 +18,15 @@ import contextlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,13 +39,18 @@ from treeify.errors import CheckpointError
 from treeify.recipe import Recipe
 from treeify.recipe_file import dump_recipe, load_recipe
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
-RECIPE, METRICS, STATES = "recipe.yaml", "metrics.jsonl", "checkpoints"
-LAST, BEST, EMA = "last", "best", "ema"
+RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
+STATES, LAST, BEST, EMA = "checkpoints", "last", "best", "ema"
 CHECKPOINTS = (LAST, BEST)
-RUN_FILES = (RECIPE, "environment.json", METRICS, STATES, *CHECKPOINTS)
+RUN_FILES = (RECIPE, ENVIRONMENT, METRICS, STATES, *CHECKPOINTS)
 PACKAGES = ("treeify", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
 
 # What a run may go on with otherwise than it began; none of it changes the weights.
@@ -81,14 +86,11 @@ class RunDirectory:
         """Write what is run and where."""
         snapshot.replace_text(self.path / RECIPE, dump_recipe(recipe))
         text = json.dumps(environment(device), indent=2) + "\n"
-        snapshot.replace_text(self.path / "environment.json", text)
+        snapshot.replace_text(self.path / ENVIRONMENT, text)
 
     def append_metrics(self, epoch: DataclassInstance) -> None:
         """Add a line to `metrics.jsonl`."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(epoch)) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        snapshot.append_line(self.path / METRICS, json.dumps(asdict(epoch)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; one that was cut off is not among them."""
@@ -101,22 +103,18 @@ class RunDirectory:
 
     def save(
         self,
-        step: int,
         hne: HierarchicalEnsemble,
         ema: HierarchicalEnsemble | None,
         state: Mapping[str, Any],
         *,
-        best: bool,
         keep: int,
     ) -> None:
-        """Write a checkpoint whole, point `last` (and `best`) to it, and remove older ones.
+        """Write a checkpoint whole, point `last` and `best` to theirs, and remove older ones.
 
         Args:
-            step: names it.
             hne: the ensemble.
             ema: the averaged ensemble.
-            state: the trainer's.
-            best: it is the best so far.
+            state: the trainer's; `step` and `epochs` name it, `best` names the best so far.
             keep: how many of the newest stay, besides the best.
 
         Raises:
@@ -129,39 +127,62 @@ class RunDirectory:
             if ema is not None:
                 checkpoint.save(ema, draft / EMA)
 
-        final = self.path / STATES / f"step-{step:08d}"
+        final = self.path / STATES / state_name(state["step"], state["epochs"])
         snapshot.publish(final, write)
-        snapshot.point(self.path / LAST, final)
-        if best:
-            snapshot.point(self.path / BEST, final)
+        self._point(final, state)
         for old in self._states()[:-keep]:
-            if old.name != (self.path / BEST).resolve().name:
+            if old.name != state["best"]:
                 shutil.rmtree(old)
+
+    def _point(self, path: Path, state: Mapping[str, Any]) -> None:
+        snapshot.point(self.path / LAST, path)
+        if state["best"] is not None and (best := path.with_name(state["best"])).is_dir():
+            snapshot.point(self.path / BEST, best)
 
     def _states(self) -> list[Path]:
         """Checkpoints, the oldest first."""
         return sorted((self.path / STATES).glob("step-*"))
 
-    def newest(self, warn: Callable[[str], None]) -> Saved | None:
-        """The newest whole state; None if there is none.
+    def newest(self, warn: Callable[[str], None]) -> Path | None:
+        """The newest whole state; None if there was none yet. For one process only.
 
-        Metrics written after it are removed, drafts too; damaged states are renamed.
+        Metrics written after it and what killed writers left behind are removed; damaged states are
+        renamed.
 
         Args:
             warn: told about states that are damaged.
+
+        Raises:
+            CheckpointError: every state is damaged, or one cannot be read.
         """
-        for draft in (*self.path.glob(".*"), *(self.path / STATES).glob(".*")):
-            _remove(draft)
-        saved = None
-        for path in reversed(self._states()):
-            if (saved := _read(path, warn)) is not None:
-                snapshot.point(self.path / LAST, path)
-                break
-            path.rename(path.with_name(f"damaged-{path.name}"))
-        done = 0 if saved is None else saved.state["epochs"]
-        rows = [json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= done]
+        states = self._states()
+        for name in RUN_FILES:
+            for draft in snapshot.drafts(self.path / name):
+                _remove(draft)
+        for draft in (self.path / STATES).glob(".step-*"):
+            if re.fullmatch(r"\.step-\d+-epoch-\d+\.\d+", draft.name):
+                _remove(draft)
+        for path in reversed(states):
+            if (problem := _damage(path)) is None:
+                state = snapshot.read_state(path)
+                self._point(path, state)
+                self._forget_after(state["epochs"])
+                return path
+            other = snapshot.unused(path.with_name(f"damaged-{path.name}"))
+            path.rename(other)
+            warn(f"{path} is damaged, it is {other.name} now: {problem}")
+        if states:
+            raise CheckpointError(
+                f"every state of {self.path} is damaged.",
+                found=", ".join(path.name for path in states),
+                next_step="Begin another run: leave --resume out, or copy a state back.",
+            )
+        self._forget_after(0)
+        return None
+
+    def _forget_after(self, epochs: int) -> None:
+        rows = [json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= epochs]
         snapshot.replace_text(self.path / METRICS, "".join(rows))
-        return saved
 
     def describe_last(self) -> str:
         """Where the run can go on from, for messages."""
@@ -173,21 +194,65 @@ class RunDirectory:
         )
 
 
-def _read(path: Path, warn: Callable[[str], None]) -> Saved | None:
-    """A state; None, with a warning, if it is damaged."""
-    ensembles = [path, *([path / EMA] if (path / EMA).is_dir() else [])]
+def measured(path: Path) -> Path:
+    """The ensemble that a run's last scores are of, or the directory of an ensemble itself.
+
+    Args:
+        path: a run, one of its checkpoints, or an ensemble.
+    """
+    path = path / LAST if (path / LAST).is_dir() else path
+    return path / EMA if (path / EMA).is_dir() else path
+
+
+def state_name(step: int, epochs: int) -> str:
+    """Of a checkpoint after so many steps and finished epochs."""
+    return f"step-{step:08d}-epoch-{epochs:04d}"
+
+
+def load_state(path: Path) -> Saved:
+    """A checkpoint that is whole.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    ema = checkpoint.load(path / EMA) if (path / EMA).is_dir() else None
+    return Saved(checkpoint.load(path), snapshot.read_state(path), ema)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a state's files, None if nothing is; whether they can be used is open."""
     try:
-        state = snapshot.read_state(path)
-        for ensemble in ensembles:
-            checkpoint.read_config(ensemble)
+        snapshot.read_state(path)
+        for ensemble in [path, *([path / EMA] if (path / EMA).is_dir() else [])]:
+            json.loads((ensemble / checkpoint.CONFIG).read_text(encoding="utf-8"))
             with safe_open(ensemble / checkpoint.WEIGHTS, "pt"):  # it notices what is cut off
                 pass
-    except (CheckpointError, OSError, SafetensorError) as error:
-        warn(f"{path} is damaged and put aside; the run goes on from the state before it.\n{error}")
-        return None
-    # Whatever else keeps it from being loaded is no damage.
-    hne, *ema = map(checkpoint.load, ensembles)
-    return Saved(hne, state, ema[0] if ema else None)
+    except (CheckpointError, FileNotFoundError, ValueError, SafetensorError) as error:
+        return str(error)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return None
+
+
+@contextlib.contextmanager
+def locked(directory: RunDirectory) -> Iterator[None]:
+    """Keep other processes from training in the same directory.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    if fcntl is None:  # Windows has other means; nothing is checked there
+        yield
+        return
+    with (directory.path / RECIPE).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"another process trains in {str(directory.path)!r}.",
+                next_step="Wait for it or stop it, then try again.",
+            ) from error
+        yield
 
 
 def check_same(directory: RunDirectory, recipe: Recipe) -> None:
@@ -228,8 +293,16 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 
 def check_free(path: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError unless a run may be written to `path`."""
-    if path.is_dir() and (overwrite or not any(path.iterdir())):
+    if path.is_dir() and not any(path.iterdir()):
         return
+    if path.is_dir() and overwrite:
+        if is_run(path) or not any((path / name).exists() for name in RUN_FILES):
+            return
+        raise CheckpointError(
+            f"{str(path)!r} holds no run, but files that a run would replace.",
+            found=", ".join(name for name in RUN_FILES if (path / name).exists()),
+            next_step="Give another --out.",
+        )
     if path.exists():
         raise CheckpointError(
             f"run directory {str(path)!r} is taken.",
@@ -238,12 +311,23 @@ def check_free(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def replaced_run(path: Path) -> RunDirectory:
+def is_run(path: Path) -> bool:
+    """Whether a directory holds a run."""
+    return all((path / name).is_file() for name in (RECIPE, ENVIRONMENT))
+
+
+def make(path: Path) -> RunDirectory:
     """The directory, made if need be, without an earlier run's files; other files stay."""
     path.mkdir(parents=True, exist_ok=True)
-    for name in RUN_FILES:
-        _remove(path / name)
+    if is_run(path):
+        for name in RUN_FILES:
+            _remove(path / name)
     return RunDirectory(path)
+
+
+def new_path(name: str) -> Path:
+    """`runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is not there yet."""
+    return snapshot.unused(Path("runs") / name)
 
 
 def _remove(path: Path) -> None:
@@ -251,14 +335,6 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def new_run(name: str) -> RunDirectory:
-    """`runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is not there yet."""
-    names = (name if number == 1 else f"{name}-{number}" for number in count(1))
-    path = next(path for path in map(Path("runs").joinpath, names) if not path.exists())
-    path.mkdir(parents=True)
-    return RunDirectory(path)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,15 @@ from torch.overrides import TorchFunctionMode
 
 
 class SyncedBatchNorms(TorchFunctionMode):
-    """While entered, batch norms in training mode share their statistics between processes."""
+    """While entered, batch norms in training mode share their statistics between processes.
+
+    Args:
+        counts: whether this process's images are part of them; if not, it only takes part.
+    """
+
+    def __init__(self, *, counts: bool = True) -> None:
+        super().__init__()
+        self.counts = counts
 
     def __torch_function__(
         self,
@@ -29,8 +37,9 @@ class SyncedBatchNorms(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Take over `F.batch_norm`; everything else runs as it is."""
-        function = synced_batch_norm if func is F.batch_norm else func
-        return function(*args, **(kwargs or {}))
+        if func is F.batch_norm:
+            return synced_batch_norm(*args, **(kwargs or {}), counts=self.counts)
+        return func(*args, **(kwargs or {}))
 
 
 def synced_batch_norm(
@@ -42,6 +51,8 @@ def synced_batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    counts: bool = True,
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` with the statistics of all processes' images.
 
@@ -54,6 +65,7 @@ def synced_batch_norm(
         training: use the statistics of `x`; else nothing is shared.
         momentum: of the running statistics.
         eps: added to the variance.
+        counts: whether the images of this process count.
     """
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
@@ -61,11 +73,11 @@ def synced_batch_norm(
     shape = [1, -1, *[1] * (x.ndim - 2)]
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     count = torch.full((1,), x.numel() // x.shape[1], dtype=wide.dtype, device=x.device)
-    total = _sum(torch.cat([wide.sum(dims), count]))
+    total = _sum(torch.cat([wide.sum(dims), count]) * counts)
     mean, count = total[:-1] / total[-1], total[-1].detach()
     centred = wide - mean.view(shape)
     # About the mean and not from the mean square: that would cancel digits.
-    var = _sum(centred.square().sum(dims)) / count
+    var = _sum(centred.square().sum(dims) * counts) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)

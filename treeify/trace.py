@@ -12,7 +12,7 @@ import inspect
 import operator
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,12 +92,14 @@ class Traced:
         graphs: by mode, `False` for evaluation and `True` for training.
         example: shape of one input image, `(C, H, W)`.
         constants: by graph target, tensors that are neither parameters nor buffers.
+        unopened: modules whose insides stopped the tracer, each run as one call, and what did it.
     """
 
     skeleton: nn.Module
     graphs: Mapping[bool, fx.Graph]
     example: tuple[int, ...]
     constants: Mapping[str, Any]
+    unopened: Mapping[str, str]
 
 
 def facts(node: fx.Node) -> Facts:
@@ -111,28 +113,29 @@ def trace(
 ) -> Traced:
     """Trace a classifier in both modes and annotate every node.
 
+    A module whose inside cannot be traced (control flow that depends on tensor values) stays closed
+    and is one call; all the others are opened.
+
     Args:
         model: the base model, `[N, C, H, W] -> [N, K]`. Not modified.
         example: an input of any batch size; only its shape and dtype matter.
         leaf_types: module types to keep whole, besides torch's and timm's own.
 
     Raises:
-        TraceError: the model cannot be traced; names the line that stopped it.
+        TraceError: the model's own forward cannot be traced; names the line that stopped it.
         InputError: the model does not run on the example's shape.
     """
     with torch.random.fork_rng(devices=[]):
         private = _private_copy(model)
         skeleton = _on_meta(private)
-        graphs = {}
+        graphs, unopened = _trace_modes(private, leaf_types)
         constants: dict[str, Any] = {}
-        for training in (False, True):
-            graph = _trace_mode(private, training, leaf_types)
+        for training, graph in graphs.items():
             functionalize(graph, private)
             _annotate(graph, private, skeleton, example, training)
             graph.lint()
-            graphs[training] = graph
             constants |= _constants(graph, private)
-    return Traced(skeleton, graphs, tuple(example.shape[1:]), constants)
+    return Traced(skeleton, graphs, tuple(example.shape[1:]), constants, unopened)
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
@@ -167,39 +170,85 @@ def _on_meta(model: nn.Module) -> nn.Module:
 class _Tracer(fx.Tracer):
     """fx tracer that knows timm's leaf modules and functions and names every node."""
 
-    def __init__(self, leaf_types: frozenset[type[nn.Module]], *, proxy_buffers: bool) -> None:
+    def __init__(
+        self,
+        leaf_types: frozenset[type[nn.Module]],
+        unopened: Collection[str],
+        *,
+        proxy_buffers: bool,
+    ) -> None:
         timm_fx: Any = timm_registry  # has no annotations
         functions = tuple(fn for fn in timm_fx.get_notrace_functions() if callable(fn))
         super().__init__(autowrap_functions=functions)
         self.proxy_buffer_attributes = proxy_buffers
         self._leaf_types = leaf_types | frozenset(timm_fx.get_notrace_modules())
+        self._unopened = unopened
+        # The innermost module that the tracer was in when it stopped.
+        self.stopped_in = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return type(m) in self._leaf_types or super().is_leaf_module(m, module_qualified_name)
+        known = type(m) in self._leaf_types or module_qualified_name in self._unopened
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.stopped_in = self.stopped_in or self.path_of_module(m)
+            raise
+
+
+def _trace_modes(
+    private: nn.Module, leaf_types: frozenset[type[nn.Module]]
+) -> tuple[dict[bool, fx.Graph], dict[str, str]]:
+    """Both modes' graphs, and the modules that had to stay closed, in either, with the reason."""
+    unopened: dict[str, str] = {}
+    while True:
+        before = len(unopened)
+        graphs = {
+            training: _trace_mode(private, training, leaf_types, unopened)
+            for training in (False, True)
+        }
+        if len(unopened) == before:
+            return graphs, unopened
 
 
 def _trace_mode(
-    private: nn.Module, training: bool, leaf_types: frozenset[type[nn.Module]]
+    private: nn.Module,
+    training: bool,
+    leaf_types: frozenset[type[nn.Module]],
+    unopened: dict[str, str],
 ) -> fx.Graph:
-    # Buffers seen as graph values keep their in-place updates; a model that branches on a buffer
-    # (a counter, a flag) can only be traced with its present value, so that is the second try.
-    failure: Exception | None = None
-    for proxy_buffers in (True, False):
-        tracer = _Tracer(leaf_types, proxy_buffers=proxy_buffers)
-        with _mode(private, training):
-            try:
-                return tracer.trace(private, concrete_args=_defaults(private))
-            except Exception as error:
-                failure = failure or error
-    assert failure is not None
-    raise TraceError(
+    """One mode's graph; a module that stops the tracer is added to `unopened`, and left closed."""
+    while True:
+        # Buffers seen as graph values keep their in-place updates; a model that branches on a
+        # buffer (a counter, a flag) can only be traced with its present value: the second try.
+        failure: Exception | None = None
+        inside = ""
+        for proxy_buffers in (True, False):
+            tracer = _Tracer(leaf_types, unopened, proxy_buffers=proxy_buffers)
+            with _mode(private, training):
+                try:
+                    return tracer.trace(private, concrete_args=_defaults(private))
+                except Exception as error:
+                    failure = failure or error
+                    inside = tracer.stopped_in
+        assert failure is not None
+        if not inside or inside in unopened:
+            raise _untraceable(private, training, failure) from failure
+        unopened[inside] = f"{type(failure).__name__} at {_user_line(failure)}"
+
+
+def _untraceable(private: nn.Module, training: bool, failure: Exception) -> TraceError:
+    return TraceError(
         f"{type(private).__name__} cannot be traced in {'training' if training else 'eval'} mode:"
         f" {type(failure).__name__}: {failure}",
         expected="a forward pass whose control flow does not depend on tensor values",
         found=f"stopped at {_user_line(failure)}",
-        next_step="Move that line into a module of its own, and register the module's class with"
-        " timm.layers.register_notrace_module: it then runs per branch, unopened.",
-    ) from failure
+        next_step="Move that line into a module of its own: it then runs per branch, unopened.",
+    )
 
 
 def _constants(graph: fx.Graph, private: nn.Module) -> dict[str, Any]:

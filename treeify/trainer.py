@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,18 @@ from treeify.errors import CheckpointError, DataError, RecipeError, TreeifyError
 from treeify.interrupt import Interrupt
 from treeify.metrics import Score, Scores, measure
 from treeify.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
-from treeify.run_directory import RunDirectory, check_free, check_same, new_run, replaced_run
+from treeify.run_directory import (
+    RunDirectory,
+    Saved,
+    check_free,
+    check_same,
+    load_state,
+    locked,
+    make,
+    measured,
+    new_path,
+    state_name,
+)
 from treeify.snapshot import like
 from treeify.sync import SyncedBatchNorms, is_distributed
 
@@ -186,27 +197,37 @@ def train(
         LostProcessError: a loader's worker or another process died.
     """
     device = resolve_device(recipe.device)
+    if not is_distributed():  # one process may use one device after another
+        AcceleratorState._reset_state(reset_partial_state=True)
     state = PartialState(cpu=device.type == "cpu")
-    wanted = out or recipe.out
-    directory = None
+    reporter = reporter if reporter is not None and state.is_main_process else Reporter()
     if resume is not None:
         directory = RunDirectory(Path(resume))
         check_same(directory, recipe)
-    elif wanted is not None and state.is_main_process:
-        check_free(Path(wanted), overwrite=overwrite)
-    with _threads(recipe.threads):
-        with state.main_process_first():
+    else:
+        directory = _chosen_directory(recipe, out or recipe.out, overwrite, state)
+    with _threads(recipe.threads), ExitStack() as held:
+        if resume is not None and state.is_main_process:
+            held.enter_context(locked(directory))
+        with state.local_main_process_first():
             data = recipe.data.load()
-        saved = None if directory is None else directory.newest(_warn(reporter, state))
+        saved = None if resume is None else _newest(directory, state, reporter)
         hne = build(recipe, data) if saved is None else saved.hne
         check_classes(hne, data)
-        if directory is None:
-            directory = _new_directory(recipe, wanted, device, state)
-        run = _Run(recipe, data, hne, device, directory, _main_only(reporter, state))
+        run = _Run(recipe, data, hne, device, directory, reporter)
         if saved is not None:
             run.take(saved.state, saved.ema)
+        if resume is None and state.is_main_process:
+            make(directory.path).describe(recipe, device)
+            held.enter_context(locked(directory))
         with _explained(directory):
             return run.fit()
+
+
+def leave() -> None:
+    """End the connection to the run's other processes, if there are any, before this one ends."""
+    if is_distributed():
+        dist.destroy_process_group()
 
 
 def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
@@ -301,8 +322,6 @@ class _Run:
         self.process = self.accelerator.process_index
         self.processes = self.accelerator.num_processes
         hne.to(self.device, torch.float64 if recipe.precision == "fp64" else None)
-        if recipe.channels_last:  # the images follow: convolutions take their weights' layout
-            hne.to(memory_format=torch.channels_last)
         images = len(data.train)  # type: ignore[arg-type]
         self.order = Order(
             images,
@@ -325,6 +344,7 @@ class _Run:
         self.objective = _Objective(recipe, hne, self.device)
         self.mix = None if recipe.mix is None else _mixing(recipe.mix, len(data.classes))
         self._tune(data)
+        self._lay_out()
         self.ema = None
         if recipe.ema is not None:
             self.ema = ModelEmaV3(hne, recipe.ema.decay, use_warmup=recipe.ema.warmup)
@@ -332,12 +352,10 @@ class _Run:
         self.scheduler = _scheduler(recipe, optimizer, self.steps)
         self.model = self.accelerator.prepare_model(hne)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
-        shared = recipe.sync_batch_norm and is_distributed()
-        self.norms: Callable[[], AbstractContextManager[Any]] = (
-            SyncedBatchNorms if shared else nullcontext
-        )
+        self.is_synced = recipe.sync_batch_norm and is_distributed()
         self.step = self.epochs = 0
-        self.best = -1.0
+        self.best: str | None = None
+        self.best_accuracy = -1.0
         self.skipped: set[str] = set()
         self.total = 0.0
         self.scores = Scores(hne.tree)
@@ -363,6 +381,7 @@ class _Run:
         if not self.recipe.tune or self.hne.tunings:
             return
         image = data.example()
+        self._lay_out()  # what it is compared with
         count = max(1, self.recipe.batch_size // (self.processes * self.order.parts))
         first = next(self.hne.parameters())
         x = image[None].expand(count, *image.shape).to(first.device, first.dtype)
@@ -374,8 +393,21 @@ class _Run:
         broadcast_object_list(tunings)
         self.hne.tunings.update(tunings[0])  # type: ignore[call-overload]
 
+    def _lay_out(self) -> None:
+        """Put weights where training is fastest; the same in every process, and after resuming.
+
+        The images follow: convolutions take their weights' layout.
+        """
+        wanted: bool | None = self.recipe.channels_last
+        for situation, tuning in self.hne.tunings.items():
+            if situation.training:
+                wanted = tuning.plan.channels_last
+        layout = torch.channels_last if wanted else torch.contiguous_format
+        self.hne.to(memory_format=layout)
+
     def fit(self) -> Result:
         """Train what is left of the epochs, or until Ctrl-C."""
+        _open_trackers(self.accelerator, self.recipe)
         last = _read_epoch(self.directory.metrics()[-1]) if self.epochs else None
         self.reporter.started(self._plan)
         with Interrupt() as interrupt:
@@ -392,7 +424,8 @@ class _Run:
         return Result(self._plan, last, interrupted=False)
 
     def _end(self) -> None:
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()  # `end_training` would also end the processes' connection
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
 
     def _epoch(self, interrupt: Interrupt) -> Epoch | None:
@@ -412,6 +445,7 @@ class _Run:
             if due:
                 self._save()
         training = time.perf_counter() - begin
+        self._share_buffers()
         held_out = measure(
             self.hne if self.ema is None else self.ema.module,
             self._held_out(),
@@ -419,6 +453,7 @@ class _Run:
         )
         if self._agreed(interrupt.requested):
             return None
+        self._gather_skipped()
         return Epoch(
             self.epochs + 1,
             self.step,
@@ -427,27 +462,38 @@ class _Run:
             self.total / self.order.images,
             self._together(self.scores).result(),
             self._together(held_out).result(),
-            self._count_skipped(),
+            len(self.skipped),
         )
+
+    def _share_buffers(self) -> None:
+        """Give all processes the running statistics of the first, whose ensemble is saved."""
+        if self.processes == 1:
+            return
+        for model in (self.hne, self.ema):
+            for buffer in () if model is None else model.buffers():
+                dist.broadcast(buffer, 0)
 
     def _held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
         for batch in self.held_out_batches:
-            self._skip(batch)
+            self.skipped.update(batch.skipped)
             yield batch.images, batch.target
 
     def _step(
         self, batches: Iterator[Batch], index: int, interrupt: Interrupt
     ) -> tuple[float, float, tuple[bool, bool]]:
         """One step: its loss, seconds spent waiting for images, and whether to stop or save."""
-        loss, waited = torch.zeros((), device=self.device), 0.0
+        loss, waited, fresh = torch.zeros((), device=self.device), 0.0, False
         for part in range(self.order.parts):
             begin = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - begin
-            self._skip(batch)
+            fresh = fresh or not self.skipped.issuperset(batch.skipped)
+            self.skipped.update(batch.skipped)
             loss += self._part(batch, index, part)
         due = time.monotonic() - self.saved > 60 * self.recipe.checkpoints.minutes
-        value, wishes = self._share(loss, interrupt.requested, due)
+        value, (stop, due, fresh) = self._share(loss, interrupt.requested, due, fresh)
+        if fresh:
+            self._gather_skipped()
         if not math.isfinite(value):
             self._diverged(value)
         clip = self.recipe.optimizer
@@ -461,7 +507,8 @@ class _Run:
         if self.ema is not None:
             self.ema.update(self.hne, self.step)
         self.total += value * self.order.size(index)
-        return value, waited, wishes
+        # The last step's state is saved with the epoch's scores.
+        return value, waited, (stop, due and index < self.steps - 1)
 
     def _part(self, batch: Batch, index: int, part: int) -> Tensor:
         """Forward and backward of a part of this process's share; its part of the loss."""
@@ -473,9 +520,11 @@ class _Run:
         if self.mix is not None:
             images, labels = _mixed(self.mix, images, target)
         weight = self.order.weight(index, part)
+        if not weight and self.processes == 1:
+            return torch.zeros((), device=self.device)
         is_last = part == self.order.parts - 1
         with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-            with self.norms():
+            with self._norms(weight):
                 logits = self.model(images)
             loss = self.objective(logits, labels, images, self.step / self.steps)
             # Gradients are averaged over processes, the shares of a step are summed.
@@ -484,14 +533,27 @@ class _Run:
             self.scores.add(logits, target)
         return loss.detach() * weight
 
-    def _share(self, loss: Tensor, stop: bool, due: bool) -> tuple[float, tuple[bool, bool]]:
-        """The loss of all processes' shares, and whether one of them is to stop or to save."""
+    @contextmanager
+    def _norms(self, weight: float) -> Iterator[None]:
+        """Batch norms as the recipe wants them; an image that weighs nothing leaves no trace."""
+        if self.is_synced:
+            with SyncedBatchNorms(counts=weight > 0):
+                yield
+            return
+        if not weight:
+            self.hne.eval()
+        yield
+        if not weight:
+            self.hne.train()
+
+    def _share(self, loss: Tensor, *flags: bool) -> tuple[float, tuple[bool, ...]]:
+        """The loss of all processes' shares, and each flag that any of them raises."""
         if self.processes == 1:
-            return loss.item(), (stop, due)
-        shared = torch.stack([loss, *(torch.full_like(loss, float(wish)) for wish in (stop, due))])
+            return loss.item(), flags
+        shared = torch.stack([loss, *(torch.full_like(loss, float(flag)) for flag in flags)])
         dist.all_reduce(shared)
-        value, *wishes = shared.tolist()
-        return value, (bool(wishes[0]), bool(wishes[1]))
+        value, *raised = shared.tolist()
+        return value, tuple(map(bool, raised))
 
     def _agreed(self, wish: bool) -> bool:
         """Whether any process wishes it."""
@@ -503,32 +565,30 @@ class _Run:
 
     def _together(self, scores: Scores) -> Scores:
         """The totals of all processes."""
+        if self.processes == 1:
+            return scores
         found = Scores(scores.tree)
         for name, total in scores.totals.items():
             shared = total.to(self.device, copy=True)
-            if self.processes > 1:
-                dist.all_reduce(shared)
+            dist.all_reduce(shared)
             found.totals[name].copy_(shared)
         return found
 
-    def _skip(self, batch: Batch) -> None:
-        """Note images that could not be read.
+    def _gather_skipped(self) -> None:
+        """Tell all processes of all images that could not be read.
 
         Raises:
             DataError: they are more than the recipe allows.
         """
-        self.skipped.update(batch.skipped)
+        self.skipped = set(gather_object(sorted(self.skipped)))
         if len(self.skipped) > self.recipe.skip_corrupt:
             some = sorted(self.skipped)[:5]
             raise DataError(
-                f"{len(self.skipped)} images cannot be read.",
+                f"{len(self.skipped)} image{'s'[: len(self.skipped) > 1]} cannot be read.",
                 expected=f"at most {self.recipe.skip_corrupt} (skip_corrupt)",
                 found=", ".join(some) + (", ..." if len(self.skipped) > len(some) else ""),
                 next_step="Replace or remove them, or allow more: skip_corrupt=100.",
             )
-
-    def _count_skipped(self) -> int:
-        return len(set(gather_object(sorted(self.skipped))))
 
     def _diverged(self, loss: float) -> None:
         raise DivergedError(
@@ -544,32 +604,31 @@ class _Run:
         """Write the epoch's metrics and checkpoint."""
         self.epochs, self.total, self.scores = epoch.epoch, 0.0, Scores(self.hne.tree)
         accuracy = epoch.held_out[-1].accuracy
-        better = accuracy > self.best
-        self.best = max(self.best, accuracy)
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best = accuracy, state_name(self.step, self.epochs)
         if self.accelerator.is_main_process:
             self.directory.append_metrics(epoch)
         self.accelerator.log(_flat(epoch), step=self.step)
-        self._save(best=better)
+        self._save()
 
-    def _save(self, *, best: bool = False) -> None:
+    def _save(self) -> None:
         together = self._together(self.scores)
-        skipped = sorted(set(gather_object(sorted(self.skipped))))
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
                 "step": self.step,
                 "epochs": self.epochs,
-                "steps_per_epoch": self.steps,
-                "best_accuracy": self.best,
+                "images": self.order.images,
+                "best": self.best,
+                "best_accuracy": self.best_accuracy,
                 "loss": self.total,
                 "scores": together.totals,
-                "skipped": skipped,
+                "skipped": sorted(self.skipped),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
             }
             ema = None if self.ema is None else self.ema.module
-            keep = self.recipe.checkpoints.keep
-            self.directory.save(self.step, self.hne, ema, state, best=best, keep=keep)
+            self.directory.save(self.hne, ema, state, keep=self.recipe.checkpoints.keep)
         self.accelerator.wait_for_everyone()
         self.saved = time.monotonic()
 
@@ -579,14 +638,15 @@ class _Run:
         Raises:
             CheckpointError: it was saved on other data.
         """
-        if state["steps_per_epoch"] != self.steps:
+        if state["images"] != self.order.images:
             raise CheckpointError(
                 f"{self.directory.path} was trained on other data.",
-                expected=f"{state['steps_per_epoch']} steps per epoch",
-                found=f"{self.steps}",
+                expected=f"{state['images']:,} training images",
+                found=f"{self.order.images:,}",
             )
         self.step, self.epochs = state["step"], state["epochs"]
-        self.best, self.total = state["best_accuracy"], state["loss"]
+        self.best, self.best_accuracy = state["best"], state["best_accuracy"]
+        self.total = state["loss"]
         if self.process == 0:  # the totals of all processes
             self.scores.take(state["scores"])
         self.skipped = set(state["skipped"])
@@ -626,6 +686,9 @@ def _loss(recipe: LossRecipe) -> Callable[..., Tensor]:
     function = losses.get(recipe.name)
     if not isinstance(function, type):
         return partial(function, **recipe.options)
+    if not recipe.ramps:
+        once: Callable[..., Tensor] = function(**recipe.options)
+        return once
 
     def call(*args: Any, **ramps: Any) -> Tensor:
         found: Tensor = function(**{**recipe.options, **ramps})(*args)
@@ -650,8 +713,7 @@ def load_teacher(
     """
     path = Path(recipe.name)
     if path.is_dir():
-        path = path / "last" if (path / "last").is_dir() else path
-        teacher: nn.Module = checkpoint.load(path)
+        teacher: nn.Module = checkpoint.load(measured(path))
     else:
         teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
     teacher.to(device, like.dtype).eval().requires_grad_(False)
@@ -727,18 +789,22 @@ def _accelerator(recipe: Recipe, device: torch.device, directory: RunDirectory) 
             f"this run cannot be set up: {error}",
             next_step="Set precision=fp32, or other trackers.",
         ) from error
-    if recipe.trackers:
-        accelerator.init_trackers(recipe.name)
-        missing = sorted(set(recipe.trackers) - {tracker.name for tracker in accelerator.trackers})
-        if missing and accelerator.is_main_process:
-            raise RecipeError(
-                f"trackers {', '.join(missing)} are not there.",
-                next_step="Install them, e.g. pip install 'treeify[tensorboard]'.",
-            )
-        for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # it would take the configuration for another run
-                tracker.store_init_configuration({"recipe": json.dumps(recipe.model_dump())})
+    there = {str(getattr(own, "value", getattr(own, "name", own))) for own in accelerator.log_with}
+    if missing := sorted(set(recipe.trackers) - there):
+        raise RecipeError(
+            f"trackers {', '.join(missing)} are not there.",
+            next_step="Install them, e.g. pip install 'treeify[tensorboard]'.",
+        )
     return accelerator
+
+
+def _open_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
+    if not recipe.trackers:
+        return
+    accelerator.init_trackers(recipe.name)
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":  # it would take the configuration for another run
+            tracker.store_init_configuration({"recipe": json.dumps(recipe.model_dump())})
 
 
 def _laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
@@ -755,7 +821,7 @@ def _mixing(recipe: MixRecipe, classes: int) -> Mixup:
     return Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
-        prob=recipe.prob,
+        prob=recipe.prob if recipe.mixup or recipe.cutmix else 0.0,
         switch_prob=recipe.switch_prob,
         label_smoothing=recipe.label_smoothing,
         num_classes=classes,
@@ -774,25 +840,26 @@ def _mixed(mix: Mixup, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return images, smooth
 
 
-def _new_directory(
-    recipe: Recipe, wanted: Path | str | None, device: torch.device, state: PartialState
+def _chosen_directory(
+    recipe: Recipe, wanted: Path | str | None, overwrite: bool, state: PartialState
 ) -> RunDirectory:
-    """Made by the main process, known to all."""
+    """Where a new run goes; chosen by the main process, and made once the run can begin."""
     path = [""]
     if state.is_main_process:
-        directory = new_run(recipe.name) if wanted is None else replaced_run(Path(wanted))
-        directory.describe(recipe, device)
-        path = [str(directory.path)]
+        if wanted is not None:
+            check_free(Path(wanted), overwrite=overwrite)
+        path = [str(new_path(recipe.name) if wanted is None else wanted)]
     broadcast_object_list(path)
     return RunDirectory(Path(path[0]))
 
 
-def _main_only(reporter: Reporter | None, state: PartialState) -> Reporter:
-    return reporter if reporter is not None and state.is_main_process else Reporter()
-
-
-def _warn(reporter: Reporter | None, state: PartialState) -> Callable[[str], None]:
-    return _main_only(reporter, state).warned
+def _newest(directory: RunDirectory, state: PartialState, reporter: Reporter) -> Saved | None:
+    """The state to go on from; the main process tidies up and chooses."""
+    path: list[Path | None] = [None]
+    if state.is_main_process:
+        path = [directory.newest(reporter.warned)]
+    broadcast_object_list(path)
+    return None if path[0] is None else load_state(path[0])
 
 
 def _flat(epoch: Epoch) -> dict[str, float]:
@@ -818,8 +885,9 @@ def _explained(directory: RunDirectory) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
-        lost = "DataLoader worker" in text or isinstance(error, dist.DistError)
-        if not (lost or "Connection" in text or "gloo" in text):
+        alone = not is_distributed()
+        lost = not alone and any(word in text for word in ("Connection", "gloo", "NCCL"))
+        if not (lost or "DataLoader worker (pid" in text or isinstance(error, dist.DistError)):
             raise
         raise LostProcessError(
             "a process of this run died.",

@@ -9,7 +9,7 @@ import runner
 import runs
 
 from treeify.ablation import ablate, cells, last_line, load_grid, plan, table
-from treeify.errors import RecipeError
+from treeify.errors import CheckpointError, RecipeError
 from treeify.trainer import Reporter, Step
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "ablations"
@@ -64,12 +64,22 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
 
     shown = runner.run("ablate", str(grid), "--out", str(tmp_path / "out"), "--show")
     assert shown.exit_code == 0, shown.output
+    assert not (tmp_path / "out" / "results.json").exists()
+    runner.run("ablate", str(grid), "--out", str(tmp_path / "out"))
     assert "4 of 4 runs have finished" in shown.output
     assert f"{found['L_I'][4]}" in shown.output
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(row["variant"], row["seed"]) for row in rows] == [
         (run.variant, run.seed) for run in planned
     ]
+
+
+def test_a_grid_that_changed_takes_no_old_results(grid: Path, tmp_path: Path) -> None:
+    first = plan(grid, tmp_path / "out", seeds=1)[:1]
+    assert ablate(first)
+    grid.write_text(GRID.replace("loss.name=independent", "loss.name=structured"))
+    with pytest.raises(CheckpointError, match="another recipe"):
+        ablate(plan(grid, tmp_path / "out", seeds=1)[:1])
 
 
 def test_cells_round_and_spread() -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from treeify.batches import Order, seed_of
+from treeify.run_directory import state_name
 from treeify.sync import synced_batch_norm
 from treeify.trainer import train
 
@@ -48,10 +49,27 @@ def test_parts_of_a_step_add_up_to_it(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "normless.py").write_text(runs.NORMLESS)
     own = ("model.name=normless:net", "model.kwargs={}", "model.splits=['3']")
-    for parts in (1, 5):
+    for parts in (1, 15):  # more than the last step has images
         recipe = runs.recipe(tmp_path, *EXACT, *own, f"gradient_accumulation={parts}")
         train(recipe, out=tmp_path / f"parts{parts}")
-    assert_same_steps(tmp_path / "parts1", tmp_path / "parts5")
+    assert_same_steps(tmp_path / "parts1", tmp_path / "parts15")
+    file = runs.written(tmp_path, *EXACT, *own, "gradient_accumulation=4")
+    done = runs.run(file, "--out", "both", cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_steps(tmp_path / "parts1", tmp_path / "both")
+
+
+def test_an_image_that_weighs_nothing_leaves_no_trace_in_batch_norms(tmp_path: Path) -> None:
+    """The last step has one image, which one of the two processes gets."""
+    one_left = ("data.held_out=1500", "batch_size=148")
+    file = runs.written(tmp_path, *EXACT, *one_left)
+    done = runs.run(file, "--out", "two", cwd=tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    train(runs.load_recipe(file), out=tmp_path / "one")
+    assert len(states(tmp_path / "one")) == 2 * 3
+    for left, right in zip(states(tmp_path / "one"), states(tmp_path / "two"), strict=True):
+        for key, value in left.items():
+            assert_close(right[key], value, rtol=1e-7, atol=1e-9, msg=key)
 
 
 LOSS = """\
@@ -77,7 +95,15 @@ def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path) -> Non
     done = runs.run(file, *overrides, "--out", "run", cwd=tmp_path, processes=2)
     assert done.returncode != 0
     assert "a process of this run died" in done.stdout + done.stderr
-    assert (tmp_path / "run" / "last").resolve().name == "step-00000005"
+    assert (tmp_path / "run" / "last").resolve().name == state_name(5, 1)
+    source = (tmp_path / "mortal.py").read_text()
+    (tmp_path / "mortal.py").write_text(source.replace("== 6", "== 99"))
+    arguments = [file, *overrides]
+    resumed = runs.run(*arguments, "--resume", "run", cwd=tmp_path, processes=2)
+    assert resumed.returncode == 0, resumed.stderr
+    whole = runs.run(*arguments, "--out", "whole", cwd=tmp_path, processes=2)
+    assert whole.returncode == 0, whole.stderr
+    runs.assert_same_bits(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("images", [1, 7, 96, 100])

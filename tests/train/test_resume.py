@@ -1,18 +1,22 @@
 """Runs that are killed, run out of space, meet damaged files or lose a process; and go on."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+import runner
 import runs
 from PIL import Image
 
 from treeify import snapshot, trainer
 from treeify.errors import CheckpointError, DataError
 from treeify.recipe import Recipe
+from treeify.run_directory import state_name
 from treeify.trainer import Epoch, Reporter, Step, train
 
 
@@ -77,6 +81,7 @@ MOMENTS = {
     "in a save, weights written": ("snapshot", "write_state", 3, False),
     "in a save, not yet named": ("snapshot", "_bring_to_disk", 9, False),
     "between name and link": ("snapshot", "point", 4, False),
+    "between last and best": ("snapshot", "point", 6, False),
     "after the last step": ("trainer._Run", "_step", 2 * runs.STEPS, True),
 }
 
@@ -154,7 +159,30 @@ def test_a_full_disk_ends_in_one_message_and_a_run_that_goes_on(
             train(recipe, out=tmp_path / "run", reporter=Fill())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert (tmp_path / "run" / "last").resolve().name == "step-00000002"
+    assert (tmp_path / "run" / "last").resolve().name == state_name(2, 0)
+    train(recipe, resume=tmp_path / "run")
+    assert_ends_like(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("function", ["append_line", "point"])
+def test_a_disk_that_fills_up_at_an_epochs_end(
+    whole: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    """Whatever is written then; `os.fsync` reports what the kernel could not keep."""
+    original = getattr(snapshot, function)
+
+    def full(path: Path, *args: object) -> None:
+        def fsync(descriptor: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        if "epoch-0001" in str(args) or function == "append_line":
+            monkeypatch.setattr(os, "fsync", fsync)
+        original(path, *args)
+
+    monkeypatch.setattr(snapshot, function, full)
+    with pytest.raises(CheckpointError, match=r"(?s)No space left.*--resume"):
+        train(recipe, out=tmp_path / "run")
+    monkeypatch.undo()
     train(recipe, resume=tmp_path / "run")
     assert_ends_like(whole, tmp_path / "run")
 
@@ -163,7 +191,7 @@ def test_only_the_newest_states_and_the_best_are_kept(recipe: Recipe, tmp_path: 
     train(recipe, out=tmp_path / "run")
     states = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
     best = (tmp_path / "run" / "best").resolve().name
-    newest = [f"step-{step:08d}" for step in (6, 7, 8)]
+    newest = [state_name(6, 1), state_name(7, 1), state_name(8, 2)]
     assert states == sorted({best, *newest})
 
 
@@ -177,6 +205,57 @@ def test_a_run_of_another_recipe_is_not_touched(whole: Path, tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match="holds no run"):
         train(other, resume=tmp_path)
     assert_ends_like(whole, tmp_path / "run")
+
+
+def test_states_that_are_all_damaged_are_no_new_beginning(recipe: Recipe, tmp_path: Path) -> None:
+    train(recipe, out=tmp_path / "run")
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    for state in (tmp_path / "run" / "checkpoints").iterdir():
+        (state / "trainer.json").write_text("{")
+    with pytest.raises(CheckpointError, match="every state"):
+        train(recipe, resume=tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == metrics
+
+
+def test_a_copied_run_goes_on_and_other_files_stay(
+    whole: Path, recipe: Recipe, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")  # links become directories
+    (tmp_path / "run" / ".git").mkdir()
+    (tmp_path / "run" / ".notes.1").write_text("mine")
+    train(recipe, resume=tmp_path / "run")
+    assert (tmp_path / "run" / "last").is_symlink()
+    assert (tmp_path / "run" / ".git").is_dir()
+    assert (tmp_path / "run" / ".notes.1").read_text() == "mine"
+    runs.assert_same_bits(whole, tmp_path / "run")
+
+
+def test_a_run_that_is_alive_is_not_resumed(recipe: Recipe, tmp_path: Path) -> None:
+    class Twice(Reporter):
+        def stepped(self, step: Step) -> None:
+            with pytest.raises(CheckpointError, match="another process trains"):
+                train(recipe, resume=tmp_path / "run")
+            signal.raise_signal(signal.SIGINT)
+
+    train(recipe, out=tmp_path / "run", reporter=Twice())
+
+
+def test_a_tuned_run_goes_on_with_its_plan_and_layout(tmp_path: Path) -> None:
+    recipe = runs.recipe(tmp_path, "tune=true", "channels_last=true")
+    plans = []
+
+    class Stop(Reporter):
+        def started(self, plan: trainer.Plan) -> None:
+            weight = plan.hne.get_submodule("block4.0.conv2").weight
+            plans.append((plan.hne.tunings, weight.stride()))
+
+        def stepped(self, step: Step) -> None:
+            if step.step == 2 and len(plans) == 1:
+                signal.raise_signal(signal.SIGINT)
+
+    train(recipe, out=tmp_path / "run", reporter=Stop())
+    train(recipe, resume=tmp_path / "run", reporter=Stop())
+    assert plans[0] == plans[1]
 
 
 def test_a_model_that_cannot_be_imported_damages_nothing(
@@ -233,10 +312,14 @@ def test_damaged_images_are_skipped_counted_and_limited(tmp_path: Path, workers:
     recipe = on_photos(tmp_path, "skip_corrupt=4", f"workers={workers}")
     result = train(recipe, out=tmp_path / "run")
     assert result.last is not None and result.last.skipped == 4
+    few = on_photos(tmp_path, "skip_corrupt=3", f"workers={workers}")
     with pytest.raises(DataError, match=r"(?s)4 images cannot be read.*at most 3.*0\.png"):
-        train(on_photos(tmp_path, "skip_corrupt=3"), out=tmp_path / "other")
-    with pytest.raises(DataError, match="cannot be read"):
-        train(on_photos(tmp_path), out=tmp_path / "third")
+        train(few, out=tmp_path / "other")
+    none = on_photos(tmp_path, f"workers={workers}")
+    with pytest.raises(DataError, match=r"(?s)1 image cannot be read.*/[01]\.png"):
+        train(none, out=tmp_path / "third")
+    shown = runner.run("eval", str(tmp_path / "run"), "--no-latency", "--json")
+    assert len(json.loads(shown.output)["skipped"]) == 2
 
 
 DEADLY = """\
@@ -263,7 +346,7 @@ def test_a_dead_worker_ends_in_one_message(tmp_path: Path) -> None:
     for text in ("LostProcessError", "DataLoader worker", "--resume run"):
         assert text in done.stderr
     assert "Traceback" not in done.stderr
-    assert (tmp_path / "run" / "last").resolve().name == "step-00000002"
+    assert (tmp_path / "run" / "last").resolve().name == state_name(2, 1)
 
 
 def test_states_are_plain_values_and_tensors(tmp_path: Path) -> None:
@@ -273,11 +356,13 @@ def test_states_are_plain_values_and_tensors(tmp_path: Path) -> None:
         "numbers": [1, 2.5, None, True, "text", float("inf")],
         3: {"deep": (torch.arange(3), torch.zeros((), dtype=torch.int64))},
         "double": 0.1 + 0.2,
+        "tuple": (1, ("a", [2])),
     }
     snapshot.write_state(tmp_path, state)
     found = snapshot.read_state(tmp_path)
     assert found["numbers"] == state["numbers"]
     assert found["double"] == state["double"]
+    assert found["tuple"] == state["tuple"]
     assert torch.equal(found[3]["deep"][0], torch.arange(3))
     assert found[3]["deep"][1].dtype == torch.int64
     with pytest.raises(TypeError, match="set"):

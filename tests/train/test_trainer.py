@@ -244,10 +244,20 @@ def test_nothing_is_written_for_bad_input(
 def test_overwrite_replaces_the_run_and_nothing_else(recipe: Recipe) -> None:
     out = Path("mine")
     out.mkdir()
+    (out / "recipe.yaml").write_text("mine")
+    with pytest.raises(CheckpointError, match="holds no run"):
+        train(recipe, out=out, overwrite=True)
+    assert (out / "recipe.yaml").read_text() == "mine"
+    (out / "recipe.yaml").unlink()
+    train(recipe, out=out)
     (out / "notes.txt").write_text("keep me")
     (out / "metrics.jsonl").write_text("old\n")
     with pytest.raises(CheckpointError):
         train(recipe, out=out)
+    wrong = recipe.optimizer.model_copy(update={"options": {"no_such": 1}})
+    with pytest.raises(RecipeError):
+        train(recipe.model_copy(update={"optimizer": wrong}), out=out, overwrite=True)
+    assert (out / "metrics.jsonl").read_text() == "old\n"
     train(recipe, out=out, overwrite=True)
     assert (out / "notes.txt").read_text() == "keep me"
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
@@ -294,6 +304,16 @@ def test_options_timm_or_accelerate_does_not_know(
 ) -> None:
     with pytest.raises(RecipeError, match=f"(?s){match}"):
         train(load_recipe(recipe_file, [override]))
+    assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
+    with pytest.raises(RecipeError, match="no second derivatives"):
+        load_recipe(recipe_file, ["optimizer.name=adahessian"])
+
+
+def test_smoothed_labels_alone(recipe_file: Path) -> None:
+    plain = train(load_recipe(recipe_file), out="plain").last
+    smooth = train(load_recipe(recipe_file, ["mix={label_smoothing: 0.2}"]), out="smooth").last
+    assert plain is not None and smooth is not None
+    assert smooth.loss > plain.loss
 
 
 def test_losses_of_ones_own_and_ramps(recipe_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,8 +370,11 @@ def test_a_moving_average_is_measured_and_saved(recipe: Recipe, recipe_file: Pat
 
 @pytest.mark.parametrize("precision", ["bf16", "fp64"])
 def test_other_precisions_train(recipe_file: Path, precision: str) -> None:
+    usual = train(load_recipe(recipe_file), out="usual").last
     result = train(load_recipe(recipe_file, [f"precision={precision}"]))
-    assert result.last is not None and math.isfinite(result.last.loss)
+    assert usual is not None and result.last is not None
+    assert result.last.loss != usual.loss
+    assert result.last.loss == pytest.approx(usual.loss, rel=0.1 if precision == "bf16" else 1e-3)
     dtype = {"bf16": torch.float32, "fp64": torch.float64}[precision]
     assert weights(result.plan.directory / "last")["head.weight"].dtype is dtype
 

@@ -241,6 +241,7 @@ def test_what_timm_cannot_read_is_an_error(tmp_path: Path) -> None:
         ({"dataset": "wds/shards"}, "is a stream"),
         ({"root": str(tmp_path / "nowhere")}, "cannot be read"),
         ({"dataset": "hfds/no/such"}, "cannot be read"),
+        ({"root": str(make_folders(tmp_path / "x", {"a": 1}, {"a": 1}) / "train")}, "has no parts"),
     ):
         with pytest.raises(DataError, match=match):
             data.timm_dataset(**options)

@@ -29,6 +29,67 @@ def test_a_model_that_cannot_be_traced_names_the_line() -> None:
         treeify.hierarchicalize(Branching(), 1, example_input=small.EXAMPLE)
 
 
+class Wrapped(nn.Module):
+    """A module that stops the tracer, deep inside, in training mode another one too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.body = nn.Sequential(nn.Conv2d(4, 3, 1), nn.Sequential(nn.ReLU(), Flipping()))
+        self.head = nn.Linear(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+class Flipping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(3, 3, 1)
+        self.picky = Picky()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.picky(self.inner(x))
+        if x.mean() > 0:
+            x = -x
+        return x
+
+
+class Picky(nn.Module):
+    """Can be traced in evaluation mode only."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if not self.training or x.sum() > 0 else x * 2
+
+
+def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() -> None:
+    for model, closed in ((Wrapped(), ["body.1.1"]), (nn.Sequential(Wrapped()), ["0.body.1.1"])):
+        traced = open_up(model, example_input=small.EXAMPLE)
+        assert "if x.mean() > 0:" in traced.unopened[closed[0]]
+        for graph in traced.graphs.values():
+            calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+            assert closed[0] in calls
+            assert not any(call.startswith(f"{closed[0]}.") for call in calls)
+            assert closed[0].replace("1.1", "0") in calls
+        hne = treeify.hierarchicalize(model, 1, example_input=small.EXAMPLE)
+        x = small.images(3)
+        assert treeify.verify(hne, x).worst <= 1
+        assert any(
+            f"{closed[0]} (Flipping) runs as one call" in note for note in hne.conversion.notes
+        )
+
+
+def test_what_is_closed_in_one_mode_is_closed_in_the_other() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Picky(), nn.Flatten(), nn.Linear(4 * 64, 2))
+    traced = open_up(model, example_input=small.EXAMPLE)
+    assert list(traced.unopened) == ["1"]
+    targets = [
+        [node.target for node in graph.nodes if node.op == "call_module"]
+        for graph in traced.graphs.values()
+    ]
+    assert targets[0] == targets[1] == ["0", "1", "2", "3"]
+
+
 def test_an_example_that_does_not_fit() -> None:
     with pytest.raises(InputError, match=r"does not run on an input of shape \[N, 1, 8, 8\]"):
         treeify.hierarchicalize(small.SmallNet(), 1, example_input=torch.zeros(1, 1, 8, 8))

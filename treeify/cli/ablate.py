@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
 from treeify.ablation import Planned, ablate, load_grid, plan, raw, table
 from treeify.cli.train import INTERRUPTED
 from treeify.snapshot import replace_text
-from treeify.trainer import Epoch, Reporter
+from treeify.trainer import Epoch, Reporter, leave
 
 
 def run_grid(
@@ -40,7 +41,7 @@ def run_grid(
 
     For example:
 
-        treeify ablate recipes/ablations/table1_digits.yaml --seeds 5
+        treeify ablate recipes/ablations/digits.yaml --seeds 5
     """
     console = Console(quiet=as_json)
     directory = Path("runs") / load_grid(grid).name if out is None else out
@@ -49,13 +50,14 @@ def run_grid(
     if not show:
         finished = ablate(runs, started=lambda run: _Line(console, run, len(runs), runs.index(run)))
     rows = raw(runs)
-    if rows:
+    if rows and not show and PartialState().is_main_process:
         replace_text(directory / "results.json", json.dumps(rows, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     for part, title in (("held_out", "held-out accuracy %"), ("train", "training accuracy %")):
         console.print(_table(runs, part, title))
     console.print(f"{len(rows)} of {len(runs)} runs have finished; {directory}", soft_wrap=True)
+    leave()
     if not finished:
         sys.exit(INTERRUPTED)
 

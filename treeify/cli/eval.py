@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,11 +13,12 @@ import typer
 from rich.console import Console
 
 from treeify import checkpoint, machine
-from treeify.batches import held_out_loader
-from treeify.cli.saved import checkpoint_in, data_section
+from treeify.batches import Batch, held_out_loader
+from treeify.cli.saved import checkpoint_in, data_section, recipe_of
 from treeify.cli.scores import as_csv, score_rows, score_table
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.metrics import measure
+from treeify.recipe_file import load_recipe
 from treeify.snapshot import replace_text
 from treeify.trainer import check_classes, resolve_device
 
@@ -70,7 +72,11 @@ def evaluate(
     hne = checkpoint.load(path).to(resolve_device(device))
     images = section.load()
     check_classes(hne, images)
-    scores = measure(hne, held_out_loader(images.held_out, batch_size, workers=workers))
+    recipe = recipe_of(path)
+    allowed = load_recipe(recipe).skip_corrupt if recipe else 0
+    batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=allowed > 0)
+    skipped: list[str] = []
+    scores = measure(hne, _noting(batches, skipped))
     seconds = _seconds(hne) if latency else None
     rows, single = score_rows(hne, scores.result(), seconds=seconds), scores.leaf_accuracy()
     if csv is not None:
@@ -79,6 +85,7 @@ def evaluate(
         found = {
             "ensemble": str(path),
             "split": images.split,
+            "skipped": skipped,
             "scores": rows,
             "leaf_accuracy": single,
             "machine": machine.describe(next(hne.parameters()).device) if latency else None,
@@ -90,9 +97,18 @@ def evaluate(
     shown = ", ".join(f"{accuracy:.2f}" for accuracy in single)
     console.print(f"Each leaf by itself, %: {shown}", soft_wrap=True, highlight=False)
     console.print(f"{path}; {images.split}.", soft_wrap=True, highlight=False)
+    if skipped:
+        console.print(f"Not read, and left out: {', '.join(skipped)}", style="yellow")
     if latency:
         where = machine.describe(next(hne.parameters()).device)
         console.print(f"ms: one image, {where}.", soft_wrap=True, highlight=False)
+
+
+def _noting(batches: Iterable[Batch], skipped: list[str]) -> Iterator[Batch]:
+    """The batches; images that could not be read are added to the list."""
+    for batch in batches:
+        skipped.extend(batch.skipped)
+        yield batch
 
 
 @torch.no_grad()

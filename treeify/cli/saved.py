@@ -9,7 +9,7 @@ from treeify import checkpoint
 from treeify.errors import RecipeError
 from treeify.recipe import DataRecipe
 from treeify.recipe_file import data_recipe, load_recipe
-from treeify.run_directory import CHECKPOINTS, EMA, LAST, RECIPE, STATES
+from treeify.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, measured
 
 
 def checkpoint_in(directory: Path) -> Path:
@@ -23,8 +23,7 @@ def checkpoint_in(directory: Path) -> Path:
     Returns:
         A directory with a readable configuration; `CheckpointError` is raised if there is none.
     """
-    path = directory / LAST if (directory / LAST).is_dir() else directory
-    path = path / EMA if (path / EMA).is_dir() else path
+    path = measured(directory)
     checkpoint.read_config(path)
     return path
 

@@ -21,7 +21,7 @@ from rich.progress import (
 from treeify.cli.scores import score_rows, score_table
 from treeify.errors import RecipeError
 from treeify.recipe_file import load_recipe
-from treeify.trainer import Epoch, Plan, Reporter, Result, Step
+from treeify.trainer import Epoch, Plan, Reporter, Result, Step, leave
 from treeify.trainer import train as run_training
 
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
@@ -86,6 +86,7 @@ def train(
         )
     if PartialState().is_main_process:
         _print_result(console, result)
+    leave()
     if result.interrupted:
         sys.exit(INTERRUPTED)
 

@@ -129,6 +129,12 @@ def timm_dataset(
         _timm_part(dataset, Path(root), split, class_map, download)
         for split in (train_split, held_out_split)
     )
+    if not dataset and train.root == held_out.root:
+        raise DataError(
+            f"{root!r} has no parts {train_split!r} and {held_out_split!r}.",
+            expected="folders or tar files of these names: what is held out is not trained on",
+            next_step="Set train_split and held_out_split to the names of the parts.",
+        )
     if train.classes != held_out.classes:
         raise DataError(
             f"{train_split!r} and {held_out_split!r} of {dataset or root!r} differ in classes.",
@@ -151,6 +157,7 @@ class _Indexed(Dataset[Any]):
     def __init__(self, dataset: Any) -> None:
         # A reader gives files; without one, torchvision gives images.
         self.dataset, self.reader = dataset, getattr(dataset, "reader", None)
+        self.root = getattr(self.reader, "root", None)
         self.classes = _classes(self.reader if self.reader is not None else dataset)
 
     def __len__(self) -> int:
@@ -170,7 +177,14 @@ class _Indexed(Dataset[Any]):
 
 def _classes(source: Any) -> tuple[str, ...]:
     """Names of the classes, where they are known; else their numbers."""
-    numbered = getattr(source, "class_to_idx", None)
+    numbered = next(
+        (
+            getattr(source, key)
+            for key in ("class_to_idx", "class_name_to_idx")
+            if hasattr(source, key)
+        ),
+        None,
+    )
     if numbered:
         return tuple(str(name) for name in sorted(numbered, key=numbered.__getitem__))
     features = getattr(getattr(source, "dataset", None), "features", {})
@@ -194,16 +208,13 @@ def _timm_part(
             expected="a data set that is read by index: folders, tar files, hfds/..., torch/...",
             next_step="WebDataset's shards are read by index too: data.name=webdataset.",
         )
+    options: dict[str, Any] = {"split": split, "is_training": False, "download": download}
+    if class_map:
+        options["class_map"] = class_map
+    if where == tar:  # workers that inherit an open file would share its position
+        options["cache_tarfiles"] = False
     try:
-        found = create_dataset(
-            dataset,
-            str(where),
-            split=split,
-            is_training=False,
-            download=download,
-            **({"class_map": class_map} if class_map else {}),
-        )
-        return _Indexed(found)
+        return _Indexed(create_dataset(dataset, str(where), **options))
     except (OSError, RuntimeError, ValueError, AssertionError, ImportError) as error:
         raise DataError(
             f"the split {split!r} of {dataset or str(where)!r} cannot be read.",

@@ -34,12 +34,15 @@ class UnreadableImageError(DataError):
         reason: what reading it said.
     """
 
-    def __init__(self, path: str, reason: Exception) -> None:
-        super().__init__(
-            f"{path!r} cannot be read as an image.",
-            found=str(reason),
-            next_step="Replace or remove the file, or set skip_corrupt to pass over so many.",
-        )
+    def __init__(self, path: str, reason: Exception | None = None) -> None:
+        if reason is None:  # a loader's worker sent it: with a message that has all this
+            super().__init__(path.rpartition(f"{type(self).__name__}: ")[2].strip())
+        else:
+            super().__init__(
+                f"{path!r} cannot be read as an image.",
+                found=str(reason),
+                next_step="Replace or remove the file, or set skip_corrupt to pass over so many.",
+            )
         self.path, self.reason = path, reason
 
     def __reduce__(self) -> tuple[Any, ...]:

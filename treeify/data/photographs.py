@@ -25,6 +25,7 @@ from treeify.data.source import (
     prepare,
     register,
 )
+from treeify.data.tars import folders_in
 from treeify.errors import DataError
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -125,28 +126,28 @@ def timm_dataset(
     Raises:
         DataError: it cannot be read by index, is not there, or its parts have different classes.
     """
-    train, held_out = (
+    (train, classes), (held_out, others) = (
         _timm_part(dataset, Path(root), split, class_map, download)
         for split in (train_split, held_out_split)
     )
-    if not dataset and train.root == held_out.root:
+    if not dataset and _root(train) == _root(held_out):
         raise DataError(
             f"{root!r} has no parts {train_split!r} and {held_out_split!r}.",
             expected="folders or tar files of these names: what is held out is not trained on",
             next_step="Set train_split and held_out_split to the names of the parts.",
         )
-    if train.classes != held_out.classes:
+    if classes != others:
         raise DataError(
             f"{train_split!r} and {held_out_split!r} of {dataset or root!r} differ in classes.",
             expected="the same in both",
-            found=f"{len(train.classes)} and {len(held_out.classes)}",
+            found=f"{len(classes)} and {len(others)}",
             next_step="Give a class_map.",
         )
     crop, fit = transforms(size, like, flip, auto_augment, random_erasing)
     return Data(
         Transformed(train, crop),
         Transformed(held_out, fit),
-        train.classes,
+        classes,
         f"the {len(held_out):,} images of {held_out_split!r} held out",
     )
 
@@ -157,8 +158,6 @@ class _Indexed(Dataset[Any]):
     def __init__(self, dataset: Any) -> None:
         # A reader gives files; without one, torchvision gives images.
         self.dataset, self.reader = dataset, getattr(dataset, "reader", None)
-        self.root = getattr(self.reader, "root", None)
-        self.classes = _classes(self.reader if self.reader is not None else dataset)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -169,7 +168,8 @@ class _Indexed(Dataset[Any]):
             return image.convert("RGB"), int(label)
         try:
             file, label, *_ = self.reader[index]
-            return Image.open(file).convert("RGB"), int(label)
+            with file:
+                return Image.open(file).convert("RGB"), int(label)
         except OSError as error:
             name = str(self.reader.filename(index, absolute=True))
             raise UnreadableImageError(name, error) from error
@@ -177,14 +177,7 @@ class _Indexed(Dataset[Any]):
 
 def _classes(source: Any) -> tuple[str, ...]:
     """Names of the classes, where they are known; else their numbers."""
-    numbered = next(
-        (
-            getattr(source, key)
-            for key in ("class_to_idx", "class_name_to_idx")
-            if hasattr(source, key)
-        ),
-        None,
-    )
+    numbered = getattr(source, "class_to_idx", None)
     if numbered:
         return tuple(str(name) for name in sorted(numbered, key=numbered.__getitem__))
     features = getattr(getattr(source, "dataset", None), "features", {})
@@ -199,9 +192,11 @@ def _classes(source: Any) -> tuple[str, ...]:
 
 def _timm_part(
     dataset: str, root: Path, split: str, class_map: str | None, download: bool
-) -> _Indexed:
+) -> tuple[Any, tuple[str, ...]]:
+    """The images of a part and the names of its classes."""
     tar = root / f"{split}.tar"
-    where = tar if not dataset and tar.is_file() else root
+    if not dataset and tar.is_file():
+        return folders_in(tar)
     if dataset.split("/")[0] in ("wds", "tfds", "hfids"):
         raise DataError(
             f"{dataset!r} is a stream.",
@@ -211,17 +206,21 @@ def _timm_part(
     options: dict[str, Any] = {"split": split, "is_training": False, "download": download}
     if class_map:
         options["class_map"] = class_map
-    if where == tar:  # workers that inherit an open file would share its position
-        options["cache_tarfiles"] = False
     try:
-        return _Indexed(create_dataset(dataset, str(where), **options))
+        found = _Indexed(create_dataset(dataset, str(root), **options))
+        return found, _classes(found.reader if found.reader is not None else found.dataset)
     except (OSError, RuntimeError, ValueError, AssertionError, ImportError) as error:
         raise DataError(
-            f"the split {split!r} of {dataset or str(where)!r} cannot be read.",
+            f"the split {split!r} of {dataset or str(root)!r} cannot be read.",
             expected="what timm.data.create_dataset reads",
             found=f"{type(error).__name__}: {error}",
             next_step="Set data.root, data.dataset and the names of the splits.",
         ) from error
+
+
+def _root(part: Any) -> object:
+    """Where timm found a part's folders; a tar file is a part by itself."""
+    return getattr(getattr(part, "reader", part), "root", part)
 
 
 def transforms(

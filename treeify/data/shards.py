@@ -2,66 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import re
 import tarfile
 from collections import defaultdict
 from glob import glob
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
-from PIL import Image
 from pydantic import Field, PositiveInt
-from torch.utils.data import Dataset
 
 from treeify.data.photographs import transforms
-from treeify.data.source import Data, Transformed, UnreadableImageError, register
+from treeify.data.source import Data, Transformed, register
+from treeify.data.tars import IMAGES, Entry, TarImages
 from treeify.errors import DataError
 
 Share = Annotated[float, Field(ge=0, le=1)]
-_IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 _LABEL = "cls"
-
-
-class Entry(NamedTuple):
-    """Where one image lies.
-
-    Args:
-        shard: path of the tar file.
-        key: of the sample, for messages.
-        offset: of the image's bytes.
-        size: how many.
-        label: its class.
-    """
-
-    shard: str
-    key: str
-    offset: int
-    size: int
-    label: int
-
-
-class Shards(Dataset[Any]):
-    """The images and classes of some shards, in their order.
-
-    Args:
-        entries: where each lies.
-    """
-
-    def __init__(self, entries: list[Entry]) -> None:
-        self.entries = entries
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        entry = self.entries[index]
-        try:
-            with open(entry.shard, "rb") as file:  # noqa: PTH123 - thousands of times an epoch
-                file.seek(entry.offset)
-                image = Image.open(io.BytesIO(file.read(entry.size))).convert("RGB")
-        except OSError as error:
-            raise UnreadableImageError(f"{entry.shard}:{entry.key}", error) from error
-        return image, entry.label
 
 
 @register("webdataset")
@@ -98,7 +53,7 @@ def webdataset(
         DataError: there are no such shards, one is damaged, or a class is out of range.
     """
     names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
-    first, second = (Shards(_entries(pattern, len(names))) for pattern in (train, held_out))
+    first, second = (TarImages(_entries(pattern, len(names))) for pattern in (train, held_out))
     crop, fit = transforms(size, like, flip, auto_augment, random_erasing)
     return Data(
         Transformed(first, crop),
@@ -140,7 +95,7 @@ def _index(path: str, classes: int) -> list[Entry]:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
-                if extension.lower() in _IMAGES:
+                if extension.lower() in IMAGES:
                     images[key] = member
                 elif extension.lower() == _LABEL:
                     file = tar.extractfile(member)
@@ -149,7 +104,7 @@ def _index(path: str, classes: int) -> list[Entry]:
         raise DataError(f"shard {path!r} is damaged.", found=str(error)) from error
     for key in sorted(images.keys() | labels.keys()):
         if key not in images:
-            problems[f"no image ({', '.join(_IMAGES)})"].append(key)
+            problems[f"no image ({', '.join(IMAGES)})"].append(key)
         elif key not in labels:
             problems[f"no .{_LABEL}"].append(key)
         elif not 0 <= labels[key] < classes:

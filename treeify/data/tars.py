@@ -1,0 +1,94 @@
+"""Images inside tar files, read by their place in the file: nothing is kept open or unpacked."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from timm.utils.misc import natural_key
+from torch.utils.data import Dataset
+
+from treeify.data.source import UnreadableImageError
+from treeify.errors import DataError
+
+IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
+
+
+class Entry(NamedTuple):
+    """Where one image lies.
+
+    Args:
+        tar: path of the file.
+        key: of the sample, for messages.
+        offset: of the image's bytes.
+        size: how many.
+        label: its class.
+    """
+
+    tar: str
+    key: str
+    offset: int
+    size: int
+    label: int
+
+
+class TarImages(Dataset[Any]):
+    """Images and classes, in their order.
+
+    Args:
+        entries: where each lies.
+    """
+
+    def __init__(self, entries: list[Entry]) -> None:
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        entry = self.entries[index]
+        try:
+            with open(entry.tar, "rb") as file:  # noqa: PTH123 - thousands of times an epoch
+                file.seek(entry.offset)
+                image = Image.open(io.BytesIO(file.read(entry.size))).convert("RGB")
+        except OSError as error:
+            raise UnreadableImageError(f"{entry.tar}:{entry.key}", error) from error
+        return image, entry.label
+
+
+def folders_in(path: Path) -> tuple[TarImages, tuple[str, ...]]:
+    """The images of a tar file with one folder per class, and the classes.
+
+    Raises:
+        DataError: it is damaged or holds no such images.
+    """
+    try:
+        with tarfile.open(path) as tar:
+            members = [own for own in tar if own.isfile() and _extension(own.name) in IMAGES]
+    except (OSError, tarfile.TarError) as error:
+        raise DataError(f"{str(path)!r} is damaged.", found=str(error)) from error
+    members.sort(key=lambda own: natural_key(own.name))  # type: ignore[no-untyped-call]
+    classes = tuple(sorted({Path(own.name).parent.name for own in members}, key=natural_key))
+    if not classes or "" in classes:
+        raise DataError(
+            f"{str(path)!r} has no folder per class with images in it.",
+            expected=f"members such as 'cat/1.jpg', of {', '.join(IMAGES)}",
+        )
+    entries = [
+        Entry(
+            str(path),
+            own.name,
+            own.offset_data,
+            own.size,
+            classes.index(Path(own.name).parent.name),
+        )
+        for own in members
+    ]
+    return TarImages(entries), classes
+
+
+def _extension(name: str) -> str:
+    return name.rpartition(".")[2].lower()

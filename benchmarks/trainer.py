@@ -21,9 +21,10 @@ from PIL import Image
 from treeify import losses
 from treeify.data.small import CIFAR100
 from treeify.data.source import Data, Transformed, augmentation, prepare
+from treeify.progress import Epoch, Plan, Reporter, Step
 from treeify.recipe import Recipe
 from treeify.recipe_file import load_recipe
-from treeify.trainer import Epoch, Plan, Reporter, Step, train
+from treeify.trainer import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COLUMNS = ("trainer", "bare", "overhead_%", "waiting_%", "workers")

@@ -23,10 +23,11 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from treeify.errors import RecipeError
+from treeify.progress import Reporter
 from treeify.recipe import Recipe, Section
 from treeify.recipe_file import load_recipe
 from treeify.run_directory import LAST, RunDirectory, check_same, is_run, state_name
-from treeify.trainer import Reporter, train
+from treeify.trainer import train
 
 
 class Variant(Section):

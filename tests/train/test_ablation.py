@@ -10,7 +10,7 @@ import runs
 
 from treeify.ablation import ablate, cells, last_line, load_grid, plan, table
 from treeify.errors import CheckpointError, RecipeError
-from treeify.trainer import Reporter, Step
+from treeify.progress import Reporter, Step
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "ablations"
 GRID = """\

@@ -15,9 +15,10 @@ from PIL import Image
 
 from treeify import snapshot, trainer
 from treeify.errors import CheckpointError, DataError
+from treeify.progress import Epoch, Reporter, Step
 from treeify.recipe import Recipe
 from treeify.run_directory import state_name
-from treeify.trainer import Epoch, Reporter, Step, train
+from treeify.trainer import train
 
 
 @pytest.fixture(scope="module")

@@ -20,9 +20,10 @@ from treeify.cli.eval import evaluate
 from treeify.cli.train import train as train_command
 from treeify.errors import CheckpointError, DataError, RecipeError
 from treeify.metrics import evaluate as score
+from treeify.progress import Epoch, Plan, Reporter, Step
 from treeify.recipe import LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
 from treeify.recipe_file import load_recipe
-from treeify.trainer import DivergedError, Epoch, Plan, Reporter, Step, train
+from treeify.trainer import DivergedError, train
 
 RECIPE = """\
 name: tiny

@@ -14,8 +14,9 @@ from rich.table import Table
 
 from treeify.ablation import Planned, ablate, load_grid, plan, raw, table
 from treeify.cli.train import INTERRUPTED
+from treeify.processes import leave
+from treeify.progress import Epoch, Reporter
 from treeify.snapshot import replace_text
-from treeify.trainer import Epoch, Reporter, leave
 
 
 def run_grid(

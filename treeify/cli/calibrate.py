@@ -21,8 +21,9 @@ from treeify.deadline import Latencies
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.execution import Tuning
+from treeify.processes import resolve_device
 from treeify.recipe import DataRecipe
-from treeify.trainer import check_classes, resolve_device
+from treeify.trainer import check_classes
 
 
 def calibrate(

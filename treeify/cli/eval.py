@@ -18,9 +18,10 @@ from treeify.cli.saved import checkpoint_in, data_section, recipe_of
 from treeify.cli.scores import as_csv, score_rows, score_table
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.metrics import measure
+from treeify.processes import resolve_device
 from treeify.recipe_file import load_recipe
 from treeify.snapshot import replace_text
-from treeify.trainer import check_classes, resolve_device
+from treeify.trainer import check_classes
 
 _LATENCY = 3.0  # seconds for all sizes together
 

@@ -28,7 +28,7 @@ from treeify.deadline import Latencies, advance_until, find
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.execution import Situation
-from treeify.trainer import resolve_device
+from treeify.processes import resolve_device
 
 
 def predict(

@@ -20,8 +20,9 @@ from rich.progress import (
 
 from treeify.cli.scores import score_rows, score_table
 from treeify.errors import RecipeError
+from treeify.processes import leave
+from treeify.progress import Epoch, Plan, Reporter, Result, Step
 from treeify.recipe_file import load_recipe
-from treeify.trainer import Epoch, Plan, Reporter, Result, Step, leave
 from treeify.trainer import train as run_training
 
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended

@@ -21,11 +21,9 @@ from treeify.execution import Plan, Situation
 # From how many leaves to how many.
 Transition = tuple[int, int]
 
-# Of 100 measurements of a transition, 99 were as fast as its slow latency or faster.
-_SLOW = 99
-# So many of 100 forecasts hold where only just enough time is left. Mostly there is more, since a
-# deadline lies anywhere between two sizes: then about 99 of 100 deadlines are kept.
-_HOLD = 97
+# Of 100 measurements of a transition, 99 were as fast as its slow latency or faster, and of 100
+# forecasts of it 99 hold where only just enough time is left.
+_MOST = 99
 # Rounds that are measured whatever they take.
 _LEAST = 5
 
@@ -41,7 +39,7 @@ class Latencies:
         typical: median seconds to go from `a` leaves straight to `b`, by `(a, b)`: from 0 to every
             size, and from every size to the next.
         slow: likewise the 99th percentile of the seconds.
-        margins: what a forecast of each is multiplied by to hold 97 times in 100.
+        margins: what a forecast of each is multiplied by to hold 99 times in 100.
         repeats: how many rounds were measured, each with all transitions.
 
     Raises:
@@ -229,9 +227,9 @@ def measure(
     for key, seconds in (step for walk in walks for step in walk):
         columns[key].append(seconds)
     typical = {key: median(column) for key, column in columns.items()}
-    slow = {key: _percentile(column, _SLOW) for key, column in columns.items()}
+    slow = {key: _percentile(column, _MOST) for key, column in columns.items()}
     misjudged = _misjudged(walks, typical)
-    margins = {key: _percentile(column, _HOLD) for key, column in misjudged.items()}
+    margins = {key: _percentile(column, _MOST) for key, column in misjudged.items()}
     return Latencies(situation, plan, sizes, typical, slow, margins, done)
 
 

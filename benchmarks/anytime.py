@@ -41,7 +41,9 @@ def busy(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    other = subprocess.Popen([sys.executable, "-c", "while True: sum(range(1000))"])
+    # It ends with this process, however that one ends.
+    work = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: sum(range(1000))"
+    other = subprocess.Popen([sys.executable, "-c", work])
     try:
         time.sleep(0.5)
         yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -180,6 +182,9 @@ def explained(next_step: Callable[[], str]) -> Iterator[None]:
         lost = is_distributed() and any(word in text for word in ("Connection", "gloo", "NCCL"))
         if not (lost or "DataLoader worker (pid" in text or isinstance(error, dist.DistError)):
             raise
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+            # torch's handler would raise again, anywhere, as the other workers end.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise LostProcessError(
             "a process of this run died.",
             found=text.splitlines()[0],

@@ -34,7 +34,7 @@ def run_grid(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
 ) -> None:
-    """Train every variant of a grid of recipes with several seeds, and compare them.
+    """Train a grid of recipes with several seeds, and compare them.
 
     What has finished is not trained again, and a run that was stopped goes on. The table has the
     held-out accuracy of every number of leaves, mean and deviation over seeds; every run's last

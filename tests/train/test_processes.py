@@ -1,8 +1,8 @@
 """Two processes compute what one computes."""
 
-import os
 from pathlib import Path
 
+import norms
 import pytest
 import runs
 import torch
@@ -11,7 +11,6 @@ from torch.testing import assert_close
 
 from treeify.batches import Order, seed_of
 from treeify.run_directory import state_name
-from treeify.sync import synced_batch_norm
 from treeify.trainer import train
 
 EXACT = (
@@ -142,36 +141,15 @@ def test_the_order_depends_on_seed_and_epoch_and_can_begin_anywhere() -> None:
     assert seed_of("a", 1) != seed_of("a", 2)
 
 
-def _norm_of_a_share(rank: int, port: int, results: Path) -> None:
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    x, weight, bias, mean, var = _images_and_norm()
-    share = (x[:3] if rank == 0 else x[3:]).clone().requires_grad_()
-    out = synced_batch_norm(share, mean, var, weight, bias, training=True, momentum=0.3)
-    (out * out.detach().cos()).sum().backward()
-    found = {"out": out.detach(), "grad": share.grad, "mean": mean, "var": var}
-    found |= {"weight": weight.grad, "bias": bias.grad}
-    torch.save(found, results / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def _images_and_norm() -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, 6, 3, 4, dtype=torch.float64, generator=generator) * 2 + 5
-    weight, bias, mean = torch.randn(3, 6, dtype=torch.float64, generator=generator)
-    var = torch.rand(6, dtype=torch.float64, generator=generator) + 0.5
-    return x, weight.requires_grad_(), bias.requires_grad_(), mean, var
-
-
 def test_batch_norms_of_uneven_shares_equal_one_of_all(tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_norm_of_a_share, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(norms.of_a_share, (port, tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    x, weight, bias, mean, var = _images_and_norm()
+    x, weight, bias, mean, var = norms.images_and_norm()
     x.requires_grad_()
     out = torch.nn.functional.batch_norm(x, mean, var, weight, bias, training=True, momentum=0.3)
     (out * out.detach().cos()).sum().backward()

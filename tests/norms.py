@@ -1,0 +1,29 @@
+"""A batch norm over images that two processes share; in a file that spawned processes can import."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from treeify.sync import synced_batch_norm
+
+
+def of_a_share(rank: int, port: int, results: Path) -> None:
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    x, weight, bias, mean, var = images_and_norm()
+    share = (x[:3] if rank == 0 else x[3:]).clone().requires_grad_()
+    out = synced_batch_norm(share, mean, var, weight, bias, training=True, momentum=0.3)
+    (out * out.detach().cos()).sum().backward()
+    found = {"out": out.detach(), "grad": share.grad, "mean": mean, "var": var}
+    found |= {"weight": weight.grad, "bias": bias.grad}
+    torch.save(found, results / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def images_and_norm() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 6, 3, 4, dtype=torch.float64, generator=generator) * 2 + 5
+    weight, bias, mean = torch.randn(3, 6, dtype=torch.float64, generator=generator)
+    var = torch.rand(6, dtype=torch.float64, generator=generator) + 0.5
+    return x, weight.requires_grad_(), bias.requires_grad_(), mean, var

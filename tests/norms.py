@@ -1,4 +1,4 @@
-"""A batch norm over images that two processes share; in a file that spawned processes can import."""
+"""A batch norm over images of two processes, in a file that spawned processes can import."""
 
 import os
 from pathlib import Path

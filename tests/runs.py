@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from treeify.recipe import Recipe
-from treeify.recipe_file import load_recipe
+from treeify.recipe_file import dump_recipe, load_recipe
 
 RECIPE = """\
 name: tiny
@@ -18,17 +19,23 @@ model:
   name: treeify.models:cifar_resnet50
   kwargs: {num_classes: 10, width: 0.25, layers: [1, 1, 1, 1]}
   splits: [block3, block4]
-data: {name: digits, held_out: 1497, crop_padding: 1}
+data: {name: digits, held_out: 1497}
 loss: {name: hierarchical_distillation}
 optimizer: {lr: 0.05}
-schedule: {epochs: 2, warmup_epochs: 0.5}
-mix: {mixup: 0.2, label_smoothing: 0.1}
-ema: {decay: 0.9}
-batch_size: 96
-threads: 1
-device: cpu
+schedule: {epochs: 2}
+batch_size: 100
 """
-STEPS = 4  # per epoch: 300 training images, 12 of them in the last step
+# Whatever has a state or is random, so that losing it shows.
+RICH = (
+    "data.crop_padding=1",
+    "schedule.warmup_epochs=0.5",
+    "mix={mixup: 0.2, label_smoothing: 0.1}",
+    "ema={decay: 0.9}",
+    "batch_size=96",
+    "threads=1",
+    "device=cpu",
+)
+STEPS = 4  # of a rich epoch: 300 training images, 12 of them in the last step
 
 # Has neither dropout nor batch norms, so it gives the same in any number of parts.
 NORMLESS = """\
@@ -51,17 +58,26 @@ def net(num_classes=10):
 
 
 def written(folder: Path, *overrides: str) -> Path:
-    """The recipe as a file in a folder, with overrides in it."""
-    from treeify.recipe_file import dump_recipe
-
+    """The rich recipe as a file in a folder, with overrides in it."""
     path = folder / "tiny.yaml"
     path.write_text(RECIPE)
-    path.write_text(dump_recipe(load_recipe(path, overrides)))
+    path.write_text(dump_recipe(load_recipe(path, [*RICH, *overrides])))
     return path
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:
     return load_recipe(written(folder, *overrides))
+
+
+def photos(folder: Path, size: int = 16, each: int = 8) -> Path:
+    """Folders of dark and of light images, to train on and held out."""
+    for part in ("train", "val"):
+        for name, shade in (("dark", 0), ("light", 255)):
+            (folder / part / name).mkdir(parents=True)
+            for index in range(each):
+                image = Image.new("RGB", (size, size), (shade, shade, index))
+                image.save(folder / part / name / f"{index}.png")
+    return folder
 
 
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:

@@ -1,13 +1,17 @@
 """Grids of recipes: every variant with several seeds, trained where that is not done yet.
 
-name: table1
-recipe: ../digits_hne.yaml      # of all variants, relative to the file
-overrides: [schedule.epochs=20] # of all variants
-seeds: 5
-variants:
-L_I: [loss.name=independent]
-L_HD: [loss.name=hierarchical_distillation]
-other: {recipe: ../other.yaml, overrides: [optimizer.lr=0.05]}
+A grid is a file:
+
+    name: table1
+    recipe: ../digits_hne.yaml        # of all variants, relative to the file
+    overrides: [schedule.epochs=20]   # of all variants
+    seeds: 5
+    variants:
+      L_I: [loss.name=independent]
+      L_HD: [loss.name=hierarchical_distillation]
+      other: {recipe: ../other.yaml, overrides: [optimizer.lr=0.05]}
+
+Its runs are ordinary ones, in a directory each.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from treeify.errors import RecipeError
 from treeify.progress import Reporter
 from treeify.recipe import Recipe, Section
 from treeify.recipe_file import load_recipe
-from treeify.run_directory import LAST, RunDirectory, check_same, is_run, state_name
+from treeify.run_directory import ENVIRONMENT, LAST, RunDirectory, check_same, is_run, state_name
 from treeify.trainer import train
 
 
@@ -167,6 +171,21 @@ def ablate(
     return True
 
 
+def results(runs: Sequence[Planned]) -> list[dict[str, Any]]:
+    """Every finished run's last epoch, with what it was run with, ready for JSON.
+
+    Raises:
+        CheckpointError: a run's directory holds another recipe's run.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        if (line := last_line(run)) is not None:
+            environment = json.loads((run.directory / ENVIRONMENT).read_text(encoding="utf-8"))
+            versions = {key: environment[key] for key in ("versions", "commit", "threads")}
+            rows.append({"variant": run.variant, "seed": run.seed, **line, **versions})
+    return rows
+
+
 @dataclass(frozen=True)
 class Cell:
     """A number of a table.
@@ -174,12 +193,10 @@ class Cell:
     Args:
         mean: over seeds.
         deviation: standard deviation over seeds (divided by one less), None for one seed.
-        seeds: how many.
     """
 
     mean: float
     deviation: float | None
-    seeds: int
 
     def __str__(self) -> str:
         """With one digit more than one image of a thousand is worth."""
@@ -189,38 +206,25 @@ class Cell:
 
 def cells(values: Sequence[float]) -> Cell:
     """The mean and spread of some seeds."""
-    spread = stdev(values) if len(values) > 1 else None
-    return Cell(mean(values), spread, len(values))
+    return Cell(mean(values), stdev(values) if len(values) > 1 else None)
 
 
 def table(
-    runs: Sequence[Planned], part: str = "held_out", score: str = "accuracy"
+    results: Sequence[Mapping[str, Any]], part: str = "held_out", score: str = "accuracy"
 ) -> dict[str, dict[int, Cell]]:
     """Rows of a table like the paper's Table 1: by variant and number of leaves.
 
     Args:
-        runs: those not finished are left out.
+        results: of the finished runs.
         part: `held_out` or `train`.
         score: a field of `treeify.metrics.Score`.
     """
     found: dict[str, dict[int, list[float]]] = {}
-    for run in runs:
-        if (line := last_line(run)) is not None:
-            for own in line[part]:
-                found.setdefault(run.variant, {}).setdefault(own["leaves"], []).append(own[score])
+    for row in results:
+        for own in row[part]:
+            sizes = found.setdefault(row["variant"], {})
+            sizes.setdefault(own["leaves"], []).append(own[score])
     return {
         variant: {leaves: cells(values) for leaves, values in row.items()}
         for variant, row in found.items()
     }
-
-
-def raw(runs: Sequence[Planned]) -> list[dict[str, Any]]:
-    """Every finished run's last epoch, ready for JSON."""
-    rows: list[dict[str, Any]] = []
-    for run in runs:
-        line: Mapping[str, Any] | None = last_line(run)
-        if line is not None:
-            environment = json.loads((run.directory / "environment.json").read_text("utf-8"))
-            versions = {key: environment[key] for key in ("versions", "commit", "threads")}
-            rows.append({"variant": run.variant, "seed": run.seed, **line, **versions})
-    return rows

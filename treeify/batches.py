@@ -7,11 +7,10 @@ was stopped goes on as if it had not been, and several processes see what one wo
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from treeify.data import Data, Examples, UnreadableImageError
 from treeify.errors import DataError
-
-
-def seed_of(*purpose: object) -> int:
-    """A 64-bit seed for one purpose, far from every other's."""
-    digest = hashlib.sha256(" ".join(map(str, purpose)).encode()).digest()
-    return int.from_bytes(digest[:8], "big")
+from treeify.seeds import seed_of
 
 
 def seed_everything(seed: int) -> None:
@@ -221,6 +215,13 @@ def held_out_loader(
     return _loader(share, workers, batch_size=batch_size)
 
 
+def noting(batches: Iterable[Batch], skipped: set[str]) -> Iterator[Batch]:
+    """The batches; images that could not be read are added to the set."""
+    for batch in batches:
+        skipped.update(batch.skipped)
+        yield batch
+
+
 def _loader(examples: Dataset[Any], workers: int, **options: Any) -> DataLoader[Batch]:
     return DataLoader(
         examples,
@@ -238,4 +239,3 @@ def _ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    torch.set_num_threads(1)

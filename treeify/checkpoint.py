@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from treeify import files
 from treeify.api import hierarchicalize
 from treeify.architecture import Architecture, fingerprint
 from treeify.confidence import Budget
@@ -82,17 +83,13 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
         raise CheckpointError(
             f"{path} holds another ensemble.", expected="the one that was measured"
         )
-    draft = path / f"{CONFIG}.{uuid.uuid4().hex}"
+    text = json.dumps({**config, **_measurements(hne)}, indent=2) + "\n"
     try:
-        text = json.dumps({**config, **_measurements(hne)}, indent=2) + "\n"
-        draft.write_text(text, encoding="utf-8")
-        draft.replace(path / CONFIG)
+        files.replace_text(path / CONFIG, text)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written: {error}", next_step="It is as it was."
         ) from error
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:

@@ -7,7 +7,6 @@ left where it is and ignored, so nothing after it is lost; the last line of a mo
 from __future__ import annotations
 
 import lzma
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from treeify import files
 from treeify.errors import DataError
 
 SHIPPED = Path(__file__).with_name("coverage.jsonl.xz")
@@ -161,19 +161,10 @@ def append(path: Path, row: Row) -> None:
     Raises:
         DataError: the file cannot be written.
     """
-    line = row.model_dump_json(exclude_defaults=True).encode() + b"\n"
     try:
-        with path.open("ab+", buffering=0) as file:
-            # A line that was cut off ends here, so that this one stands alone.
-            if size := file.seek(0, os.SEEK_END):
-                file.seek(size - 1)
-                line = line if file.read(1) == b"\n" else b"\n" + line
-            written = file.write(line)
-            os.fsync(file.fileno())
+        files.append_line(path, row.model_dump_json(exclude_defaults=True))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
-    if written != len(line):
-        raise DataError(f"{path} cannot be written: the disk is full.")
 
 
 def compressed(rows: Iterable[Row]) -> bytes:

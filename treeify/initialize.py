@@ -7,7 +7,6 @@ tensors from network `i`, which is drawn with a generator seeded from `(seed, i)
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.errors import InputError
+from treeify.seeds import seed_of
 from treeify.storage import Slot, lookup, narrow, tensors
 from treeify.tree import Span, Tree
 
@@ -145,8 +145,7 @@ def pack_states(
 
 def branch_seed(seed: int, network: int) -> int:
     """A seed for one network, far from every other's."""
-    digest = hashlib.sha256(f"treeify {seed} {network}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return seed_of("treeify", seed, network) >> 1
 
 
 def built(architecture: Buildable, seed: int, network: int) -> State:

@@ -54,7 +54,7 @@ def correct(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
     Returns:
         Booleans [N, B + 1], from one leaf to all `L`.
     """
-    return nested_logits(logits, tree).argmax(-1) == target[:, None]
+    return _correct(nested_logits(logits, tree), target)
 
 
 def nll(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
@@ -68,9 +68,7 @@ def nll(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
     Returns:
         Nats per image and size, [N, B + 1].
     """
-    nested = nested_logits(logits, tree)
-    shared = target[:, None].expand(nested.shape[:2])
-    return F.cross_entropy(nested.transpose(1, 2), shared, reduction="none")
+    return _nll(nested_logits(logits, tree), target)
 
 
 def logit_std(logits: Tensor, tree: Tree) -> Tensor:
@@ -87,6 +85,15 @@ def logit_std(logits: Tensor, tree: Tree) -> Tensor:
     """
     sizes = tree.nested_sizes
     return torch.stack([logits[:, :n].std(1, correction=0).mean(-1) for n in sizes], dim=1)
+
+
+def _correct(nested: Tensor, target: Tensor) -> Tensor:
+    return nested.argmax(-1) == target[:, None]
+
+
+def _nll(nested: Tensor, target: Tensor) -> Tensor:
+    shared = target[:, None].expand(nested.shape[:2])
+    return F.cross_entropy(nested.transpose(1, 2), shared, reduction="none")
 
 
 class Scores:
@@ -121,21 +128,30 @@ class Scores:
     def add(self, logits: Tensor, target: Tensor) -> None:
         """Count a batch of leaf logits [N, L, K] with classes [N]."""
         logits = logits.detach().float()
-        confidence, answer = nested_logits(logits, self.tree).softmax(-1).max(-1)
-        right = (answer == target[:, None]).float()
+        nested = nested_logits(logits, self.tree)
+        confidence = nested.softmax(-1).amax(-1)
+        right = _correct(nested, target).float()
         bins = F.one_hot((confidence * _BINS).long().clamp(max=_BINS - 1), _BINS).float()
         found = {
-            "images": torch.tensor(len(target)),
+            "images": torch.full((), len(target), device=logits.device),
             "correct": right.sum(0),
-            "nll": nll(logits, target, self.tree).sum(0),
+            "nll": _nll(nested, target).sum(0),
             "std": logit_std(logits, self.tree).sum(0),
             "leaf_correct": (logits.argmax(-1) == target[:, None]).sum(0),
             "bin_images": bins.sum(0),
             "bin_confidence": (bins * confidence[..., None]).sum(0),
             "bin_correct": (bins * right[..., None]).sum(0),
         }
-        for name, total in self.totals.items():
-            total += found[name].cpu().double()  # not every device has doubles
+        # In one piece, for which a GPU is waited for once; not every device has doubles.
+        values = torch.cat([found[name].flatten().float() for name in self.totals]).cpu().double()
+        sizes = [total.numel() for total in self.totals.values()]
+        for total, own in zip(self.totals.values(), torch.split(values, sizes), strict=True):
+            total += own.view(total.shape)
+
+    @property
+    def accuracy(self) -> float:
+        """Of all leaves so far, in percent; not a number before the first image."""
+        return float(100 * self.totals["correct"][-1] / self.totals["images"])
 
     def take(self, totals: Mapping[str, Tensor]) -> None:
         """Go on from totals noted before."""

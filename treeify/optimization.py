@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from treeify.errors import RecipeError
 from treeify.recipe import OptimizerRecipe, ScheduleRecipe
-from treeify.snapshot import like
 
 
 def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
@@ -74,6 +73,7 @@ def laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     parameters = [own for group in optimizer.param_groups for own in group["params"]]
     for index, values in state["state"].items():
         for key, value in values.items():
-            if isinstance(value, Tensor):
-                values[key] = like(value, parameters[int(index)])
+            like = parameters[int(index)]
+            if isinstance(value, Tensor) and value.shape == like.shape:
+                values[key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
     return state

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from treeify import checkpoint, snapshot
+from treeify import checkpoint, files, snapshot
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError
 from treeify.recipe import Recipe
@@ -84,13 +84,15 @@ class RunDirectory:
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
         """Write what is run and where."""
-        snapshot.replace_text(self.path / RECIPE, dump_recipe(recipe))
         text = json.dumps(environment(device), indent=2) + "\n"
-        snapshot.replace_text(self.path / ENVIRONMENT, text)
+        with self._writing():
+            files.replace_text(self.path / RECIPE, dump_recipe(recipe))
+            files.replace_text(self.path / ENVIRONMENT, text)
 
     def append_metrics(self, epoch: DataclassInstance) -> None:
         """Add a line to `metrics.jsonl`."""
-        snapshot.append_line(self.path / METRICS, json.dumps(asdict(epoch)))
+        with self._writing():
+            files.append_line(self.path / METRICS, json.dumps(asdict(epoch)))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of `metrics.jsonl`; one that was cut off is not among them."""
@@ -128,16 +130,29 @@ class RunDirectory:
                 checkpoint.save(ema, draft / EMA)
 
         final = self.path / STATES / state_name(state["step"], state["epochs"])
-        snapshot.publish(final, write)
-        self._point(final, state)
+        with self._writing():
+            files.publish(final, write)
+            self._point(final, state)
         for old in self._states()[:-keep]:
             if old.name != state["best"]:
                 shutil.rmtree(old)
 
     def _point(self, path: Path, state: Mapping[str, Any]) -> None:
-        snapshot.point(self.path / LAST, path)
+        files.point(self.path / LAST, path)
         if state["best"] is not None and (best := path.with_name(state["best"])).is_dir():
-            snapshot.point(self.path / BEST, best)
+            files.point(self.path / BEST, best)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what keeps a file from being written into one message."""
+        try:
+            yield
+        except (OSError, SafetensorError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written: {error}",
+                expected="room on the disk and the right to write",
+                next_step=f"What was there is as it was. {self.describe_last()}",
+            ) from error
 
     def _states(self) -> list[Path]:
         """Checkpoints, the oldest first."""
@@ -156,21 +171,26 @@ class RunDirectory:
             CheckpointError: every state is damaged, or one cannot be read.
         """
         states = self._states()
-        for name in RUN_FILES:
-            for draft in snapshot.drafts(self.path / name):
-                _remove(draft)
-        for draft in (self.path / STATES).glob(".step-*"):
-            if re.fullmatch(r"\.step-\d+-epoch-\d+\.\d+", draft.name):
-                _remove(draft)
+        for folder, names in (
+            (self.path, "|".join(map(re.escape, RUN_FILES))),
+            (self.path / STATES, r"step-\d+-epoch-\d+"),
+        ):
+            for draft in files.drafts(folder, names):
+                files.remove(draft)
         for path in reversed(states):
-            if (problem := _damage(path)) is None:
-                state = snapshot.read_state(path)
-                self._point(path, state)
+            try:
+                state = _whole(path)
+            except _DAMAGE as problem:  # noqa: PERF203 - a few states at most
+                other = files.unused(path.with_name(f"damaged-{path.name}"))
+                path.rename(other)
+                warn(f"{path} is damaged, it is {other.name} now: {problem}")
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+            else:
+                with self._writing():
+                    self._point(path, state)
                 self._forget_after(state["epochs"])
                 return path
-            other = snapshot.unused(path.with_name(f"damaged-{path.name}"))
-            path.rename(other)
-            warn(f"{path} is damaged, it is {other.name} now: {problem}")
         if states:
             raise CheckpointError(
                 f"every state of {self.path} is damaged.",
@@ -182,7 +202,8 @@ class RunDirectory:
 
     def _forget_after(self, epochs: int) -> None:
         rows = [json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= epochs]
-        snapshot.replace_text(self.path / METRICS, "".join(rows))
+        with self._writing():
+            files.replace_text(self.path / METRICS, "".join(rows))
 
     def describe_last(self) -> str:
         """Where the run can go on from, for messages."""
@@ -219,19 +240,17 @@ def load_state(path: Path) -> Saved:
     return Saved(checkpoint.load(path), snapshot.read_state(path), ema)
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a state's files, None if nothing is; whether they can be used is open."""
-    try:
-        snapshot.read_state(path)
-        for ensemble in [path, *([path / EMA] if (path / EMA).is_dir() else [])]:
-            json.loads((ensemble / checkpoint.CONFIG).read_text(encoding="utf-8"))
-            with safe_open(ensemble / checkpoint.WEIGHTS, "pt"):  # it notices what is cut off
-                pass
-    except (CheckpointError, FileNotFoundError, ValueError, SafetensorError) as error:
-        return str(error)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    return None
+# What reading a damaged state's files says; files that are whole but must not be read say else.
+_DAMAGE = (CheckpointError, FileNotFoundError, ValueError, SafetensorError)
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """The trainer's part of a state, once all its files are known to be whole."""
+    for ensemble in [path, *([path / EMA] if (path / EMA).is_dir() else [])]:
+        json.loads((ensemble / checkpoint.CONFIG).read_text(encoding="utf-8"))
+        with safe_open(ensemble / checkpoint.WEIGHTS, "pt"):  # it notices what is cut off
+            pass
+    return snapshot.read_state(path)
 
 
 @contextlib.contextmanager
@@ -321,20 +340,13 @@ def make(path: Path) -> RunDirectory:
     path.mkdir(parents=True, exist_ok=True)
     if is_run(path):
         for name in RUN_FILES:
-            _remove(path / name)
+            files.remove(path / name)
     return RunDirectory(path)
 
 
 def new_path(name: str) -> Path:
     """`runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is not there yet."""
-    return snapshot.unused(Path("runs") / name)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    return files.unused(Path("runs") / name)
 
 
 def environment(device: torch.device) -> dict[str, Any]:

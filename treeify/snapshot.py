@@ -1,22 +1,12 @@
-"""A trainer's state on the disk: plain values as JSON, tensors as safetensors, never pickle.
-
-A snapshot is a directory that is complete before it takes its name, so at any moment, killed or
-not, the newest one with a name is whole.
-"""
+"""A trainer's state on the disk: plain values as JSON, tensors as safetensors, never pickle."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -84,121 +74,3 @@ def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_nested(own, tensors) for own in value]
     return value
-
-
-def publish(final: Path, write: Callable[[Path], None]) -> None:
-    """Make a directory that is there whole or not at all; one that is there already stays.
-
-    Args:
-        final: its name.
-        write: fills a directory of another name.
-
-    Raises:
-        CheckpointError: it cannot be written; nothing has changed.
-    """
-    if final.exists():
-        return
-    draft = _draft(final)
-    with told(final):
-        try:
-            shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
-            write(draft)
-            for path in [*draft.rglob("*"), draft]:
-                _bring_to_disk(path)
-            draft.rename(final)
-            _bring_to_disk(final.parent)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def point(link: Path, target: Path) -> None:
-    """Let a symbolic link name a snapshot, from one moment to the next.
-
-    Args:
-        link: if it is a directory, as copying a run may leave it, that one is put aside.
-        target: what it names.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    draft = _draft(link)
-    with told(link):
-        draft.unlink(missing_ok=True)
-        draft.symlink_to(os.path.relpath(target, link.parent))
-        if link.is_dir() and not link.is_symlink():
-            link.rename(unused(link.with_name(f"copied-{link.name}")))
-        draft.replace(link)
-        _bring_to_disk(link.parent)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file that is there whole or as it was.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    draft = _draft(path)
-    with told(path):
-        try:
-            draft.write_text(text, encoding="utf-8")
-            _bring_to_disk(draft)
-            draft.replace(path)
-            _bring_to_disk(path.parent)
-        finally:
-            draft.unlink(missing_ok=True)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Add a line to a file and bring it to the disk.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    with told(path), path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def drafts(final: Path) -> list[Path]:
-    """What writers of a file, a directory or a link left behind when they were killed."""
-    found = re.compile(rf"\.{re.escape(final.name)}\.\d+")
-    return [path for path in final.parent.glob(".*") if found.fullmatch(path.name)]
-
-
-def unused(path: Path) -> Path:
-    """The path, or the first of `path-2`, `path-3`, ... that is not there yet."""
-    names = (path.name if number == 1 else f"{path.name}-{number}" for number in count(1))
-    return next(other for other in map(path.with_name, names) if not other.exists())
-
-
-@contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
-    """Turn what keeps a file from being written into one message."""
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointError) as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error}",
-            next_step="What was there is as it was. Free some space, then go on with --resume.",
-        ) from error
-
-
-def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
-
-
-def _bring_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def like(state: Tensor, parameter: Tensor) -> Tensor:
-    """A parameter's optimizer state in the parameter's memory format, device and dtype kept."""
-    if state.shape != parameter.shape:
-        return state
-    return torch.empty_like(parameter, dtype=state.dtype).copy_(state)

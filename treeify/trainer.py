@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from treeify import optimization, processes
 from treeify.api import hierarchicalize
 from treeify.architecture import Architecture
-from treeify.batches import Batch, Order, held_out_loader, seed_everything, seed_of, training_loader
+from treeify.batches import (
+    Batch,
+    Order,
+    held_out_loader,
+    noting,
+    seed_everything,
+    training_loader,
+)
 from treeify.data import Data
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError, DataError, RecipeError, TreeifyError
@@ -44,6 +51,7 @@ from treeify.run_directory import (
     new_path,
     state_name,
 )
+from treeify.seeds import seed_of
 from treeify.sync import SyncedBatchNorms, is_distributed
 
 
@@ -98,7 +106,8 @@ def train(
             data = recipe.data.load()
         saved = None if resume is None else _newest(directory, state, reporter)
         hne = build(recipe, data) if saved is None else saved.hne
-        check_classes(hne, data)
+        if saved is not None:
+            check_classes(hne, data)
         run = _Run(recipe, data, hne, device, directory, reporter)
         if saved is not None:
             run.take(saved.state, saved.ema)
@@ -291,8 +300,7 @@ class _Run:
             lr = float(self.optimizer.param_groups[0]["lr"])
             value, idle, (stop, due) = self._step(batches, index, interrupt)
             waited += idle
-            accuracy = self.scores.result()[-1].accuracy if self.scores.images else math.nan
-            self.reporter.stepped(Step(self.epochs + 1, index + 1, value, accuracy, lr))
+            self.reporter.stepped(Step(self.epochs + 1, index + 1, value, self.scores.accuracy, lr))
             if stop or (self.team.size == 1 and interrupt.requested):
                 return None
             if due:
@@ -301,7 +309,7 @@ class _Run:
         self.team.take_buffers(self.hne, *([] if self.ema is None else [self.ema]))
         held_out = measure(
             self.hne if self.ema is None else self.ema.module,
-            self._held_out(),
+            noting(self.held_out_batches, self.skipped),
             stop=lambda: interrupt.requested,  # processes may have different numbers of batches
         )
         if self.team.any(interrupt.requested):
@@ -317,11 +325,6 @@ class _Run:
             self.team.together(held_out).result(),
             len(self.skipped),
         )
-
-    def _held_out(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self.held_out_batches:
-            self.skipped.update(batch.skipped)
-            yield batch.images, batch.target
 
     def _step(
         self, batches: Iterator[Batch], index: int, interrupt: Interrupt

@@ -8,7 +8,7 @@ import pytest
 import runner
 import runs
 
-from treeify.ablation import ablate, cells, last_line, load_grid, plan, table
+from treeify.ablation import ablate, cells, last_line, load_grid, plan, results, table
 from treeify.errors import CheckpointError, RecipeError
 from treeify.progress import Reporter, Step
 
@@ -56,7 +56,7 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
     assert len(count) == 2 + 3
     assert ablate(planned, started=started)
     assert len(count) == 2 + 3
-    found = table(planned)
+    found = table(results(planned))
     assert list(found) == ["L_I", "L_HD"]
     accuracies = [last_line(run)["held_out"][-1]["accuracy"] for run in planned[:2]]
     assert found["L_I"][4].mean == pytest.approx(sum(accuracies) / 2)

@@ -65,18 +65,12 @@ def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
 def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:
     import timm
     import torch
-    from PIL import Image
 
     from treeify.recipe_file import load_recipe
     from treeify.run_directory import RunDirectory
     from treeify.trainer import build, train
 
-    for part in ("train", "val"):
-        for name, shade in (("dark", 40), ("light", 200)):
-            (tmp_path / "photos" / part / name).mkdir(parents=True)
-            for index in range(4):
-                image = Image.new("RGB", (40, 40), (shade, shade, 10 * index))
-                image.save(tmp_path / "photos" / part / name / f"{index}.png")
+    runs.photos(tmp_path / "photos", size=40, each=4)
     trained = timm.create_model("test_resnet")
     torch.save(trained.state_dict(), tmp_path / "weights.pth")
     recipe = load_recipe(

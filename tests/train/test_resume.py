@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import runner
 import runs
-from PIL import Image
 
-from treeify import snapshot, trainer
+from treeify import files, snapshot, trainer
 from treeify.errors import CheckpointError, DataError
 from treeify.progress import Epoch, Reporter, Step
 from treeify.recipe import Recipe
@@ -57,7 +56,7 @@ def assert_ends_like(whole: Path, run: Path) -> None:
 # A script that kills its process with -9 the n-th time a function is called.
 KILLER = """\
 import os, signal, sys
-from treeify import snapshot, trainer
+from treeify import files, snapshot, trainer
 from treeify.cli.app import main
 
 owner, name, count, after = {owner}, {name!r}, {count}, {after}
@@ -80,9 +79,9 @@ MOMENTS = {
     "while measuring": ("trainer", "measure", 1, False),
     "before the metrics": ("trainer._Run", "_record", 1, False),
     "in a save, weights written": ("snapshot", "write_state", 3, False),
-    "in a save, not yet named": ("snapshot", "_bring_to_disk", 9, False),
-    "between name and link": ("snapshot", "point", 4, False),
-    "between last and best": ("snapshot", "point", 6, False),
+    "in a save, not yet named": ("files", "_bring_to_disk", 9, False),
+    "between name and link": ("files", "point", 4, False),
+    "between last and best": ("files", "point", 6, False),
     "after the last step": ("trainer._Run", "_step", 2 * runs.STEPS, True),
 }
 
@@ -170,7 +169,7 @@ def test_a_disk_that_fills_up_at_an_epochs_end(
     whole: Path, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
     """Whatever is written then; `os.fsync` reports what the kernel could not keep."""
-    original = getattr(snapshot, function)
+    original = getattr(files, function)
 
     def full(path: Path, *args: object) -> None:
         def fsync(descriptor: int) -> None:
@@ -180,7 +179,7 @@ def test_a_disk_that_fills_up_at_an_epochs_end(
             monkeypatch.setattr(os, "fsync", fsync)
         original(path, *args)
 
-    monkeypatch.setattr(snapshot, function, full)
+    monkeypatch.setattr(files, function, full)
     with pytest.raises(CheckpointError, match=r"(?s)No space left.*--resume"):
         train(recipe, out=tmp_path / "run")
     monkeypatch.undo()
@@ -280,17 +279,13 @@ def test_a_model_that_cannot_be_imported_damages_nothing(
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == states
 
 
-def photos(folder: Path, damaged: int) -> Path:
+def damaged_photos(folder: Path, damaged: int) -> None:
+    """Photos of which so many of each part's dark ones cannot be read."""
+    runs.photos(folder)
     for part in ("train", "val"):
-        for name, shade in (("dark", 0), ("light", 255)):
-            (folder / part / name).mkdir(parents=True)
-            for index in range(8):
-                image = Image.new("RGB", (16, 16), (shade, shade, index))
-                image.save(folder / part / name / f"{index}.png")
         for index in range(damaged):
             file = folder / part / "dark" / f"{index}.png"
             file.write_bytes(file.read_bytes()[:40])
-    return folder
 
 
 def on_photos(tmp_path: Path, *overrides: str) -> Recipe:
@@ -309,7 +304,7 @@ def on_photos(tmp_path: Path, *overrides: str) -> Recipe:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_images_are_skipped_counted_and_limited(tmp_path: Path, workers: int) -> None:
-    photos(tmp_path / "photos", damaged=2)
+    damaged_photos(tmp_path / "photos", damaged=2)
     recipe = on_photos(tmp_path, "skip_corrupt=4", f"workers={workers}")
     result = train(recipe, out=tmp_path / "run")
     assert result.last is not None and result.last.skipped == 4
@@ -339,7 +334,7 @@ def deadly(logits, target, tree):
 
 
 def test_a_dead_worker_ends_in_one_message(tmp_path: Path) -> None:
-    photos(tmp_path / "photos", damaged=0)
+    runs.photos(tmp_path / "photos")
     (tmp_path / "mortal.py").write_text(DEADLY)
     on_photos(tmp_path, "workers=1", "schedule.epochs=9", "checkpoints.minutes=1e-9")
     done = runs.run("tiny.yaml", "loss.name=mortal:deadly", "--out", "run", cwd=tmp_path)

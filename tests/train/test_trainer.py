@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 import typer
 import yaml
@@ -25,18 +26,6 @@ from treeify.recipe import LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
 from treeify.recipe_file import load_recipe
 from treeify.trainer import DivergedError, train
 
-RECIPE = """\
-name: tiny
-model:
-  name: treeify.models:cifar_resnet50
-  kwargs: {num_classes: 10, width: 0.25, layers: [1, 1, 1, 1]}
-  splits: [block3, block4]
-data: {name: digits, held_out: 1497}
-loss: {name: hierarchical_distillation}
-optimizer: {lr: 0.05}
-schedule: {epochs: 2}
-batch_size: 100
-"""
 STEPS = 3  # per epoch: 300 training images
 
 app = typer.Typer()
@@ -48,7 +37,7 @@ app.command("eval")(evaluate)
 def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "tiny.yaml"
-    path.write_text(RECIPE)
+    path.write_text(runs.RECIPE)
     return path
 
 

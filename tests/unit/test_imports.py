@@ -15,6 +15,8 @@ ROOT = Path(treeify.__file__).parent
 LAYERS = (
     "errors",
     "registry",
+    "seeds",
+    "files",
     "tree",
     "storage",
     "architecture",

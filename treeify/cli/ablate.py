@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from treeify.ablation import Planned, ablate, load_grid, plan, raw, table
+from treeify import files
+from treeify.ablation import Planned, ablate, load_grid, plan, results, table
 from treeify.cli.train import INTERRUPTED
 from treeify.processes import leave
 from treeify.progress import Epoch, Reporter
-from treeify.snapshot import replace_text
 
 
 def run_grid(
@@ -50,13 +51,13 @@ def run_grid(
     finished = True
     if not show:
         finished = ablate(runs, started=lambda run: _Line(console, run, len(runs), runs.index(run)))
-    rows = raw(runs)
+    rows = results(runs)
     if rows and not show and PartialState().is_main_process:
-        replace_text(directory / "results.json", json.dumps(rows, indent=1) + "\n")
+        files.replace_text(directory / "results.json", json.dumps(rows, indent=1) + "\n")
     if as_json:
         typer.echo(json.dumps(rows, indent=1))
     for part, title in (("held_out", "held-out accuracy %"), ("train", "training accuracy %")):
-        console.print(_table(runs, part, title))
+        console.print(_table(rows, part, title))
     console.print(f"{len(rows)} of {len(runs)} runs have finished; {directory}", soft_wrap=True)
     leave()
     if not finished:
@@ -80,8 +81,8 @@ class _Line(Reporter):
         self.console.print(f"{self.name}: {message}", markup=False, soft_wrap=True)
 
 
-def _table(runs: list[Planned], part: str, title: str) -> Table:
-    rows = table(runs, part)
+def _table(results: Sequence[Mapping[str, Any]], part: str, title: str) -> Table:
+    rows = table(results, part)
     sizes = sorted({leaves for row in rows.values() for leaves in row})
     shown = Table("", title=title, caption="mean ± deviation over seeds")
     for size in sizes:

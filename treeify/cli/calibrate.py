@@ -150,7 +150,7 @@ def _check_images(hne: HierarchicalEnsemble, images: Data) -> None:
         raise DataError(
             f"{count} held-out image cannot be halved.", expected="at least 2, better hundreds"
         )
-    if (shape := tuple(images.held_out[0][0].shape)) != hne.example:
+    if (shape := tuple(images.example().shape)) != hne.example:
         raise InputError(
             "the held-out images have another size than the ensemble was converted for, so other"
             " MACs.",

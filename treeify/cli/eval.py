@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -12,15 +11,15 @@ import torch
 import typer
 from rich.console import Console
 
-from treeify import checkpoint, machine
-from treeify.batches import Batch, held_out_loader
+from treeify import checkpoint, files, machine
+from treeify.batches import held_out_loader, noting
 from treeify.cli.saved import checkpoint_in, data_section, recipe_of
 from treeify.cli.scores import as_csv, score_rows, score_table
 from treeify.ensemble import HierarchicalEnsemble
+from treeify.errors import DataError
 from treeify.metrics import measure
 from treeify.processes import resolve_device
 from treeify.recipe_file import load_recipe
-from treeify.snapshot import replace_text
 from treeify.trainer import check_classes
 
 _LATENCY = 3.0  # seconds for all sizes together
@@ -76,17 +75,17 @@ def evaluate(
     recipe = recipe_of(path)
     allowed = load_recipe(recipe).skip_corrupt if recipe else 0
     batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=allowed > 0)
-    skipped: list[str] = []
-    scores = measure(hne, _noting(batches, skipped))
+    skipped: set[str] = set()
+    scores = measure(hne, noting(batches, skipped))
     seconds = _seconds(hne) if latency else None
     rows, single = score_rows(hne, scores.result(), seconds=seconds), scores.leaf_accuracy()
     if csv is not None:
-        replace_text(csv, as_csv(rows, single))
+        _write(csv, as_csv(rows, single))
     if as_json:
         found = {
             "ensemble": str(path),
             "split": images.split,
-            "skipped": skipped,
+            "skipped": sorted(skipped),
             "scores": rows,
             "leaf_accuracy": single,
             "machine": machine.describe(next(hne.parameters()).device) if latency else None,
@@ -99,17 +98,19 @@ def evaluate(
     console.print(f"Each leaf by itself, %: {shown}", soft_wrap=True, highlight=False)
     console.print(f"{path}; {images.split}.", soft_wrap=True, highlight=False)
     if skipped:
-        console.print(f"Not read, and left out: {', '.join(skipped)}", style="yellow")
+        console.print(f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
     if latency:
         where = machine.describe(next(hne.parameters()).device)
         console.print(f"ms: one image, {where}.", soft_wrap=True, highlight=False)
 
 
-def _noting(batches: Iterable[Batch], skipped: list[str]) -> Iterator[Batch]:
-    """The batches; images that could not be read are added to the list."""
-    for batch in batches:
-        skipped.extend(batch.skipped)
-        yield batch
+def _write(path: Path, text: str) -> None:
+    try:
+        files.replace_text(path, text)
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error}", next_step="Give another --csv."
+        ) from error
 
 
 @torch.no_grad()

@@ -1,0 +1,129 @@
+"""Files, directories and links that are there whole or as they were, whatever happens.
+
+A writer that is killed leaves a draft behind, `.NAME.PID`, and nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file.
+
+    Raises:
+        OSError: it cannot be written; it is as it was.
+    """
+    draft = _draft(path)
+    try:
+        draft.write_text(text, encoding="utf-8")
+        _bring_to_disk(draft)
+        draft.replace(path)
+        _bring_to_disk(path.parent)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line in one write, on the disk when this returns.
+
+    Raises:
+        OSError: it cannot be written, or not all of it.
+    """
+    content = line.encode() + b"\n"
+    with path.open("ab+", buffering=0) as file:
+        # A line that was cut off ends here, so that this one stands alone.
+        if size := file.seek(0, os.SEEK_END):
+            file.seek(size - 1)
+            content = content if file.read(1) == b"\n" else b"\n" + content
+        written = file.write(content)
+        os.fsync(file.fileno())
+    if written != len(content):
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+
+def publish(final: Path, write: Callable[[Path], None]) -> None:
+    """Make a directory; one that is there already stays.
+
+    Args:
+        final: its name.
+        write: fills a directory of another name; what it raises is passed on.
+
+    Raises:
+        OSError: it cannot be written; nothing has changed.
+    """
+    if final.exists():
+        return
+    draft = _draft(final)
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        write(draft)
+        for path in [*draft.rglob("*"), draft]:
+            _bring_to_disk(path)
+        draft.rename(final)
+        _bring_to_disk(final.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def point(link: Path, target: Path) -> None:
+    """Let a symbolic link name something, from one moment to the next.
+
+    Args:
+        link: if it is a directory, as copying may leave it, that one is put aside.
+        target: what it names.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    draft = _draft(link)
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(os.path.relpath(target, link.parent))
+    if link.is_dir() and not link.is_symlink():
+        link.rename(unused(link.with_name(f"copied-{link.name}")))
+    draft.replace(link)
+    _bring_to_disk(link.parent)
+
+
+def drafts(folder: Path, names: str) -> list[Path]:
+    """What killed writers left behind.
+
+    Args:
+        folder: where they wrote.
+        names: a regular expression for what they wrote.
+    """
+    found = re.compile(rf"\.({names})\.\d+")
+    return [path for path in folder.glob(".*") if found.fullmatch(path.name)]
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a whole directory, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def unused(path: Path) -> Path:
+    """The path, or the first of `path-2`, `path-3`, ... that is not there yet."""
+    names = (path.name if number == 1 else f"{path.name}-{number}" for number in count(1))
+    return next(other for other in map(path.with_name, names) if not other.exists())
+
+
+def _draft(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
+
+
+def _bring_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,22 +9,11 @@ import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
 
-from pydantic.fields import FieldInfo
-
-from treeify.recipe import Recipe, Section
+from treeify.recipe import Recipe, Section, section_in
 
 PAGE = Path(__file__).with_name("recipes.md")
 BEGIN, END = "<!-- keys -->\n", "\n## Data sets\n"
-
-
-def section_in(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, if it holds one."""
-    kinds = (field.annotation, *get_args(field.annotation))
-    return next(
-        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None
-    )
 
 
 def descriptions(section: type[Section]) -> dict[str, str]:
@@ -42,7 +31,7 @@ def tables(section: type[Section], above: str = "") -> Iterator[str]:
     yield f"\n### {title}\n\n{summary}\n\n| key | default | |\n|---|---|---|\n"
     inner: dict[str, type[Section]] = {}
     for name, field in section.model_fields.items():
-        below = section_in(field)
+        below = section_in(field.annotation)
         if below is not None and not above:
             inner[name] = below
         default = "required" if field.is_required() else f"`{_yaml(field.default)}`"

@@ -17,19 +17,17 @@ Source: Ruiz & Verbeek, AAAI 2021, section 3.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated
 
 import torch
-from pydantic import Field, PositiveFloat
+from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
 from treeify.errors import InputError
-from treeify.registry import Registry
+from treeify.registry import Registry, Share
 from treeify.tree import Tree
 
 Loss = Callable[..., Tensor]
-Share = Annotated[float, Field(ge=0, le=1)]
 
 LOSSES = Registry("loss")
 register = LOSSES.register

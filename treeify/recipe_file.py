@@ -9,15 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from treeify.errors import RecipeError, nearest
-from treeify.recipe import DataRecipe, Named, Recipe, Section
+from treeify.recipe import DataRecipe, Named, Recipe, Section, section_in
 
 KeyPath = tuple[str, ...]
 
@@ -116,11 +115,8 @@ def _on_top(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _is_named(section: str) -> bool:
     field = Recipe.model_fields.get(section)
-    return field is not None and _is_a(field.annotation, Named)
-
-
-def _is_a(annotation: Any, kind: type) -> bool:
-    return isinstance(annotation, type) and issubclass(annotation, kind)
+    held = None if field is None else section_in(field.annotation)
+    return held is not None and issubclass(held, Named)
 
 
 class _Loader(yaml.SafeLoader):
@@ -296,20 +292,12 @@ def _valid_keys(section: type[Section], path: KeyPath, values: object) -> list[s
     annotation: Any = section
     for part in path:
         annotation, values = _below(annotation, part), _get(values, (part,))
-    inner = _section(annotation)
+    inner = section_in(annotation)
     return inner.keys(values) if inner else []
 
 
-def _section(annotation: Any) -> type[Section] | None:
-    """The section a field holds, if it may hold one."""
-    members = (
-        get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    )
-    return next((member for member in members if _is_a(member, Section)), None)
-
-
 def _below(annotation: Any, key: str) -> Any:
-    section = _section(annotation)
+    section = section_in(annotation)
     if section is not None:
         field = section.model_fields.get(key)
         return field.annotation if field else None
@@ -320,7 +308,7 @@ def _all_keys(section: type[Section], values: object, path: KeyPath = ()) -> Ite
     for key in section.keys(values):
         yield (*path, key)
         field = section.model_fields.get(key)
-        inner = _section(field.annotation) if field else None
+        inner = section_in(field.annotation) if field else None
         if inner is not None:
             yield from _all_keys(inner, _get(values, (key,)), (*path, key))
 

@@ -7,11 +7,16 @@ import operator
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import Field
 
 from treeify.errors import RecipeError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+# Kinds of options that recipes check.
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Registry(dict[str, Callable[..., Any]]):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import timm
 from PIL import Image
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 from timm.data import create_dataset, create_transform, resolve_data_config
 from torch.utils.data import Dataset
 from torchvision import datasets, models
@@ -19,16 +19,15 @@ from treeify.data.source import (
     IMAGENET,
     Data,
     Transform,
-    Transformed,
     UnreadableImageError,
     augmentation,
+    in_parts,
     prepare,
     register,
 )
 from treeify.data.tars import folders_in
 from treeify.errors import DataError
-
-Share = Annotated[float, Field(ge=0, le=1)]
+from treeify.registry import Share
 
 
 @register("image_folder")
@@ -79,12 +78,8 @@ def image_folder(
         resize = v2.Resize([size, size], antialias=True)
         fit = prepare(IMAGENET, resize)
         crop = prepare(IMAGENET, resize, *augmentation(size, crop_padding, flip))
-    return Data(
-        Transformed(train, crop),
-        Transformed(held_out, fit),
-        tuple(train.classes),
-        f"the {len(held_out):,} images of {Path(root) / 'val'} held out",
-    )
+    where = f"images of {Path(root) / 'val'}"
+    return in_parts(train, held_out, crop, fit, train.classes, where)
 
 
 @register("timm")
@@ -144,12 +139,7 @@ def timm_dataset(
             next_step="Give a class_map.",
         )
     crop, fit = transforms(size, like, flip, auto_augment, random_erasing)
-    return Data(
-        Transformed(train, crop),
-        Transformed(held_out, fit),
-        classes,
-        f"the {len(held_out):,} images of {held_out_split!r} held out",
-    )
+    return in_parts(train, held_out, crop, fit, classes, f"images of {held_out_split!r}")
 
 
 class _Indexed(Dataset[Any]):
@@ -176,7 +166,7 @@ class _Indexed(Dataset[Any]):
 
 
 def _classes(source: Any) -> tuple[str, ...]:
-    """Names of the classes, where they are known; else their numbers."""
+    """Names of the classes, as the data set knows them."""
     numbered = getattr(source, "class_to_idx", None)
     if numbered:
         return tuple(str(name) for name in sorted(numbered, key=numbered.__getitem__))

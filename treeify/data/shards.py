@@ -6,16 +6,15 @@ import re
 import tarfile
 from collections import defaultdict
 from glob import glob
-from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import PositiveInt
 
 from treeify.data.photographs import transforms
-from treeify.data.source import Data, Transformed, register
+from treeify.data.source import Data, in_parts, register
 from treeify.data.tars import IMAGES, Entry, TarImages
 from treeify.errors import DataError
+from treeify.registry import Share
 
-Share = Annotated[float, Field(ge=0, le=1)]
 _LABEL = "cls"
 
 
@@ -55,12 +54,7 @@ def webdataset(
     names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
     first, second = (TarImages(_entries(pattern, len(names))) for pattern in (train, held_out))
     crop, fit = transforms(size, like, flip, auto_augment, random_erasing)
-    return Data(
-        Transformed(first, crop),
-        Transformed(second, fit),
-        names,
-        f"the {len(second):,} images of {held_out} held out",
-    )
+    return in_parts(first, second, crop, fit, names, f"images of {held_out}")
 
 
 def _entries(pattern: str, classes: int) -> list[Entry]:

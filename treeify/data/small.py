@@ -18,8 +18,8 @@ from treeify.data.source import (
     Data,
     Statistics,
     Transform,
-    Transformed,
     augmentation,
+    in_parts,
     prepare,
     register,
     transformed,
@@ -173,9 +173,5 @@ def _from_torchvision(
             found=str(error),
             next_step="Set data.root to where they are, or data.download=true to fetch them.",
         ) from error
-    return Data(
-        Transformed(train, prepare(statistics, *augment)),
-        Transformed(held_out, prepare(statistics)),
-        tuple(train.classes),
-        f"the {len(held_out):,} test images held out",
-    )
+    crop, fit = prepare(statistics, *augment), prepare(statistics)
+    return in_parts(train, held_out, crop, fit, train.classes, "test images")

@@ -79,6 +79,28 @@ class Data:
         raise DataError("none of the held-out images can be read.")
 
 
+def in_parts(
+    train: Any,
+    held_out: Any,
+    crop: Transform,
+    fit: Transform,
+    classes: Sequence[str],
+    what: str,
+) -> Data:
+    """A data set that comes in two parts.
+
+    Args:
+        train: images and classes to train on.
+        held_out: the others.
+        crop: what training images go through each time.
+        fit: what held-out images go through.
+        classes: their names.
+        what: the held-out images, for reports.
+    """
+    split = f"the {len(held_out):,} {what} held out"
+    return Data(Transformed(train, crop), Transformed(held_out, fit), tuple(classes), split)
+
+
 class Transformed(Dataset[tuple[Tensor, Any]]):
     """Examples whose images go through a transform each time they are read."""
 

@@ -64,6 +64,21 @@ def test_a_run_on_a_folder_sees_its_held_out_images(
     assert_close(read([photo], preparation(path, config()))[0], expected.held_out[0][0])
 
 
+@pytest.mark.parametrize(
+    "like", ["tf_efficientnet_lite0", "torchvision/convnext_small", "vit_base_patch16_clip_224"]
+)
+def test_a_run_on_a_folder_sees_its_images_as_the_model_it_follows_did(
+    tmp_path: Path, photo: Path, like: str
+) -> None:
+    for part in ("train", "val"):
+        (tmp_path / "photos" / part / "china").mkdir(parents=True)
+        Image.open(photo).save(tmp_path / "photos" / part / "china" / "1.png")
+    root = str(tmp_path / "photos")
+    path = run_of(tmp_path / "run", "name=image_folder", f"root={root}", "size=64", f"like={like}")
+    expected = image_folder(root=root, size=64, like=like)
+    assert_close(read([photo], preparation(path, config()))[0], expected.held_out[0][0])
+
+
 def test_timm_and_torchvision_say_what_their_models_saw(tmp_path: Path, photo: Path) -> None:
     image = Image.open(photo)
     found = preparation(tmp_path, config("mobilenetv2_140"))

@@ -20,7 +20,6 @@ from treeify import data
 from treeify.architecture import TIMM, TORCHVISION, Architecture
 from treeify.cli.saved import recipe_of
 from treeify.errors import DataError, InputError
-from treeify.recipe import DataRecipe
 from treeify.recipe_file import load_recipe
 
 # How Pillow names pixels with so many channels.
@@ -164,15 +163,21 @@ def _per_channel(values: Sequence[float], channels: int, option: str) -> tuple[f
 def _of_recipe(path: Path, shape: Shape) -> Preparation | None:
     recipe = recipe_of(path)
     section = load_recipe(recipe).data if recipe else None
-    if section is None or section.name not in _HELD_OUT:
+    if section is None or section.name not in (*_HELD_OUT, *_PHOTOGRAPHS):
         return None
-    if like := section.options.get("like"):
-        named = Architecture(like)
-        return _of_torchvision(named, shape) or _of_timm(named, shape)
-    statistics, geometry = _HELD_OUT[section.name]
     source = f"held-out images of {section.name}, from the run's recipe"
+    if section.name in _PHOTOGRAPHS and section.options.get("crop_padding") is None:
+        return _by_timm(data.preparation(section.options["like"]), shape, source)
+    statistics, geometry = _HELD_OUT[section.name]
     mean, std = map(tuple, statistics)
-    return Preparation(shape, geometry(section, shape), mean, std, source)
+    return Preparation(shape, geometry(shape), mean, std, source)
+
+
+def _by_timm(config: Mapping[str, Any], shape: Shape, source: str) -> Preparation:
+    """What `timm.data.create_transform` makes of a configuration."""
+    options: dict[str, Any] = {"input_size": shape, **config}
+    geometry = create_transform(**options, normalize=False)
+    return Preparation(shape, geometry, config["mean"], config["std"], source)
 
 
 def _of_timm(architecture: Architecture, shape: Shape) -> Preparation | None:
@@ -181,9 +186,8 @@ def _of_timm(architecture: Architecture, shape: Shape) -> Preparation | None:
     if known is None:
         return None
     noted = asdict(known)
-    config: dict[str, Any] = resolve_data_config({"input_size": shape}, pretrained_cfg=noted)  # type: ignore[no-untyped-call]
-    geometry = create_transform(**config, normalize=False)
-    return Preparation(shape, geometry, config["mean"], config["std"], f"timm's for {name}")
+    config = resolve_data_config({"input_size": shape}, pretrained_cfg=noted)  # type: ignore[no-untyped-call]
+    return _by_timm(config, shape, f"timm's for {name}")
 
 
 def _of_torchvision(architecture: Architecture, shape: Shape) -> Preparation | None:
@@ -210,30 +214,18 @@ def _fit(shape: Shape) -> Geometry:
     return cover
 
 
-def _stretch(section: DataRecipe, shape: Shape) -> Geometry:
+def _stretch(shape: Shape) -> Geometry:
     both: Geometry = v2.Compose([v2.ToImage(), v2.Resize(list(shape[1:]), antialias=True)])
     return both
 
 
-def _as_it_is(section: DataRecipe, shape: Shape) -> Geometry:
-    return _fit(shape)
-
-
-def _folder(section: DataRecipe, shape: Shape) -> Geometry:
-    if section.options.get("crop_padding") is not None:
-        return _stretch(section, shape)
-    config: dict[str, Any] = {"input_size": shape, **data.preparation(None)}
-    usual: Geometry = create_transform(**config, normalize=False)
-    return usual
-
-
 # What `treeify.data` does to held-out images: their statistics, and how they get their size.
-_HELD_OUT: dict[str, tuple[data.Statistics, Callable[[DataRecipe, Shape], Geometry]]] = {
+_HELD_OUT: dict[str, tuple[data.Statistics, Callable[[Shape], Geometry]]] = {
     "digits": (data.DIGITS, _stretch),
-    "cifar10": (data.CIFAR10, _as_it_is),
-    "cifar100": (data.CIFAR100, _as_it_is),
-    "fashion_mnist": (data.FASHION_MNIST, _as_it_is),
-    "image_folder": (data.IMAGENET, _folder),
-    "timm": (data.IMAGENET, _folder),
-    "webdataset": (data.IMAGENET, _folder),
+    "cifar10": (data.CIFAR10, _fit),
+    "cifar100": (data.CIFAR100, _fit),
+    "fashion_mnist": (data.FASHION_MNIST, _fit),
+    "image_folder": (data.IMAGENET, _stretch),
 }
+# Those that timm prepares, `image_folder` without `crop_padding`.
+_PHOTOGRAPHS = ("image_folder", "timm", "webdataset")

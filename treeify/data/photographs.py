@@ -268,7 +268,7 @@ def preparation(like: str | None) -> dict[str, Any]:
             next_step="Leave `like` out for ImageNet's usual way.",
         )
     found: dict[str, Any] = resolve_data_config(pretrained_cfg=asdict(known))  # type: ignore[no-untyped-call]
-    return {key: found[key] for key in ("mean", "std", "crop_pct", "interpolation")}
+    return {key: found[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
 
 
 def _folder(root: Path, part: str) -> datasets.ImageFolder:

@@ -20,7 +20,7 @@ _COLUMNS = {
     "accuracy": ("accuracy %", ".2f"),
     "training": ("training %", ".2f"),
     "nll": ("NLL", ".3f"),
-    "calibration_error": ("calibration %", ".2f"),
+    "calibration_error": ("ECE %", ".2f"),
     "logit_std": ("logit std", ".3f"),
     "macs": ("MACs", ",d"),
     "parameters": ("parameters", ",d"),
@@ -64,6 +64,8 @@ def score_table(rows: Sequence[Mapping[str, Any]], *, brief: bool = False) -> Ta
     caption = "accuracy of the mean logits; MACs per image"
     if "training" in rows[0]:
         caption += "; training: augmented images, during the last epoch"
+    if not brief and "calibration_error" in rows[0]:
+        caption += "; ECE: expected calibration error"
     table = Table(caption=caption)
     shown = {key: own for key, own in _COLUMNS.items() if key in (_BRIEF if brief else rows[0])}
     shown = {key: own for key, own in shown.items() if key in rows[0]}

@@ -71,6 +71,7 @@ def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:
     from treeify.trainer import build, train
 
     runs.photos(tmp_path / "photos", size=40, each=4)
+    torch.manual_seed(0)
     trained = timm.create_model("test_resnet")
     torch.save(trained.state_dict(), tmp_path / "weights.pth")
     recipe = load_recipe(
@@ -81,7 +82,9 @@ def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:
             f"model.kwargs.pretrained_cfg_overlay.file={tmp_path}/weights.pth",
             f"data.root={tmp_path / 'photos'}",
             *("data.size=32", "data.like=null", "model.splits=1", "batch_size=4", "workers=0"),
-            *("schedule.epochs=2", "schedule.warmup_epochs=1"),
+            # A few plain images are learnt in seconds; turned around they would be each other.
+            *("data.auto_augment=null", "data.random_erasing=0", "optimizer.lr=5e-3"),
+            *("schedule.epochs=4", "schedule.warmup_epochs=1"),
         ],
     )
     first = build(recipe, recipe.data.load()).leaf(0).state_dict()
@@ -89,8 +92,8 @@ def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:
         if not key.startswith("fc."):
             assert torch.equal(first[key], value), key
     result = train(recipe, out=tmp_path / "run")
-    first_epoch, last_epoch = RunDirectory(result.plan.directory).metrics()
-    assert last_epoch["loss"] < first_epoch["loss"]
+    first_epoch, *_, last_epoch = RunDirectory(result.plan.directory).metrics()
+    assert last_epoch["loss"] < 0.9 * first_epoch["loss"]
 
 
 @pytest.mark.parametrize("missing", ["model.name=no_such_net", "data.name=no_such_data"])

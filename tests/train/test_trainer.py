@@ -1,5 +1,6 @@
 """Real training runs, seconds long, on a sixth of the digits."""
 
+import csv
 import json
 import math
 import signal
@@ -11,7 +12,9 @@ import torch
 import typer
 import yaml
 from safetensors.torch import load_file
+from torch.nn import functional as F
 from torch.testing import assert_close
+from torch.utils.benchmark import Timer
 from typer.testing import CliRunner
 
 import treeify
@@ -422,6 +425,48 @@ def test_eval_takes_checkpoints_and_other_data(recipe_file: Path) -> None:
     assert isinstance(runner.invoke(app, ["eval", "nowhere"]).exception, CheckpointError)
     other = runner.invoke(app, ["eval", "saved", "--data", "name=digits", "--json"])
     assert json.loads(other.output)["split"].startswith("360 of 1,797")
+
+
+def test_eval_gives_every_figure_as_table_json_and_csv(recipe_file: Path) -> None:
+    train(load_recipe(recipe_file, ["schedule.epochs=1"]), out=Path("here"))
+    shown = CliRunner().invoke(app, ["eval", "here", "--json", "--csv", "scores.csv"])
+    assert shown.exit_code == 0, shown.output
+    found = json.loads(shown.output)
+    hne = treeify.load("here/last").eval()
+    images = load_recipe(recipe_file).data.load()
+    x = images.held_out[0][0][None]
+    with torch.no_grad():
+        parts = [(hne(x), y) for x, y, *_ in held_out_loader(images.held_out, 300)]
+    logits, target = (torch.cat(part) for part in zip(*parts, strict=True))
+    right = logits.argmax(2) == target[:, None]
+    single = (100 * right.double().mean(0)).tolist()
+    assert found["leaf_accuracy"] == pytest.approx(single)
+    with Path("scores.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    first, alone = lines[:3], lines[3:]
+    assert {line["kind"] for line in alone} == {"single"}
+    for row, line, leaves in zip(found["scores"], first, (1, 2, 4), strict=True):
+        mean = logits[:, :leaves].mean(1)
+        expected = {
+            "leaves": leaves,
+            "accuracy": 100 * (mean.argmax(1) == target).double().mean().item(),
+            "nll": F.cross_entropy(mean, target).item(),
+            "logit_std": logits[:, :leaves].std(1, correction=0).mean().item(),
+            "macs": hne.count_macs(leaves),
+            "parameters": hne.count_parameters(leaves),
+        }
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=1e-4), key
+        assert line == {"kind": "first", **{key: str(value) for key, value in row.items()}}
+    for row in found["scores"]:  # loosely: other tests run beside this one
+        own = Timer("hne.predict(x, leaves=n)", globals={"hne": hne, "x": x, "n": row["leaves"]})
+        milliseconds = 1e3 * own.timeit(20).median
+        assert milliseconds / 8 < row["milliseconds"] < 8 * milliseconds
+    assert [float(line["accuracy"]) for line in alone] == pytest.approx(single)
+    table = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["eval", "here"]).output
+    for heading in ("ECE %", "logit std", " ms", "NLL", f"{found['scores'][2]['accuracy']:.2f}"):
+        assert heading in table, heading
+    assert ", ".join(f"{value:.2f}" for value in single) in table
 
 
 def test_ctrl_c_ends_the_command_with_130(

@@ -4,7 +4,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from treeify.errors import DataError
-from treeify.metrics import Scores, correct, nll
+from treeify.metrics import Scores, correct, logit_std, nll
 from treeify.tree import Tree
 
 TREE = Tree((2, 3))
@@ -23,6 +23,55 @@ def test_each_size_is_scored_by_its_own_mean_logits() -> None:
         mean = logits[:, :leaves].mean(1)
         assert_close(right[:, column], mean.argmax(1) == target)
         assert_close(loss[:, column], F.cross_entropy(mean, target, reduction="none"))
+
+
+def test_leaves_that_disagree_have_a_deviation() -> None:
+    """Of each class's logits over the leaves, averaged over classes and images: by hand."""
+    logits = torch.zeros(2, 2, 2)  # two images, two leaves, two classes
+    logits[0] = torch.tensor([[1.0, 5.0], [3.0, 5.0]])  # deviations 1 and 0
+    logits[1] = torch.tensor([[0.0, -2.0], [0.0, 4.0]])  # 0 and 3
+    found = logit_std(logits, Tree((2,)))
+    assert_close(found, torch.tensor([[0.0, 0.5], [0.0, 1.5]]))
+    scores = Scores(Tree((2,)))
+    scores.add(logits, torch.tensor([0, 1]))
+    assert [score.logit_std for score in scores.result()] == [0.0, 1.0]
+
+
+def test_calibration_error_is_the_gap_in_fifteen_bins() -> None:
+    logits, target = examples(200)
+    scores = Scores(TREE)
+    for part in (slice(0, 90), slice(90, 200)):
+        scores.add(3 * logits[part], target[part])
+    for score in scores.result():
+        bins: dict[int, list[tuple[float, bool]]] = {}
+        for image, label in zip((3 * logits[:, : score.leaves]).mean(1), target, strict=True):
+            chances = image.softmax(0).tolist()
+            confidence = max(chances)
+            right = chances.index(confidence) == int(label)
+            bins.setdefault(min(14, int(confidence * 15)), []).append((confidence, right))
+        gaps = (abs(sum(c for c, _ in own) - sum(r for _, r in own)) for own in bins.values())
+        assert len(bins) > 5
+        assert score.calibration_error == pytest.approx(100 * sum(gaps) / 200, rel=1e-5)
+
+
+def test_certain_answers_are_calibrated_when_they_are_right() -> None:
+    logits = torch.zeros(4, TREE.leaves, 2)
+    logits[..., 1] = 100.0
+    for target, error in (([1, 1, 1, 1], 0.0), ([1, 1, 1, 0], 25.0)):
+        scores = Scores(TREE)
+        scores.add(logits, torch.tensor(target))
+        assert {score.calibration_error for score in scores.result()} == {error}
+
+
+def test_every_leaf_is_scored_by_itself() -> None:
+    logits, target = examples(50)
+    scores = Scores(TREE)
+    scores.add(logits[:20], target[:20])
+    scores.add(logits[20:], target[20:])
+    right = logits.argmax(2) == target[:, None]
+    own = (100 * right.double().mean(0)).tolist()
+    assert scores.leaf_accuracy() == pytest.approx(own)
+    assert len(set(scores.leaf_accuracy())) > 1
 
 
 def test_uneven_batches_give_the_scores_of_the_whole() -> None:

@@ -1,0 +1,163 @@
+"""Files that are there whole or as they were, whatever happens; checked in the order it happens."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from treeify import files
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What was brought to the disk, by inode, and what got a name, in order."""
+    found: list[tuple[str, str]] = []
+    fsync = os.fsync
+
+    def bring(descriptor: int) -> None:
+        found.append(("fsync", str(os.stat(descriptor).st_ino)))
+        fsync(descriptor)
+
+    def renamed(original):
+        def rename(self: Path, target: Path) -> Path:
+            found.append(("rename", Path(target).name))
+            return original(self, target)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", bring)
+    monkeypatch.setattr(Path, "rename", renamed(Path.rename))
+    monkeypatch.setattr(Path, "replace", renamed(Path.replace))
+    return found
+
+
+def inode(path: Path) -> str:
+    return str(path.stat().st_ino)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, events: list[tuple[str, str]]
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    files.replace_text(path, "new\n")
+    assert path.read_text() == "new\n"
+    assert events == [("fsync", inode(path)), ("rename", "file"), ("fsync", inode(tmp_path))]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        files.replace_text(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_and_all_in_it_are_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, events: list[tuple[str, str]]
+) -> None:
+    final = tmp_path / "state"
+
+    def write(draft: Path) -> None:
+        assert not final.exists()
+        (draft / "inner").mkdir()
+        for file in (draft / "one", draft / "inner" / "two"):
+            file.write_text(file.name)
+
+    files.publish(final, write)
+    inside = [final / "one", final / "inner", final / "inner" / "two"]
+    at = events.index(("rename", "state"))
+    assert {("fsync", inode(path)) for path in (*inside, final)} == set(events[:at])
+    assert events[at + 1 :] == [("fsync", inode(tmp_path))]
+    assert [path.read_text() for path in inside if path.is_file()] == ["one", "two"]
+
+
+def test_a_directory_that_is_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "state").mkdir()
+    files.publish(tmp_path / "state", lambda draft: pytest.fail("it was written again"))
+    assert not list((tmp_path / "state").iterdir())
+
+
+def test_a_directory_that_could_not_be_filled_leaves_nothing(tmp_path: Path) -> None:
+    def write(draft: Path) -> None:
+        (draft / "half").write_text("half")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        files.publish(tmp_path / "state", write)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_line_is_on_the_disk_and_stands_alone(
+    tmp_path: Path, events: list[tuple[str, str]]
+) -> None:
+    path = tmp_path / "lines"
+    files.append_line(path, "first")
+    assert events == [("fsync", inode(path))]
+    path.write_bytes(path.read_bytes() + b"cut o")
+    files.append_line(path, "second")
+    files.append_line(path, "third")
+    assert path.read_text().splitlines() == ["first", "cut o", "second", "third"]
+
+
+def test_a_link_names_something_at_every_moment(
+    tmp_path: Path, events: list[tuple[str, str]]
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / "states" / name).mkdir(parents=True)
+        files.point(tmp_path / "last", tmp_path / "states" / name)
+        assert (tmp_path / "last").readlink() == Path("states", name)
+        assert events[-2:] == [("rename", "last"), ("fsync", inode(tmp_path))]
+    # Copying made it a directory: what is in it stays.
+    (tmp_path / "last").unlink()
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "mine").write_text("mine")
+    files.point(tmp_path / "last", tmp_path / "states" / "one")
+    assert (tmp_path / "last").resolve() == tmp_path / "states" / "one"
+    assert (tmp_path / "copied-last" / "mine").read_text() == "mine"
+
+
+def test_a_killed_writer_leaves_a_draft_that_is_found(tmp_path: Path) -> None:
+    script = (
+        "import os, signal; from pathlib import Path; from treeify import files;"
+        f"files.publish(Path({str(tmp_path / 'state')!r}),"
+        " lambda draft: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    (tmp_path / ".mine").write_text("mine")
+    (tmp_path / ".state").write_text("mine")
+    (draft,) = files.drafts(tmp_path, "state|other")
+    assert draft.is_dir()
+    assert not files.drafts(tmp_path, "stat|tate")
+    files.remove(draft)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".mine", ".state"]
+
+
+def test_removing_a_link_spares_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to("kept")
+    files.remove(tmp_path / "link")
+    files.remove(tmp_path / "missing")
+    assert [path.name for path in tmp_path.iterdir()] == ["kept"]
+
+
+def test_names_in_use_are_passed_over(tmp_path: Path) -> None:
+    names = []
+    for _ in range(3):
+        path = files.unused(tmp_path / "run")
+        path.mkdir()
+        names.append(path.name)
+    assert names == ["run", "run-2", "run-3"]

@@ -1,12 +1,14 @@
 """Grids of tiny runs."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 import runner
 import runs
+import torch
 
 from treeify.ablation import ablate, cells, last_line, load_grid, plan, results, table
 from treeify.errors import CheckpointError, RecipeError
@@ -72,6 +74,33 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
     assert [(row["variant"], row["seed"]) for row in rows] == [
         (run.variant, run.seed) for run in planned
     ]
+
+
+def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Path) -> None:
+    """As `kill -9` between the last line of its metrics and its last state leaves it."""
+    (run, *_) = plan(grid, tmp_path / "out", seeds=1)
+    assert ablate([run])
+    finished = last_line(run)
+    assert finished is not None
+    bits = runs.weights(run.directory)
+    shutil.rmtree((run.directory / "last").resolve())
+    earlier = plan(grid, tmp_path / "other", seeds=1)[0]
+
+    class Stop(Reporter):
+        def stepped(self, step: Step) -> None:
+            signal.raise_signal(signal.SIGINT)
+
+    assert not ablate([earlier], started=lambda _: Stop())
+    (run.directory / "last").unlink()
+    for state in (earlier.directory / "checkpoints").iterdir():
+        shutil.copytree(state, run.directory / "checkpoints" / state.name)
+        (run.directory / "last").symlink_to(Path("checkpoints", state.name))
+    assert last_line(run) is None
+    assert ablate([run])
+    again = last_line(run)
+    assert again is not None
+    assert again["held_out"] == finished["held_out"]
+    assert all(torch.equal(own, bits[key]) for key, own in runs.weights(run.directory).items())
 
 
 def test_a_grid_that_changed_takes_no_old_results(grid: Path, tmp_path: Path) -> None:

@@ -101,6 +101,10 @@ class Traced:
     constants: Mapping[str, Any]
     unopened: Mapping[str, str]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+        """Itself: nothing ever changes it, so copies of an ensemble share it."""
+        return self
+
 
 def facts(node: fx.Node) -> Facts:
     """The annotation `trace` left on a node."""

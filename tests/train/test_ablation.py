@@ -76,6 +76,21 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
     ]
 
 
+def test_variants_can_be_shared_among_commands(grid: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    counts = []
+    for variant in ("L_HD", "L_I"):
+        done = runner.run("ablate", str(grid), "--out", str(out), "--seeds=1", "--only", variant)
+        assert done.exit_code == 0, done.output
+        assert ", seed 0: " in done.output
+        rows = json.loads((out / "results.json").read_text())
+        counts.append([row["variant"] for row in rows])
+    assert counts == [["L_HD"], ["L_I", "L_HD"]]
+    wrong = runner.run("ablate", str(grid), "--out", str(out), "--only", "L_X")
+    assert wrong.exit_code == 2
+    assert "some of L_I, L_HD" in wrong.output
+
+
 def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Path) -> None:
     """As `kill -9` between the last line of its metrics and its last state leaves it."""
     (run, *_) = plan(grid, tmp_path / "out", seeds=1)

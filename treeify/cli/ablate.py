@@ -16,6 +16,7 @@ from rich.table import Table
 from treeify import files
 from treeify.ablation import Planned, ablate, load_grid, plan, results, table
 from treeify.cli.train import INTERRUPTED
+from treeify.errors import RecipeError
 from treeify.processes import leave
 from treeify.progress import Epoch, Reporter
 
@@ -29,6 +30,14 @@ def run_grid(
     out: Annotated[
         Path | None,
         typer.Option(help="Directory of the runs; by default runs/NAME.", show_default=False),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="VARIANT",
+            help="Train these variants, others elsewhere; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Only print what has finished; train nothing.")
@@ -48,9 +57,9 @@ def run_grid(
     console = Console(quiet=as_json)
     directory = Path("runs") / load_grid(grid).name if out is None else out
     runs = plan(grid, directory, seeds)
-    finished = True
-    if not show:
-        finished = ablate(runs, started=lambda run: _Line(console, run, len(runs), runs.index(run)))
+    finished = show or ablate(
+        _chosen(runs, only), started=lambda run: _Line(console, run, len(runs), runs.index(run))
+    )
     rows = results(runs)
     if rows and not show and PartialState().is_main_process:
         files.replace_text(directory / "results.json", json.dumps(rows, indent=1) + "\n")
@@ -62,6 +71,16 @@ def run_grid(
     leave()
     if not finished:
         sys.exit(INTERRUPTED)
+
+
+def _chosen(runs: Sequence[Planned], only: Sequence[str] | None) -> Sequence[Planned]:
+    """The runs of some variants; of all if none is named."""
+    if unknown := set(only or ()) - {run.variant for run in runs}:
+        raise RecipeError(
+            f"the grid has no variant {', '.join(sorted(unknown))}.",
+            expected=f"some of {', '.join(dict.fromkeys(run.variant for run in runs))}",
+        )
+    return [run for run in runs if run.variant in only] if only else runs
 
 
 class _Line(Reporter):

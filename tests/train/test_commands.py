@@ -2,12 +2,18 @@
 
 import re
 import shutil
+import socket
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import runs
+
+import treeify
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "training.md").read_text()
@@ -39,27 +45,53 @@ def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
     digits.write_text(SHORT)
     (tmp_path / "RECIPE").write_text(digits.read_text().replace("whole", "recipes/whole"))
     for command in COMMANDS:
-        if "--nnodes 2" in command:
-            continue  # there is one machine
-        words = command.replace("--seeds 5", "--seeds 1").split()
-        program, *arguments = words
-        start = {
-            "treeify": ["-m", "treeify"],
-            "torchrun": ["-m", "torch.distributed.run"],
-            "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
-        }[program]
-        if program == "accelerate":
-            arguments[1:1] = ["--cpu", "--num_processes", "2"]
-        done = subprocess.run(
-            [sys.executable, *start, *arguments],
-            cwd=tmp_path,
-            env=runs.environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        if "--nnodes 2" not in command:
+            (done,) = finished([command], tmp_path)
+            assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+
+
+def test_two_machines_share_a_run(tmp_path: Path) -> None:
+    """The page's command twice, both machines being this one."""
+    (command,) = (command for command in COMMANDS if "--nnodes 2" in command)
+    runs.written(tmp_path, "schedule.epochs=1", "schedule.warmup_epochs=0").rename(
+        tmp_path / "RECIPE"
+    )
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    command = command.replace("HOST:29500", endpoint)
+    command = command.replace("--nproc-per-node 8", "--nproc-per-node 1 --local-addr localhost")
+    first, second = finished([command, command], tmp_path)
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    output = first.stdout + second.stdout
+    assert output.count("epoch 1/1") == 1
+    assert treeify.load(tmp_path / "runs" / "tiny" / "last").leaves == 4
+
+
+def finished(commands: Sequence[str], folder: Path) -> Sequence[subprocess.CompletedProcess[str]]:
+    """The ends of commands that run at the same time."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(partial(run, folder=folder), commands))
+
+
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    program, *arguments = command.replace("--seeds 5", "--seeds 1").split()
+    start = {
+        "treeify": ["-m", "treeify"],
+        "torchrun": ["-m", "torch.distributed.run"],
+        "accelerate": ["-m", "accelerate.commands.accelerate_cli"],
+    }[program]
+    if program == "accelerate":
+        arguments[1:1] = ["--cpu", "--num_processes", "2"]
+    return subprocess.run(
+        [sys.executable, *start, *arguments],
+        cwd=folder,
+        env=runs.environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
 
 
 def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:

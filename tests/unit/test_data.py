@@ -227,6 +227,24 @@ def test_what_timm_reads_is_read(tmp_path: Path, kind: str) -> None:
     assert pickle.loads(pickle.dumps(photos.train))[0][1] == 0
 
 
+def test_hugging_faces_data_sets_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder it prepares by itself, as it would one from its hub."""
+    pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    make_folders(tmp_path / "photos", {"a": 2, "b": 1}, {"a": 1, "b": 2})
+    plain = data.image_folder(root=str(tmp_path / "photos"), size=32)
+    photos = data.timm_dataset(
+        dataset=f"hfds/{tmp_path / 'photos'}", root=str(tmp_path / "cache"), size=32
+    )
+    assert photos.classes == plain.classes == ("a", "b")
+    assert len(photos.train) == 3
+    assert labels_of(photos.held_out) == labels_of(plain.held_out)
+    assert torch.equal(images_of(photos.held_out), images_of(plain.held_out))
+    assert pickle.loads(pickle.dumps(photos.train))[0][1] == 0
+    (batch,) = training_loader(photos, Order(3, 3, 0), workers=1)
+    assert sorted(batch.target.tolist()) == [0, 0, 1]
+
+
 def _renamed(folder: Path) -> Path:
     """Links to the parts under the names `image_folder` knows."""
     other = folder / "linked"

@@ -63,6 +63,8 @@ def _totals(rows: Sequence[Row], names: Sequence[str]) -> str:
         f"- {sum(row.converted for row in rows)} of the {len(rows)} converted.",
         f"- {exact + len(reduced)} of the {len(rows)} are proven numerically: {exact} in full,"
         f" {len(reduced)} shallower; {len(meta)} more by shapes only.",
+        f"- {sum(row.inner_split is not None and row.failure is None for row in rows)} of them were"
+        " split once more, by name at a point inside a module, and that ensemble checked too.",
         f"- Largest error of those proven: {worst:.2g} of the tolerance.",
         f"- Versions: {'; '.join(versions)}.",
     ]

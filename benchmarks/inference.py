@@ -59,7 +59,7 @@ def largest_activations(hne: treeify.HierarchicalEnsemble, count: int, leaves: i
     """Bytes of three of the largest activation, in `leaves` networks side by side."""
     sizes = (
         fact.shape[0] // 2 * torch.Size(fact.shape[1:]).numel()
-        for node in hne._traced.graphs[False].nodes
+        for node in hne.traced.graphs[False].nodes
         for fact in facts(node).tensors
         if fact.batched
     )

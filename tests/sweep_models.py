@@ -31,6 +31,23 @@ class Changing(Tiny):
         return super().forward(x) + torch.rand(())
 
 
+class Nested(Tiny):
+    """The same with two of its layers in a module of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.Sequential(self.second, nn.ReLU(), self.third)
+        del self.second, self.third
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.stage(self.first(x)).relu().mean((2, 3)))
+
+
+def nested() -> nn.Module:
+    """Passes, and can be split inside a module."""
+    return Nested()
+
+
 def tiny() -> nn.Module:
     """Passes."""
     return Tiny()

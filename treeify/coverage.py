@@ -40,6 +40,7 @@ class Row(BaseModel):
         input: shape of one image of the check, `(C, H, W)`.
         splits: the splits, each with its fanout.
         fanouts: children per split.
+        inner_split: where it was split once more, by name inside a module; None if it cannot be.
         packed_share: share of the branches' MACs that runs packed, at that input.
         reasons: why nodes run per branch, with how many nodes each concerns.
         deviations: the largest of each check, as multiples of the tolerance: at most 1 passes.
@@ -65,6 +66,7 @@ class Row(BaseModel):
     input: tuple[int, ...] = ()
     splits: tuple[str, ...] = ()
     fanouts: tuple[int, ...] = ()
+    inner_split: str | None = None
     packed_share: float | None = None
     reasons: dict[str, int] = {}
     deviations: dict[str, float] = {}

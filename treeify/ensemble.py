@@ -463,6 +463,11 @@ class HierarchicalEnsemble(nn.Module):
         return smaller
 
     @property
+    def traced(self) -> Traced:
+        """The base model, traced."""
+        return self._traced
+
+    @property
     def architecture(self) -> Architecture | None:
         """How to build the base model again; None for a module of the user's own."""
         return self._architecture

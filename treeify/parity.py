@@ -96,6 +96,19 @@ def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
     )
 
 
+def verify_outputs(hne: HierarchicalEnsemble, x: Tensor) -> float:
+    """Check leaf and prefix parity in evaluation mode only: see `verify`.
+
+    Returns:
+        The largest deviation, in multiples of the tolerance.
+
+    Raises:
+        ParityError: it exceeds the tolerance in float32 and in float64.
+    """
+    found, _ = _decide(_eval_parity, hne, x)
+    return max(found.values())
+
+
 def verify_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
     """Check that every leaf's output has the shape the untouched base architecture gives.
 

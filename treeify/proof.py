@@ -23,9 +23,10 @@ from treeify.architecture import Architecture, example_shape, family, resized, s
 from treeify.coverage import FULL, META, REDUCED
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ModelError, ParityError
-from treeify.initialize import initialization
-from treeify.parity import deviation, settle, verify, verify_shapes
-from treeify.splits import choose, parse
+from treeify.initialize import State, initialization
+from treeify.parity import deviation, settle, verify, verify_outputs, verify_shapes
+from treeify.splits import choose, inner_point, parse
+from treeify.trace import Traced
 
 CLASSES = 10
 IMAGES = 2  # the fewest that have batch statistics
@@ -70,6 +71,9 @@ class Plan:
 def prove(name: str, splits: str, memory: int, tell: Tell) -> None:
     """Convert a model and run every check on it: `verify`, and a round trip through a file.
 
+    It is then split once more, by name at a point inside one of its modules, and the outputs of
+    that ensemble are checked.
+
     Args:
         name: of the model.
         splits: as `hierarchicalize` takes them, as text.
@@ -98,14 +102,25 @@ def prove(name: str, splits: str, memory: int, tell: Tell) -> None:
         reasons=hne.conversion.fallbacks,
     )
     x = torch.rand(IMAGES, *plan.shape)
+    inner = inner_point(hne.traced)
     if plan.how == META:
         verify_shapes(hne, x.to("meta"))
+        if inner is not None:
+            tell(inner_split=inner.name)
+            verify_shapes(_split_again(hne.traced, inner.name, plan), x.to("meta"))
         return
     figures = verify(hne, x)
     checks = ("leaf_eval", "leaf_train", "buffers", "prefix", "gradient")
     deviations = {check: getattr(figures, check) for check in checks}
     tell(deviations=deviations, dtypes=figures.dtypes, ungraded=len(figures.ungraded))
-    tell(deviations={**deviations, "round_trip": round_trip(hne, x)})
+    deviations["round_trip"] = round_trip(hne, x)
+    tell(deviations=deviations)
+    if inner is not None:
+        tell(inner_split=inner.name)
+        traced = hne.traced
+        del hne  # its memory serves the next
+        deviations["inner_split"] = verify_outputs(_split_again(traced, inner.name, plan), x)
+        tell(deviations=deviations)
 
 
 def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
@@ -192,10 +207,7 @@ def _converted(plan: Plan, splits: str) -> HierarchicalEnsemble:
     architecture = plan.architecture
     example = torch.zeros(1, *plan.shape)
     hne = hierarchicalize(architecture, splits, init="copy", example_input=example)
-    base = architecture.build()
-    settle(base)
-    # Every leaf its own weights, all of them at work: else a mistake could leave no trace.
-    hne.fill(initialization(base, architecture, "perturb", SEED).sources)
+    hne.fill(_settled(plan)[1])
     return hne
 
 
@@ -203,6 +215,27 @@ def _on_meta(plan: Plan, splits: str) -> HierarchicalEnsemble:
     base = skeleton(plan.architecture)
     traced = open_up(base, plan.architecture, torch.zeros(1, *plan.shape, device="meta"))
     return HierarchicalEnsemble(traced, choose(traced, splits), base, plan.architecture)
+
+
+def _split_again(traced: Traced, name: str, plan: Plan) -> HierarchicalEnsemble:
+    """The same trace split in two at one point."""
+    if plan.how == META:
+        base = skeleton(plan.architecture)
+        return HierarchicalEnsemble(traced, choose(traced, [name]), base, plan.architecture)
+    base, sources = _settled(plan)
+    hne = HierarchicalEnsemble(traced, choose(traced, [name]), base, plan.architecture)
+    hne.fill(sources)
+    return hne
+
+
+def _settled(plan: Plan) -> tuple[nn.Module, Callable[[int], State]]:
+    """A base model, and the weights of networks like it.
+
+    Every network has its own, all of them at work: else a mistake could leave no trace.
+    """
+    base = plan.architecture.build()
+    settle(base)
+    return base, initialization(base, plan.architecture, "perturb", SEED).sources
 
 
 def _leaves(splits: str) -> int:

@@ -189,6 +189,20 @@ def parse(spec: str) -> tuple[str, int | None]:
     return name, int(fanout) if colon else None
 
 
+def inner_point(traced: Traced) -> SplitPoint | None:
+    """The point inside a module that parts the MACs most evenly, both modes; None if there is none.
+
+    Points that a module of the model itself begins are no such points: those are the stages.
+    """
+    trained = _Reach(traced.graphs[True])
+    points = (point for point in split_points(traced) if point.depth and trained.after(point.name))
+    return min(
+        (point for point in points if point.macs_before and point.macs_after),
+        key=lambda point: abs(point.macs_before - point.macs_after),
+        default=None,
+    )
+
+
 def _named_points(traced: Traced, names: Sequence[str]) -> tuple[SplitPoint, ...]:
     points = []
     for training, graph in sorted(traced.graphs.items()):

@@ -34,7 +34,7 @@ def resolutions(hne: treeify.HierarchicalEnsemble) -> dict[str, int]:
     """Height of what every module gives."""
     return {
         str(node.target): facts(node).tensors[0].shape[-1]
-        for node in hne._traced.graphs[False].nodes
+        for node in hne.traced.graphs[False].nodes
         if node.op == "call_module" and len(facts(node).tensors[0].shape) == 4
     }
 

@@ -11,7 +11,7 @@ import torchvision
 import treeify
 from treeify.api import open_up
 from treeify.errors import SplitError
-from treeify.splits import choose, split_points
+from treeify.splits import choose, inner_point, split_points
 from treeify.trace import Traced
 
 
@@ -52,6 +52,18 @@ def test_points_where_one_tensor_is_live_come_first(hrnet: Traced) -> None:
     assert all(point.live == 1 for point in choose(hrnet, 2).points)
     many = choose(hrnet, len(single) + 2).points
     assert max(point.live for point in many) > 1
+
+
+def test_the_inner_point_is_inside_a_module_and_parts_the_macs(resnet: Traced) -> None:
+    point = inner_point(resnet)
+    assert point is not None
+    assert point.name.count(".") >= 1
+    others = [own for own in split_points(resnet) if own.depth and own.macs_before]
+    assert abs(point.macs_before - point.macs_after) == min(
+        abs(own.macs_before - own.macs_after) for own in others
+    )
+    hne = treeify.hierarchicalize(torchvision.models.resnet18(), [point.name])
+    assert hne.leaves == 2
 
 
 def test_a_split_inside_a_block_shares_what_does_not_depend_on_it(resnet: Traced) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sweep_models
@@ -19,7 +20,7 @@ from treeify.architecture import Architecture, check_names, family, library_name
 from treeify.coverage import Coverage, Row
 from treeify.errors import InputError, ModelError, ParityError
 from treeify.parity import verify_shapes
-from treeify.proof import estimated_bytes, plan_check, round_trip
+from treeify.proof import estimated_bytes, plan_check, prove, round_trip
 from treeify.sweep import Settings, shard, sweep, todo
 
 TESTS = Path(sweep_models.__file__).parent
@@ -47,6 +48,7 @@ def test_every_model_gets_a_row_whatever_happens_to_it() -> None:
         assert row.fanouts == (2, 2)
         assert row.packed_share == 1
         assert row.input == (3, 64, 64)
+        assert row.inner_split is None
         assert set(row.deviations) == {
             *("leaf_eval", "leaf_train", "buffers", "prefix", "gradient", "round_trip")
         }
@@ -64,6 +66,29 @@ def test_every_model_gets_a_row_whatever_happens_to_it() -> None:
     assert not rows["changing"].proven
     assert "ParityError: leaf_eval parity is off" in str(rows["changing"].failure)
     assert all(row.versions == coverage.versions() for row in rows.values())
+
+
+@pytest.mark.parametrize("memory", [8 * 10**9, 1], ids=["full", "meta"])
+def test_a_model_is_split_inside_a_module_too(memory: int) -> None:
+    row: dict[str, Any] = {}
+    prove("sweep_models:nested", "1", memory, row.update)
+    assert row["inner_split"] == "stage.1"
+    assert row["how"] == ("meta" if memory == 1 else "full")
+    assert ("inner_split" in row.get("deviations", {})) == (memory > 1)
+
+
+def test_a_mistake_of_the_split_inside_alone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = treeify.HierarchicalEnsemble.run
+
+    def broken(hne: treeify.HierarchicalEnsemble, *args: Any) -> Any:
+        inside = any("." in name for name in hne.conversion.splits.names)
+        return run(hne, *args) + inside
+
+    monkeypatch.setattr(treeify.HierarchicalEnsemble, "run", broken)
+    row: dict[str, Any] = {}
+    with pytest.raises(ParityError):
+        prove("sweep_models:nested", "1", 8 * 10**9, row.update)
+    assert set(row["deviations"]) >= {"gradient", "round_trip"}
 
 
 def test_a_model_that_takes_too_long_is_stopped() -> None:

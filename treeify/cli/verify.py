@@ -67,8 +67,9 @@ def verify(
     """Convert models and prove that every leaf equals the untouched architecture.
 
     Each model, in a process of its own: leaf outputs in evaluation and training mode, gradients,
-    every nested size, and a save and load; in float64 where float32 rounds too coarsely. A line of
-    the output file says what was found. A sweep that was interrupted goes on where it stopped.
+    every nested size, and a save and load; in float64 where float32 rounds too coarsely. It is then
+    split once more, by name at a point inside a module, and the outputs are checked. A line of the
+    output file says what was found. A sweep that was interrupted goes on where it stopped.
 
     Exit code 1 means that a model failed.
 

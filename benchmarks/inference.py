@@ -21,8 +21,8 @@ from treeify import machine
 from treeify.trace import facts
 
 BATCHES = (1, 8, 32, 128)
-# Batches above this take the plan tuned for it: tuning would take longer than the row.
-LARGEST_TUNED = 32
+# Rounds of tuning, by images: those of large batches take minutes, and jitter less.
+ROUNDS = {1: 5, 8: 5, 32: 2, 128: 1}
 MEMORY = 16e9
 # Seconds after which a comparison is not repeated.
 LONG = 5.0
@@ -81,9 +81,7 @@ def measure(
         if not report.wanted(row):
             continue
         x = case.images(count)
-        tuned = min(count, LARGEST_TUNED) if case.size > 32 else count
-        if all(known.shape[0] != tuned for known in hne.tunings):
-            hne.tune(case.images(tuned), repeats=5 if count < 32 else 2)
+        hne.tune(x, repeats=ROUNDS.get(count, 2))
 
         def way(setting: str, x: Tensor = x) -> Callable[[], Any]:
             def run() -> None:

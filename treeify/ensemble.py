@@ -146,7 +146,7 @@ class HierarchicalEnsemble(nn.Module):
             splits,
             self._programs[False].nodes,
             self._programs[True].nodes,
-            (*notes, *_notes(self._shared_buffers), *_closed(traced)),
+            (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced)),
         )
         self.train(like.training)
 
@@ -514,17 +514,19 @@ class HierarchicalEnsemble(nn.Module):
         return f"{self.leaves} leaves, splits {', '.join(self._splits.specs) or 'none'}"
 
     def _check_input(self, x: Tensor) -> None:
-        channels = self._traced.example[0]
+        example = self._traced.example
+        fixed = len(example) if self._traced.one_size else 1
         if (
             not isinstance(x, Tensor)
-            or x.ndim != len(self._traced.example) + 1
-            or (x.shape[1] != channels)
+            or x.ndim != len(example) + 1
+            or x.shape[1 : 1 + fixed] != example[:fixed]
         ):
             found = f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            hint = " (H and W as far as the base model allows)"
             raise InputError(
                 "the input does not fit the model.",
-                expected=f"images of shape [N, {', '.join(map(str, self._traced.example))}]"
-                " (H and W as far as the base model allows)",
+                expected=f"images of shape [N, {', '.join(map(str, example))}]"
+                + ("" if self._traced.one_size else hint),
                 found=found,
             )
 
@@ -555,7 +557,10 @@ def _notes(shared_buffers: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def _closed(traced: Traced) -> Iterator[str]:
+def _tracing_notes(traced: Traced) -> Iterator[str]:
+    if traced.one_size:
+        size = " x ".join(map(str, traced.example[1:]))
+        yield f"takes images of {size} alone, since what the model does depends on their size"
     for path, reason in traced.unopened.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"

@@ -15,8 +15,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from timm.layers import _fx as timm_registry
@@ -93,6 +96,8 @@ class Traced:
         example: shape of one input image, `(C, H, W)`.
         constants: by graph target, tensors that are neither parameters nor buffers.
         unopened: modules whose insides stopped the tracer, each run as one call, and what did it.
+        one_size: whether images must have the example's height and width, since what the model does
+            depends on them.
     """
 
     skeleton: nn.Module
@@ -100,6 +105,7 @@ class Traced:
     example: tuple[int, ...]
     constants: Mapping[str, Any]
     unopened: Mapping[str, str]
+    one_size: bool = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Itself: nothing ever changes it, so copies of an ensemble share it."""
@@ -117,7 +123,8 @@ def trace(
 ) -> Traced:
     """Trace a classifier in both modes and annotate every node.
 
-    A module whose inside cannot be traced (control flow that depends on tensor values) stays closed
+    A model whose control flow depends on the images' size is traced for the example's. A module
+    whose inside cannot be traced even so (control flow that depends on tensor values) stays closed
     and is one call; all the others are opened.
 
     Args:
@@ -132,14 +139,15 @@ def trace(
     with torch.random.fork_rng(devices=[]):
         private = _private_copy(model)
         skeleton = _on_meta(private)
-        graphs, unopened = _trace_modes(private, leaf_types)
+        sizes = tuple(example.shape[1:])
+        graphs, unopened, one_size = _trace_modes(private, leaf_types, sizes)
         constants: dict[str, Any] = {}
         for training, graph in graphs.items():
             functionalize(graph, private)
             _annotate(graph, private, skeleton, example, training)
             graph.lint()
             constants |= _constants(graph, private)
-    return Traced(skeleton, graphs, tuple(example.shape[1:]), constants, unopened)
+    return Traced(skeleton, graphs, sizes, constants, unopened, one_size)
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
@@ -171,6 +179,28 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+class _SizedImages(fx.Proxy):
+    """Images whose number alone is unknown while tracing."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, sizes: tuple[int, ...]) -> None:
+        super().__init__(node, tracer)
+        self._sizes = sizes
+
+    @property
+    def ndim(self) -> int:
+        return 1 + len(self._sizes)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return (self.tracer.create_proxy("call_method", "size", (self, 0), {}), *self._sizes)
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+
 class _Tracer(fx.Tracer):
     """fx tracer that knows timm's leaf modules and functions and names every node."""
 
@@ -178,6 +208,7 @@ class _Tracer(fx.Tracer):
         self,
         leaf_types: frozenset[type[nn.Module]],
         unopened: Collection[str],
+        sizes: tuple[int, ...] | None,
         *,
         proxy_buffers: bool,
     ) -> None:
@@ -187,8 +218,15 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = proxy_buffers
         self._leaf_types = leaf_types | frozenset(timm_fx.get_notrace_modules())
         self._unopened = unopened
+        self._sizes = sizes
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        is_images = node.op == "placeholder" and node.prev.op == "root"
+        if self._sizes is not None and is_images:
+            return _SizedImages(node, self, self._sizes)
+        return super().proxy(node)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = type(m) in self._leaf_types or module_qualified_name in self._unopened
@@ -204,19 +242,63 @@ class _Tracer(fx.Tracer):
             raise
 
 
+# They take sizes, and look for no tensor's say in them as other functions do.
+_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
+
+
+@contextmanager
+def _recorded_factories() -> Iterator[None]:
+    """Record calls of `torch.zeros(x.shape[0], ...)` and the like, which fx does not."""
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves = tree_leaves((args, kwargs))
+            proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
+            if proxy is None:
+                return function(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+        return call
+
+    factories = {name: recorded(getattr(torch, name)) for name in _FACTORIES}
+    with mock.patch.multiple(torch, **factories):
+        yield
+
+
 def _trace_modes(
-    private: nn.Module, leaf_types: frozenset[type[nn.Module]]
-) -> tuple[dict[bool, fx.Graph], dict[str, str]]:
-    """Both modes' graphs, and the modules that had to stay closed, in either, with the reason."""
+    private: nn.Module, leaf_types: frozenset[type[nn.Module]], sizes: tuple[int, ...]
+) -> tuple[dict[bool, fx.Graph], dict[str, str], bool]:
+    """Both modes' graphs.
+
+    Also the modules that had to stay closed, in either, with the reason; and whether either graph
+    is for images of the given size alone.
+    """
     unopened: dict[str, str] = {}
     while True:
         before = len(unopened)
-        graphs = {
-            training: _trace_mode(private, training, leaf_types, unopened)
+        found = {
+            training: _trace_mode(private, training, leaf_types, unopened, sizes)
             for training in (False, True)
         }
         if len(unopened) == before:
-            return graphs, unopened
+            graphs = {training: graph for training, (graph, _) in found.items()}
+            return graphs, unopened, any(one_size for _, one_size in found.values())
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Where a try at tracing ended.
+
+    Args:
+        nodes: how many there were by then.
+        inside: the innermost module it was in; empty in the model's own forward.
+        error: what ended it.
+    """
+
+    nodes: int
+    inside: str
+    error: Exception
 
 
 def _trace_mode(
@@ -224,25 +306,31 @@ def _trace_mode(
     training: bool,
     leaf_types: frozenset[type[nn.Module]],
     unopened: dict[str, str],
-) -> fx.Graph:
-    """One mode's graph; a module that stops the tracer is added to `unopened`, and left closed."""
+    sizes: tuple[int, ...],
+) -> tuple[fx.Graph, bool]:
+    """One mode's graph, and whether it is for images of the given size alone.
+
+    A module that stops the tracer is added to `unopened`, and left closed.
+    """
     while True:
         # Buffers seen as graph values keep their in-place updates; a model that branches on a
-        # buffer (a counter, a flag) can only be traced with its present value: the second try.
-        failure: Exception | None = None
-        inside = ""
-        for proxy_buffers in (True, False):
-            tracer = _Tracer(leaf_types, unopened, proxy_buffers=proxy_buffers)
-            with _mode(private, training):
+        # buffer (a counter, a flag) can only be traced with its present value: the second try. One
+        # that branches on the images' size can only be traced with that.
+        stops: list[_Stop] = []
+        for known, proxy_buffers in product((None, sizes), (True, False)):
+            tracer = _Tracer(leaf_types, unopened, known, proxy_buffers=proxy_buffers)
+            with _mode(private, training), _recorded_factories():
                 try:
-                    return tracer.trace(private, concrete_args=_defaults(private))
+                    graph = tracer.trace(private, concrete_args=_defaults(private))
                 except Exception as error:
-                    failure = failure or error
-                    inside = tracer.stopped_in
-        assert failure is not None
-        if not inside or inside in unopened:
-            raise _untraceable(private, training, failure) from failure
-        unopened[inside] = f"{type(failure).__name__} at {_user_line(failure)}"
+                    stops.append(_Stop(len(tracer.graph.nodes), tracer.stopped_in, error))
+                else:
+                    return graph, known is not None
+        furthest = max(stops, key=lambda stop: stop.nodes)
+        if not furthest.inside or furthest.inside in unopened:
+            raise _untraceable(private, training, furthest.error) from furthest.error
+        reason = f"{type(furthest.error).__name__} at {_user_line(furthest.error)}"
+        unopened[furthest.inside] = reason
 
 
 def _untraceable(private: nn.Module, training: bool, failure: Exception) -> TraceError:

@@ -2,6 +2,7 @@
 
 import pytest
 import small
+import timm
 import torch
 from torch import Tensor, nn
 
@@ -88,6 +89,66 @@ def test_what_is_closed_in_one_mode_is_closed_in_the_other() -> None:
         for graph in traced.graphs.values()
     ]
     assert targets[0] == targets[1] == ["0", "1", "2", "3"]
+
+
+class Sized(nn.Module):
+    """Looks at the size of its images, and makes tensors of as many rows as there are images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim == 3 or x.dim() == 3:
+            x = x[None]
+        if x.shape[-1] % 4 or x.size(2) % 4 or x.size()[3] % 4:
+            raise ValueError("sides must be divisible by 4")
+        places = torch.arange(x.shape[-1], device=x.device).expand(x.shape[0], -1)
+        x = self.stem(x) + (places - torch.ones(x.shape[0], 1))[:, None, None]
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_model_that_looks_at_the_size_is_traced_for_one() -> None:
+    hne = treeify.hierarchicalize(Sized(), ["stem:3"], "perturb", example_input=small.EXAMPLE)
+    assert hne.traced.one_size
+    assert not hne.traced.unopened
+    side = small.EXAMPLE.shape[-1]
+    assert any(f"takes images of {side} x {side} alone" in note for note in hne.conversion.notes)
+    for count in (1, 5):
+        assert treeify.verify(hne, small.images(count + 1)).worst <= 1
+        assert hne(small.images(count)).shape == (count, 3, 5)
+    with pytest.raises(InputError) as caught:
+        hne(torch.rand(2, 3, side + 4, side + 4))
+    assert f"[N, 3, {side}, {side}]" in str(caught.value)
+    assert "as far as the base model allows" not in str(caught.value)
+
+
+def test_a_model_that_makes_tensors_of_as_many_rows_takes_any_size() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 4, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x).mean((2, 3))
+            more = torch.full((x.shape[0], 4), 2.0) + torch.zeros(x.size(0), 4)
+            return x * more
+
+    hne = treeify.hierarchicalize(Rows(), ["stem:3"], "perturb", example_input=small.EXAMPLE)
+    assert not hne.traced.one_size
+    assert treeify.verify(hne, torch.rand(4, 3, 12, 20)).worst <= 1
+
+
+def test_control_flow_of_gemma_is_opened_but_for_its_pooler() -> None:
+    """Asks for the number of dims, the sides, and whether a mask holds anything."""
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
+    model = timm.create_model("gemma4_vit_167m_enc", **options, position_embedding_size=8)
+    example = torch.rand(2, 3, 96, 96)
+    hne = treeify.hierarchicalize(model, ["blocks.0"], "perturb", example_input=example)
+    assert list(hne.traced.unopened) == ["pooler"]
+    assert "if N % k_squared != 0:" in hne.traced.unopened["pooler"]
+    assert treeify.verify(hne, example).worst <= 1
 
 
 def test_an_example_that_does_not_fit() -> None:

@@ -330,15 +330,15 @@ def _own_gradient_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Mo
 
 
 def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) -> float:
-    packed = dict(tensors(hne))
-    return max(
-        (
-            deviation(hne.part(key, leaf, packed[key]), own)
-            for key, own in network.named_buffers(remove_duplicate=False)
-            if key not in hne.shared_buffers
-        ),
-        default=0.0,
-    )
+    packed, lasting = dict(tensors(hne)), network.state_dict().keys()
+    worst = 0.0
+    for key, own in network.named_buffers(remove_duplicate=False):
+        part = hne.part(key, leaf, packed[key])
+        # What is no part of a state dict and changes its shape is a cache for some image size.
+        is_cache = key not in lasting and part.shape != own.shape
+        if key not in hne.shared_buffers and not is_cache:
+            worst = max(worst, deviation(part, own))
+    return worst
 
 
 class MeanNoise(TorchFunctionMode):

@@ -139,7 +139,7 @@ def trace(
     with torch.random.fork_rng(devices=[]):
         private = _private_copy(model)
         skeleton = _on_meta(private)
-        sizes = tuple(example.shape[1:])
+        sizes = _Sizes(private, skeleton, tuple(example.shape[1:]))
         graphs, unopened, one_size = _trace_modes(private, leaf_types, sizes)
         constants: dict[str, Any] = {}
         for training, graph in graphs.items():
@@ -147,7 +147,7 @@ def trace(
             _annotate(graph, private, skeleton, example, training)
             graph.lint()
             constants |= _constants(graph, private)
-    return Traced(skeleton, graphs, sizes, constants, unopened, one_size)
+    return Traced(skeleton, graphs, tuple(example.shape[1:]), constants, unopened, one_size)
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
@@ -179,36 +179,101 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class _SizedImages(fx.Proxy):
-    """Images whose number alone is unknown while tracing."""
+class _Sized(fx.Proxy):
+    """A tensor whose sizes are numbers while tracing, but for those that grow with the batch."""
 
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self, node: fx.Node, tracer: fx.Tracer, small: torch.Size, large: torch.Size
+    ) -> None:
         super().__init__(node, tracer)
-        self._sizes = sizes
+        self._sizes = tuple(
+            one if one == other else None for one, other in zip(small, large, strict=True)
+        )
 
     @property
     def ndim(self) -> int:
-        return 1 + len(self._sizes)
+        return len(self._sizes)
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        return (self.tracer.create_proxy("call_method", "size", (self, 0), {}), *self._sizes)
+        return tuple(self.size(dim) for dim in range(self.ndim))
 
     def dim(self) -> int:
         return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
-        return self.shape if dim is None else self.shape[dim]
+        if dim is None:
+            return self.shape
+        known = self._sizes[dim]
+        if known is not None:
+            return known
+        return self.tracer.create_proxy("call_method", "size", (self, dim % self.ndim), {})
+
+
+class _Sizes:
+    """What a graph's nodes give at two batch sizes, on the meta device, while it is being traced.
+
+    Args:
+        private: the model that is traced.
+        skeleton: its copy on the meta device.
+        example: shape of one image, `(C, H, W)`.
+    """
+
+    def __init__(self, private: nn.Module, skeleton: nn.Module, example: tuple[int, ...]) -> None:
+        self._private, self._skeleton, self._example = private, skeleton, example
+        self._values: dict[fx.Node, list[Any]] = {}
+
+    @contextmanager
+    def mode(self, training: bool) -> Iterator[None]:
+        """Put the model and its copy in one mode, and forget what was traced before."""
+        self._values.clear()
+        with _mode(self._private, training), _mode(self._skeleton, training):
+            yield
+
+    def of(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
+        """Both shapes of a node's output; None if it is no tensor or cannot be computed."""
+        try:
+            with torch.no_grad():
+                found = [self._value(node, run) for run in range(len(_BATCHES))]
+        except Exception:  # whatever a library raises for what the meta device cannot do
+            return None
+        self._values[node] = found
+        small, large = found
+        if not isinstance(small, Tensor) or small.ndim != large.ndim:
+            return None
+        return small.shape, large.shape
+
+    def _value(self, node: fx.Node, run: int) -> Any:
+        def known(other: fx.Node) -> Any:
+            # The tracer makes no proxy of constants.
+            found = self._values.get(other)
+            if found is None and other.op == "get_attr":
+                return self._value(other, run)
+            return self._values[other][run]
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known)
+        if node.op == "placeholder":
+            if node.prev.op != "root":
+                return args[0]
+            return torch.zeros(_BATCHES[run], *self._example, device="meta")
+        if node.op == "get_attr":
+            found = operator.attrgetter(str(node.target))(self._private)
+            return found.to("meta") if isinstance(found, Tensor) else found
+        if node.op == "call_module":
+            return self._skeleton.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 class _Tracer(fx.Tracer):
-    """fx tracer that knows timm's leaf modules and functions and names every node."""
+    """fx tracer that opens what rules do not handle whole, but for timm's notrace functions."""
 
     def __init__(
         self,
         leaf_types: frozenset[type[nn.Module]],
         unopened: Collection[str],
-        sizes: tuple[int, ...] | None,
+        sizes: _Sizes | None,
         *,
         proxy_buffers: bool,
     ) -> None:
@@ -216,17 +281,27 @@ class _Tracer(fx.Tracer):
         functions = tuple(fn for fn in timm_fx.get_notrace_functions() if callable(fn))
         super().__init__(autowrap_functions=functions)
         self.proxy_buffer_attributes = proxy_buffers
-        self._leaf_types = leaf_types | frozenset(timm_fx.get_notrace_modules())
+        self._leaf_types = leaf_types
         self._unopened = unopened
         self._sizes = sizes
+        self._running = False
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        is_images = node.op == "placeholder" and node.prev.op == "root"
-        if self._sizes is not None and is_images:
-            return _SizedImages(node, self, self._sizes)
-        return super().proxy(node)
+        if self._sizes is None:
+            return super().proxy(node)
+        self._running = True
+        try:
+            found = self._sizes.of(node)
+        finally:
+            self._running = False
+        return super().proxy(node) if found is None else _Sized(node, self, *found)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if self._running:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = type(m) in self._leaf_types or module_qualified_name in self._unopened
@@ -235,6 +310,8 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
+        if self._running:
+            return forward(*args, **kwargs)
         try:
             return super().call_module(m, forward, args, kwargs)
         except Exception:
@@ -242,6 +319,26 @@ class _Tracer(fx.Tracer):
             raise
 
 
+@contextmanager
+def _unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a pass that is traced leaves behind in its modules, such as caches of sizes."""
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [
+        (module, {**vars(module), **{table: dict(vars(module)[table]) for table in tables}})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        found = {name: value for name, value in vars(model).items() if name.startswith(_CONSTANT)}
+        for module, state in before:
+            vars(module).clear()
+            vars(module).update(state)
+        vars(model).update(found)
+
+
+# How fx names tensors that are neither parameters nor buffers, in the model it traces.
+_CONSTANT = "_tensor_constant"
 # They take sizes, and look for no tensor's say in them as other functions do.
 _FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
 
@@ -267,7 +364,7 @@ def _recorded_factories() -> Iterator[None]:
 
 
 def _trace_modes(
-    private: nn.Module, leaf_types: frozenset[type[nn.Module]], sizes: tuple[int, ...]
+    private: nn.Module, leaf_types: frozenset[type[nn.Module]], sizes: _Sizes
 ) -> tuple[dict[bool, fx.Graph], dict[str, str], bool]:
     """Both modes' graphs.
 
@@ -306,20 +403,17 @@ def _trace_mode(
     training: bool,
     leaf_types: frozenset[type[nn.Module]],
     unopened: dict[str, str],
-    sizes: tuple[int, ...],
+    sizes: _Sizes,
 ) -> tuple[fx.Graph, bool]:
-    """One mode's graph, and whether it is for images of the given size alone.
-
-    A module that stops the tracer is added to `unopened`, and left closed.
-    """
+    """One mode's graph, and whether it is for one size; what stops the tracer is left closed."""
     while True:
         # Buffers seen as graph values keep their in-place updates; a model that branches on a
         # buffer (a counter, a flag) can only be traced with its present value: the second try. One
-        # that branches on the images' size can only be traced with that.
+        # that branches on sizes can only be traced with those of the example's images.
         stops: list[_Stop] = []
         for known, proxy_buffers in product((None, sizes), (True, False)):
             tracer = _Tracer(leaf_types, unopened, known, proxy_buffers=proxy_buffers)
-            with _mode(private, training), _recorded_factories():
+            with sizes.mode(training), _unchanged(private), _recorded_factories():
                 try:
                     graph = tracer.trace(private, concrete_args=_defaults(private))
                 except Exception as error:

@@ -110,7 +110,7 @@ class Sized(nn.Module):
 
 
 def test_a_model_that_looks_at_the_size_is_traced_for_one() -> None:
-    hne = treeify.hierarchicalize(Sized(), ["stem:3"], "perturb", example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(Sized(), ["stem:3"], init="perturb", example_input=small.EXAMPLE)
     assert hne.traced.one_size
     assert not hne.traced.unopened
     side = small.EXAMPLE.shape[-1]
@@ -135,19 +135,40 @@ def test_a_model_that_makes_tensors_of_as_many_rows_takes_any_size() -> None:
             more = torch.full((x.shape[0], 4), 2.0) + torch.zeros(x.size(0), 4)
             return x * more
 
-    hne = treeify.hierarchicalize(Rows(), ["stem:3"], "perturb", example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(Rows(), ["stem:3"], init="perturb", example_input=small.EXAMPLE)
     assert not hne.traced.one_size
     assert treeify.verify(hne, torch.rand(4, 3, 12, 20)).worst <= 1
 
 
-def test_control_flow_of_gemma_is_opened_but_for_its_pooler() -> None:
+class Caching(nn.Module):
+    """Remembers what it made for a size, in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.register_buffer("places", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.places.shape[0] != x.shape[-1]:
+            self.places = torch.arange(x.shape[-1]).float().to(x.device)
+        return self.inner(x) * self.places
+
+
+def test_a_cache_made_while_tracing_is_not_left_behind() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Caching(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    hne = treeify.hierarchicalize(model, ["1"], init="perturb", example_input=small.EXAMPLE)
+    assert torch.equal(model[1].places, torch.zeros(1))
+    assert not hne.traced.unopened
+    assert treeify.verify(hne, small.images(3)).worst <= 1
+
+
+def test_control_flow_of_gemma_is_opened() -> None:
     """Asks for the number of dims, the sides, and whether a mask holds anything."""
     options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
     model = timm.create_model("gemma4_vit_167m_enc", **options, position_embedding_size=8)
     example = torch.rand(2, 3, 96, 96)
-    hne = treeify.hierarchicalize(model, ["blocks.0"], "perturb", example_input=example)
-    assert list(hne.traced.unopened) == ["pooler"]
-    assert "if N % k_squared != 0:" in hne.traced.unopened["pooler"]
+    hne = treeify.hierarchicalize(model, ["blocks.0"], init="perturb", example_input=example)
+    assert not hne.traced.unopened
     assert treeify.verify(hne, example).worst <= 1
 
 

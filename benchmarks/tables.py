@@ -33,17 +33,24 @@ COLUMNS = {
 
 
 def table(name: str) -> str:
-    """A benchmark's rows as a Markdown table, in the order of measuring."""
+    """A benchmark's rows as a Markdown table, in the order of measuring, batches of one by size."""
     columns = COLUMNS[name]
     file = "anytime" if name in ("steps", "deadlines") else name
     results = RESULTS / f"{file}.json"
     rows = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.is_file() else []
+    cases = [row["row"].partition(", batch ")[0] for row in rows]
+    rows.sort(key=lambda row: _place(row["row"], cases))
     lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
     for row in rows:
         if any(column in row for column in columns[:1]):
             cells = (_text(row.get(column, "")) for column in columns)
             lines.append(f"| {row['row']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _place(row: str, cases: list[str]) -> tuple[int, int]:
+    case, _, batch = row.partition(", batch ")
+    return cases.index(case), int(batch) if batch.isdecimal() else 0
 
 
 def _text(value: Any) -> str:

@@ -1,0 +1,42 @@
+"""The smallest model of every class timm and torchvision have, each split in two and proven."""
+
+from collections.abc import Iterator
+
+import model_classes
+import pytest
+import torch
+
+import treeify
+from treeify import coverage
+from treeify.architecture import Architecture
+from treeify.parity import settle
+
+
+def _cases() -> Iterator[object]:
+    for case in model_classes.CASES:
+        marks = [] if case.gap is None else [pytest.mark.xfail(reason=case.gap, strict=True)]
+        yield pytest.param(case, id=f"{case.network}-{case.name}", marks=marks)
+
+
+@pytest.mark.parametrize("case", _cases())
+def test_a_model_of_every_class_is_exactly_right(case: model_classes.Case) -> None:
+    """In float64, where rounding hides nothing: leaves, prefixes, statistics and gradients."""
+    torch.manual_seed(0)
+    base = Architecture(case.name, {**case.options}).build()
+    assert type(base).__name__ == case.network
+    settle(base)
+    hne = treeify.hierarchicalize(
+        base, 1, init="perturb", example_input=torch.zeros(1, 3, case.size, case.size)
+    )
+    x = torch.rand(2, 3, case.size, case.size, dtype=torch.float64)
+    figures = treeify.verify(hne.double(), x)
+    assert figures.worst <= 1
+    assert set(figures.dtypes.values()) == {"float64"}
+
+
+def test_no_class_is_left_out() -> None:
+    """As far as the rows that treeify ships know classes."""
+    known = {(case.library, case.network) for case in model_classes.CASES}
+    for row in coverage.shipped().newest().values():
+        library = "torchvision" if row.name.startswith("torchvision/") else "timm"
+        assert (library, row.network) in known, row.name

@@ -1,0 +1,153 @@
+"""In-place operations of a graph replaced by others: a value may be shared by siblings."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from treeify.errors import TraceError
+
+_IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ipow: operator.pow,
+    operator.imatmul: operator.matmul,
+}
+_VIEWS = {
+    *("view", "reshape", "transpose", "permute", "chunk", "split", "narrow", "unbind", "flatten"),
+    *("squeeze", "unsqueeze", "expand", "select", "getitem", "swapaxes", "movedim", "view_as", "t"),
+}
+
+
+def set_item(value: Tensor, index: Any, item: Any) -> Tensor:
+    """`value[index] = item` on a copy."""
+    result = value.clone()
+    result[index] = item
+    return result
+
+
+def call_on_copy(method: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An in-place method without an out-of-place twin, run on a copy."""
+    result: Tensor = getattr(value.clone(), method)(*args, **kwargs)
+    return result
+
+
+def functionalize(graph: fx.Graph, root: nn.Module) -> None:
+    """Replace in-place operations on values, since a value may be shared by siblings.
+
+    Later readers of the changed value read the result instead. Updates of buffers stay as they are:
+    those are the model's state.
+
+    Raises:
+        TraceError: a view is changed in place and what it looks into is read afterwards.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = _in_place_target(node, root)
+        if target is None or _stems_from_state(target):
+            continue
+        _check_aliases(target, node, order)
+        _make_out_of_place(node)
+        for reader in list(target.users):
+            if order[reader] > order[node]:
+                reader.replace_input_with(target, node)
+
+
+def _in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The value a node changes in place, if any."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(first, fx.Node):
+        return None
+    if node.op == "call_module":
+        in_place = getattr(root.get_submodule(str(node.target)), "inplace", False)
+    elif node.op == "call_method":
+        name = str(node.target)
+        in_place = name.endswith("_") and not name.endswith("__")
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = (
+            node.target in _IN_PLACE_OPERATORS
+            or node.target is operator.setitem
+            or _in_place_flag(node) is not None
+            or (name.endswith("_") and not name.endswith("__"))
+        )
+    else:
+        in_place = False
+    return first if in_place else None
+
+
+def _make_out_of_place(node: fx.Node) -> None:
+    if node.op == "call_module":
+        return  # the rewriter runs modules with their `inplace` flag off
+    if node.op == "call_method":
+        name = str(node.target)
+        if hasattr(torch.Tensor, name[:-1]):
+            node.target = name[:-1]
+        else:
+            node.op, node.target, node.args = "call_function", call_on_copy, (name, *node.args)
+    elif node.target is operator.setitem:
+        node.target = set_item
+    elif node.target in _IN_PLACE_OPERATORS:
+        node.target = _IN_PLACE_OPERATORS[node.target]
+    elif (call := _in_place_flag(node)) is not None:
+        call.arguments["inplace"] = False
+        node.args, node.kwargs = call.args, call.kwargs
+    else:
+        name = getattr(node.target, "__name__", "")
+        twin = getattr(torch, name[:-1], None) or getattr(nn.functional, name[:-1], None)
+        if twin is None:
+            raise TraceError(
+                f"{name} changes a value in place and has no out-of-place twin.",
+                next_step="Use the out-of-place operation in the model.",
+            )
+        node.target = twin
+
+
+def _in_place_flag(node: fx.Node) -> inspect.BoundArguments | None:
+    """The call's bound arguments if it sets `inplace=True`."""
+    try:
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        call = signature.bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # builtins have no signature, and no such flag
+        return None
+    return call if call.arguments.get("inplace") is True else None
+
+
+def _stems_from_state(node: fx.Node) -> bool:
+    while _looks_into(node) is not None:
+        node = _looks_into(node)  # type: ignore[assignment]
+    return node.op == "get_attr"
+
+
+def _looks_into(node: fx.Node) -> fx.Node | None:
+    """The value a node is a view of, if it is one."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    is_view = node.op in ("call_method", "call_function") and name in _VIEWS
+    source = node.args[0] if is_view and node.args else None
+    return source if isinstance(source, fx.Node) else None
+
+
+def _check_aliases(target: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]) -> None:
+    """Refuse to change a view of something that is read later, other than through the view."""
+    source = _looks_into(target)
+    while source is not None:
+        late = [user for user in source.users if order[user] > order[node]]
+        if late:
+            raise TraceError(
+                f"{node.name} changes {target.name} in place, a view of {source.name},"
+                f" which {late[0].name} reads afterwards.",
+                expected="in-place operations on values of their own",
+                next_step="Use the out-of-place operation in the model.",
+            )
+        source = _looks_into(source)

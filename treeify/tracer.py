@@ -1,0 +1,327 @@
+"""A model -> its fx graphs, opened as deep as tracing goes.
+
+Tracing is tried with the images' size unknown, then with the sizes of an example, on which some
+models' control flow depends. A module whose inside stops the tracer even so stays closed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import operator
+import traceback
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from itertools import product
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from timm.layers import _fx as timm_registry
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from treeify.errors import TraceError
+
+# How many images what depends on their number is told apart with.
+BATCHES = (2, 3)
+
+
+class _Sized(fx.Proxy):
+    """A tensor whose sizes are numbers while tracing, but for those that grow with the batch."""
+
+    def __init__(
+        self, node: fx.Node, tracer: fx.Tracer, small: torch.Size, large: torch.Size
+    ) -> None:
+        super().__init__(node, tracer)
+        self._sizes = tuple(
+            one if one == other else None for one, other in zip(small, large, strict=True)
+        )
+
+    @property
+    def ndim(self) -> int:
+        return len(self._sizes)
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        return tuple(self.size(dim) for dim in range(self.ndim))
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        if dim is None:
+            return self.shape
+        known = self._sizes[dim]
+        if known is not None:
+            return known
+        return self.tracer.create_proxy("call_method", "size", (self, dim % self.ndim), {})
+
+
+class Sizes:
+    """What a graph's nodes give at two batch sizes, on the meta device, while it is being traced.
+
+    Args:
+        private: the model that is traced.
+        skeleton: its copy on the meta device.
+        example: shape of one image, `(C, H, W)`.
+    """
+
+    def __init__(self, private: nn.Module, skeleton: nn.Module, example: tuple[int, ...]) -> None:
+        self._private, self._skeleton, self._example = private, skeleton, example
+        self._values: dict[fx.Node, list[Any]] = {}
+
+    @contextmanager
+    def mode(self, training: bool) -> Iterator[None]:
+        """Put the model and its copy in one mode; undo what passes leave behind in them."""
+        self._values.clear()
+        with ExitStack() as stack:
+            for model in (self._private, self._skeleton):
+                stack.enter_context(mode_of(model, training))
+                stack.enter_context(unchanged(model))
+            yield
+
+    def of(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
+        """Both shapes of a node's output; None if it is no tensor or cannot be computed."""
+        try:
+            with torch.no_grad():
+                found = [self._value(node, run) for run in range(len(BATCHES))]
+        except Exception:  # whatever a library raises for what the meta device cannot do
+            return None
+        self._values[node] = found
+        small, large = found
+        if not isinstance(small, Tensor) or small.ndim != large.ndim:
+            return None
+        return small.shape, large.shape
+
+    def _value(self, node: fx.Node, run: int) -> Any:
+        def known(other: fx.Node) -> Any:
+            # The tracer makes no proxy of constants.
+            found = self._values.get(other)
+            if found is None and other.op == "get_attr":
+                return self._value(other, run)
+            return self._values[other][run]
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), known)
+        if node.op == "placeholder":
+            if node.prev.op != "root":
+                return args[0]
+            return torch.zeros(BATCHES[run], *self._example, device="meta")
+        if node.op == "get_attr":
+            found = operator.attrgetter(str(node.target))(self._private)
+            return found.to("meta") if isinstance(found, Tensor) else found
+        if node.op == "call_module":
+            return self._skeleton.get_submodule(str(node.target))(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+class _Tracer(fx.Tracer):
+    """fx tracer that opens what rules do not handle whole, but for timm's notrace functions."""
+
+    def __init__(
+        self,
+        leaf_types: frozenset[type[nn.Module]],
+        unopened: Collection[str],
+        sizes: Sizes | None,
+        *,
+        proxy_buffers: bool,
+    ) -> None:
+        timm_fx: Any = timm_registry  # has no annotations
+        functions = tuple(fn for fn in timm_fx.get_notrace_functions() if callable(fn))
+        super().__init__(autowrap_functions=functions)
+        self.proxy_buffer_attributes = proxy_buffers
+        self._leaf_types = leaf_types
+        self._unopened = unopened
+        self._sizes = sizes
+        self._running = False
+        # The innermost module that the tracer was in when it stopped.
+        self.stopped_in = ""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        if self._sizes is None:
+            return super().proxy(node)
+        self._running = True
+        try:
+            found = self._sizes.of(node)
+        finally:
+            self._running = False
+        return super().proxy(node) if found is None else _Sized(node, self, *found)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        if self._running:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        known = type(m) in self._leaf_types or module_qualified_name in self._unopened
+        return known or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
+    ) -> Any:
+        if self._running:
+            return forward(*args, **kwargs)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.stopped_in = self.stopped_in or self.path_of_module(m)
+            raise
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Undo what a pass that is traced leaves behind in its modules, such as caches of sizes."""
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [
+        (module, {**vars(module), **{table: dict(vars(module)[table]) for table in tables}})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        found = {name: value for name, value in vars(model).items() if name.startswith(_CONSTANT)}
+        for module, state in before:
+            vars(module).clear()
+            vars(module).update(state)
+        vars(model).update(found)
+
+
+# How fx names tensors that are neither parameters nor buffers, in the model it traces.
+_CONSTANT = "_tensor_constant"
+# They take sizes, and look for no tensor's say in them as other functions do.
+_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
+
+
+@contextmanager
+def _recorded_factories() -> Iterator[None]:
+    """Record calls of `torch.zeros(x.shape[0], ...)` and the like, which fx does not."""
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves = tree_leaves((args, kwargs))
+            proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
+            if proxy is None:
+                return function(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+        return call
+
+    factories = {name: recorded(getattr(torch, name)) for name in _FACTORIES}
+    with mock.patch.multiple(torch, **factories):
+        yield
+
+
+def trace_modes(
+    private: nn.Module, leaf_types: frozenset[type[nn.Module]], sizes: Sizes
+) -> tuple[dict[bool, fx.Graph], dict[str, str], bool]:
+    """Both modes' graphs.
+
+    Also the modules that had to stay closed, in either, with the reason; and whether either graph
+    is for images of the given size alone.
+    """
+    unopened: dict[str, str] = {}
+    while True:
+        before = len(unopened)
+        found = {
+            training: _tracemode_of(private, training, leaf_types, unopened, sizes)
+            for training in (False, True)
+        }
+        if len(unopened) == before:
+            graphs = {training: graph for training, (graph, _) in found.items()}
+            return graphs, unopened, any(one_size for _, one_size in found.values())
+
+
+@dataclass(frozen=True)
+class _Stop:
+    """Where a try at tracing ended.
+
+    Args:
+        nodes: how many there were by then.
+        inside: the innermost module it was in; empty in the model's own forward.
+        error: what ended it.
+    """
+
+    nodes: int
+    inside: str
+    error: Exception
+
+
+def _tracemode_of(
+    private: nn.Module,
+    training: bool,
+    leaf_types: frozenset[type[nn.Module]],
+    unopened: dict[str, str],
+    sizes: Sizes,
+) -> tuple[fx.Graph, bool]:
+    """One mode's graph, and whether it is for one size; what stops the tracer is left closed."""
+    while True:
+        # Buffers seen as graph values keep their in-place updates; a model that branches on a
+        # buffer (a counter, a flag) can only be traced with its present value: the second try. One
+        # that branches on sizes can only be traced with those of the example's images.
+        stops: list[_Stop] = []
+        for known, proxy_buffers in product((None, sizes), (True, False)):
+            tracer = _Tracer(leaf_types, unopened, known, proxy_buffers=proxy_buffers)
+            with sizes.mode(training), _recorded_factories():
+                try:
+                    graph = tracer.trace(private, concrete_args=_defaults(private))
+                except Exception as error:
+                    stops.append(_Stop(len(tracer.graph.nodes), tracer.stopped_in, error))
+                else:
+                    return graph, known is not None
+        furthest = max(stops, key=lambda stop: stop.nodes)
+        if not furthest.inside or furthest.inside in unopened:
+            raise _untraceable(private, training, furthest.error) from furthest.error
+        reason = f"{type(furthest.error).__name__} at {_user_line(furthest.error)}"
+        unopened[furthest.inside] = reason
+
+
+def _untraceable(private: nn.Module, training: bool, failure: Exception) -> TraceError:
+    return TraceError(
+        f"{type(private).__name__} cannot be traced in {'training' if training else 'eval'} mode:"
+        f" {type(failure).__name__}: {failure}",
+        expected="a forward pass whose control flow does not depend on tensor values",
+        found=f"stopped at {_user_line(failure)}",
+        next_step="Move that line into a module of its own: it then runs per branch, unopened.",
+    )
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Arguments the user leaves alone, with their default values: they are fixed while tracing."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.default is not inspect.Parameter.empty
+    }
+
+
+@contextmanager
+def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in one mode and give each its own mode back."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in before:
+            module.training = training
+        yield
+    finally:
+        for module, was in before:
+            module.training = was
+
+
+def _user_line(error: BaseException) -> str:
+    """The innermost line of the traceback that belongs neither to torch nor to this file."""
+    torch_root = str(Path(torch.__file__).parent)
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((torch_root, __file__, "<"))
+    ]
+    if not frames:
+        return "an unknown line"
+    last = frames[-1]
+    return f"{last.filename}:{last.lineno} in {last.name}: {last.line}"

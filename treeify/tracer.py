@@ -211,8 +211,9 @@ def _recorded_factories() -> Iterator[None]:
 
         return call
 
-    factories = {name: recorded(getattr(torch, name)) for name in _FACTORIES}
-    with mock.patch.multiple(torch, **factories):
+    with ExitStack() as stack:
+        for name in _FACTORIES:
+            stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
         yield
 
 

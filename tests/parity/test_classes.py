@@ -14,15 +14,17 @@ from treeify.parity import settle
 
 def _cases() -> Iterator[object]:
     for case in model_classes.CASES:
-        marks = [] if case.gap is None else [pytest.mark.xfail(reason=case.gap, strict=True)]
+        marks = [pytest.mark.slow] if case.slow else []
+        if case.gap is not None:
+            marks.append(pytest.mark.xfail(reason=case.gap, strict=True))
         yield pytest.param(case, id=f"{case.network}-{case.name}", marks=marks)
 
 
-@pytest.mark.parametrize("case", _cases())
+@pytest.mark.parametrize("case", list(_cases()))
 def test_a_model_of_every_class_is_exactly_right(case: model_classes.Case) -> None:
     """In float64, where rounding hides nothing: leaves, prefixes, statistics and gradients."""
     torch.manual_seed(0)
-    base = Architecture(case.name, {**case.options}).build()
+    base = Architecture(case.name, {"num_classes": 10, **case.options}).build()
     assert type(base).__name__ == case.network
     settle(base)
     hne = treeify.hierarchicalize(

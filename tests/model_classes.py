@@ -1,0 +1,165 @@
+"""The smallest model of every class of timm and torchvision, shallower where its builder can.
+
+Found by building every name on the meta device; `test_classes.py` holds it against the rows of
+`treeify verify`.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class and the model that stands for it.
+
+    Args:
+        network: the class's name.
+        name: the model's, as `treeify convert` takes it.
+        size: height and width of its images.
+        options: what its builder is given besides 10 classes.
+        slow: it takes gigabytes or a minute, and no shallower or thinner one can be built.
+        gap: why it cannot be right yet.
+    """
+
+    network: str
+    name: str
+    size: int = 64
+    options: dict[str, Any] = field(default_factory=dict)
+    slow: bool = False
+    gap: str | None = None
+
+    @property
+    def library(self) -> str:
+        return "torchvision" if self.name.startswith("torchvision/") else "timm"
+
+
+CASES = (
+    Case("Beit", "beit_base_patch16_224", options={"depth": 2, "img_size": 64}),
+    Case("ByobNet", "test_byobnet"),
+    Case("CPUBone", "cpubone_nano"),
+    Case("CSATv2", "csatv2"),
+    Case("Cait", "cait_xxs24_224", options={"depth": 2, "img_size": 64}),
+    Case("CoaT", "coat_tiny"),
+    Case("ConVit", "convit_tiny", options={"depth": 2, "img_size": 64}),
+    Case("ConvMixer", "convmixer_768_32"),
+    Case("ConvNeXt", "test_convnext", options={"depths": [1, 1, 1, 1]}),
+    Case("CrossVit", "crossvit_tiny_240", 240),
+    Case("CspNet", "cs3darknet_focus_s"),
+    Case("CspNext", "cspnext_tiny"),
+    Case("DLA", "dla46x_c"),
+    Case("DPN", "dpn48b"),
+    Case("DaVit", "davit_tiny", options={"depths": [1, 1, 1, 1]}),
+    Case("DeepseekVitClassifier", "deepseek_vit_412m", 224, options={"depth": 2, "img_size": 224}),
+    Case("DeepseekVitEncoder", "deepseek_vit_412m_enc", 224, options={"depth": 2, "img_size": 224}),
+    Case("DenseNet", "densenet121"),
+    Case("EdgeNeXt", "edgenext_xx_small", options={"depths": [1, 1, 1, 1]}),
+    Case("EfficientFormer", "efficientformer_l1", 224, options={"depths": [1, 1, 1]}),
+    Case("EfficientFormerV2", "efficientformerv2_s0", 224, options={"depths": [1, 1, 1]}),
+    Case("EfficientNet", "test_efficientnet"),
+    Case("EfficientViM", "efficientvim_m1", options={"depths": [1, 1, 1]}),
+    Case("EfficientViMDistilled", "efficientvim_m1_dist", options={"depths": [1, 1, 1]}),
+    Case("EfficientVit", "efficientvit_b0", options={"depths": [1, 1, 1]}),
+    Case("EfficientVitLarge", "efficientvit_l1", options={"depths": [1, 1, 1]}),
+    Case("EfficientVitMsra", "efficientvit_m0"),
+    Case("Eva", "vit_tiny_patch16_dinov3_qkvb", options={"depth": 2, "img_size": 64}),
+    Case("FastVit", "fastvit_t8", 256, options={"layers": [1, 1, 1]}),
+    Case("FasterNet", "fasternet_t0", options={"depths": [1, 1, 1]}),
+    Case("FocalNet", "focalnet_tiny_srf"),
+    Case("Gemma4VitClassifier", "gemma4_vit_167m", options={"depth": 2}),
+    Case("Gemma4VitEncoder", "gemma4_vit_167m_enc", 96, options={"depth": 2}),
+    Case("GhostNet", "ghostnet_050"),
+    Case("GlobalContextVit", "gcvit_xxtiny", 224),
+    Case("Hiera", "hiera_tiny_224", 224),
+    Case("HieraDet", "sam2_hiera_tiny"),
+    Case("HighPerfGpuNet", "hgnetv2_b0"),
+    Case("HighResolutionNet", "hrnet_w18_small"),
+    Case("IFormer", "iformer_t"),
+    Case("InceptionResnetV2", "inception_resnet_v2", 96, slow=True),
+    Case("InceptionV3", "inception_v3", 96),
+    Case("InceptionV4", "inception_v4", 96),
+    Case("LCNetV2", "lcnetv2_small", options={"depths": [1, 1, 1, 1]}),
+    Case("Levit", "levit_256d", 224),
+    Case("LevitDistilled", "levit_128s", 224),
+    Case("LowFormer", "lowformer_b0"),
+    Case("MambaOut", "test_mambaout", options={"depths": [1, 1, 1]}),
+    Case("MaxxVit", "test_coatnet", options={"depths": [1, 1, 1, 1], "img_size": 64}),
+    Case("MetaFormer", "poolformerv2_s12"),
+    Case("MetaNeXt", "inception_next_atto", options={"depths": [1, 1, 1]}),
+    Case("MlpMixer", "gmlp_ti16_224"),
+    Case("MobileNetV3", "lcnet_035"),
+    Case("MobileNetV5", "mobilenetv5_base", slow=True),
+    Case("MobileNetV5Encoder", "mobilenetv5_300m_enc", slow=True),
+    Case("MultiScaleVit", "mvitv2_tiny"),
+    Case("NASNetALarge", "nasnetalarge", slow=True),
+    Case("NaFlexVit", "naflexvit_base_patch16_parfac_gap", options={"depth": 2}),
+    Case("Nest", "nest_tiny"),
+    Case("NextViT", "nextvit_small"),
+    Case("NormFreeNet", "test_nfnet", options={"depths": [1, 1, 1]}),
+    Case("PNASNet5Large", "pnasnet5large", slow=True),
+    Case("PoolingVisionTransformer", "pit_ti_224"),
+    Case("PyramidVisionTransformerV2", "pvt_v2_b0", options={"depths": [1, 1, 1, 1]}),
+    Case("Qwen3VitClassifier", "qwen3_vit_88m", options={"depth": 2, "img_size": 64}),
+    Case("Qwen3VitEncoder", "qwen3_vit_88m_enc", options={"depth": 2, "img_size": 64}),
+    Case("RDNet", "rdnet_tiny"),
+    Case("RegNet", "regnetx_002"),
+    Case("RepGhostNet", "repghostnet_050"),
+    Case("RepVit", "repvit_m1"),
+    Case("ResNet", "test_resnet", 160, options={"layers": [1, 1, 1]}),
+    Case("ResNetV2", "resnetv2_18", options={"layers": [1, 1, 1]}),
+    Case("RexNet", "rexnet_100"),
+    Case("SENet", "legacy_seresnet18", options={"layers": [1, 1, 1, 1]}),
+    Case("SHViT", "shvit_s1"),
+    Case("SelecSls", "selecsls42"),
+    Case("Sequencer2d", "sequencer2d_s", options={"layers": [1, 1, 1, 1]}),
+    Case("StarNet", "starnet_s050", options={"depths": [1, 1, 1]}),
+    Case("SwiftFormer", "swiftformer_xs", 224, options={"layers": [1, 1, 1]}),
+    Case(
+        "SwinTransformer",
+        "swin_tiny_patch4_window7_224",
+        options={"depths": [1, 1, 1], "img_size": 64},
+    ),
+    Case(
+        "SwinTransformerV2",
+        "swinv2_tiny_window16_256",
+        options={"depths": [1, 1, 1], "img_size": 64},
+    ),
+    Case(
+        "SwinTransformerV2Cr", "swinv2_cr_tiny_224", options={"depths": [1, 1, 1], "img_size": 64}
+    ),
+    Case("TNT", "tnt_s_legacy_patch16_224", options={"depth": 2, "img_size": 64}),
+    Case("TResNet", "tresnet_m", options={"layers": [1, 1, 1, 1]}),
+    Case("TinyVit", "tiny_vit_5m_224", 224, options={"depths": [1, 1, 1]}),
+    Case("Twins", "twins_svt_small", 224, options={"depths": [1, 1, 1]}),
+    Case("VGG", "vgg11", options={"num_features": 64}),
+    Case("VOLO", "volo_d1_224", 224),
+    Case("Visformer", "visformer_tiny", options={"depth": 2, "img_size": 64}),
+    Case("VisionTransformer", "test_vit", options={"depth": 2, "img_size": 64}),
+    Case(
+        "VisionTransformerDistilled",
+        "deit_tiny_distilled_patch16_224",
+        options={"depth": 2, "img_size": 64},
+    ),
+    Case("VisionTransformerRelPos", "test_vit_relpos", options={"depth": 2, "img_size": 64}),
+    Case("VisionTransformerSAM", "samvit_base_patch16_224", options={"depth": 2, "img_size": 64}),
+    Case("VovNet", "ese_vovnet19b_slim_dw"),
+    Case("Xception", "legacy_xception"),
+    Case("XceptionAligned", "xception41p"),
+    Case("Xcit", "xcit_nano_12_p8_224", options={"depth": 2, "img_size": 64}),
+    Case("ResNet", "torchvision/resnet18"),
+    Case("MobileNetV2", "torchvision/mobilenet_v2"),
+    Case("MobileNetV3", "torchvision/mobilenet_v3_small"),
+    Case("SwinTransformer", "torchvision/swin_t"),
+    Case("VGG", "torchvision/vgg11", slow=True),
+    Case("EfficientNet", "torchvision/efficientnet_b0"),
+    Case("ShuffleNetV2", "torchvision/shufflenet_v2_x0_5"),
+    Case("MaxVit", "torchvision/maxvit_t", 224),
+    Case("DenseNet", "torchvision/densenet121"),
+    Case("AlexNet", "torchvision/alexnet", slow=True),
+    Case("SqueezeNet", "torchvision/squeezenet1_1"),
+    Case("Inception3", "torchvision/inception_v3", 96, options={"aux_logits": False}),
+    Case("GoogLeNet", "torchvision/googlenet"),
+    Case("MNASNet", "torchvision/mnasnet0_5"),
+    Case("ConvNeXt", "torchvision/convnext_tiny"),
+    Case("RegNet", "torchvision/regnet_y_400mf"),
+    Case("VisionTransformer", "torchvision/vit_b_16", options={"image_size": 64}, slow=True),
+)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
 
 from treeify.errors import TraceError
 
+_COPY = "treeify_copy"
 _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -54,8 +57,8 @@ def functionalize(graph: fx.Graph, root: nn.Module) -> None:
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        target = _in_place_target(node, root)
-        if target is None or _stems_from_state(target):
+        target = in_place_target(node, root)
+        if target is None or stems_from_state(target):
             continue
         _check_aliases(target, node, order)
         _make_out_of_place(node)
@@ -64,8 +67,54 @@ def functionalize(graph: fx.Graph, root: nn.Module) -> None:
                 reader.replace_input_with(target, node)
 
 
-def _in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The value a node changes in place, if any."""
+def isolate(graph: fx.Graph, changing: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+    """Give calls that change their inputs, though nothing about them says so, copies of these.
+
+    Args:
+        graph: changed in place.
+        changing: by functions whose inside was not traced, or modules that stayed closed: the
+            inputs they change.
+
+    Raises:
+        TraceError: an input is read again afterwards.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node, sources in changing.items():
+        for source in sources:
+            late = [user for user in source.users if order.get(user, -1) > order[node]]
+            if late:
+                raise TraceError(
+                    f"{node.name} changes {source.name} in place, which {late[0].name} reads"
+                    " afterwards.",
+                    expected="operations that leave their inputs alone",
+                    next_step="Use out-of-place operations in the model.",
+                )
+        if node.op == "call_function":
+            node.target = _on_copies(node.target)
+            continue
+        for source in sources:
+            with graph.inserting_before(node):
+                copied = graph.call_method("clone", (source,))
+            copied.meta = {**node.meta, _COPY: True}
+            node.replace_input_with(source, copied)
+
+
+def is_own_copy(node: fx.Node) -> bool:
+    """Whether a value was made to be changed."""
+    return _COPY in node.meta
+
+
+def _on_copies(function: Any) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        own = tree_map_only(Tensor, torch.clone, (args, kwargs))
+        return function(*own[0], **own[1])
+
+    return call
+
+
+def in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The value a node changes in place, as its name or flag says, if any."""
     first = node.args[0] if node.args else node.kwargs.get("input")
     if not isinstance(first, fx.Node):
         return None
@@ -124,7 +173,8 @@ def _in_place_flag(node: fx.Node) -> inspect.BoundArguments | None:
     return call if call.arguments.get("inplace") is True else None
 
 
-def _stems_from_state(node: fx.Node) -> bool:
+def stems_from_state(node: fx.Node) -> bool:
+    """Whether a value is a parameter or buffer, or a view of one."""
     while _looks_into(node) is not None:
         node = _looks_into(node)  # type: ignore[assignment]
     return node.op == "get_attr"

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from treeify.functional import is_own_copy
 from treeify.packing import Convert, Form, Leaves, Multiply
 from treeify.program import OUTPUT, Crossing, NodeReport, Program, Segment
 from treeify.rules.branchwise import (
@@ -387,9 +388,9 @@ class _Rewriter:
         operation: nn.Module
         if module is not None:
             storage = submodule(self.root, str(node.target))
-            operation = EachBranchModule(
-                module, storage, self._slots(node), self.tree.branches, level
-            )
+            copies = any(is_own_copy(source) for source in node.all_input_nodes)
+            slots, branches = self._slots(node), self.tree.branches
+            operation = EachBranchModule(module, storage, slots, branches, level, copies=copies)
         elif self._reads_shape(node):
             operation, form, reason = FirstBranch(target), Form.SHARED, ""
         else:

@@ -21,7 +21,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from treeify.errors import InputError, TraceError
-from treeify.functional import functionalize
+from treeify.functional import (
+    functionalize,
+    in_place_target,
+    is_own_copy,
+    isolate,
+    stems_from_state,
+)
 from treeify.tracer import BATCHES, Sizes, mode_of, trace_modes, unchanged
 
 _PARAMETER_SOURCES = ("torch.nn.utils",)
@@ -204,6 +210,9 @@ class _Recorder(fx.Interpreter):
         self.values: dict[fx.Node, Any] = {}
         self.macs: dict[fx.Node, int] = {}
         self.others: dict[fx.Node, Any] = {}
+        # Calls that change inputs in place, though nothing about them says so.
+        self.changing: dict[fx.Node, list[fx.Node]] = {}
+        self._root = root
         self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
 
     def record(self, example: Tensor, *, count: bool) -> None:
@@ -213,7 +222,17 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         before = self._counter.get_total_flops()
+        versions = {
+            source: self.env[source]._version
+            for source in n.all_input_nodes
+            if isinstance(self.env[source], Tensor)
+            and not (stems_from_state(source) or is_own_copy(source))
+        }
+        inputs = {source: self.env[source] for source in versions}
         value = super().run_node(n)
+        changed = [own for own, version in versions.items() if inputs[own]._version != version]
+        if changed and in_place_target(n, self._root) is None:
+            self.changing[n] = changed
         self.macs[n] = (self._counter.get_total_flops() - before) // 2
         self.values[n] = tree_map(_shape, value)
         self.others[n] = tree_map(_number, value)
@@ -237,6 +256,10 @@ def _annotate(
     graph: fx.Graph, private: nn.Module, skeleton: nn.Module, example: Tensor, training: bool
 ) -> None:
     small, large = (_record(graph, private, skeleton, example, training, n) for n in BATCHES)
+    if small.changing:
+        isolate(graph, small.changing)
+        _annotate(graph, private, skeleton, example, training)
+        return
     paths = _paths(graph)
     for node in graph.nodes:
         scope = _scope(node)

@@ -162,6 +162,58 @@ def test_a_cache_made_while_tracing_is_not_left_behind() -> None:
     assert treeify.verify(hne, small.images(3)).worst <= 1
 
 
+@torch.fx.wrap
+def halved(x: Tensor) -> Tensor:
+    """Changes what it is given, and its name does not say so."""
+    x[:] = x / 2
+    return x
+
+
+class Halving(nn.Module):
+    """The same as a module that stays closed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            return x
+        x -= 1
+        return x
+
+
+class Sly(nn.Module):
+    def __init__(self, *, late: bool) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 1)
+        self.close = Halving()
+        self.head = nn.Conv2d(4, 5, 1)
+        self.late = late
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = halved(self.close(x))
+        return self.head(y + x if self.late else y).mean((2, 3))
+
+
+@pytest.mark.parametrize("split", ["input", "close", "halved", "head"])
+def test_calls_that_change_their_inputs_unasked_get_copies(split: str) -> None:
+    """Else siblings that share the input would read what the first of them made of it."""
+    hne = treeify.hierarchicalize(
+        Sly(late=False), [f"{split}:3"], init="perturb", example_input=small.EXAMPLE
+    )
+    x = small.images(2)
+    assert treeify.verify(hne, x).worst <= 1
+    hne.eval()
+    for execution in ("packed", "looped"):
+        hne.execution = execution
+        steps = list(hne.anytime(x, sizes=(1, 2, 3)))
+        own = torch.stack([hne.leaf(leaf)(x) for leaf in range(3)], dim=1)
+        assert torch.allclose(steps[-1].logits, own.mean(1), atol=1e-5)
+
+
+def test_an_input_that_was_changed_unasked_and_is_read_again_is_refused() -> None:
+    with pytest.raises(TraceError, match="in place, which add reads afterwards"):
+        treeify.hierarchicalize(Sly(late=True), ["head"], example_input=small.EXAMPLE)
+
+
 def test_control_flow_of_gemma_is_opened() -> None:
     """Asks for the number of dims, the sides, and whether a mask holds anything."""
     options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from treeify.packing import Branches, Form, pick
 from treeify.rules.elementwise import call_target
@@ -50,6 +51,7 @@ class EachBranchModule(nn.Module):
         layout: the slot of each tensor, by its name in the module.
         branches: branches of each level.
         level: the level of the call.
+        copies: whether each call gets copies of tensors, since the module changes them in place.
     """
 
     def __init__(
@@ -59,8 +61,11 @@ class EachBranchModule(nn.Module):
         layout: Mapping[str, Slot],
         branches: tuple[int, ...],
         level: int,
+        *,
+        copies: bool = False,
     ) -> None:
         super().__init__()
+        self.copies = copies
         self.module, self.storage = module, storage
         self.layout, self.branches, self.level = dict(layout), branches, level
         self.shared_buffers = [
@@ -72,13 +77,17 @@ class EachBranchModule(nn.Module):
         self._follow_mode()
         states = {branch: self._state(branch) for branch in range(*span)}
         results = Branches(
-            call_with(self.module, state, pick(args, index), pick(kwargs, index))
+            call_with(self.module, state, self._own(args, index), self._own(kwargs, index))
             for index, state in enumerate(states.values())
         )
         if self.module.training:
             for name in self.shared_buffers:
                 self._merge(name, states)
         return results
+
+    def _own(self, values: Any, index: int) -> Any:
+        picked = pick(values, index)
+        return tree_map_only(Tensor, torch.clone, picked) if self.copies else picked
 
     def _state(self, branch: int) -> dict[str, Tensor]:
         """The tensors of one branch; views, so that buffers are updated in place."""

@@ -64,6 +64,16 @@ def test_the_recipes_page_has_every_key() -> None:
     assert all(f"{name}.yaml" in page for name in listed)
 
 
+def test_the_pages_of_results_show_the_raw_metrics() -> None:
+    generator = runpy.run_path(str(ROOT / "docs" / "result_tables.py"))
+    pages = sorted((ROOT / "docs" / "results").glob("*.md"))
+    assert pages
+    for path in pages:
+        page = path.read_text(encoding="utf-8")
+        assert ".json" in page
+        assert generator["updated"](page) == page, "run python docs/result_tables.py"
+
+
 def test_the_coverage_page_shows_the_rows() -> None:
     generator = runpy.run_path(str(ROOT / "benchmarks" / "coverage.py"))
     rows = list(coverage.shipped().newest().values())

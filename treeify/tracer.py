@@ -134,7 +134,9 @@ class _Tracer(fx.Tracer):
         functions = tuple(fn for fn in timm_fx.get_notrace_functions() if callable(fn))
         super().__init__(autowrap_functions=functions)
         self.proxy_buffer_attributes = proxy_buffers
-        self._leaf_types = leaf_types
+        # timm marks some of its own modules for the sake of other tracers; yours are left alone.
+        marked = (own for own in timm_fx.get_notrace_modules() if own.__module__[:5] != "timm.")
+        self._leaf_types = leaf_types.union(marked)
         self._unopened = unopened
         self._sizes = sizes
         self._running = False
@@ -229,7 +231,7 @@ def trace_modes(
     while True:
         before = len(unopened)
         found = {
-            training: _tracemode_of(private, training, leaf_types, unopened, sizes)
+            training: _trace_mode(private, training, leaf_types, unopened, sizes)
             for training in (False, True)
         }
         if len(unopened) == before:
@@ -251,8 +253,15 @@ class _Stop:
     inside: str
     error: Exception
 
+    @property
+    def reason(self) -> str:
+        """What ended it, for the report."""
+        if self.error.__traceback__ is None:
+            return str(self.error)
+        return f"{type(self.error).__name__} at {_user_line(self.error)}"
 
-def _tracemode_of(
+
+def _trace_mode(
     private: nn.Module,
     training: bool,
     leaf_types: frozenset[type[nn.Module]],
@@ -265,6 +274,7 @@ def _tracemode_of(
         # buffer (a counter, a flag) can only be traced with its present value: the second try. One
         # that branches on sizes can only be traced with those of the example's images.
         stops: list[_Stop] = []
+        buffers = {id(buffer) for buffer in private.buffers()}
         for known, proxy_buffers in product((None, sizes), (True, False)):
             tracer = _Tracer(leaf_types, unopened, known, proxy_buffers=proxy_buffers)
             with sizes.mode(training), _recorded_factories():
@@ -272,13 +282,35 @@ def _tracemode_of(
                     graph = tracer.trace(private, concrete_args=_defaults(private))
                 except Exception as error:
                     stops.append(_Stop(len(tracer.graph.nodes), tracer.stopped_in, error))
-                else:
+                    continue
+                assigned = _assigned(private, buffers)
+                if assigned is None:
                     return graph, known is not None
+                path, name = assigned
+                problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
+                stops = [_Stop(len(tracer.graph.nodes), path, problem)]
+                break
         furthest = max(stops, key=lambda stop: stop.nodes)
         if not furthest.inside or furthest.inside in unopened:
             raise _untraceable(private, training, furthest.error) from furthest.error
-        reason = f"{type(furthest.error).__name__} at {_user_line(furthest.error)}"
-        unopened[furthest.inside] = reason
+        unopened[furthest.inside] = furthest.reason
+
+
+def _assigned(model: nn.Module, before: Collection[int]) -> tuple[str, str] | None:
+    """A module and its buffer that a traced pass has assigned to, as `self.steps += 1` does.
+
+    Caches, which no state dict has, do not count: each pass makes its own.
+
+    Args:
+        model: what was traced.
+        before: the ids of its buffers before.
+    """
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            lasting = name not in module._non_persistent_buffers_set
+            if lasting and buffer is not None and id(buffer) not in before:
+                return path, name
+    return None
 
 
 def _untraceable(private: nn.Module, training: bool, failure: Exception) -> TraceError:

@@ -214,6 +214,31 @@ def test_an_input_that_was_changed_unasked_and_is_read_again_is_refused() -> Non
         treeify.hierarchicalize(Sly(late=True), ["head"], example_input=small.EXAMPLE)
 
 
+class Counting(nn.Module):
+    """Counts its training steps by assignment, which leaves no node behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.register_buffer("steps", torch.tensor(0.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += 1
+        return self.inner(x)
+
+
+def test_a_module_that_assigns_to_its_buffers_stays_closed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Counting(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    hne = treeify.hierarchicalize(model, ["1:3"], init="perturb", example_input=small.EXAMPLE)
+    assert hne.traced.unopened == {"1": "it assigns to its buffer 'steps', which no graph shows"}
+    assert treeify.verify(hne, small.images(2)).worst <= 1
+    hne.train()(small.images(2))
+    assert hne.leaf(2)[1].steps == 1
+    with pytest.raises(TraceError, match="assigns to its buffer 'steps'"):
+        treeify.hierarchicalize(Counting(), [], example_input=torch.zeros(1, 4, 8, 8))
+
+
 def test_control_flow_of_gemma_is_opened() -> None:
     """Asks for the number of dims, the sides, and whether a mask holds anything."""
     options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}

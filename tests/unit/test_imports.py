@@ -20,6 +20,8 @@ LAYERS = (
     "tree",
     "storage",
     "architecture",
+    "functional",
+    "tracer",
     "trace",
     "packing",
     "program",

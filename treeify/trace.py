@@ -222,21 +222,26 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         before = self._counter.get_total_flops()
-        versions = {
-            source: self.env[source]._version
+        inputs = {
+            source: self.env[source]
             for source in n.all_input_nodes
-            if isinstance(self.env[source], Tensor)
-            and not (stems_from_state(source) or is_own_copy(source))
+            if not (stems_from_state(source) or is_own_copy(source))
         }
-        inputs = {source: self.env[source] for source in versions}
+        versions = {source: _version(value) for source, value in inputs.items()}
         value = super().run_node(n)
-        changed = [own for own, version in versions.items() if inputs[own]._version != version]
+        changed = [own for own, value in inputs.items() if _version(value) != versions[own]]
         if changed and in_place_target(n, self._root) is None:
             self.changing[n] = changed
         self.macs[n] = (self._counter.get_total_flops() - before) // 2
         self.values[n] = tree_map(_shape, value)
         self.others[n] = tree_map(_number, value)
         return value
+
+
+def _version(value: Any) -> int | None:
+    """How often a tensor has been changed in place; None for what does not tell."""
+    tells = isinstance(value, Tensor) and not value.is_inference()
+    return int(value._version) if tells else None
 
 
 def _shape(value: Any) -> torch.Size | None:
@@ -299,8 +304,8 @@ def _record(
         root = root if device == "meta" else copy.deepcopy(root)
         # Tensors made in inference mode do not tell whether they were changed.
         with mode_of(root, training), unchanged(root), torch.inference_mode(False), torch.no_grad():
-            image = torch.zeros(batch, *example.shape[1:], dtype=example.dtype, device=device)
             try:
+                image = torch.zeros(batch, *example.shape[1:], dtype=example.dtype, device=device)
                 recorder = _Recorder(root, graph)
                 recorder.record(image, count=batch == BATCHES[0] and not training)
             except Exception as error:

@@ -302,10 +302,9 @@ def _record(
     # The meta device costs nothing; models that look at values while running need the real thing.
     for root, device in ((skeleton, "meta"), (private, example.device)):
         root = root if device == "meta" else copy.deepcopy(root)
-        # Tensors made in inference mode do not tell whether they were changed.
-        with mode_of(root, training), unchanged(root), torch.inference_mode(False), torch.no_grad():
+        image = torch.zeros(batch, *example.shape[1:], dtype=example.dtype, device=device)
+        with mode_of(root, training), unchanged(root), torch.no_grad():
             try:
-                image = torch.zeros(batch, *example.shape[1:], dtype=example.dtype, device=device)
                 recorder = _Recorder(root, graph)
                 recorder.record(image, count=batch == BATCHES[0] and not training)
             except Exception as error:

@@ -60,7 +60,8 @@ def functionalize(graph: fx.Graph, root: nn.Module) -> None:
         target = in_place_target(node, root)
         if target is None or stems_from_state(target):
             continue
-        _check_aliases(target, node, order)
+        # Later readers of the value itself get the result.
+        _check_unread(_looks_into(target), target, node, order)
         _make_out_of_place(node)
         for reader in list(target.users):
             if order[reader] > order[node]:
@@ -76,19 +77,12 @@ def isolate(graph: fx.Graph, changing: Mapping[fx.Node, Sequence[fx.Node]]) -> N
             inputs they change.
 
     Raises:
-        TraceError: an input is read again afterwards.
+        TraceError: an input, or what it is a view of, is read again afterwards.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node, sources in changing.items():
         for source in sources:
-            late = [user for user in source.users if order.get(user, -1) > order[node]]
-            if late:
-                raise TraceError(
-                    f"{node.name} changes {source.name} in place, which {late[0].name} reads"
-                    " afterwards.",
-                    expected="operations that leave their inputs alone",
-                    next_step="Use out-of-place operations in the model.",
-                )
+            _check_unread(source, source, node, order)
         if node.op == "call_function":
             node.target = _on_copies(node.target)
             continue
@@ -188,15 +182,27 @@ def _looks_into(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
-def _check_aliases(target: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]) -> None:
-    """Refuse to change a view of something that is read later, other than through the view."""
-    source = _looks_into(target)
+def _check_unread(
+    source: fx.Node | None, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
+) -> None:
+    """Refuse to change what is read later.
+
+    Args:
+        source: that must not be read later, nor whatever it is a view of.
+        changed: the value that `node` changes in place.
+        node: the call.
+        order: the nodes' places in the graph.
+
+    Raises:
+        TraceError: it is.
+    """
     while source is not None:
-        late = [user for user in source.users if order[user] > order[node]]
+        late = [user for user in source.users if order.get(user, -1) > order[node]]
         if late:
+            view = "" if source is changed else f", a view of {source.name}"
             raise TraceError(
-                f"{node.name} changes {target.name} in place, a view of {source.name},"
-                f" which {late[0].name} reads afterwards.",
+                f"{node.name} changes {changed.name} in place{view}, which {late[0].name} reads"
+                " afterwards.",
                 expected="in-place operations on values of their own",
                 next_step="Use the out-of-place operation in the model.",
             )

@@ -219,12 +219,10 @@ def _on_meta(plan: Plan, splits: str) -> HierarchicalEnsemble:
 
 def _split_again(traced: Traced, name: str, plan: Plan) -> HierarchicalEnsemble:
     """The same trace split in two at one point."""
-    if plan.how == META:
-        base = skeleton(plan.architecture)
-        return HierarchicalEnsemble(traced, choose(traced, [name]), base, plan.architecture)
-    base, sources = _settled(plan)
+    base, sources = (skeleton(plan.architecture), None) if plan.how == META else _settled(plan)
     hne = HierarchicalEnsemble(traced, choose(traced, [name]), base, plan.architecture)
-    hne.fill(sources)
+    if sources is not None:
+        hne.fill(sources)
     return hne
 
 

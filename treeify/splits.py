@@ -194,10 +194,9 @@ def inner_point(traced: Traced) -> SplitPoint | None:
 
     Points that a module of the model itself begins are no such points: those are the stages.
     """
-    trained = _Reach(traced.graphs[True])
-    points = (point for point in split_points(traced) if point.depth and trained.after(point.name))
+    candidates = _candidates(traced, _Reach(traced.graphs[False]))
     return min(
-        (point for point in points if point.macs_before and point.macs_after),
+        (point for point in candidates if point.depth),
         key=lambda point: abs(point.macs_before - point.macs_after),
         default=None,
     )
@@ -249,13 +248,23 @@ def _check_order(earlier: str, outer: int, later: str, inner: int) -> None:
         )
 
 
+def _candidates(traced: Traced, reach: _Reach) -> list[SplitPoint]:
+    """Points with MACs on both sides that are there in training mode too.
+
+    Args:
+        traced: the model.
+        reach: of its evaluation graph.
+    """
+    trainable = _Reach(traced.graphs[True])
+    points = (point for point in _points(reach) if point.macs_before and point.macs_after)
+    return [point for point in points if trainable.after(point.name)]
+
+
 def _even_points(traced: Traced, count: int) -> tuple[SplitPoint, ...]:
     """The `count` points that even out the levels' MACs, with as few live tensors as can be."""
     reach = _Reach(traced.graphs[False])
-    candidates = [point for point in _points(reach) if point.macs_before and point.macs_after]
+    candidates = _candidates(traced, reach)
     masks = {point.name: reach.after(point.name) for point in candidates}
-    trainable = _Reach(traced.graphs[True])
-    candidates = [point for point in candidates if trainable.after(point.name)]
     for live in sorted({point.live for point in candidates}):
         chosen = _most_even([point for point in candidates if point.live <= live], masks, count)
         if chosen is not None:

@@ -28,7 +28,7 @@ from treeify.functional import (
     isolate,
     stems_from_state,
 )
-from treeify.tracer import BATCHES, Sizes, mode_of, trace_modes, unchanged
+from treeify.tracer import BATCHES, Sizes, in_mode, trace_modes
 
 _PARAMETER_SOURCES = ("torch.nn.utils",)
 
@@ -130,7 +130,7 @@ def trace(
     Args:
         model: the base model, `[N, C, H, W] -> [N, K]`. Not modified.
         example: an input of any batch size; only its shape and dtype matter.
-        leaf_types: module types to keep whole, besides torch's and timm's own.
+        leaf_types: module types to keep whole, besides torch's own and those marked so for timm.
 
     Raises:
         TraceError: the model's own forward cannot be traced; names the line that stopped it.
@@ -229,7 +229,7 @@ class _Recorder(fx.Interpreter):
         }
         versions = {source: _version(value) for source, value in inputs.items()}
         value = super().run_node(n)
-        changed = [own for own, value in inputs.items() if _version(value) != versions[own]]
+        changed = [own for own, tensor in inputs.items() if _version(tensor) != versions[own]]
         if changed and in_place_target(n, self._root) is None:
             self.changing[n] = changed
         self.macs[n] = (self._counter.get_total_flops() - before) // 2
@@ -303,7 +303,7 @@ def _record(
     for root, device in ((skeleton, "meta"), (private, example.device)):
         root = root if device == "meta" else copy.deepcopy(root)
         image = torch.zeros(batch, *example.shape[1:], dtype=example.dtype, device=device)
-        with mode_of(root, training), unchanged(root), torch.no_grad():
+        with in_mode(root, training), torch.no_grad():
             try:
                 recorder = _Recorder(root, graph)
                 recorder.record(image, count=batch == BATCHES[0] and not training)

@@ -79,8 +79,7 @@ class Sizes:
         self._values.clear()
         with ExitStack() as stack:
             for model in (self._private, self._skeleton):
-                stack.enter_context(mode_of(model, training))
-                stack.enter_context(unchanged(model))
+                stack.enter_context(in_mode(model, training))
             yield
 
     def of(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
@@ -175,14 +174,16 @@ class _Tracer(fx.Tracer):
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Undo what a pass that is traced leaves behind in its modules, such as caches of sizes."""
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put every module in one mode; then undo that and what passes leave behind, such as caches."""
     tables = ("_parameters", "_buffers", "_modules")
     before = [
         (module, {**vars(module), **{table: dict(vars(module)[table]) for table in tables}})
         for module in model.modules()
     ]
     try:
+        for module, _ in before:
+            module.training = training
         yield
     finally:
         found = {name: value for name, value in vars(model).items() if name.startswith(_CONSTANT)}
@@ -331,19 +332,6 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
         for parameter in parameters
         if parameter.default is not inspect.Parameter.empty
     }
-
-
-@contextmanager
-def mode_of(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in one mode and give each its own mode back."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = training
-        yield
-    finally:
-        for module, was in before:
-            module.training = was
 
 
 def _user_line(error: BaseException) -> str:

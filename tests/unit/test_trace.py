@@ -209,6 +209,20 @@ def test_calls_that_change_their_inputs_unasked_get_copies(split: str) -> None:
         assert torch.allclose(steps[-1].logits, own.mean(1), atol=1e-5)
 
 
+class SlyView(Sly):
+    """What is changed unasked is a part of what is read again."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = halved(x[:, :, 1:])
+        return self.head(x).mean((2, 3)) + y.mean((1, 2, 3))[:, None]
+
+
+def test_a_part_that_was_changed_unasked_is_refused_if_the_whole_is_read_again() -> None:
+    with pytest.raises(TraceError, match="in place, a view of stem, which head reads afterwards"):
+        treeify.hierarchicalize(SlyView(late=False), ["head"], example_input=small.EXAMPLE)
+
+
 def test_an_input_that_was_changed_unasked_and_is_read_again_is_refused() -> None:
     with pytest.raises(TraceError, match="in place, which add reads afterwards"):
         treeify.hierarchicalize(Sly(late=True), ["head"], example_input=small.EXAMPLE)

@@ -4,6 +4,7 @@ import pytest
 import small
 import timm
 import torch
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
 import treeify
@@ -138,6 +139,26 @@ def test_a_model_that_makes_tensors_of_as_many_rows_takes_any_size() -> None:
     hne = treeify.hierarchicalize(Rows(), ["stem:3"], init="perturb", example_input=small.EXAMPLE)
     assert not hne.traced.one_size
     assert treeify.verify(hne, torch.rand(4, 3, 12, 20)).worst <= 1
+
+
+@register_notrace_module
+class Marked(nn.Module):
+    """Could be opened, and its author does not want that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_module_marked_by_its_author_stays_closed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Marked(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    traced = open_up(model, example_input=small.EXAMPLE)
+    for graph in traced.graphs.values():
+        calls = [node.target for node in graph.nodes if node.op == "call_module"]
+        assert calls == ["0", "1", "2", "3"]
 
 
 class Caching(nn.Module):

@@ -53,6 +53,7 @@ def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
 def test_two_machines_share_a_run(tmp_path: Path) -> None:
     """The page's command twice, both machines being this one."""
     (command,) = (command for command in COMMANDS if "--nnodes 2" in command)
+    assert "--rdzv-endpoint HOST:29500" in command  # without one, each looks for the other at home
     runs.written(tmp_path, "schedule.epochs=1", "schedule.warmup_epochs=0").rename(
         tmp_path / "RECIPE"
     )

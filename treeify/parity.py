@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -215,12 +216,24 @@ def deviation(actual: Any, expected: Any) -> float:
             continue
         if one.shape != other.shape:
             return float("inf")
-        if not torch.equal(one, other) and other.numel():
-            one, other = one.double(), other.double()
-            error = (one - other).abs() / (ATOL + RTOL * other.abs())
-            error = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, error)
-            worst = max(worst, error.nan_to_num(nan=float("inf")).max().item())
+        if other.numel() and not torch.equal(one, other):
+            worst = max(worst, _largest(one, other))
     return worst
+
+
+def _largest(one: Tensor, other: Tensor) -> float:
+    """The largest of the elements' deviations."""
+    one, other = one.detach(), other.detach()
+    if other.dtype not in (torch.float32, torch.float64):
+        one, other = one.double(), other.double()
+    tolerance = other.abs().mul_(RTOL).add_(ATOL)
+    error = (one - other).abs_().div_(tolerance)
+    largest = error.max().item()
+    if math.isfinite(largest):
+        return largest
+    # Both may be infinite or nan in the same places.
+    error = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, error)
+    return error.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
 
 
 @torch.no_grad()

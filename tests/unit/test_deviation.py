@@ -1,0 +1,51 @@
+"""The figure every proof is made of: how far outputs are from those expected."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from treeify.parity import ATOL, RTOL, deviation
+
+INF, NAN = math.inf, math.nan
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64]
+)
+def test_it_is_the_largest_error_over_its_tolerance(dtype: torch.dtype) -> None:
+    expected = torch.tensor([0, 8, -64, 1], dtype=dtype)
+    actual = torch.tensor([0, 8, -68, 2], dtype=dtype)
+    largest = max(4 / (ATOL + RTOL * 64), 1 / (ATOL + RTOL * 1))
+    assert deviation(actual, expected) == pytest.approx(largest, rel=1e-5)
+    assert deviation(expected, expected.clone()) == 0
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "found"),
+    [
+        ([INF, NAN, 1.0], [INF, NAN, 1.0], 0.0),
+        ([INF, NAN, 1.0], [INF, NAN, 1.0 + 1.1e-4], 1.0),
+        ([-INF], [INF], INF),
+        ([NAN], [1.0], INF),
+        ([1.0], [NAN], INF),
+        ([1.0], [INF], INF),
+        ([INF], [1.0], INF),
+    ],
+)
+def test_infinite_and_undefined_values_agree_only_with_themselves(
+    actual: list[float], expected: list[float], found: float
+) -> None:
+    value = deviation(torch.tensor(actual).double(), torch.tensor(expected).double())
+    assert value == pytest.approx(found, rel=1e-3) or (found == INF and value > 1e300)
+
+
+def test_structures_are_compared_tensor_by_tensor_and_nothing_is_changed() -> None:
+    expected = {"a": torch.ones(2, requires_grad=True), "b": (torch.zeros(0), "text")}
+    actual = {"a": torch.ones(2) + 1.1e-4, "b": (torch.zeros(0), "text")}
+    before = actual["a"].clone()  # type: ignore[union-attr]
+    assert deviation(actual, expected) == pytest.approx(1.0, rel=1e-2)
+    one = actual["a"]
+    assert isinstance(one, Tensor) and torch.equal(one, before)
+    assert deviation(torch.ones(2), torch.ones(3)) == INF

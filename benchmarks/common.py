@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -67,8 +68,13 @@ CIFAR = (
 IMAGENET = (
     Case("MobileNetV2 HNE", mobilenetv2_hne, 224, ("block2", "block3", "block4", "block5")),
     Case("resnet18", torchvision.models.resnet18, 224),
-    Case("convnext_atto", lambda: timm.create_model("convnext_atto"), 224),
-    Case("vit_tiny_patch16_224", lambda: timm.create_model("vit_tiny_patch16_224"), 224),
+    *(
+        Case(name, partial(timm.create_model, name), 224)
+        for name in (
+            *("convnext_atto", "vit_tiny_patch16_224", "efficientnet_b0", "convnext_tiny"),
+            *("deit_small_patch16_224", "swin_tiny_patch4_window7_224", "mixer_s32_224"),
+        )
+    ),
 )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
+from treeify.aliases import VIEWS, Aliases, shared
 from treeify.errors import TraceError
 
 _COPY = "treeify_copy"
@@ -26,10 +27,6 @@ _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.ixor: operator.xor,
     operator.ipow: operator.pow,
     operator.imatmul: operator.matmul,
-}
-_VIEWS = {
-    *("view", "reshape", "transpose", "permute", "chunk", "split", "narrow", "unbind", "flatten"),
-    *("squeeze", "unsqueeze", "expand", "select", "getitem", "swapaxes", "movedim", "view_as", "t"),
 }
 
 
@@ -46,43 +43,51 @@ def call_on_copy(method: str, value: Tensor, *args: Any, **kwargs: Any) -> Tenso
     return result
 
 
-def functionalize(graph: fx.Graph, root: nn.Module) -> None:
+def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
     """Replace in-place operations on values, since a value may be shared by siblings.
 
-    Later readers of the changed value read the result instead. Updates of buffers stay as they are:
-    those are the model's state.
+    Later readers of the changed value read the result instead, whatever name they know it by.
+    Updates of buffers stay as they are: those are the model's state.
 
     Raises:
-        TraceError: a view is changed in place and what it looks into is read afterwards.
+        TraceError: a view is changed in place and what it looks into is read afterwards, or a part
+            of the changed value is.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         target = in_place_target(node, root)
         if target is None or stems_from_state(target):
             continue
-        # Later readers of the value itself get the result.
         _check_unread(_looks_into(target), target, node, order)
+        names = [target, *aliases.read_later(target, node, order)]
         _make_out_of_place(node)
-        for reader in list(target.users):
-            if order[reader] > order[node]:
-                reader.replace_input_with(target, node)
+        # Later readers of the value itself get the result.
+        for name in names:
+            for reader in list(name.users):
+                if order[reader] > order[node]:
+                    reader.replace_input_with(name, node)
 
 
-def isolate(graph: fx.Graph, changing: Mapping[fx.Node, Sequence[fx.Node]]) -> None:
+def isolate(
+    graph: fx.Graph, changing: Mapping[fx.Node, Sequence[fx.Node]], aliases: Aliases
+) -> None:
     """Give calls that change their inputs, though nothing about them says so, copies of these.
 
     Args:
         graph: changed in place.
         changing: by functions whose inside was not traced, or modules that stayed closed: the
             inputs they change.
+        aliases: of the graph's values.
 
     Raises:
-        TraceError: an input, or what it is a view of, is read again afterwards.
+        TraceError: an input, what it is a view of, or a part of it is read again afterwards.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node, sources in changing.items():
         for source in sources:
             _check_unread(source, source, node, order)
+            for other in aliases.read_later(source, node, order):
+                _check_unread(other, source, node, order)
         if node.op == "call_function":
             node.target = _on_copies(node.target)
             continue
@@ -177,7 +182,7 @@ def stems_from_state(node: fx.Node) -> bool:
 def _looks_into(node: fx.Node) -> fx.Node | None:
     """The value a node is a view of, if it is one."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    is_view = node.op in ("call_method", "call_function") and name in _VIEWS
+    is_view = node.op in ("call_method", "call_function") and name in VIEWS
     source = node.args[0] if is_view and node.args else None
     return source if isinstance(source, fx.Node) else None
 
@@ -200,10 +205,5 @@ def _check_unread(
         late = [user for user in source.users if order.get(user, -1) > order[node]]
         if late:
             view = "" if source is changed else f", a view of {source.name}"
-            raise TraceError(
-                f"{node.name} changes {changed.name} in place{view}, which {late[0].name} reads"
-                " afterwards.",
-                expected="in-place operations on values of their own",
-                next_step="Use the out-of-place operation in the model.",
-            )
+            raise TraceError(**shared(node, changed, view, late[0]))
         source = _looks_into(source)

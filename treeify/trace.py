@@ -11,24 +11,19 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
-from treeify.errors import InputError, TraceError
-from treeify.functional import (
-    functionalize,
-    in_place_target,
-    is_own_copy,
-    isolate,
-    stems_from_state,
-)
-from treeify.tracer import BATCHES, Sizes, in_mode, trace_modes
+from treeify.aliases import Aliases
+from treeify.errors import TraceError
+from treeify.functional import functionalize, isolate
+from treeify.running import Recorder, Running
+from treeify.tracer import BATCHES, Sizes, trace_modes
 
 _PARAMETER_SOURCES = ("torch.nn.utils",)
 
@@ -143,8 +138,10 @@ def trace(
         graphs, unopened, one_size = trace_modes(private, leaf_types, sizes)
         constants: dict[str, Any] = {}
         for training, graph in graphs.items():
-            functionalize(graph, private)
-            _annotate(graph, private, skeleton, example, training)
+            running = Running(private, skeleton, example, training)
+            aliases = Aliases(private, partial(running.values, graph))
+            functionalize(graph, private, aliases)
+            _annotate(graph, running, aliases)
             graph.lint()
             constants |= _constants(graph, private)
     return Traced(skeleton, graphs, tuple(example.shape[1:]), constants, unopened, one_size)
@@ -186,84 +183,11 @@ def _constants(graph: fx.Graph, private: nn.Module) -> dict[str, Any]:
     return {target: operator.attrgetter(target)(private) for target in targets}
 
 
-def _batch_norm_macs(
-    shape: torch.Size, *args: Any, out_val: Any = None, out_shape: Any = None
-) -> int:
-    """Twice what fvcore counts in evaluation mode, 2 per element; statistics count nothing."""
-    training = args[4] if len(args) > 6 else False
-    return 0 if training else 4 * shape.numel()
-
-
-# Besides products, batch norms count, as they do for fvcore and so in the paper's figures.
-_COUNTED = {
-    torch.ops.aten.native_batch_norm: _batch_norm_macs,
-    torch.ops.aten._native_batch_norm_legit_no_training: _batch_norm_macs,
-}
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps each node's output shapes and MACs."""
-
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(fx.GraphModule(root, graph))
-        self.graph = graph
-        self.values: dict[fx.Node, Any] = {}
-        self.macs: dict[fx.Node, int] = {}
-        self.others: dict[fx.Node, Any] = {}
-        # Calls that change inputs in place, though nothing about them says so.
-        self.changing: dict[fx.Node, list[fx.Node]] = {}
-        self._root = root
-        self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
-
-    def record(self, example: Tensor, *, count: bool) -> None:
-        """Run the graph; counting makes it take twice as long."""
-        with self._counter if count else nullcontext():
-            self.run(example)
-
-    def run_node(self, n: fx.Node) -> Any:
-        before = self._counter.get_total_flops()
-        inputs = {
-            source: self.env[source]
-            for source in n.all_input_nodes
-            if not (stems_from_state(source) or is_own_copy(source))
-        }
-        versions = {source: _version(value) for source, value in inputs.items()}
-        value = super().run_node(n)
-        changed = [own for own, tensor in inputs.items() if _version(tensor) != versions[own]]
-        if changed and in_place_target(n, self._root) is None:
-            self.changing[n] = changed
-        self.macs[n] = (self._counter.get_total_flops() - before) // 2
-        self.values[n] = tree_map(_shape, value)
-        self.others[n] = tree_map(_number, value)
-        return value
-
-
-def _version(value: Any) -> int | None:
-    """How often a tensor has been changed in place; None for what does not tell."""
-    tells = isinstance(value, Tensor) and not value.is_inference()
-    return int(value._version) if tells else None
-
-
-def _shape(value: Any) -> torch.Size | None:
-    return value.shape if isinstance(value, Tensor) else None
-
-
-def _number(value: Any) -> Any:
-    """What a value that is no tensor can be compared by."""
-    if isinstance(value, Tensor):
-        return ""
-    if isinstance(value, torch.Size):
-        return tuple(value)
-    return value if isinstance(value, int) else str(value)
-
-
-def _annotate(
-    graph: fx.Graph, private: nn.Module, skeleton: nn.Module, example: Tensor, training: bool
-) -> None:
-    small, large = (_record(graph, private, skeleton, example, training, n) for n in BATCHES)
+def _annotate(graph: fx.Graph, model: Running, aliases: Aliases) -> None:
+    small, large = (model.record(graph, batch) for batch in BATCHES)
     if small.changing:
-        isolate(graph, small.changing)
-        _annotate(graph, private, skeleton, example, training)
+        isolate(graph, small.changing, aliases)
+        _annotate(graph, model, aliases)
         return
     paths = _paths(graph)
     for node in graph.nodes:
@@ -278,7 +202,7 @@ def _annotate(
         )
 
 
-def _follows_batch(small: _Recorder, large: _Recorder, node: fx.Node) -> bool:
+def _follows_batch(small: Recorder, large: Recorder, node: fx.Node) -> bool:
     """Whether only dim 0 of tensors differs between the batch sizes, and no number does."""
     shapes = zip(
         *(tree_leaves(run.values[node], is_leaf=_is_leaf) for run in (small, large)), strict=True
@@ -288,36 +212,6 @@ def _follows_batch(small: _Recorder, large: _Recorder, node: fx.Node) -> bool:
         for one, other in shapes
     )
     return same and small.others[node] == large.others[node]
-
-
-def _record(
-    graph: fx.Graph,
-    private: nn.Module,
-    skeleton: nn.Module,
-    example: Tensor,
-    training: bool,
-    batch: int,
-) -> _Recorder:
-    failure: Exception | None = None
-    # The meta device costs nothing; models that look at values while running need the real thing.
-    for root, device in ((skeleton, "meta"), (private, example.device)):
-        root = root if device == "meta" else copy.deepcopy(root)
-        image = torch.zeros(batch, *example.shape[1:], dtype=example.dtype, device=device)
-        with in_mode(root, training), torch.no_grad():
-            try:
-                recorder = _Recorder(root, graph)
-                recorder.record(image, count=batch == BATCHES[0] and not training)
-            except Exception as error:
-                failure = error
-            else:
-                return recorder
-    shape = f"[N, {', '.join(map(str, example.shape[1:]))}]"
-    raise InputError(
-        f"{type(private).__name__} does not run on an input of shape {shape}:"
-        f" {str(failure).splitlines()[0]}",
-        expected="an input shape the model accepts",
-        next_step="Pass example_input=torch.zeros(1, C, H, W) of the right size (--input-size).",
-    ) from failure
 
 
 def _is_leaf(value: Any) -> bool:

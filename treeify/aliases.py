@@ -1,0 +1,173 @@
+"""Values of a graph that lie where another one does, so that changing one changes both.
+
+Which values may be such is read from the graph. Only if one of them is read after an in-place
+operation on another is the graph run, once, to see where in memory they lie.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
+
+from treeify.errors import TraceError
+
+VIEWS = {
+    *("view", "reshape", "transpose", "permute", "chunk", "split", "narrow", "unbind", "flatten"),
+    *("squeeze", "unsqueeze", "expand", "select", "getitem", "swapaxes", "movedim", "view_as", "t"),
+}
+# Further operations whose result may be their input, or lie within it.
+_PASSING = VIEWS | {
+    *("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"),
+    *("detach", "identity", "getattr", "unflatten", "ravel", "moveaxis", "swapdims", "expand_as"),
+    *("reshape_as", "diagonal", "unfold", "as_strided", "tensor_split", "split_with_sizes"),
+    *("hsplit", "vsplit", "dsplit", "broadcast_to", "broadcast_tensors", "positive", "real"),
+    *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
+}
+_PASSING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+# Attributes of tensors that are no tensors.
+_NUMBERS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "training")
+_LIBRARY = ("torch", "_operator", "math", "builtins")
+
+Values = Mapping[fx.Node, Any]
+
+
+class Keeper(fx.Interpreter):
+    """Runs a graph and keeps every value, so that no two lie in the same place by chance.
+
+    Args:
+        root: holds what the graph's targets name.
+        graph: to run.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(fx.GraphModule(root, graph), garbage_collect_values=False)
+        self.graph = graph
+
+
+class Aliases:
+    """Of a graph whose in-place operations are being replaced.
+
+    Args:
+        root: holds what the graph's targets name.
+        run: gives the value of every node of the graph as it is at the time.
+    """
+
+    def __init__(self, root: nn.Module, run: Callable[[], Values]) -> None:
+        self._root, self._run = root, run
+
+    def read_later(
+        self, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
+    ) -> list[fx.Node]:
+        """The values that are `changed` under another name, and that are read after the change.
+
+        Args:
+            changed: the value that `node` changes in place.
+            node: the operation.
+            order: the nodes' places in the graph.
+
+        Raises:
+            TraceError: a value overlaps with the one changed, is another one, and is read later.
+        """
+        late = {
+            other: readers[0]
+            for other in self._related(changed, order[node], order)
+            if (readers := [user for user in other.users if order.get(user, -1) > order[node]])
+        }
+        late.pop(changed, None)
+        if not late:
+            return []
+        values = self._run()
+        same = []
+        for other, reader in late.items():
+            if _is_same(values[changed], values[other]):
+                same.append(other)
+            elif _overlap(values[changed], values[other]):
+                raise TraceError(**shared(node, changed, f", and {other.name} with it", reader))
+        return same
+
+    def _related(
+        self, start: fx.Node, before: int, order: Mapping[fx.Node, int]
+    ) -> Iterator[fx.Node]:
+        """Values made before some place that may lie where `start` does."""
+        seen, left = {start}, [start]
+        while left:
+            value = left.pop()
+            yield value
+            sources = value.all_input_nodes if self._passes(value) else []
+            views = [
+                user for user in value.users if order.get(user, -1) < before and self._passes(user)
+            ]
+            for other in (*sources, *views):
+                if other not in seen:
+                    seen.add(other)
+                    left.append(other)
+
+    def _passes(self, node: fx.Node) -> bool:
+        """Whether a node may give back its input, or a part of it."""
+        if node.op == "call_method":
+            return str(node.target) in _PASSING
+        if node.op == "call_function":
+            if node.target is getattr:
+                return node.args[1] not in _NUMBERS
+            origin = str(getattr(node.target, "__module__", "")).partition(".")[0]
+            return origin not in _LIBRARY or getattr(node.target, "__name__", "") in _PASSING
+        if node.op == "call_module":
+            module = self._root.get_submodule(str(node.target))
+            known = type(module).__module__.startswith("torch.nn.modules")
+            return not known or isinstance(module, _PASSING_MODULES)
+        return False
+
+
+def shared(node: fx.Node, changed: fx.Node, also: str, reader: fx.Node) -> dict[str, str]:
+    """Texts of the error for an operation on memory that is read later.
+
+    Args:
+        node: the operation.
+        changed: the value it changes in place.
+        also: what lies in the same memory, as words after a comma.
+        reader: reads it afterwards.
+    """
+    return {
+        "where": f"{node.name} changes {changed.name} in place{also},"
+        f" which {reader.name} reads afterwards.",
+        "expected": "in-place operations on values of their own",
+        "next_step": "Use the out-of-place operation in the model.",
+    }
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return False
+    own, its = ((_storage(tensor), tensor.dtype, *_place(tensor)) for tensor in (one, other))
+    return own == its
+
+
+def _overlap(one: Any, other: Any) -> bool:
+    """Whether tensors of two values share an element of memory."""
+    return any(
+        _share_elements(own, its)
+        for own in tree_leaves(one)
+        for its in tree_leaves(other)
+        if isinstance(own, Tensor) and isinstance(its, Tensor) and _storage(own) == _storage(its)
+    )
+
+
+def _share_elements(one: Tensor, other: Tensor) -> bool:
+    if one.dtype != other.dtype:
+        return True
+    elements = torch.arange(one.untyped_storage().nbytes() // one.element_size())
+    taken = torch.zeros(len(elements), dtype=torch.bool)
+    taken[elements.as_strided(*_place(one)).flatten()] = True
+    return bool(taken[elements.as_strided(*_place(other)).flatten()].any())
+
+
+def _storage(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def _place(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset()

@@ -5,7 +5,7 @@ the first answer against the base model; the sum of all steps against one call; 
 deadlines spread evenly from the first leaf's calibrated time to that of going straight to all
 leaves, how often the answer came in time and how many leaves it had, against the most that would
 have fitted. Deadlines are for one image, the machine idle or one core kept busy by another
-process, and calibrated so each time.
+process (then with two threads and with one), and calibrated so each time.
 """
 
 from __future__ import annotations
@@ -33,6 +33,17 @@ COLUMNS = (
     *("base", "first", "first_vs_base", "steps", "one_call", "steps_vs_call"),
     *("hits_%", "misses_by_ms", "leaves", "leaves_in_hindsight", "leaves_%"),
 )
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """So many threads, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -85,9 +96,11 @@ def latencies(report: common.Report, case: common.Case, count: int, budget: floa
     )
 
 
-def deadlines(report: common.Report, case: common.Case, budget: float, *, load: bool) -> None:
+def deadlines(
+    report: common.Report, case: common.Case, budget: float, *, state: str, load: bool
+) -> None:
     """How often deadlines are kept, and with how many leaves."""
-    row = f"{case.name}, deadlines, {'one core busy' if load else 'idle'}"
+    row = f"{case.name}, deadlines, {state}"
     if not report.wanted(row):
         return
     hne = case.ensemble(case.base())
@@ -164,8 +177,11 @@ def main() -> None:
     for case in CASES:
         for count in BATCHES:
             latencies(report, case, count, options.budget)
-        for load in (False, True):
-            deadlines(report, case, options.budget, load=load)
+        deadlines(report, case, options.budget, state="idle", load=False)
+        deadlines(report, case, options.budget, state="one core busy", load=True)
+        with threads(1):
+            state = "one core busy, one thread"
+            deadlines(report, case, options.budget, state=state, load=True)
     report.show()
 
 

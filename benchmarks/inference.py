@@ -21,8 +21,6 @@ from treeify import machine
 from treeify.trace import facts
 
 BATCHES = (1, 8, 32, 128)
-# Rounds of tuning, by images: those of large batches take minutes, and jitter less.
-ROUNDS = {1: 5, 8: 5, 32: 2, 128: 1}
 MEMORY = 16e9
 # Seconds after which a comparison is not repeated.
 LONG = 5.0
@@ -81,7 +79,7 @@ def measure(
         if not report.wanted(row):
             continue
         x = case.images(count)
-        hne.tune(x, repeats=ROUNDS.get(count, 2))
+        hne.tune(x)
 
         def way(setting: str, x: Tensor = x) -> Callable[[], Any]:
             def run() -> None:

@@ -233,6 +233,7 @@ class HierarchicalEnsemble(nn.Module):
         training: bool | None = None,
         loss: Callable[[Any], Tensor] | None = None,
         repeats: int = 7,
+        budget: float = 10.0,
     ) -> Tuning:
         """Measure the ways to run inputs like `x` on this machine and keep the fastest.
 
@@ -247,6 +248,8 @@ class HierarchicalEnsemble(nn.Module):
             training: tune a training step, forward and backward; by default the present mode.
             loss: of the leaf logits, for a training step; by default their mean square.
             repeats: rounds of each comparison, of which medians are compared.
+            budget: seconds of each comparison; after it no further round begins, however few there
+                were. There is one comparison per memory format and one per level.
 
         Returns:
             The plan chosen and every measurement in seconds; prints as a table.
@@ -259,7 +262,8 @@ class HierarchicalEnsemble(nn.Module):
         self.train(self.training if training is None else training)
         try:
             run = partial(self.run, x, self.leaves)
-            return tune(self, self._execution, run, x, loss=loss, repeats=repeats)
+            execution = self._execution
+            return tune(self, execution, run, x, loss=loss, repeats=repeats, budget=budget)
         finally:
             for module, mode in modes.items():
                 module.training = mode

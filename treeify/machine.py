@@ -61,20 +61,22 @@ def alternate(
     repeats: int = 15,
     budget: float = float("inf"),
     least: int = 3,
+    warm_up: bool = True,
 ) -> Times:
     """Time several actions in turns, so that a change of the machine's load meets all of them.
 
     Args:
-        actions: what to time, by name. Each runs once more beforehand, to warm up.
+        actions: what to time, by name.
         device: where they run.
         repeats: rounds at most.
         budget: seconds for all rounds; no new one starts after it.
         least: rounds at least, whatever they take.
+        warm_up: run each once beforehand, untimed.
 
     Returns:
         Seconds of every round, by name.
     """
-    for action in actions.values():
+    for action in actions.values() if warm_up else ():
         action()
     times: Times = {name: [] for name in actions}
     start = time.perf_counter()

@@ -34,6 +34,7 @@ def tune(
     *,
     loss: Callable[[Any], Tensor] | None = None,
     repeats: int = 7,
+    budget: float = 10.0,
 ) -> Tuning:
     """Measure the ways to run an ensemble, in its present mode, and keep the fastest.
 
@@ -49,13 +50,14 @@ def tune(
         x: images, `[N, C, H, W]`.
         loss: of the logits; by default their mean square.
         repeats: rounds of each comparison, of which medians are compared.
+        budget: seconds of each comparison; after it no further round begins.
 
     Raises:
         InputError: there are no images.
     """
     if x.numel() == 0:
         raise InputError("there is nothing to measure.", expected="at least one image")
-    contest = _Contest(model, execution.levels, run, x, loss or _mean_square, repeats)
+    contest = _Contest(model, execution.levels, run, x, loss or _mean_square, repeats, budget)
     # Parameters laid out anew in inference mode could never be trained again.
     with torch.inference_mode(False), _undisturbed(model) if model.training else torch.no_grad():
         plan = contest.run()
@@ -98,9 +100,10 @@ class _Contest:
         x: Tensor,
         loss: Callable[[Any], Tensor],
         repeats: int,
+        budget: float,
     ) -> None:
         self.model, self.levels, self.run_plan = model, levels, run
-        self.x, self.loss, self.repeats = x, loss, repeats
+        self.x, self.loss, self.repeats, self.budget = x, loss, repeats, budget
         self.seconds: dict[str, float] = {}
 
     def run(self) -> Plan:
@@ -150,7 +153,15 @@ class _Contest:
             name: actions[name] for name, times in rounds.items() if times[0] <= _HOPELESS * fastest
         }
         if len(promising) > 1:
-            rounds |= machine.alternate(promising, device, repeats=self.repeats)
+            further = machine.alternate(
+                *(promising, device),
+                repeats=self.repeats - 1,
+                budget=self.budget - sum(times[0] for times in rounds.values()),
+                least=0,
+                warm_up=False,
+            )
+            for name, times in further.items():
+                rounds[name] += times
         self.seconds |= {name: median(times) for name, times in rounds.items()}
 
     def _action(self, plan: Plan) -> Callable[[], None]:

@@ -112,6 +112,17 @@ def test_hopeless_plans_are_timed_once(clock: Callable) -> None:
     assert len(looped) == len(set(looped))
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (6.0, 1)])
+def test_no_round_begins_after_the_budget_of_a_comparison(
+    seconds: float, rounds: int, clock: Callable
+) -> None:
+    hne = small.ensemble()
+    timed = clock(lambda plan: seconds)
+    hne.tune(small.images(), repeats=4, budget=10.0)
+    comparisons = 2 + hne.tree.levels - 1
+    assert len(timed) == comparisons * 2 * rounds
+
+
 @pytest.mark.parametrize("training", [False, True, None])
 def test_tuning_changes_nothing_else(training: bool | None) -> None:
     hne, x = small.ensemble().train(), small.images(3)

@@ -112,6 +112,23 @@ def test_hopeless_plans_are_timed_once(clock: Callable) -> None:
     assert len(looped) == len(set(looped))
 
 
+def test_levels_that_only_seemed_faster_do_not_win(clock: Callable) -> None:
+    """A mixed plan has a fast first round, and is slow ever after."""
+    hne = small.ensemble()
+    seen: list[Plan] = []
+
+    def seconds(plan: Plan) -> float:
+        seen.append(plan)
+        if len(set(plan.ways[1:])) == 1:
+            return 1.0 if plan.ways[1] == "packed" else 1.2
+        return 0.9 if seen.count(plan) == 1 else 1.1
+
+    clock(seconds)
+    tuning = hne.tune(small.images(), repeats=1)
+    assert tuning.plan.ways == ("packed",) * 3
+    assert len(set(seen)) > 4  # the mixed ones were tried
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.001, 4), (6.0, 1)])
 def test_no_round_begins_after_the_budget_of_a_comparison(
     seconds: float, rounds: int, clock: Callable

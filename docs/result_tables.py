@@ -2,7 +2,8 @@
 
 `python docs/result_tables.py` after `treeify ablate` wrote new ones. A mark in a page,
 `<!-- FILE KIND -->`, says which: FILE is a results.json of `treeify ablate`, KIND is a score
-(accuracy, nll, calibration_error, logit_std), `training`, or `VARIANT minus others`.
+(accuracy, nll, calibration_error, logit_std), `training`, or `VARIANT minus others`; or FILE is a
+pattern of metrics.jsonl files named after variants, KIND is `LEAVES leaves`: that size by epochs.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 from treeify.ablation import cells, table
 
 FOLDER = Path(__file__).with_name("results")
-MARK = re.compile(r"(<!-- (\S+\.json) (.+?) -->\n)(?:\n\|[^\n]*(?:\n\|[^\n]*)*\n)?")
+MARK = re.compile(r"(<!-- (\S+\.jsonl?) (.+?) -->\n)(?:\n\|[^\n]*(?:\n\|[^\n]*)*\n)?")
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -52,9 +53,25 @@ def markdown(rows: Rows, kind: str) -> str:
     else:
         lines = scores(rows, "held_out", kind)
     sizes = [score["leaves"] for score in rows[0]["held_out"]]
-    head = ["leaves", *map(str, sizes)]
-    body = [[name, *values] for name, values in lines]
-    rule = ["---", *("---:" for _ in sizes)]
+    return _markdown(["leaves", *map(str, sizes)], [[name, *values] for name, values in lines])
+
+
+def curves(pattern: str, leaves: int) -> str:
+    """Held-out accuracy of so many leaves after every epoch, a row per variant."""
+    found: dict[str, dict[int, str]] = {}
+    for path in sorted(FOLDER.glob(pattern)):
+        epochs = found.setdefault(path.stem, {})
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            score = next(own for own in row["held_out"] if own["leaves"] == leaves)
+            epochs[row["epoch"]] = f"{score['accuracy']:.2f}"
+    columns = sorted({epoch for epochs in found.values() for epoch in epochs})
+    body = [[name, *(own.get(epoch, "") for epoch in columns)] for name, own in found.items()]
+    return _markdown(["epoch", *map(str, columns)], body)
+
+
+def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *("---:" for _ in head[1:])]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *body))
 
 
@@ -62,6 +79,9 @@ def updated(page: str) -> str:
     """A page with its tables written again."""
 
     def written(found: re.Match[str]) -> str:
+        size = found[3].removesuffix(" leaves")
+        if size != found[3]:
+            return f"{found[1]}\n{curves(found[2], int(size))}"
         rows = json.loads((FOLDER / found[2]).read_text(encoding="utf-8"))
         return f"{found[1]}\n{markdown(rows, found[3])}"
 

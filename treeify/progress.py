@@ -118,8 +118,9 @@ def flat(epoch: Epoch) -> dict[str, float]:
     found = {"loss": epoch.loss, "seconds": epoch.seconds, "waiting": epoch.waiting}
     for part in ("train", "held_out"):
         for score in getattr(epoch, part):
-            for name, value in asdict(score).items():
-                found[f"{part}/{name}/{score.leaves}"] = value
+            figures = asdict(score)
+            leaves = figures.pop("leaves")
+            found |= {f"{part}/{name}/{leaves}": value for name, value in figures.items()}
     return found
 
 

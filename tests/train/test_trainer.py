@@ -391,6 +391,7 @@ def test_trackers_are_told(recipe_file: Path) -> None:
     assert [own.step for own in accuracy] == [STEPS, 2 * STEPS]
     assert result.last is not None
     assert accuracy[-1].value == pytest.approx(result.last.held_out[-1].accuracy)
+    assert not [tag for tag in found.Tags()["scalars"] if "/leaves/" in tag]
 
 
 def test_the_commands_print_plain_tables(recipe_file: Path) -> None:

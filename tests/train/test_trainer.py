@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -378,6 +379,16 @@ def test_tuned_and_fixed_executions_train(recipe_file: Path) -> None:
     assert treeify.load(tuned.directory / "last").tunings == tuned.hne.tunings
     looped = train(load_recipe(recipe_file, ["execution=[packed, looped, looped]"])).plan
     assert looped.hne.execution == ("packed", "looped", "looped")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_is_the_same_but_for_rounding(recipe_file: Path) -> None:
+    plain = train(load_recipe(recipe_file, [])).last
+    result = train(load_recipe(recipe_file, ["compile=true"]))
+    assert plain is not None and result.last is not None
+    assert result.last.loss == pytest.approx(plain.loss, rel=1e-3)
+    assert treeify.load(result.plan.directory / "last").leaves == 4
 
 
 def test_trackers_are_told(recipe_file: Path) -> None:

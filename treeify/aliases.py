@@ -170,4 +170,4 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _place(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
-    return tensor.shape, tensor.stride(), tensor.storage_offset()
+    return tensor.shape, tensor.stride(), int(tensor.storage_offset())

@@ -11,10 +11,15 @@ from treeify import coverage
 from treeify.architecture import Architecture
 from treeify.parity import settle
 
+# One class in so many is run by default, all of them on CI.
+_BY_DEFAULT = 5
+
 
 def _cases() -> Iterator[object]:
-    for case in model_classes.CASES:
+    for position, case in enumerate(model_classes.CASES):
         marks = [pytest.mark.slow] if case.slow else []
+        if position % _BY_DEFAULT:
+            marks.append(pytest.mark.thorough)
         if case.gap is not None:
             marks.append(pytest.mark.xfail(reason=case.gap, strict=True))
         yield pytest.param(case, id=f"{case.network}-{case.name}", marks=marks)

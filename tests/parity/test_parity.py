@@ -10,8 +10,15 @@ from torch.testing import assert_close
 
 import treeify
 
+
+def _marks(case: zoo.Case) -> list[pytest.MarkDecorator]:
+    """Whole backbones take seconds each; thin and odd ones stand for them by default."""
+    whole = not str(case).startswith("odd-") and not str(case).endswith("-thin")
+    return [pytest.mark.slow] * case.slow + [pytest.mark.thorough] * whole
+
+
 CASES = [
-    pytest.param(case, shape, id=f"{case}-{shape}", marks=[pytest.mark.slow] * case.slow)
+    pytest.param(case, shape, id=f"{case}-{shape}", marks=_marks(case))
     for case in zoo.cases(slow=None)
     for shape in case.shapes
 ]
@@ -40,6 +47,7 @@ def test_every_leaf_equals_its_own_network(case: zoo.Case, shape: str) -> None:
     assert len(never_used) <= case.ungraded
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", zoo.cases(), ids=str)
 def test_the_base_model_is_untouched_and_copies_are_exact(case: zoo.Case) -> None:
     model = case.model().train()

@@ -38,6 +38,7 @@ def test_the_page_has_commands() -> None:
     assert any("ablate" in command for command in COMMANDS)
 
 
+@pytest.mark.thorough
 def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     digits = tmp_path / "recipes" / "digits_hne.yaml"

@@ -16,6 +16,7 @@ app = typer.Typer()
 app.command()(train)
 
 
+@pytest.mark.thorough
 def test_the_digits_recipe_reaches_its_accuracy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def dying(logits, target, tree):
 """
 
 
+@pytest.mark.thorough
 def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path) -> None:
     (tmp_path / "mortal.py").write_text(LOSS)
     file = runs.written(tmp_path, *EXACT)

@@ -84,9 +84,16 @@ MOMENTS = {
     "between last and best": ("files", "point", 6, False),
     "after the last step": ("trainer._Run", "_step", 2 * runs.STEPS, True),
 }
+MOMENTS_BY_DEFAULT = ("in a step", "in a save, not yet named")
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize(
+    "moment",
+    [
+        pytest.param(own, marks=[] if own in MOMENTS_BY_DEFAULT else [pytest.mark.thorough])
+        for own in MOMENTS
+    ],
+)
 def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path, moment: str) -> None:
     owner, name, count, after = MOMENTS[moment]
     script = KILLER.format(owner=owner, name=name, count=count, after=after)
@@ -333,6 +340,7 @@ def deadly(logits, target, tree):
 """
 
 
+@pytest.mark.thorough
 def test_a_dead_worker_ends_in_one_message(tmp_path: Path) -> None:
     runs.photos(tmp_path / "photos")
     (tmp_path / "mortal.py").write_text(DEADLY)

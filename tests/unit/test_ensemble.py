@@ -185,6 +185,7 @@ def test_mixed_precision() -> None:
 
 
 # Part of a level computes with views of parameters, and the compiler looks for their .grad.
+@pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_equals_eager() -> None:
     hne, x = small.ensemble(), small.images()

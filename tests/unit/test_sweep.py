@@ -124,6 +124,7 @@ def is_gone(process: int, seconds: float = 10) -> bool:
     return False
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT], ids=lambda end: end.name)
 def test_an_ended_sweep_leaves_no_process_and_goes_on_where_it_stopped(

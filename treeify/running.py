@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -93,6 +93,19 @@ def _number(value: Any) -> Any:
     return value if isinstance(value, int) else str(value)
 
 
+@contextmanager
+def _frozen(root: nn.Module) -> Iterator[None]:
+    """No parameter wants a gradient: counting FLOPs fails on some views of those that do."""
+    wanting = [parameter for parameter in root.parameters() if parameter.requires_grad]
+    try:
+        for parameter in wanting:
+            parameter.requires_grad = False
+        yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad = True
+
+
 @dataclass(frozen=True)
 class Running:
     """A model in one mode, to run graphs of.
@@ -122,7 +135,7 @@ class Running:
             root = root if device == "meta" else copy.deepcopy(root)
             shape = (batch, *self.example.shape[1:])
             images = torch.zeros(shape, dtype=self.example.dtype, device=device)
-            with in_mode(root, self.training), torch.no_grad():
+            with in_mode(root, self.training), torch.no_grad(), _frozen(root):
                 try:
                     return action(root, images)
                 except Exception as error:

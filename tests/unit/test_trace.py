@@ -284,6 +284,15 @@ def test_control_flow_of_gemma_is_opened() -> None:
     assert treeify.verify(hne, example).worst <= 1
 
 
+def test_a_learned_query_that_is_expanded_is_counted() -> None:
+    """timm's attention pooling: a view of a parameter goes into a module."""
+    model = timm.create_model("test_vit3", img_size=32, num_classes=3)
+    example = torch.rand(2, 3, 32, 32)
+    hne = treeify.hierarchicalize(model, ["blocks.1"], init="perturb", example_input=example)
+    assert all(parameter.requires_grad for parameter in hne.parameters())
+    assert treeify.verify(hne, example).worst <= 1
+
+
 def test_an_example_that_does_not_fit() -> None:
     with pytest.raises(InputError, match=r"does not run on an input of shape \[N, 1, 8, 8\]"):
         treeify.hierarchicalize(small.SmallNet(), 1, example_input=torch.zeros(1, 1, 8, 8))

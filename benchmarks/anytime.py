@@ -36,17 +36,6 @@ COLUMNS = (
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """So many threads, and as many as before afterwards."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
 def busy(wanted: bool) -> Iterator[None]:
     """Another process that computes all the time, if wanted."""
     if not wanted:
@@ -179,7 +168,7 @@ def main() -> None:
             latencies(report, case, count, options.budget)
         deadlines(report, case, options.budget, state="idle", load=False)
         deadlines(report, case, options.budget, state="one core busy", load=True)
-        with threads(1):
+        with machine.threads(1):
             state = "one core busy, one thread"
             deadlines(report, case, options.budget, state=state, load=True)
     report.show()

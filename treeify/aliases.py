@@ -1,7 +1,7 @@
 """Values of a graph that lie where another one does, so that changing one changes both.
 
 Which values may be such is read from the graph. Only if one of them is read after an in-place
-operation on another is the graph run, once, to see where in memory they lie.
+operation on another is the graph run, to see where in memory they lie.
 """
 
 from __future__ import annotations

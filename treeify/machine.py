@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from statistics import median
@@ -52,6 +53,17 @@ def timed(action: Callable[[], Any], device: torch.device) -> float:
     action()
     synchronize(device)
     return time.perf_counter() - start
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """Let PyTorch compute with so many threads, then with as many as before; None changes none."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def alternate(

@@ -274,7 +274,8 @@ def _macs(model: nn.Module, shape: Sequence[int]) -> int | None:
     """Multiply-accumulates per image of a model on the meta device; None if it does not run."""
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         try:
-            model.eval()(torch.zeros(1, *shape, device="meta"))
+            # Counting fails on some views of parameters that want gradients.
+            model.eval().requires_grad_(False)(torch.zeros(1, *shape, device="meta"))
         except Exception:  # the checks will tell what is wrong with it
             return None
     return int(counter.get_total_flops() // 2)

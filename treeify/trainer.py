@@ -20,7 +20,7 @@ from accelerate.utils import broadcast_object_list
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 
-from treeify import optimization, processes
+from treeify import machine, optimization, processes
 from treeify.api import hierarchicalize
 from treeify.architecture import Architecture
 from treeify.batches import (
@@ -99,7 +99,7 @@ def train(
         check_same(directory, recipe)
     else:
         directory = _chosen_directory(recipe, out or recipe.out, overwrite, state)
-    with _threads(recipe.threads), ExitStack() as held:
+    with machine.threads(recipe.threads), ExitStack() as held:
         if resume is not None and state.is_main_process:
             held.enter_context(locked(directory))
         with state.local_main_process_first():
@@ -498,13 +498,3 @@ def _newest(directory: RunDirectory, state: PartialState, reporter: Reporter) ->
         path = [directory.newest(reporter.warned)]
     broadcast_object_list(path)
     return None if path[0] is None else load_state(path[0])
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

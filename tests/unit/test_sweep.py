@@ -323,3 +323,14 @@ def test_wrong_shapes_are_noticed() -> None:
     hne.run = lambda *args: torch.empty(2, 5, 5, device="meta")  # type: ignore[method-assign]
     with pytest.raises(ParityError, match="does not have"):
         verify_shapes(hne, x)
+
+
+def test_the_rows_that_ship_have_the_macs_of_every_model() -> None:
+    rows = coverage.shipped().newest().values()
+    assert [row.name for row in rows if row.converted and not row.macs] == []
+
+
+def test_macs_are_counted_where_a_view_of_a_parameter_goes_into_a_layer() -> None:
+    told: dict[str, object] = {}
+    prove("test_vit3", "1", 8 * 10**9, told.update)
+    assert told["macs"] is not None

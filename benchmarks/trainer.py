@@ -1,24 +1,31 @@
 """What does the trainer cost beside the training step itself?
 
 `python benchmarks/trainer.py` trains with the CIFAR recipes' settings on random images that go
-through their augmentation, and with the digits recipe. After every step of the trainer a bare step
-runs: forward, loss, backward and SGD on a batch that is there already. `overhead_%` is what the
-trainer takes beyond it, loading aside; `waiting_%` the share of the training time spent waiting for
-images, measured in a run without bare steps.
+through their augmentation, and with the digits recipe. After every step of the trainer a step of a
+bare loop runs: the next batch of a loader of its own, forward, loss, backward and SGD.
+`overhead_%` is what the trainer's median step takes beyond the bare one's, with waiting for images
+left out of both; `waiting_%` the share of the training time spent waiting for images, measured in a
+run without bare steps.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
 
 import common
 import torch
 from PIL import Image
 
 from treeify import losses
+from treeify.batches import Batch, Order, training_loader
 from treeify.data.small import CIFAR100
 from treeify.data.source import Data, Transformed, augmentation, prepare
 from treeify.progress import Epoch, Plan, Reporter, Step
@@ -42,14 +49,37 @@ def random_images(*, count: int, classes: int = 100) -> Data:
     return Data(Transformed(examples, crop), held_out, names, "random images")
 
 
+class Timed:
+    """A loader that notes how long each of its batches was waited for, in seconds."""
+
+    def __init__(self, loader: Iterable[Batch]) -> None:
+        self.loader = loader
+        self.seconds: list[float] = []
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+        while True:
+            begin = time.perf_counter()
+            batch = next(batches, None)
+            self.seconds.append(time.perf_counter() - begin)
+            if batch is None:
+                return
+            yield batch
+
+
 class Bare(Reporter):
-    """Times the trainer's steps, and a bare one after each."""
+    """Times the trainer's steps, and a bare one after each; both without their loading."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.trainer: list[float] = []
         self.bare: list[float] = []
-        self.waiting = 0.0
+        self.loaders: list[Timed] = []
+
+    def loader(self, *args: Any, **options: Any) -> Timed:
+        """The trainer's, timed."""
+        self.loaders.append(Timed(training_loader(*args, **options)))
+        return self.loaders[-1]
 
     def started(self, plan: Plan) -> None:
         """Prepare a step of its own."""
@@ -61,25 +91,26 @@ class Bare(Reporter):
             momentum=rule.momentum,
             weight_decay=rule.weight_decay,
         )
-        count, shape = self.recipe.batch_size, plan.data.example().shape
-        self.images = torch.randn(count, *shape)
-        self.target = torch.zeros(count, dtype=torch.long)
+        order = Order(len(plan.data.train), self.recipe.batch_size, seed=1)  # type: ignore[arg-type]
+        loader = training_loader(plan.data, order)
+        self.batches = (batch for _ in itertools.count() for batch in loader)
         self.since = time.perf_counter()
 
     def stepped(self, step: Step) -> None:
         """One step is done."""
-        now = time.perf_counter()
-        self.trainer.append(now - self.since)
+        self.trainer.append(time.perf_counter() - self.since - self.loaders[0].seconds[-1])
+        images, target, _ = next(self.batches)
+        begin = time.perf_counter()
         self.optimizer.zero_grad()
-        logits = self.hne(self.images)
-        losses.hierarchical_distillation(logits, self.target, self.hne.tree).backward()  # type: ignore[no-untyped-call]
+        logits = self.hne(images)
+        losses.hierarchical_distillation(logits, target, self.hne.tree).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.since = time.perf_counter()
-        self.bare.append(self.since - now)
+        self.bare.append(self.since - begin)
 
     def finished_epoch(self, epoch: Epoch) -> None:
-        """Seconds spent waiting, of all of them."""
-        self.waiting = epoch.waiting * sum((*self.trainer, *self.bare))
+        """The next one's first step begins."""
+        self.since = time.perf_counter()
 
 
 class Waiting(Reporter):
@@ -92,34 +123,35 @@ class Waiting(Reporter):
         self.share = epoch.waiting
 
 
-def measure(report: common.Report, name: str, file: str, steps: int, workers: int) -> None:
-    """One row."""
+def measure(report: common.Report, name: str, file: str, length: int, workers: int) -> None:
+    """One row, of so many steps of a CIFAR recipe or epochs of a small one."""
     if not report.wanted(name):
         return
-    common_settings = ["schedule.epochs=1", "tune=false", "threads=null"]
-    recipe = load_recipe(RECIPES / file, common_settings)
+    settings = ["tune=false", "threads=null"]
     if file.startswith("cifar"):
-        count = steps * recipe.batch_size
-        data = ["data.name=trainer:random_images", f"data.count={count}"]
-        recipe = load_recipe(RECIPES / file, [*common_settings, *data])
+        count = length * load_recipe(RECIPES / file, []).batch_size
+        settings += ["data.name=trainer:random_images", f"data.count={count}", "schedule.epochs=1"]
+    else:
+        settings += [f"schedule.epochs={length}"]
+    recipe = load_recipe(RECIPES / file, settings)
     alone = recipe.model_copy(update={"workers": 0})
     beside = recipe.model_copy(update={"workers": workers})
     bare, waiting = Bare(alone), Waiting()
     with tempfile.TemporaryDirectory() as folder:
-        train(alone, out=Path(folder) / "bare", reporter=bare)
+        with mock.patch("treeify.trainer.training_loader", bare.loader):
+            train(alone, out=Path(folder) / "bare", reporter=bare)
         train(beside, out=Path(folder) / "waiting", reporter=waiting)
     # The first step warms both up.
-    computing = sum(bare.trainer[1:]) - bare.waiting * (len(bare.bare) - 1) / len(bare.bare)
+    times = {"trainer": bare.trainer[1:], "bare": bare.bare[1:]}
     report.add(
         name,
-        trainer=common.milliseconds(bare.trainer[1:]),
-        bare=common.milliseconds(bare.bare[1:]),
+        **{way: common.milliseconds(seconds) for way, seconds in times.items()},
         **{
-            "overhead_%": 100 * (computing / sum(bare.bare[1:]) - 1),
+            "overhead_%": 100 * (median(times["trainer"]) / median(times["bare"]) - 1),
             "waiting_%": 100 * waiting.share,
         },
         workers=workers,
-        seconds={"trainer": common.spread(bare.trainer[1:]), "bare": common.spread(bare.bare[1:])},
+        seconds={way: common.spread(seconds) for way, seconds in times.items()},
     )
 
 
@@ -128,7 +160,7 @@ def main() -> None:
     options = common.arguments(__doc__ or "").parse_args()
     common.prepare()
     report = common.Report("trainer", COLUMNS, options)
-    measure(report, "digits_hne", "digits_hne.yaml", 22, 0)
+    measure(report, "digits_hne", "digits_hne.yaml", 5, 0)
     measure(report, "cifar_resnet_hne_small", "cifar_resnet_hne_small.yaml", 12, 1)
     measure(report, "cifar_resnet_hne", "cifar_resnet_hne.yaml", 12, 1)
     report.show()

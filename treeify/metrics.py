@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ Batch = tuple[Any, ...]
 
 # Of the calibration error, by confidence from 0 to 1; as many as Guo et al., ICML 2017, take.
 _BINS = 15
+
+# Logits of batches that are counted together: with fewer, calling takes longer than computing.
+_TOGETHER = 2**17
 
 
 @dataclass(frozen=True)
@@ -83,12 +87,20 @@ def logit_std(logits: Tensor, tree: Tree) -> Tensor:
 
     Source: Ruiz & Verbeek, AAAI 2021, section 4 (figures 3 and 9).
     """
-    sizes = tree.nested_sizes
-    return torch.stack([logits[:, :n].std(1, correction=0).mean(-1) for n in sizes], dim=1)
+    return _logit_std(logits, nested_logits(logits, tree), tree)
 
 
 def _correct(nested: Tensor, target: Tensor) -> Tensor:
     return nested.argmax(-1) == target[:, None]
+
+
+def _logit_std(logits: Tensor, nested: Tensor, tree: Tree) -> Tensor:
+    # Not `Tensor.std`: over few leaves it takes up to ten times as long.
+    apart = [
+        (logits[:, :size] - nested[:, index, None]).square().mean(1).sqrt().mean(-1)
+        for index, size in enumerate(tree.nested_sizes)
+    ]
+    return torch.stack(apart, dim=1)
 
 
 def _nll(nested: Tensor, target: Tensor) -> Tensor:
@@ -98,6 +110,8 @@ def _nll(nested: Tensor, target: Tensor) -> Tensor:
 
 class Scores:
     """Running totals of every nested sub-ensemble's scores over batches.
+
+    Small batches are counted several at a time, with the same outcome to the last bit.
 
     Args:
         tree: the shape the leaves belong to.
@@ -116,42 +130,60 @@ class Scores:
             "bin_confidence": (sizes, _BINS),
             "bin_correct": (sizes, _BINS),
         }
-        self.totals = {
-            name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()
+        numbers = [prod(shape) for shape in shapes.values()]
+        self._sums = torch.zeros(sum(numbers), dtype=torch.float64)
+        self._totals = {
+            name: own.view(shape)
+            for (name, shape), own in zip(shapes.items(), self._sums.split(numbers), strict=True)
         }
+        self._uncounted: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def totals(self) -> dict[str, Tensor]:
+        """Sums over all images, by name."""
+        self._count()
+        return self._totals
 
     @property
     def images(self) -> int:
-        """How many were counted."""
-        return int(self.totals["images"])
+        """How many were added."""
+        return int(self._totals["images"]) + sum(len(target) for _, target in self._uncounted)
 
     def add(self, logits: Tensor, target: Tensor) -> None:
-        """Count a batch of leaf logits [N, L, K] with classes [N]."""
-        logits = logits.detach().float()
+        """Take in a batch of leaf logits [N, L, K] with classes [N]."""
+        self._uncounted.append((logits.detach().float(), target))
+        if sum(own.numel() for own, _ in self._uncounted) >= _TOGETHER:
+            self._count()
+
+    def _count(self) -> None:
+        """Bring the totals up to date."""
+        if not self._uncounted:
+            return
+        batches = [len(target) for _, target in self._uncounted]
+        logits, target = map(torch.cat, zip(*self._uncounted, strict=True))
+        self._uncounted = []
         nested = nested_logits(logits, self.tree)
         confidence = nested.softmax(-1).amax(-1)
         right = _correct(nested, target).float()
-        bins = F.one_hot((confidence * _BINS).long().clamp(max=_BINS - 1), _BINS).float()
-        found = {
-            "images": torch.full((), len(target), device=logits.device),
-            "correct": right.sum(0),
-            "nll": _nll(nested, target).sum(0),
-            "std": logit_std(logits, self.tree).sum(0),
-            "leaf_correct": (logits.argmax(-1) == target[:, None]).sum(0),
-            "bin_images": bins.sum(0),
-            "bin_confidence": (bins * confidence[..., None]).sum(0),
-            "bin_correct": (bins * right[..., None]).sum(0),
-        }
-        # In one piece, for which a GPU is waited for once; not every device has doubles.
-        values = torch.cat([found[name].flatten().float() for name in self.totals]).cpu().double()
-        sizes = [total.numel() for total in self.totals.values()]
-        for total, own in zip(self.totals.values(), torch.split(values, sizes), strict=True):
-            total += own.view(total.shape)
+        every = torch.ones_like(right)
+        bins = F.one_hot((confidence * _BINS).long().clamp(max=_BINS - 1), _BINS)
+        binned = torch.stack([every, confidence, right], dim=1)[..., None] * bins[:, None]
+        # Of each image, in the order of the totals.
+        found = (
+            every[:, :1],
+            *(right, _nll(nested, target), _logit_std(logits, nested, self.tree)),
+            (logits.argmax(-1) == target[:, None]).float(),
+            binned.flatten(1),
+        )
+        # A GPU is waited for once; not every device has doubles.
+        sums = torch.stack([own.sum(0) for own in torch.cat(found, dim=1).split(batches)])
+        for own in sums.cpu().double():
+            self._sums += own
 
     @property
     def accuracy(self) -> float:
-        """Of all leaves so far, in percent; not a number before the first image."""
-        return float(100 * self.totals["correct"][-1] / self.totals["images"])
+        """Of all leaves so far, in percent, up to the last images counted; not a number before."""
+        return float(100 * self._totals["correct"][-1] / self._totals["images"])
 
     def take(self, totals: Mapping[str, Tensor]) -> None:
         """Go on from totals noted before."""

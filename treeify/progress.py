@@ -21,7 +21,8 @@ class Step:
         epoch: it belongs to, from 1.
         step: number in its epoch, from 1.
         loss: of its batch.
-        accuracy: of all leaves on this epoch's training images so far, in percent; of this process.
+        accuracy: of all leaves on this epoch's training images, in percent; of this process. Small
+            batches are counted several at a time; not a number before the first are.
         lr: learning rate it used.
     """
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -86,6 +88,27 @@ def test_uneven_batches_give_the_scores_of_the_whole() -> None:
     assert_close(torch.tensor([s.accuracy for s in result], dtype=torch.float64), accuracy)
     expected = nll(logits, target, TREE).double().mean(0)
     assert_close(torch.tensor([score.nll for score in result], dtype=torch.float64), expected)
+
+
+def test_batches_counted_together_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = examples(600)
+    parts = (slice(0, 64), slice(64, 65), slice(65, 300), slice(300, 600))
+
+    def totals(together: int) -> tuple[dict[str, torch.Tensor], list[float]]:
+        monkeypatch.setattr("treeify.metrics._TOGETHER", together)
+        scores, seen = Scores(TREE), []
+        for part in parts:
+            scores.add(logits[part], target[part])
+            seen.append(scores.accuracy)
+        assert scores.images == 600
+        return scores.totals, seen
+
+    one_by_one, seen = totals(1)
+    together, unseen = totals(10**9)
+    assert not any(map(math.isnan, seen))
+    assert all(map(math.isnan, unseen))
+    for name, total in one_by_one.items():
+        assert torch.equal(total, together[name]), name
 
 
 def test_accuracy_is_in_percent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -143,12 +144,13 @@ class _Display(Reporter):
 
     def stepped(self, step: Step) -> None:
         assert self.task is not None
+        accuracy = "-" if math.isnan(step.accuracy) else f"{step.accuracy:.1f} %"
         self.progress.update(
             self.task,
             advance=1,
             epoch=step.epoch,
             loss=f"{step.loss:.2f}",
-            accuracy=f"train {step.accuracy:.1f} %, held out {self.held_out}",
+            accuracy=f"train {accuracy}, held out {self.held_out}",
         )
 
     def finished_epoch(self, epoch: Epoch) -> None:

@@ -213,7 +213,9 @@ class _Run:
         optimizer = optimization.optimizer(recipe.optimizer, hne)
         self.scheduler = optimization.scheduler(recipe.schedule, optimizer, self.steps)
         self.model = self.accelerator.prepare_model(hne)
-        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
+        # Only a gradient scaler needs the wrapper, which searches for packages in every step.
+        scaled = self.accelerator.scaler is not None
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer) if scaled else optimizer
         self.is_synced = recipe.sync_batch_norm and is_distributed()
         self.step = self.epochs = 0
         self.best: str | None = None

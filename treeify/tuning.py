@@ -22,8 +22,10 @@ _log = logging.getLogger(__name__)
 
 # A challenger this much slower in its first round is not measured again.
 _HOPELESS = 1.3
-# A change of one level must gain this much, since each is measured with noise.
+# A change of one level must gain this much, since each is measured with noise; and this much where
+# there was time for one or two rounds only.
 _GAIN = 0.98
+_GAIN_OF_FEW = 0.93
 
 
 def tune(
@@ -140,8 +142,8 @@ class _Contest:
 
     def _better(self, best: Plan, other: Plan) -> Plan:
         """The other plan if it is faster by enough, measured in turns."""
-        self._measure([best, other])
-        return other if self._time(other) < _GAIN * self._time(best) else best
+        gain = _GAIN if self._measure([best, other]) > 2 else _GAIN_OF_FEW
+        return other if self._time(other) < gain * self._time(best) else best
 
     def _lay_out(self, plan: Plan) -> None:
         """Give the parameters the plan's memory format."""
@@ -149,8 +151,8 @@ class _Contest:
             wanted = torch.channels_last if plan.channels_last else torch.contiguous_format
             self.model.to(memory_format=wanted)
 
-    def _measure(self, plans: list[Plan]) -> None:
-        """Record the median time of each plan, measured in turns."""
+    def _measure(self, plans: list[Plan]) -> int:
+        """Record the median time of each plan, measured in turns; rounds there was time for."""
         device = self.x.device
         actions = {str(plan): self._action(plan) for plan in plans}
         rounds = machine.alternate(actions, device, repeats=1, warm_up=False)
@@ -172,6 +174,7 @@ class _Contest:
             for name, times in further.items():
                 rounds[name] += times
         self.seconds |= {name: median(times) for name, times in rounds.items()}
+        return max(map(len, rounds.values()))
 
     def _action(self, plan: Plan) -> Callable[[], None]:
         def infer() -> None:

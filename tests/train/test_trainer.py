@@ -405,6 +405,22 @@ def test_trackers_are_told(recipe_file: Path) -> None:
     assert not [tag for tag in found.Tags()["scalars"] if "/leaves/" in tag]
 
 
+def test_weights_and_biases_is_told(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    for name, value in {"MODE": "offline", "DIR": str(tmp_path), "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    result = train(load_recipe(recipe_file, ["trackers=[wandb]"]))
+    (log,) = tmp_path.rglob("run-*.wandb")
+    told = log.read_bytes()
+    assert result.last is not None
+    for score in result.last.held_out:
+        assert f"held_out/nll/{score.leaves}".encode() in told
+        assert str(score.nll).encode() in told
+    assert b"tiny" in told
+
+
 def test_the_commands_print_plain_tables(recipe_file: Path) -> None:
     runner = CliRunner()
     trained = runner.invoke(app, ["train", str(recipe_file), "schedule.epochs=1", "--out", "here"])

@@ -141,6 +141,14 @@ def test_no_round_begins_after_the_budget_of_a_comparison(
     assert len(timed) == comparisons * 2 * rounds
 
 
+@pytest.mark.parametrize(("repeats", "wins"), [(1, False), (3, True)])
+def test_few_rounds_have_to_show_a_larger_gain(repeats: int, wins: bool, clock: Callable) -> None:
+    hne = small.ensemble()
+    target = Plan(("packed", "packed", "looped"), channels_last=True)
+    clock(lambda plan: 0.95 if plan.ways == target.ways else 1.0 + plan.ways.count("looped"))
+    assert (hne.tune(small.images(), repeats=repeats).plan.ways == target.ways) is wins
+
+
 @pytest.mark.parametrize("training", [False, True, None])
 def test_tuning_changes_nothing_else(training: bool | None) -> None:
     hne, x = small.ensemble().train(), small.images(3)

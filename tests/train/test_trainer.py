@@ -415,9 +415,9 @@ def test_weights_and_biases_is_told(
     (log,) = tmp_path.rglob("run-*.wandb")
     told = log.read_bytes()
     assert result.last is not None
-    for score in result.last.held_out:
-        assert f"held_out/nll/{score.leaves}".encode() in told
-        assert str(score.nll).encode() in told
+    for own in result.last.held_out:
+        assert f"held_out/nll/{own.leaves}".encode() in told
+        assert str(own.nll).encode() in told
     assert b"tiny" in told
 
 

@@ -418,7 +418,6 @@ def test_weights_and_biases_is_told(
     for own in result.last.held_out:
         assert f"held_out/nll/{own.leaves}".encode() in told
         assert str(own.nll).encode() in told
-    assert b"tiny" in told
 
 
 def test_the_commands_print_plain_tables(recipe_file: Path) -> None:

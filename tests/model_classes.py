@@ -1,4 +1,4 @@
-"""The smallest model of every class of timm and torchvision, shallower where its builder can.
+"""The smallest model of every class of timm and torchvision, shallower or narrower where it can be.
 
 Found by building every name on the meta device; `test_classes.py` holds it against the rows of
 `treeify verify`.
@@ -99,8 +99,13 @@ CASES = (
     Case("MetaNeXt", "inception_next_atto", options={"depths": [1, 1, 1]}),
     Case("MlpMixer", "gmlp_ti16_224", options={"img_size": 64}),
     Case("MobileNetV3", "lcnet_035"),
-    Case("MobileNetV5", "mobilenetv5_base", slow=True),
-    Case("MobileNetV5Encoder", "mobilenetv5_300m_enc", slow=True),
+    Case("MobileNetV5", "mobilenetv5_base", options={"channel_multiplier": 0.25}, slow=True),
+    Case(
+        "MobileNetV5Encoder",
+        "mobilenetv5_300m_enc",
+        options={"channel_multiplier": 0.1},
+        slow=True,
+    ),
     Case("MultiScaleVit", "mvitv2_tiny"),
     Case("NASNetALarge", "nasnetalarge", slow=True),
     Case("NaFlexVit", "naflexvit_base_patch16_parfac_gap", options={"depth": 2}),

@@ -224,6 +224,8 @@ def deviation(actual: Any, expected: Any) -> float:
 def _largest(one: Tensor, other: Tensor) -> float:
     """The largest of the elements' deviations."""
     one, other = one.detach(), other.detach()
+    if one.is_complex() or other.is_complex():
+        one, other = (torch.view_as_real(own.to(torch.complex128)) for own in (one, other))
     if other.dtype not in (torch.float32, torch.float64):
         one, other = one.double(), other.double()
     tolerance = other.abs().mul_(RTOL).add_(ATOL)

@@ -22,6 +22,13 @@ def test_it_is_the_largest_error_over_its_tolerance(dtype: torch.dtype) -> None:
     assert deviation(expected, expected.clone()) == 0
 
 
+def test_complex_numbers_deviate_in_both_parts() -> None:
+    expected = torch.tensor([1 + 2j, 3 - 1j])
+    assert deviation(expected.clone(), expected) == 0
+    assert deviation(expected + 0.5j, expected) == pytest.approx(0.5 / (ATOL + RTOL), rel=1e-5)
+    assert deviation(expected.real, expected) > 1
+
+
 @pytest.mark.parametrize(
     ("actual", "expected", "found"),
     [

@@ -389,6 +389,49 @@ def test_a_part_of_what_is_changed_in_place_must_not_be_read_later(case: str) ->
         treeify.hierarchicalize(Aliasing(case), ["body"], example_input=small.EXAMPLE)
 
 
+class RunningMean(small.SmallNet):
+    """Updates a buffer in place, several times in one statement."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.seen.mul_(0.9).add_(x.detach().mean((0, 2, 3))[:, None, None], alpha=0.1)
+        return super().forward(x - self.seen)
+
+
+@pytest.mark.parametrize("splits", [["stem"], ["stage1"]])
+def test_buffers_may_be_changed_several_times_in_one_statement(splits: list[str]) -> None:
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(
+        RunningMean(), splits, init="perturb", example_input=small.EXAMPLE
+    )
+    assert treeify.verify(hne, small.images(2) + 1).worst <= 1
+    hne.train()(small.images(2) + 1)
+    assert hne.get_buffer("seen").abs().min() > 0
+
+
+class Shared(nn.Module):
+    """Computes with the number of images: `[N, 3, 8, 8] -> [N, 5]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.stem(x).flatten(2).transpose(1, 2))
+        return self.head((x / x.shape[0] + 0.1 * x.size(0)).mean(1))
+
+
+def test_the_number_of_images_is_that_of_one_network() -> None:
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(Shared(), ["norm"], init="perturb", example_input=small.EXAMPLE)
+    assert treeify.verify(hne, small.images(3)).worst <= 1
+
+
 def test_arguments_with_defaults_keep_them() -> None:
     class Optional(small.SmallNet):
         def forward(self, x: Tensor, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:

@@ -148,7 +148,15 @@ class HierarchicalEnsemble(nn.Module):
             self._programs[True].nodes,
             (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced)),
         )
+        # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
+        traced.skeleton.train(True)
+        self._evaluating = [path for path, own in _named(traced.skeleton) if not own.training]
+        traced.skeleton.train(False)
         self.train(like.training)
+        modules = dict(_named(self))
+        for path, own in _named(like):
+            if path in modules:
+                modules[path].training = own.training
 
     def fill(self, source: Callable[[int], State], *, by_leaf: bool = False) -> None:
         """Fill the packed tensors, uninitialised so far; see `treeify.initialize.pack_states`."""
@@ -190,10 +198,13 @@ class HierarchicalEnsemble(nn.Module):
         return self.run(x, count, self.plan(x))
 
     def train(self, mode: bool = True) -> HierarchicalEnsemble:
-        """Training mode, or evaluation mode; see `torch.nn.Module.train`."""
+        """Training or evaluation mode, but for modules that the base's own `train` leaves alone."""
         if mode:
             self._fused.forget()
-        return super().train(mode)
+        super().train(mode)
+        for path in self._evaluating:
+            self.get_submodule(path).training = False
+        return self
 
     def run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
         """Logits of the first `leaves` leaves by a plan of one's own, as `forward` gives them."""
@@ -552,6 +563,10 @@ def _shared_buffers(
     return tuple(sorted(keys))
 
 
+def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return list(model.named_modules(remove_duplicate=False))
+
+
 def _notes(shared_buffers: Sequence[str]) -> tuple[str, ...]:
     if not shared_buffers:
         return ()
@@ -565,6 +580,8 @@ def _tracing_notes(traced: Traced) -> Iterator[str]:
     if traced.one_size:
         size = " x ".join(map(str, traced.example[1:]))
         yield f"takes images of {size} alone, since what the model does depends on their size"
+    if traced.fixed:
+        yield "does what these buffers said when it was converted: " + ", ".join(traced.fixed)
     for path, reason in traced.unopened.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"

@@ -182,7 +182,9 @@ def stems_from_state(node: fx.Node) -> bool:
 def _looks_into(node: fx.Node) -> fx.Node | None:
     """The value a node is a view of, or gives back after changing it, if any."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    gives_back = name in VIEWS or (name.endswith("_") and not name.endswith("__"))
+    in_place = name.endswith("_") and not name.endswith("__")
+    data = node.target is getattr and node.args[1] == "data"
+    gives_back = name in VIEWS or name == "detach" or in_place or data
     is_view = node.op in ("call_method", "call_function") and gives_back
     source = node.args[0] if is_view and node.args else None
     return source if isinstance(source, fx.Node) else None

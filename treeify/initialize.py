@@ -195,7 +195,9 @@ def _reset_method(module: nn.Module) -> Callable[[], None] | None:
 
 def _perturb(tensor: Tensor) -> Tensor:
     """Add noise in place."""
-    if tensor.is_floating_point():
+    if tensor.is_complex():
+        _perturb(torch.view_as_real(tensor))
+    elif tensor.is_floating_point():
         size = tensor.square().mean().sqrt() * PERTURBATION
         noise = torch.randn(tensor.shape, dtype=torch.float32)
         tensor.add_(noise.to(tensor.device, tensor.dtype) * size)

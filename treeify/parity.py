@@ -261,6 +261,7 @@ def _every_plan(hne: HierarchicalEnsemble) -> list[Plan]:
     return [Plan((way,) * levels, fuse=fuse) for way in WAYS for fuse in (False, True)]
 
 
+@torch.enable_grad()
 def _train_parity(
     pristine: HierarchicalEnsemble, x: Tensor, ungraded: list[str]
 ) -> dict[str, float]:
@@ -303,8 +304,14 @@ def _first(value: Any, size: int) -> Any:
 
 
 def _scalar(value: Any, weights: list[Tensor]) -> Tensor:
-    """A weighted sum of all outputs; draws the weights where they are missing."""
-    outputs = _tensors(value)
+    """A weighted sum of the outputs with gradients; draws the weights where they are missing."""
+    outputs = [output for output in _tensors(value) if output.requires_grad]
+    if not outputs:
+        raise ParityError(
+            "no output has a gradient, so that training cannot be checked.",
+            expected="an output that depends on the parameters by differentiable operations",
+            next_step="Check outputs alone: treeify.parity.verify_outputs(hne, x).",
+        )
     if not weights:
         weights.extend(torch.randn_like(output) for output in outputs)
     return torch.stack(

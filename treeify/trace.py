@@ -8,6 +8,7 @@ produces (found by running the graph at two batch sizes on the meta device) and 
 from __future__ import annotations
 
 import copy
+import inspect
 import operator
 from collections import Counter
 from collections.abc import Mapping
@@ -93,6 +94,7 @@ class Traced:
         unopened: modules whose insides stopped the tracer, each run as one call, and what did it.
         one_size: whether images must have the example's height and width, since what the model does
             depends on them.
+        fixed: buffers that decide what the model does, with their present values.
     """
 
     skeleton: nn.Module
@@ -101,6 +103,7 @@ class Traced:
     constants: Mapping[str, Any]
     unopened: Mapping[str, str]
     one_size: bool = False
+    fixed: tuple[str, ...] = ()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Itself: nothing ever changes it, so copies of an ensemble share it."""
@@ -131,20 +134,33 @@ def trace(
         TraceError: the model's own forward cannot be traced; names the line that stopped it.
         InputError: the model does not run on the example's shape.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         private = _private_copy(model)
         skeleton = _on_meta(private)
         sizes = Sizes(private, skeleton, tuple(example.shape[1:]))
-        graphs, unopened, one_size = trace_modes(private, leaf_types, sizes)
+        graphs, unopened, limits = trace_modes(private, leaf_types, sizes)
         constants: dict[str, Any] = {}
         for training, graph in graphs.items():
+            _give_by_position(graph, private)
             running = Running(private, skeleton, example, training)
             aliases = Aliases(private, partial(running.values, graph))
             functionalize(graph, private, aliases)
             _annotate(graph, running, aliases)
             graph.lint()
             constants |= _constants(graph, private)
-    return Traced(skeleton, graphs, tuple(example.shape[1:]), constants, unopened, one_size)
+    shape = tuple(example.shape[1:])
+    return Traced(skeleton, graphs, shape, constants, unopened, limits.one_size, limits.fixed)
+
+
+def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
+    """Let modules be called with their first argument in its place, as `module(input=x)` is not."""
+    for node in graph.nodes:
+        if node.op == "call_module" and not node.args and node.kwargs:
+            forward = inspect.signature(root.get_submodule(str(node.target)).forward)
+            first = next(iter(forward.parameters))
+            if first in node.kwargs:
+                node.args = (node.kwargs[first],)
+                node.kwargs = {key: own for key, own in node.kwargs.items() if key != first}
 
 
 def _private_copy(model: nn.Module) -> nn.Module:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import inspect
 import operator
 import traceback
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
-from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +22,9 @@ from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from treeify import unseen
 from treeify.errors import TraceError
+from treeify.unseen import StateError, Watch, closed_functions, contexts, has_gradient
 
 # How many images what depends on their number is told apart with.
 BATCHES = (2, 3)
@@ -85,7 +86,7 @@ class Sizes:
     def of(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
         """Both shapes of a node's output; None if it is no tensor or cannot be computed."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 found = [self._value(node, run) for run in range(len(BATCHES))]
         except Exception:  # whatever a library raises for what the meta device cannot do
             return None
@@ -126,13 +127,14 @@ class _Tracer(fx.Tracer):
         leaf_types: frozenset[type[nn.Module]],
         unopened: Collection[str],
         sizes: Sizes | None,
-        *,
-        proxy_buffers: bool,
+        fixed: Collection[int],
     ) -> None:
         timm_fx: Any = timm_registry  # has no annotations
         functions = tuple(fn for fn in timm_fx.get_notrace_functions() if callable(fn))
         super().__init__(autowrap_functions=functions)
-        self.proxy_buffer_attributes = proxy_buffers
+        self.proxy_buffer_attributes = True
+        self._fixed = fixed
+        self._contexts = contexts()
         # timm marks some of its own modules for the sake of other tracers; yours are left alone.
         marked = (own for own in timm_fx.get_notrace_modules() if own.__module__[:5] != "timm.")
         self._leaf_types = leaf_types.union(marked)
@@ -153,9 +155,18 @@ class _Tracer(fx.Tracer):
         return super().proxy(node) if found is None else _Sized(node, self, *found)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if self._running:
+        if self._running or id(attr_val) in self._fixed:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **named: Any) -> fx.Node:
+        grad, casts = contexts()
+        node = super().create_node(kind, target, args, *rest, **named)
+        was_grad, were_casts = self._contexts
+        # What no gradient would reach may be computed without.
+        if casts != were_casts or (grad != was_grad and has_gradient(node, self.root)):
+            raise TraceError("it switches gradients or autocast, which no graph shows")
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         known = type(m) in self._leaf_types or module_qualified_name in self._unopened
@@ -166,24 +177,28 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if self._running:
             return forward(*args, **kwargs)
+        watch = Watch(m)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            watch.check()
+            return result
         except Exception:
-            self.stopped_in = self.stopped_in or self.path_of_module(m)
+            path = self.path_of_module(m)
+            if not self.is_leaf_module(m, path):
+                self.stopped_in = self.stopped_in or path
             raise
 
 
 @contextmanager
 def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put every module in one mode; then undo that and what passes leave behind, such as caches."""
+    """Put a model in one mode; then undo that and what passes leave behind, such as caches."""
     tables = ("_parameters", "_buffers", "_modules")
     before = [
         (module, {**vars(module), **{table: dict(vars(module)[table]) for table in tables}})
         for module in model.modules()
     ]
     try:
-        for module, _ in before:
-            module.training = training
+        model.train(training)
         yield
     finally:
         found = {name: value for name, value in vars(model).items() if name.startswith(_CONSTANT)}
@@ -222,11 +237,11 @@ def _recorded_factories() -> Iterator[None]:
 
 def trace_modes(
     private: nn.Module, leaf_types: frozenset[type[nn.Module]], sizes: Sizes
-) -> tuple[dict[bool, fx.Graph], dict[str, str], bool]:
+) -> tuple[dict[bool, fx.Graph], dict[str, str], Limits]:
     """Both modes' graphs.
 
-    Also the modules that had to stay closed, in either, with the reason; and whether either graph
-    is for images of the given size alone.
+    Also the modules that had to stay closed, in either, with the reason; and what both graphs are
+    limited to.
     """
     unopened: dict[str, str] = {}
     while True:
@@ -237,7 +252,22 @@ def trace_modes(
         }
         if len(unopened) == before:
             graphs = {training: graph for training, (graph, _) in found.items()}
-            return graphs, unopened, any(one_size for _, one_size in found.values())
+            limits = [own for _, own in found.values()]
+            fixed = sorted({name for own in limits for name in own.fixed})
+            return graphs, unopened, Limits(any(own.one_size for own in limits), tuple(fixed))
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What holds beyond the graph's own inputs.
+
+    Args:
+        one_size: the graph is for images of the given size alone.
+        fixed: buffers whose present values decide what the model does.
+    """
+
+    one_size: bool
+    fixed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -257,7 +287,7 @@ class _Stop:
     @property
     def reason(self) -> str:
         """What ended it, for the report."""
-        if self.error.__traceback__ is None:
+        if isinstance(self.error, TraceError):
             return str(self.error)
         return f"{type(self.error).__name__} at {_user_line(self.error)}"
 
@@ -268,59 +298,115 @@ def _trace_mode(
     leaf_types: frozenset[type[nn.Module]],
     unopened: dict[str, str],
     sizes: Sizes,
-) -> tuple[fx.Graph, bool]:
-    """One mode's graph, and whether it is for one size; what stops the tracer is left closed."""
+) -> tuple[fx.Graph, Limits]:
+    """One mode's graph, and what it is limited to; what stops the tracer is left closed."""
     while True:
-        # Buffers seen as graph values keep their in-place updates; a model that branches on a
-        # buffer (a counter, a flag) can only be traced with its present value: the second try. One
-        # that branches on sizes can only be traced with those of the example's images.
+        # A model that branches on sizes can only be traced with those of the example's images.
         stops: list[_Stop] = []
-        buffers = {id(buffer) for buffer in private.buffers()}
-        for known, proxy_buffers in product((None, sizes), (True, False)):
-            tracer = _Tracer(leaf_types, unopened, known, proxy_buffers=proxy_buffers)
-            with sizes.mode(training), _recorded_factories():
-                try:
-                    graph = tracer.trace(private, concrete_args=_defaults(private))
-                except Exception as error:
-                    stops.append(_Stop(len(tracer.graph.nodes), tracer.stopped_in, error))
-                    continue
-                assigned = _assigned(private, buffers)
-                if assigned is None:
-                    return graph, known is not None
-                path, name = assigned
-                problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
-                stops = [_Stop(len(tracer.graph.nodes), path, problem)]
-                break
+        for known in (None, sizes):
+            found = _try(private, training, leaf_types, unopened, sizes, known, stops)
+            if found is not None:
+                return found
         furthest = max(stops, key=lambda stop: stop.nodes)
         if not furthest.inside or furthest.inside in unopened:
             raise _untraceable(private, training, furthest.error) from furthest.error
         unopened[furthest.inside] = furthest.reason
 
 
-def _assigned(model: nn.Module, before: Collection[int]) -> tuple[str, str] | None:
+def _try(
+    private: nn.Module,
+    training: bool,
+    leaf_types: frozenset[type[nn.Module]],
+    unopened: Collection[str],
+    sizes: Sizes,
+    known: Sizes | None,
+    stops: list[_Stop],
+) -> tuple[fx.Graph, Limits] | None:
+    """A mode's graph, with the images' size unknown or known; else where that stopped.
+
+    Buffers are values of the graph, which keeps their in-place updates. One that decides what the
+    model does (a counter, a flag) has its present value instead.
+
+    Raises:
+        TraceError: a module has a state that branches cannot have one each of.
+    """
+    buffers = {id(buffer): buffer._version for buffer in private.buffers()}
+    fixed: set[str] = set()
+    while True:
+        ids = {id(private.get_buffer(name)) for name in fixed}
+        tracer = _Tracer(leaf_types, unopened, known, ids)
+        surroundings = (sizes.mode(training), _recorded_factories(), closed_functions())
+        with ExitStack() as stack:
+            for own in surroundings:
+                stack.enter_context(own)
+            watch = Watch(private)
+            try:
+                graph = tracer.trace(private, concrete_args=_defaults(private))
+                watch.check()
+            except StateError as error:
+                refusal: TraceError = _untraceable(private, training, error)
+                raise refusal from error
+            except Exception as error:
+                stops.append(_Stop(len(tracer.graph.nodes), tracer.stopped_in, error))
+                further = _deciding(tracer.graph, private) - fixed
+                if not further:
+                    return None
+                fixed |= further
+                continue
+            assigned = _assigned(private, buffers)
+            if assigned is None:
+                return graph, Limits(known is not None, tuple(fixed))
+            path, name = assigned
+            problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
+            stops[:] = [_Stop(len(tracer.graph.nodes), path, problem)]
+            return None
+
+
+def _deciding(graph: fx.Graph, model: nn.Module) -> set[str]:
+    """The buffers that the last value of a graph was computed from, if from nothing else."""
+    buffers = {name for name, _ in model.named_buffers()}
+    found, left = set(), [next(reversed(graph.nodes))] if len(graph.nodes) else []
+    while left:
+        node = left.pop()
+        if node.op == "get_attr" and str(node.target) in buffers:
+            found.add(str(node.target))
+        elif node.op not in ("call_method", "call_function"):
+            return set()
+        left += node.all_input_nodes
+    return found
+
+
+def _assigned(model: nn.Module, before: Mapping[int, int]) -> tuple[str, str] | None:
     """A module and its buffer that a traced pass has assigned to, as `self.steps += 1` does.
 
     Caches, which no state dict has, do not count: each pass makes its own.
 
     Args:
         model: what was traced.
-        before: the ids of its buffers before.
+        before: the ids of its buffers before, and how often each had been changed.
     """
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             lasting = name not in module._non_persistent_buffers_set
-            if lasting and buffer is not None and id(buffer) not in before:
+            if not lasting or buffer is None:
+                continue
+            if id(buffer) not in before or buffer._version != before[id(buffer)]:
                 return path, name
     return None
 
 
 def _untraceable(private: nn.Module, training: bool, failure: Exception) -> TraceError:
+    ours = isinstance(failure, TraceError)
     return TraceError(
         f"{type(private).__name__} cannot be traced in {'training' if training else 'eval'} mode:"
-        f" {type(failure).__name__}: {failure}",
-        expected="a forward pass whose control flow does not depend on tensor values",
+        f" {failure if ours else f'{type(failure).__name__}: {failure}'}",
+        expected="a forward pass whose effects are all seen in its tensors"
+        if ours
+        else "a forward pass whose control flow does not depend on tensor values",
         found=f"stopped at {_user_line(failure)}",
-        next_step="Move that line into a module of its own: it then runs per branch, unopened.",
+        next_step="Keep it in a buffer, or set it outside of forward."
+        if isinstance(failure, StateError)
+        else "Move that line into a module of its own: it then runs per branch, unopened.",
     )
 
 
@@ -335,12 +421,13 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 
 
 def _user_line(error: BaseException) -> str:
-    """The innermost line of the traceback that belongs neither to torch nor to this file."""
+    """The innermost line of the traceback that belongs neither to torch nor to the tracer."""
     torch_root = str(Path(torch.__file__).parent)
+    own = (__file__, unseen.__file__)
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((torch_root, __file__, "<"))
+        if not frame.filename.startswith((torch_root, *own, "<"))
     ]
     if not frames:
         return "an unknown line"

@@ -22,6 +22,7 @@ LAYERS = (
     "architecture",
     "aliases",
     "functional",
+    "unseen",
     "tracer",
     "running",
     "trace",

@@ -1,11 +1,15 @@
 """Tracing: what stops it is named, and what it finds out is right."""
 
+import random
+from typing import Any
+
 import pytest
 import small
 import timm
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 import treeify
 from treeify.api import open_up
@@ -430,6 +434,169 @@ def test_the_number_of_images_is_that_of_one_network() -> None:
     torch.manual_seed(0)
     hne = treeify.hierarchicalize(Shared(), ["norm"], init="perturb", example_input=small.EXAMPLE)
     assert treeify.verify(hne, small.images(3)).worst <= 1
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return -gradient
+
+
+class Unseen(nn.Module):
+    """Does what no graph shows; `[N, C, H, W] -> [N, C, H, W]`."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.calls = case, 0
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.case == "no_grad":
+            with torch.no_grad():
+                return x + self.conv(x)
+        if self.case == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                return x + self.conv(x).float()
+        if self.case == "counter":
+            self.calls += self.training
+            return self.conv(x) * min(1.0, 0.25 * self.calls + 0.5)
+        if self.case == "random" and self.training and random.random() < 2:
+            return 2 * self.conv(x)
+        return Reversed.apply(self.conv(x)) if self.case == "function" else self.conv(x)
+
+
+UNSEEN = {
+    "no_grad": "it switches gradients or autocast",
+    "autocast": "it switches gradients or autocast",
+    "random": "it draws random numbers",
+    "function": "Reversed has a backward of its own",
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_a_module_that_does_what_no_graph_shows_stays_closed(case: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 4, stride=4), Unseen(case), nn.Conv2d(4, 2, 2), nn.Flatten()
+    )
+    hne = treeify.hierarchicalize(model, ["0"], init="perturb", example_input=small.EXAMPLE)
+    assert list(hne.traced.unopened) == ["1"]
+    assert hne.traced.unopened["1"].startswith(UNSEEN[case])
+    x = small.images(2)
+    if (
+        case != "autocast"
+    ):  # in float64, where verify looks when rounding is coarse, it does nothing
+        assert treeify.verify(hne, x).worst <= 1
+    hne.eval()
+    for leaf in range(hne.leaves):
+        assert_close(hne(x)[:, leaf], hne.leaf(leaf)(x), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_a_model_whose_own_forward_does_it_is_refused(case: str) -> None:
+    class Root(Unseen):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x[:, :1].expand(-1, 4, -1, -1)).mean((2, 3))
+
+    with pytest.raises(TraceError, match=UNSEEN[case]):
+        treeify.hierarchicalize(Root(case), ["conv"], example_input=small.EXAMPLE)
+
+
+def test_numbers_that_change_while_a_model_runs_are_refused() -> None:
+    """Branches cannot have one each, as they have of buffers."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Unseen("counter"), nn.Flatten())
+    with pytest.raises(TraceError, match=r"Unseen changes its attribute 'calls'.*(?s:.*) a buffer"):
+        treeify.hierarchicalize(model, ["0"], example_input=small.EXAMPLE)
+
+
+class Ready(small.SmallNet):
+    """Centres its images once a flag is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("centre", torch.full((3,), 2.0))
+        self.register_buffer("is_ready", torch.tensor(True))
+        self.register_buffer("times", torch.tensor(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        centre = self.centre.view(-1, 1, 1)
+        return super().forward(x - centre * int(self.times) if self.is_ready else x)
+
+
+def test_buffers_beside_one_that_decides_stay_buffers() -> None:
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(
+        Ready(), ["stage1"], init="perturb", example_input=small.EXAMPLE
+    ).eval()
+    assert hne.traced.fixed == ("is_ready", "times")
+    assert any("is_ready, times" in note for note in hne.conversion.notes)
+    x = small.images(2)
+    before = hne(x)
+    hne.get_buffer("centre").fill_(-1.0)
+    assert not torch.allclose(hne(x), before)
+    assert treeify.verify(hne, x).worst <= 1
+
+
+def test_modules_that_the_models_own_train_holds_back_stay_in_evaluation_mode() -> None:
+    class HeldBack(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.norm = nn.Conv2d(3, 4, 4, stride=4), nn.BatchNorm2d(4)
+            self.head = nn.Linear(4, 5)
+
+        def train(self, mode: bool = True) -> "HeldBack":
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.stem(x)).mean((2, 3)))
+
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(HeldBack(), ["norm"], init="perturb", example_input=small.EXAMPLE)
+    assert treeify.verify(hne, small.images(2) + 1).worst <= 1
+    hne.train()
+    assert hne.get_submodule("stem").training and not hne.get_submodule("norm").training
+
+
+def test_modules_of_a_model_keep_the_modes_they_were_given() -> None:
+    model = small.SmallNet().train()
+    model.stage1.eval()
+    hne = treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
+    assert hne.training and hne.get_submodule("stem").training
+    assert not hne.get_submodule("stage1").training
+
+
+class Named(nn.Module):
+    """Gives modules their input by name, picks channels by a buffer, writes through `.data`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 4, stride=4), nn.BatchNorm2d(4)
+        self.register_buffer("picked", torch.tensor([2, 0]))
+        self.register_buffer("passes", torch.ones(2, 1, 1))
+        self.weight = nn.Parameter(torch.randn(2, dtype=torch.cfloat))
+        self.head = nn.Linear(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(input=self.stem(input=x)).index_select(1, self.picked)
+        if self.training:
+            self.passes.data.mul_(0.5)
+        x = torch.fft.ifft(torch.fft.fft(x, dim=1) * self.weight[:, None, None], dim=1).real
+        return self.head((x * self.passes).mean((2, 3)))
+
+
+@pytest.mark.parametrize("splits", [["stem"], ["norm"]])
+def test_inputs_by_name_own_indices_and_complex_weights(splits: list[str]) -> None:
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(Named(), splits, init="perturb", example_input=small.EXAMPLE)
+    with torch.no_grad():
+        assert treeify.verify(hne, small.images(2)).worst <= 1
+    assert not torch.equal(hne.leaf(0).weight, hne.leaf(1).weight)
 
 
 def test_arguments_with_defaults_keep_them() -> None:

@@ -70,6 +70,8 @@ def run_along_dims(call: Call) -> Direct:
     known = tensors[0] if tensors else call.batch_facts()
     if any(fact.batch_dim is None for fact in tensors[: 1 if target in _TAKES_INDEX else None]):
         raise Unpackable("an operand has no batch dim")
+    if target in _TAKES_INDEX and call.argument(2, "index") in call.own:
+        raise Unpackable("each branch has an index of its own")
     given = _given_dims(call)
     if known.batch_dim in _constant_dims(given, len(known.shape)):
         raise Unpackable(_ALONG_BATCH)

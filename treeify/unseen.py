@@ -1,0 +1,99 @@
+"""What a forward pass may do that no fx graph shows: a module that does it has to stay closed."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_leaves
+
+from treeify.errors import TraceError
+
+_NUMBERS = (bool, int, float, str)
+_WITHOUT_GRADIENT = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "detach"}
+
+
+def contexts() -> tuple[Any, ...]:
+    """What `torch.no_grad` and `torch.autocast` set."""
+    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    return torch.is_grad_enabled(), [own for own in casts if own[0]]
+
+
+def has_gradient(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a value may depend on a parameter in a way that gradients follow."""
+    parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
+    seen, left = {node}, [node]
+    while left:
+        value = left.pop()
+        name = str(value.target)
+        if value.op == "get_attr" and name in parameters:
+            return True
+        if value.op == "call_module" and any(own.startswith(f"{name}.") for own in parameters):
+            return True
+        reads = value.args[1] if value.target is getattr else name
+        if reads not in _WITHOUT_GRADIENT:
+            left += [own for own in value.all_input_nodes if own not in seen]
+            seen.update(value.all_input_nodes)
+    return False
+
+
+class StateError(TraceError):
+    """A module has a state that branches cannot have one each of."""
+
+
+class Watch:
+    """Compares a module before and after its forward pass.
+
+    Args:
+        module: about to run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._numbers, self._draws = _numbers(module), _draws()
+
+    def check(self) -> None:
+        """Raise TraceError if it drew random numbers, StateError if it changed an attribute."""
+        now = _numbers(self.module)
+        changed = [key for key, value in self._numbers.items() if now.get(key, value) != value]
+        if changed:
+            kind = type(self.module).__name__
+            raise StateError(f"{kind} changes its attribute {changed[0]!r}, which no graph shows")
+        if _draws() != self._draws:
+            raise TraceError("it draws random numbers, of which a graph would keep one draw")
+
+
+def _numbers(module: nn.Module) -> dict[str, Any]:
+    held = vars(module).items()
+    return {key: own for key, own in held if type(own) in _NUMBERS and key != "training"}
+
+
+def _draws() -> tuple[Any, ...]:
+    kind, keys, position, *_ = np.random.get_state()
+    return (
+        random.getstate(),
+        (kind, bytes(keys), position),
+        torch.get_rng_state().numpy().tobytes(),
+    )
+
+
+@contextmanager
+def closed_functions() -> Iterator[None]:
+    """Within, an `autograd.Function` of the user's stops tracing: its backward would be lost."""
+    apply = inspect.getattr_static(torch.autograd.Function, "apply")
+
+    def stop(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            raise TraceError(f"{cls.__name__} has a backward of its own, which no graph shows")
+        return apply.__get__(None, cls)(*args, **kwargs)
+
+    with mock.patch.object(torch.autograd.Function, "apply", classmethod(stop)):
+        yield

@@ -134,7 +134,9 @@ class Scores:
         self._sums = torch.zeros(sum(numbers), dtype=torch.float64)
         self._totals = {
             name: own.view(shape)
-            for (name, shape), own in zip(shapes.items(), self._sums.split(numbers), strict=True)
+            for (name, shape), own in zip(
+                shapes.items(), torch.split(self._sums, numbers), strict=True
+            )
         }
         self._uncounted: list[tuple[Tensor, Tensor]] = []
 
@@ -176,7 +178,7 @@ class Scores:
             binned.flatten(1),
         )
         # A GPU is waited for once; not every device has doubles.
-        sums = torch.stack([own.sum(0) for own in torch.cat(found, dim=1).split(batches)])
+        sums = torch.stack([own.sum(0) for own in torch.split(torch.cat(found, dim=1), batches)])
         for own in sums.cpu().double():
             self._sums += own
 

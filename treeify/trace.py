@@ -164,7 +164,20 @@ def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
 
 
 def _private_copy(model: nn.Module) -> nn.Module:
-    """A copy without the user's hooks: they observe, they are not part of the architecture."""
+    """A copy without the user's hooks: they observe, they are not part of the architecture.
+
+    Raises:
+        TraceError: it cannot be copied, or a hook computes weights.
+    """
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith(_PARAMETER_SOURCES):
+                raise TraceError(
+                    f"a hook of {type(hook).__module__} computes weights of {path or 'the model'}.",
+                    expected="parameters, or parametrizations of them",
+                    next_step="Use torch.nn.utils.parametrizations instead, or make its weights"
+                    " permanent: torch.nn.utils.remove_weight_norm, prune.remove.",
+                )
     try:
         private = copy.deepcopy(model)
     except Exception as error:
@@ -174,10 +187,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
         ) from error
     for module in private.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            for key, hook in list(hooks.items()):
-                # weight_norm and spectral_norm compute parameters in a hook: that is architecture.
-                if not type(hook).__module__.startswith(_PARAMETER_SOURCES):
-                    del hooks[key]
+            hooks.clear()
     return private
 
 

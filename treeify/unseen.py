@@ -77,7 +77,8 @@ def _numbers(module: nn.Module) -> dict[str, Any]:
 
 
 def _draws() -> tuple[Any, ...]:
-    kind, keys, position, *_ = np.random.get_state()
+    state: Any = np.random.get_state()
+    kind, keys, position, *_ = state
     return (
         random.getstate(),
         (kind, bytes(keys), position),

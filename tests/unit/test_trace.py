@@ -9,6 +9,7 @@ import timm
 import torch
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import treeify
@@ -624,6 +625,16 @@ def test_hooks_of_the_user_are_not_called() -> None:
     assert seen == []
     model.eval()(small.images())
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.utils.spectral_norm, lambda own: prune.l1_unstructured(own, "weight", 0.5)]
+)
+def test_weights_computed_by_hooks_are_refused_with_a_way_out(norm: Any) -> None:
+    model = small.SmallNet()
+    norm(model.stage1[0])
+    with pytest.raises(TraceError, match=r"weights of stage1\.0.*(?s:.*)parametrizations"):
+        treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
 
 
 def test_weight_norm_is_architecture() -> None:

@@ -330,7 +330,7 @@ def _try(
     Raises:
         TraceError: a module has a state that branches cannot have one each of.
     """
-    buffers = {id(buffer): buffer._version for buffer in private.buffers()}
+    buffers = {id(buffer): _changes(buffer) for buffer in private.buffers()}
     fixed: set[str] = set()
     while True:
         ids = {id(private.get_buffer(name)) for name in fixed}
@@ -376,7 +376,7 @@ def _deciding(graph: fx.Graph, model: nn.Module) -> set[str]:
     return found
 
 
-def _assigned(model: nn.Module, before: Mapping[int, int]) -> tuple[str, str] | None:
+def _assigned(model: nn.Module, before: Mapping[int, int | None]) -> tuple[str, str] | None:
     """A module and its buffer that a traced pass has assigned to, as `self.steps += 1` does.
 
     Caches, which no state dict has, do not count: each pass makes its own.
@@ -390,9 +390,14 @@ def _assigned(model: nn.Module, before: Mapping[int, int]) -> tuple[str, str] | 
             lasting = name not in module._non_persistent_buffers_set
             if not lasting or buffer is None:
                 continue
-            if id(buffer) not in before or buffer._version != before[id(buffer)]:
+            if id(buffer) not in before or _changes(buffer) != before[id(buffer)]:
                 return path, name
     return None
+
+
+def _changes(tensor: Tensor) -> int | None:
+    """How often a tensor was changed; None where that is not counted."""
+    return None if tensor.is_inference() else tensor._version
 
 
 def _untraceable(private: nn.Module, training: bool, failure: Exception) -> TraceError:

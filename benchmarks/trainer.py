@@ -74,12 +74,12 @@ class Bare(Reporter):
         self.recipe = recipe
         self.trainer: list[float] = []
         self.bare: list[float] = []
-        self.loaders: list[Timed] = []
+        self.timed = Timed(())
 
     def loader(self, *args: Any, **options: Any) -> Timed:
         """The trainer's, timed."""
-        self.loaders.append(Timed(training_loader(*args, **options)))
-        return self.loaders[-1]
+        self.timed = Timed(training_loader(*args, **options))
+        return self.timed
 
     def started(self, plan: Plan) -> None:
         """Prepare a step of its own."""
@@ -98,7 +98,7 @@ class Bare(Reporter):
 
     def stepped(self, step: Step) -> None:
         """One step is done."""
-        self.trainer.append(time.perf_counter() - self.since - self.loaders[0].seconds[-1])
+        self.trainer.append(time.perf_counter() - self.since - self.timed.seconds[-1])
         images, target, _ = next(self.batches)
         begin = time.perf_counter()
         self.optimizer.zero_grad()

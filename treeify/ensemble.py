@@ -28,6 +28,7 @@ from treeify.rules import WIDEN
 from treeify.splits import Splits
 from treeify.storage import Slot, build, lookup, owner, slots, tensors
 from treeify.trace import Traced
+from treeify.tracer import in_mode
 from treeify.tree import Span, Tree
 from treeify.tuning import tune
 
@@ -149,9 +150,8 @@ class HierarchicalEnsemble(nn.Module):
             (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced)),
         )
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
-        traced.skeleton.train(True)
-        self._evaluating = [path for path, own in _named(traced.skeleton) if not own.training]
-        traced.skeleton.train(False)
+        with in_mode(traced.skeleton, training=True):
+            self._evaluating = [path for path, own in _named(traced.skeleton) if not own.training]
         self.train(like.training)
         modules = dict(_named(self))
         for path, own in _named(like):

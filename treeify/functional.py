@@ -120,19 +120,23 @@ def in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
     if node.op == "call_module":
         in_place = getattr(root.get_submodule(str(node.target)), "inplace", False)
     elif node.op == "call_method":
-        name = str(node.target)
-        in_place = name.endswith("_") and not name.endswith("__")
+        in_place = _says_in_place(str(node.target))
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         in_place = (
             node.target in _IN_PLACE_OPERATORS
             or node.target is operator.setitem
             or _in_place_flag(node) is not None
-            or (name.endswith("_") and not name.endswith("__"))
+            or _says_in_place(name)
         )
     else:
         in_place = False
     return first if in_place else None
+
+
+def _says_in_place(name: str) -> bool:
+    """Whether a function or method is named as torch names those that change their first input."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def _make_out_of_place(node: fx.Node) -> None:
@@ -182,9 +186,8 @@ def stems_from_state(node: fx.Node) -> bool:
 def _looks_into(node: fx.Node) -> fx.Node | None:
     """The value a node is a view of, or gives back after changing it, if any."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__")
     data = node.target is getattr and node.args[1] == "data"
-    gives_back = name in VIEWS or name == "detach" or in_place or data
+    gives_back = name in VIEWS or name == "detach" or _says_in_place(name) or data
     is_view = node.op in ("call_method", "call_function") and gives_back
     source = node.args[0] if is_view and node.args else None
     return source if isinstance(source, fx.Node) else None

@@ -177,16 +177,17 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if self._running:
             return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
         watch = Watch(m)
         try:
             result = super().call_module(m, forward, args, kwargs)
             watch.check()
-            return result
         except Exception:
-            path = self.path_of_module(m)
-            if not self.is_leaf_module(m, path):
-                self.stopped_in = self.stopped_in or path
+            self.stopped_in = self.stopped_in or path
             raise
+        return result
 
 
 @contextmanager
@@ -304,7 +305,10 @@ def _trace_mode(
         # A model that branches on sizes can only be traced with those of the example's images.
         stops: list[_Stop] = []
         for known in (None, sizes):
-            found = _try(private, training, leaf_types, unopened, sizes, known, stops)
+            try:
+                found = _try(private, training, leaf_types, unopened, sizes, known, stops)
+            except StateError as error:
+                raise _untraceable(private, training, error) from error
             if found is not None:
                 return found
         furthest = max(stops, key=lambda stop: stop.nodes)
@@ -328,24 +332,20 @@ def _try(
     model does (a counter, a flag) has its present value instead.
 
     Raises:
-        TraceError: a module has a state that branches cannot have one each of.
+        StateError: a module has a state that branches cannot have one each of.
     """
     buffers = {id(buffer): _changes(buffer) for buffer in private.buffers()}
     fixed: set[str] = set()
     while True:
         ids = {id(private.get_buffer(name)) for name in fixed}
         tracer = _Tracer(leaf_types, unopened, known, ids)
-        surroundings = (sizes.mode(training), _recorded_factories(), closed_functions())
-        with ExitStack() as stack:
-            for own in surroundings:
-                stack.enter_context(own)
+        with sizes.mode(training), _recorded_factories(), closed_functions():
             watch = Watch(private)
             try:
                 graph = tracer.trace(private, concrete_args=_defaults(private))
                 watch.check()
-            except StateError as error:
-                refusal: TraceError = _untraceable(private, training, error)
-                raise refusal from error
+            except StateError:
+                raise
             except Exception as error:
                 stops.append(_Stop(len(tracer.graph.nodes), tracer.stopped_in, error))
                 further = _deciding(tracer.graph, private) - fixed

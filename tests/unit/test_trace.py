@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 import treeify
 from treeify.api import open_up
-from treeify.errors import InputError, ModelError, TraceError
+from treeify.errors import InputError, ModelError, ParityError, TraceError
 from treeify.packing import Form
 from treeify.trace import facts
 
@@ -589,6 +589,30 @@ class Named(nn.Module):
             self.passes.data.mul_(0.5)
         x = torch.fft.ifft(torch.fft.fft(x, dim=1) * self.weight[:, None, None], dim=1).real
         return self.head((x * self.passes).mean((2, 3)))
+
+
+class Deciding(small.SmallNet):
+    """Answers with classes, beside the logits if wanted."""
+
+    def __init__(self, logits: bool) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logits = super().forward(x)
+        found = {"class": logits.argmax(1)}
+        return {**found, "logits": logits} if self.logits else found
+
+
+def test_outputs_without_gradients_are_checked_beside_those_that_have_them() -> None:
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(
+        Deciding(True), ["stage1"], init="perturb", example_input=small.EXAMPLE
+    )
+    assert treeify.verify(hne, small.images(2)).worst <= 1
+    hne = treeify.hierarchicalize(Deciding(False), ["stage1"], example_input=small.EXAMPLE)
+    with pytest.raises(ParityError, match="no output has a gradient"):
+        treeify.verify(hne, small.images(2))
 
 
 @pytest.mark.parametrize("splits", [["stem"], ["norm"]])

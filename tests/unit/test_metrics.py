@@ -39,6 +39,14 @@ def test_leaves_that_disagree_have_a_deviation() -> None:
     assert [score.logit_std for score in scores.result()] == [0.0, 1.0]
 
 
+def test_the_deviation_is_that_of_the_standard() -> None:
+    """Over more than two leaves, where it is no mean of distances."""
+    logits, _ = examples(50)
+    found = logit_std(logits, TREE)
+    for column, leaves in enumerate((1, 3, 6)):
+        assert_close(found[:, column], logits[:, :leaves].std(1, correction=0).mean(1))
+
+
 def test_calibration_error_is_the_gap_in_fifteen_bins() -> None:
     logits, target = examples(200)
     scores = Scores(TREE)

@@ -206,6 +206,9 @@ def _decide(
         hne: the ensemble. Not modified.
         x: images.
         precise: whether to begin in float64.
+
+    Raises:
+        ParityError: a figure exceeds 1 in float64 too.
     """
     if not precise:
         found = check(copy.deepcopy(hne), hne.leaf, x)

@@ -1,4 +1,4 @@
-"""Ten small networks, each with one family of traps: what real models do rarely, or all at once.
+"""Eleven small networks, each with one family of traps: what real models do rarely, or all at once.
 
 Every one maps [N, 3, 16, 16] to [N, 5] and has parts `stage1` to `stage4` to split at. Their
 parameters are randomised further than PyTorch does, so that no scale, shift or token is 0 or 1.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from timm.layers import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 CLASSES = 5
 WIDTH = 8
@@ -317,6 +317,48 @@ class Grouped(nn.Module):
         return self.head(torch.tanh(x))
 
 
+@fx.wrap  # type: ignore[untyped-decorator]
+def along_rows(x: Tensor) -> Tensor:
+    """A function that tracing leaves alone, and that has to be given dense images."""
+    batch, channels, height, width = x.shape
+    return x.view(batch * channels * height, width).cumsum(1).view(x.shape) / width
+
+
+class AlongColumns(nn.Module):
+    """A module that stops the tracer, likewise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv1d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.sum() > 1e9:
+            x = -x
+        return self.mix(x.view(x.shape[0], 1, -1)).view(x.shape)
+
+
+class Views(nn.Module):
+    """Views of images, traced and not: they need the memory laid out as in the base model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = conv(3)
+        self.stage1 = nn.Sequential(conv(), AlongColumns())
+        self.stage2 = conv()
+        self.stage3 = conv()
+        self.stage4 = nn.Conv2d(WIDTH, WIDTH, 3, stride=4, padding=1)
+        self.hidden = nn.Linear(WIDTH * 16, WIDTH)
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage1(self.stem(x))
+        x = self.stage2(x + along_rows(x))
+        single = x.view(-1, x.shape[2], x.shape[3])
+        x = self.stage3(single.roll(1, 1).view_as(x))
+        x = self.stage4(x).relu()
+        return self.head(self.hidden(x.view(x.size(0), -1)).relu())
+
+
 MODELS: tuple[type[nn.Module], ...] = (
     SharedWeights,
     InPlace,
@@ -328,6 +370,7 @@ MODELS: tuple[type[nn.Module], ...] = (
     ChannelOperations,
     Norms,
     Grouped,
+    Views,
 )
 
 

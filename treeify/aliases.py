@@ -113,13 +113,17 @@ class Aliases:
         if node.op == "call_function":
             if node.target is getattr:
                 return node.args[1] not in _NUMBERS
-            origin = str(getattr(node.target, "__module__", "")).partition(".")[0]
-            return origin not in _LIBRARY or getattr(node.target, "__name__", "") in _PASSING
+            return not is_library(node.target) or getattr(node.target, "__name__", "") in _PASSING
         if node.op == "call_module":
             module = self._root.get_submodule(str(node.target))
             known = type(module).__module__.startswith("torch.nn.modules")
             return not known or isinstance(module, _PASSING_MODULES)
         return False
+
+
+def is_library(code: Any) -> bool:
+    """Whether a function or class is torch's or Python's own."""
+    return str(getattr(code, "__module__", "")).partition(".")[0] in _LIBRARY
 
 
 def shared(node: fx.Node, changed: fx.Node, also: str, reader: fx.Node) -> dict[str, str]:

@@ -29,6 +29,8 @@ _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.imatmul: operator.matmul,
 }
 
+_RESHAPED = {"view": "reshape", "view_as": "reshape_as"}
+
 
 def set_item(value: Tensor, index: Any, item: Any) -> Tensor:
     """`value[index] = item` on a copy."""
@@ -66,6 +68,11 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
             for reader in list(name.users):
                 if order[reader] > order[node]:
                     reader.replace_input_with(name, node)
+    # Nothing is changed through a view any more, so copies will do, where memory is laid out in
+    # another way than in the base model.
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in _RESHAPED and not _needs_view(node):
+            node.target = _RESHAPED[node.target]
 
 
 def isolate(
@@ -101,6 +108,20 @@ def isolate(
 def is_own_copy(node: fx.Node) -> bool:
     """Whether a value was made to be changed."""
     return _COPY in node.meta
+
+
+def _needs_view(node: fx.Node) -> bool:
+    """Whether a view shows the same bits as another dtype, or is one of the model's state."""
+    first, *rest = node.args
+    given = [own for own in (*rest, *node.kwargs.values()) if not isinstance(own, int)]
+    if isinstance(first, fx.Node) and stems_from_state(first):
+        return True
+    return any(isinstance(own, torch.dtype) or _reads_dtype(own) for own in given)
+
+
+def _reads_dtype(value: Any) -> bool:
+    is_getattr = isinstance(value, fx.Node) and value.target is getattr
+    return is_getattr and value.args[1] == "dtype"
 
 
 def _on_copies(function: Any) -> Callable[..., Any]:

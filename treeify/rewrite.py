@@ -26,7 +26,9 @@ from treeify.rules.branchwise import (
     EachBranchModule,
     FirstBranch,
     ReadTensor,
+    SharedFunction,
     SharedModule,
+    is_closed,
 )
 from treeify.rules.registry import (
     WIDEN,
@@ -257,12 +259,15 @@ class _Rewriter:
     def _write_shared(self, node: fx.Node, level: int) -> fx.Node:
         args, kwargs = self._arguments(node, lambda source: self._raw(source, level))
         module = self._module(node)
+        if node.op == "call_function" and is_closed(node.target):
+            return self._call(level, node.name, SharedFunction(node.target), args, kwargs)
         if module is None:
             return self.drafts[level].graph.create_node(
                 node.op, node.target, args, kwargs, name=node.name
             )
         storage = submodule(self.root, str(node.target))
-        if type(storage) is not type(module):
+        kind = type(module)
+        if type(storage) is not kind or (kind not in WIDEN and is_closed(kind)):
             shared = SharedModule(module, storage, self._slots(node), self.tree.branches, level)
             return self._call(level, node.name, shared, args, kwargs)
         self._note_in_place(node)

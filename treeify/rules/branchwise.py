@@ -9,10 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from treeify.aliases import is_library
 from treeify.packing import Branches, Form, pick
 from treeify.rules.elementwise import call_target
 from treeify.storage import Slot, call_with, lookup, narrow, owner
 from treeify.tree import Span
+
+
+def is_closed(code: Any) -> bool:
+    """Whether a function or class is not torch's, and was not traced: anything may be in it."""
+    return not (isinstance(code, str) or is_library(code))
+
+
+def _dense(values: Any) -> Any:
+    """Tensors without gaps, as in the base model: views of them must be possible."""
+    return tree_map_only(Tensor, Tensor.contiguous, values)
 
 
 class EachBranch(nn.Module):
@@ -20,14 +31,18 @@ class EachBranch(nn.Module):
 
     def __init__(self, target: Callable[..., Any] | str) -> None:
         super().__init__()
-        self.target = target
+        self.target, self.is_closed = target, is_closed(target)
 
-    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Branches:
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
         """One result per branch."""
         return Branches(
-            call_target(self.target, *pick(args, index), **pick(kwargs, index))
-            for index in range(span.size)
+            self._call(pick(args, index), pick(kwargs, index)) for index in range(span.size)
         )
+
+    def _call(self, args: Any, kwargs: Any) -> Any:
+        if self.is_closed:
+            args, kwargs = _dense((args, kwargs))
+        return call_target(self.target, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """The target, for printing a segment."""
@@ -39,7 +54,15 @@ class FirstBranch(EachBranch):
 
     def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
         """The first branch's result."""
-        return call_target(self.target, *pick(args, 0), **pick(kwargs, 0))
+        return self._call(pick(args, 0), pick(kwargs, 0))
+
+
+class SharedFunction(EachBranch):
+    """Calls a function once for all branches, which see the same inputs."""
+
+    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
+        """The function's result."""
+        return self._call(args, kwargs)
 
 
 class EachBranchModule(nn.Module):
@@ -65,7 +88,7 @@ class EachBranchModule(nn.Module):
         copies: bool = False,
     ) -> None:
         super().__init__()
-        self.copies = copies
+        self.copies, self.is_closed = copies, is_closed(type(module))
         self.module, self.storage = module, storage
         self.layout, self.branches, self.level = dict(layout), branches, level
         self.shared_buffers = [
@@ -87,6 +110,8 @@ class EachBranchModule(nn.Module):
 
     def _own(self, values: Any, index: int) -> Any:
         picked = pick(values, index)
+        if self.is_closed:
+            picked = _dense(picked)
         return tree_map_only(Tensor, torch.clone, picked) if self.copies else picked
 
     def _state(self, branch: int) -> dict[str, Tensor]:

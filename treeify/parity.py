@@ -208,7 +208,7 @@ def _decide(
         precise: whether to begin in float64.
 
     Raises:
-        ParityError: a figure exceeds 1 in float64 too.
+        ParityError: a figure exceeds 1 in float64 too, or the model's own values are random.
     """
     if not precise:
         found = check(copy.deepcopy(hne), hne.leaf, x)
@@ -217,6 +217,7 @@ def _decide(
     found = check(copy.deepcopy(hne).double(), lambda index: hne.leaf(index).double(), x.double())
     worst = max(found, key=lambda name: found[name])
     if not found[worst] <= 1:
+        _require_repeatable(lambda: hne.leaf(0).double(), x.double())
         raise ParityError(
             f"{worst} parity is off by {found[worst]:.3g} times the tolerance in float64.",
             expected=f"at most {ATOL} + {RTOL} * |value of the untouched base architecture|",
@@ -224,6 +225,22 @@ def _decide(
             f" ({hne.extra_repr()}).",
         )
     return found, "float64"
+
+
+def _require_repeatable(build: Callable[[], nn.Module], x: Tensor) -> None:
+    """Raise ParityError if a network gives other values each time: there is no comparing them."""
+    for training in (False, True):
+        networks = [build().train(training) for _ in range(2)]
+        with torch.no_grad(), MeanNoise():
+            found = deviation(*(network(x) for network in networks))
+        if found > 1:
+            raise ParityError(
+                f"the base architecture itself gives other values each time in"
+                f" {'training' if training else 'evaluation'} mode.",
+                expected="random draws that can be held at their mean: torch.rand, torch.randn and"
+                " the like, dropout, stochastic depth",
+                next_step="Check the model with its own noise switched off.",
+            )
 
 
 def deviation(actual: Any, expected: Any) -> float:
@@ -294,14 +311,17 @@ def _train_parity(
     expected: dict[str, Tensor] = {}
     with MeanNoise():
         logits = hne(x)
+    # As the forward pass left them: recomputing activations in the backward pass would once more
+    # update the statistics of batch norms.
+    updated = {name: own.clone() for name, own in hne.named_buffers(remove_duplicate=False)}
     torch.autograd.backward(_scalar(logits, weights))
     for index in range(hne.leaves):
         network = leaf_of(index).train().requires_grad_(True)
         with MeanNoise():
             own = network(x)
         leaf = max(leaf, deviation(_select(logits, index), own))
+        buffers = max(buffers, _buffer_deviation(hne, updated, index, network))
         torch.autograd.backward(_scalar(own, [_select(w, index) for w in weights]))
-        buffers = max(buffers, _buffer_deviation(hne, index, network))
         _collect(hne, index, network, expected)
         own_gradient = _own_gradient_deviation(hne, index, network)
         if max(leaf, buffers, own_gradient) > 1:
@@ -372,8 +392,10 @@ def _own_gradient_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Mo
     )
 
 
-def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) -> float:
-    packed, lasting = dict(tensors(hne)), network.state_dict().keys()
+def _buffer_deviation(
+    hne: HierarchicalEnsemble, packed: dict[str, Tensor], leaf: int, network: nn.Module
+) -> float:
+    lasting = network.state_dict().keys()
     worst = 0.0
     for key, own in network.named_buffers(remove_duplicate=False):
         part = hne.part(key, leaf, packed[key])
@@ -386,6 +408,11 @@ def _buffer_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) 
 
 class MeanNoise(TorchFunctionMode):
     """Replaces random draws by their mean: dropout and stochastic depth become the identity."""
+
+    _MEANS: ClassVar[dict[Any, float]] = {
+        **dict.fromkeys((torch.randn, torch.randn_like), 0.0),
+        **dict.fromkeys((torch.rand, torch.rand_like), 0.5),
+    }
 
     _IDENTITY = (
         *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
@@ -406,6 +433,10 @@ class MeanNoise(TorchFunctionMode):
         if func is Tensor.bernoulli_:
             chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
             return args[0].fill_(chance)
+        if func is Tensor.normal_:
+            return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("mean", 0.0))
+        if func in self._MEANS:
+            return torch.full_like(func(*args, **kwargs), self._MEANS[func])
         position = self._ATTENTION_DROPOUT.get(func)
         if position is not None and len(args) > position:
             args = (*args[:position], 0.0, *args[position + 1 :])

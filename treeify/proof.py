@@ -35,15 +35,13 @@ SEED = 0
 # Sides of the images tried, smallest first. At 32 the last layers of many networks are a single
 # pixel, and batch statistics over two numbers say little.
 _SIDES = (64, 96, 128, 160, 192, 224, 256)
-# What timm's builders call the number of blocks, and a small one.
+# What timm's builders call the number of blocks, and small ones.
 _SHALLOWER: tuple[dict[str, Any], ...] = (
-    {"depth": 4},
-    {"depths": [1, 1, 1, 1]},
-    {"layers": [1, 1, 1, 1]},
-    {"num_blocks": 4},
-    {"depths": [1, 1, 1]},
-    {"depths": [1, 1, 1, 1, 1]},
-    {"layers": [1, 1, 1]},
+    *({"depth": 4}, {"depth": 2}, {"depth": 1}),
+    *({"depths": [1] * stages} for stages in (4, 3, 5)),
+    *({"layers": [1] * stages} for stages in (4, 3)),
+    *({"num_blocks": 4}, {"num_blocks": 2}),
+    {"stages": [1, 1, 1, 1]},
 )
 # What Python and the libraries take before there is a model.
 _BASE_BYTES = 2**30
@@ -190,9 +188,11 @@ def plan_check(name: str, leaves: int, memory: int) -> Plan:
     for fewer in _SHALLOWER if ":" not in name else ():
         try:
             found = _smallest_input(Architecture(name, {**options, **fewer}))
+            shallower = skeleton(found[0])
         except ModelError:
             continue
-        if estimated_bytes(_parameters(skeleton(found[0])), leaves) <= memory:
+        fits = estimated_bytes(_parameters(shallower), leaves) <= memory
+        if fits and _runs(shallower, found[1]):
             (key, value) = next(iter(fewer.items()))
             return Plan(f"{REDUCED}:{key}={value}", *found, estimate)
     return Plan(META, *full, estimate)

@@ -147,7 +147,7 @@ class HierarchicalEnsemble(nn.Module):
             splits,
             self._programs[False].nodes,
             self._programs[True].nodes,
-            (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced)),
+            (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced), *_hook_notes(like)),
         )
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with in_mode(traced.skeleton, training=True):
@@ -530,7 +530,7 @@ class HierarchicalEnsemble(nn.Module):
 
     def _check_input(self, x: Tensor) -> None:
         example = self._traced.example
-        fixed = len(example) if self._traced.one_size else 1
+        fixed = len(example) if self._traced.limits.one_size else 1
         if (
             not isinstance(x, Tensor)
             or x.ndim != len(example) + 1
@@ -541,7 +541,7 @@ class HierarchicalEnsemble(nn.Module):
             raise InputError(
                 "the input does not fit the model.",
                 expected=f"images of shape [N, {', '.join(map(str, example))}]"
-                + ("" if self._traced.one_size else hint),
+                + ("" if self._traced.limits.one_size else hint),
                 found=found,
             )
 
@@ -577,14 +577,30 @@ def _notes(shared_buffers: Sequence[str]) -> tuple[str, ...]:
 
 
 def _tracing_notes(traced: Traced) -> Iterator[str]:
-    if traced.one_size:
+    limits = traced.limits
+    if limits.one_size:
         size = " x ".join(map(str, traced.example[1:]))
         yield f"takes images of {size} alone, since what the model does depends on their size"
-    if traced.fixed:
-        yield "does what these buffers said when it was converted: " + ", ".join(traced.fixed)
+    if limits.fixed:
+        yield "does what these buffers said when it was converted: " + ", ".join(
+            traced.limits.fixed
+        )
+    if limits.recomputed:
+        yield "keeps all activations in training: torch.utils.checkpoint is left out"
     for path, reason in traced.unopened.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
+
+
+def _hook_notes(like: nn.Module) -> Iterator[str]:
+    hooked = [
+        path or "the model itself"
+        for path, module in _named(like)
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        if not str(getattr(hook, "__module__", "")).startswith("torch.")
+    ]
+    if hooked:
+        yield "leaves out the forward hooks of " + ", ".join(dict.fromkeys(hooked))
 
 
 def _allow_in_place(root: nn.Module, *programs: Program) -> None:

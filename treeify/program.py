@@ -189,7 +189,6 @@ class Program:
         tree: the tree they run.
         segments: one per level.
         image: name of the input value.
-        defaults: values of the forward arguments the user cannot set.
         crossings: every value that higher levels read, the input and the output by its name.
         nodes: what runs how.
         in_place: for in-place activations, whether they may stay so.
@@ -198,7 +197,6 @@ class Program:
     tree: Tree
     segments: tuple[Segment, ...]
     image: str
-    defaults: Mapping[str, Any]
     crossings: Mapping[str, Crossing]
     nodes: tuple[NodeReport, ...]
     in_place: Mapping[str, bool]
@@ -211,10 +209,7 @@ class Program:
 
     def start(self, x: Tensor) -> dict[str, Held]:
         """What the root's segment reads: the images."""
-        values = {self.image: x, **self.defaults}
-        return {
-            name: Held(self.crossings[name], Span(0, 1), value) for name, value in values.items()
-        }
+        return {self.image: Held(self.crossings[self.image], Span(0, 1), x)}
 
     def run(self, x: Tensor, leaves: Span, ways: Sequence[str] | None = None) -> Any:
         """Outputs of a range of leaves, `[N, C, H, W] -> [N, leaves, K]`.

@@ -38,6 +38,7 @@ from treeify.rules.registry import (
     find,
     find_in_batch,
     is_in_batch_first,
+    is_known,
     is_pure,
 )
 from treeify.rules.shape import SHAPE_READINGS
@@ -118,7 +119,7 @@ class _Rewriter:
         self.crossings: dict[str, Crossing] = {}
 
     def run(self) -> Program:
-        placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        (images,) = (node for node in self.graph.nodes if node.op == "placeholder")
         for node in self.graph.nodes:
             if node.op == "placeholder":
                 self.forms[node] = Form.SHARED
@@ -130,8 +131,7 @@ class _Rewriter:
         return Program(
             self.tree,
             tuple(self._finish(level) for level in range(self.tree.levels)),
-            placeholders[0].name,
-            {node.name: node.args[0] if node.args else None for node in placeholders[1:]},
+            images.name,
             self.crossings,
             tuple(self.reports),
             self.in_place,
@@ -267,7 +267,7 @@ class _Rewriter:
             )
         storage = submodule(self.root, str(node.target))
         kind = type(module)
-        if type(storage) is not kind or (kind not in WIDEN and is_closed(kind)):
+        if type(storage) is not kind or (is_closed(kind) and not is_known(kind)):
             shared = SharedModule(module, storage, self._slots(node), self.tree.branches, level)
             return self._call(level, node.name, shared, args, kwargs)
         self._note_in_place(node)

@@ -12,19 +12,19 @@ import inspect
 import operator
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from treeify.aliases import Aliases
 from treeify.errors import TraceError
 from treeify.functional import functionalize, isolate
 from treeify.running import Recorder, Running
-from treeify.tracer import BATCHES, Sizes, trace_modes
+from treeify.tracer import BATCHES, Limits, Sizes, trace_modes
 
 _PARAMETER_SOURCES = ("torch.nn.utils",)
 
@@ -92,9 +92,7 @@ class Traced:
         example: shape of one input image, `(C, H, W)`.
         constants: by graph target, tensors that are neither parameters nor buffers.
         unopened: modules whose insides stopped the tracer, each run as one call, and what did it.
-        one_size: whether images must have the example's height and width, since what the model does
-            depends on them.
-        fixed: buffers that decide what the model does, with their present values.
+        limits: what holds beyond the graphs' own inputs.
     """
 
     skeleton: nn.Module
@@ -102,8 +100,7 @@ class Traced:
     example: tuple[int, ...]
     constants: Mapping[str, Any]
     unopened: Mapping[str, str]
-    one_size: bool = False
-    fixed: tuple[str, ...] = ()
+    limits: Limits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Itself: nothing ever changes it, so copies of an ensemble share it."""
@@ -134,6 +131,7 @@ def trace(
         TraceError: the model's own forward cannot be traced; names the line that stopped it.
         InputError: the model does not run on the example's shape.
     """
+    _require_images_only(model)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         private = _private_copy(model)
         skeleton = _on_meta(private)
@@ -141,6 +139,7 @@ def trace(
         graphs, unopened, limits = trace_modes(private, leaf_types, sizes)
         constants: dict[str, Any] = {}
         for training, graph in graphs.items():
+            _register_dataclasses(graph)
             _give_by_position(graph, private)
             running = Running(private, skeleton, example, training)
             aliases = Aliases(private, partial(running.values, graph))
@@ -149,7 +148,26 @@ def trace(
             graph.lint()
             constants |= _constants(graph, private)
     shape = tuple(example.shape[1:])
-    return Traced(skeleton, graphs, shape, constants, unopened, limits.one_size, limits.fixed)
+    return Traced(skeleton, graphs, shape, constants, unopened, limits)
+
+
+def _require_images_only(model: nn.Module) -> None:
+    try:
+        inspect.signature(model.forward).bind(None)
+    except TypeError as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be called with images alone: {error}.",
+            expected="forward(self, images), further arguments with default values",
+            next_step="Give a module whose forward calls the model with all it needs.",
+        ) from error
+
+
+def _register_dataclasses(graph: fx.Graph) -> None:
+    """Let torch look into the dataclasses that the model returns, as it does into dicts."""
+    for node in graph.nodes:
+        kind = node.target
+        if isinstance(kind, type) and is_dataclass(kind) and kind not in SUPPORTED_NODES:
+            torch.export.register_dataclass(kind)
 
 
 def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
@@ -167,9 +185,15 @@ def _private_copy(model: nn.Module) -> nn.Module:
     """A copy without the user's hooks: they observe, they are not part of the architecture.
 
     Raises:
-        TraceError: it cannot be copied, or a hook computes weights.
+        TraceError: it cannot be copied, has scripted parts, or a hook computes weights.
     """
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{path or 'the model'} is scripted, and shows no code to trace.",
+                expected="modules written in Python",
+                next_step="Give the module that it was scripted from.",
+            )
         for hook in module._forward_pre_hooks.values():
             if type(hook).__module__.startswith(_PARAMETER_SOURCES):
                 raise TraceError(

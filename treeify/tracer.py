@@ -6,7 +6,6 @@ models' control flow depends. A module whose inside stops the tracer even so sta
 
 from __future__ import annotations
 
-import inspect
 import operator
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,13 +23,22 @@ from torch.utils._pytree import tree_leaves
 
 from treeify import unseen
 from treeify.errors import TraceError
-from treeify.unseen import StateError, Watch, closed_functions, contexts, has_gradient
+from treeify.unseen import StateError, Watch, closed_functions, contexts, has_gradient, recomputes
 
 # How many images what depends on their number is told apart with.
 BATCHES = (2, 3)
 
 
-class _Sized(fx.Proxy):
+class _Value(fx.Proxy):
+    """A value whose data are not to be exchanged."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "data":
+            raise StateError("it assigns to a tensor's data, which no graph shows")
+        super().__setattr__(name, value)
+
+
+class _Sized(_Value):
     """A tensor whose sizes are numbers while tracing, but for those that grow with the batch."""
 
     def __init__(
@@ -106,8 +114,6 @@ class Sizes:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), known)
         if node.op == "placeholder":
-            if node.prev.op != "root":
-                return args[0]
             return torch.zeros(BATCHES[run], *self._example, device="meta")
         if node.op == "get_attr":
             found = operator.attrgetter(str(node.target))(self._private)
@@ -143,16 +149,27 @@ class _Tracer(fx.Tracer):
         self._running = False
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
+        self.recomputed = False
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[..., Any], list[Any]]:
+        """The images alone: what else `forward` may be given has its default value."""
+
+        def run(root: nn.Module, images: fx.Proxy) -> Any:
+            return root.forward(images)  # the instance's own, if it has one
+
+        return run, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         if self._sizes is None:
-            return super().proxy(node)
+            return _Value(node, self)
         self._running = True
         try:
             found = self._sizes.of(node)
         finally:
             self._running = False
-        return super().proxy(node) if found is None else _Sized(node, self, *found)
+        return _Value(node, self) if found is None else _Sized(node, self, *found)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if self._running or id(attr_val) in self._fixed:
@@ -162,6 +179,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **named: Any) -> fx.Node:
         grad, casts = contexts()
         node = super().create_node(kind, target, args, *rest, **named)
+        self.recomputed |= recomputes()
         was_grad, were_casts = self._contexts
         # What no gradient would reach may be computed without.
         if casts != were_casts or (grad != was_grad and has_gradient(node, self.root)):
@@ -212,7 +230,10 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 # How fx names tensors that are neither parameters nor buffers, in the model it traces.
 _CONSTANT = "_tensor_constant"
 # They take sizes, and look for no tensor's say in them as other functions do.
-_FACTORIES = ("arange", "empty", "eye", "full", "linspace", "ones", "zeros")
+_FACTORIES = (
+    *("arange", "empty", "eye", "full", "linspace", "ones", "zeros"),
+    *("rand", "randint", "randn", "randperm"),
+)
 
 
 @contextmanager
@@ -255,7 +276,9 @@ def trace_modes(
             graphs = {training: graph for training, (graph, _) in found.items()}
             limits = [own for _, own in found.values()]
             fixed = sorted({name for own in limits for name in own.fixed})
-            return graphs, unopened, Limits(any(own.one_size for own in limits), tuple(fixed))
+            one_size = any(own.one_size for own in limits)
+            recomputed = any(own.recomputed for own in limits)
+            return graphs, unopened, Limits(one_size, tuple(fixed), recomputed)
 
 
 @dataclass(frozen=True)
@@ -263,12 +286,15 @@ class Limits:
     """What holds beyond the graph's own inputs.
 
     Args:
-        one_size: the graph is for images of the given size alone.
+        one_size: images must have the example's height and width, since what the model does depends
+            on them.
         fixed: buffers whose present values decide what the model does.
+        recomputed: whether activations were to be computed again in the backward pass.
     """
 
     one_size: bool
     fixed: tuple[str, ...]
+    recomputed: bool
 
 
 @dataclass(frozen=True)
@@ -342,7 +368,7 @@ def _try(
         with sizes.mode(training), _recorded_factories(), closed_functions():
             watch = Watch(private)
             try:
-                graph = tracer.trace(private, concrete_args=_defaults(private))
+                graph = tracer.trace(private)
                 watch.check()
             except StateError:
                 raise
@@ -355,7 +381,7 @@ def _try(
                 continue
             assigned = _assigned(private, buffers)
             if assigned is None:
-                return graph, Limits(known is not None, tuple(fixed))
+                return graph, Limits(known is not None, tuple(fixed), tracer.recomputed)
             path, name = assigned
             problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
             stops[:] = [_Stop(len(tracer.graph.nodes), path, problem)]
@@ -413,16 +439,6 @@ def _untraceable(private: nn.Module, training: bool, failure: Exception) -> Trac
         if isinstance(failure, StateError)
         else "Move that line into a module of its own: it then runs per branch, unopened.",
     )
-
-
-def _defaults(model: nn.Module) -> dict[str, Any]:
-    """Arguments the user leaves alone, with their default values: they are fixed while tracing."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    return {
-        parameter.name: parameter.default
-        for parameter in parameters
-        if parameter.default is not inspect.Parameter.empty
-    }
 
 
 def _user_line(error: BaseException) -> str:

@@ -27,6 +27,11 @@ def contexts() -> tuple[Any, ...]:
     return torch.is_grad_enabled(), [own for own in casts if own[0]]
 
 
+def recomputes() -> bool:
+    """Whether activations are not kept as they are, as `torch.utils.checkpoint` does not."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def has_gradient(node: fx.Node, root: nn.Module) -> bool:
     """Whether a value may depend on a parameter in a way that gradients follow."""
     parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}

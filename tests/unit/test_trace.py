@@ -117,7 +117,7 @@ class Sized(nn.Module):
 
 def test_a_model_that_looks_at_the_size_is_traced_for_one() -> None:
     hne = treeify.hierarchicalize(Sized(), ["stem:3"], init="perturb", example_input=small.EXAMPLE)
-    assert hne.traced.one_size
+    assert hne.traced.limits.one_size
     assert not hne.traced.unopened
     side = small.EXAMPLE.shape[-1]
     assert any(f"takes images of {side} x {side} alone" in note for note in hne.conversion.notes)
@@ -142,7 +142,7 @@ def test_a_model_that_makes_tensors_of_as_many_rows_takes_any_size() -> None:
             return x * more
 
     hne = treeify.hierarchicalize(Rows(), ["stem:3"], init="perturb", example_input=small.EXAMPLE)
-    assert not hne.traced.one_size
+    assert not hne.traced.limits.one_size
     assert treeify.verify(hne, torch.rand(4, 3, 12, 20)).worst <= 1
 
 
@@ -533,7 +533,7 @@ def test_buffers_beside_one_that_decides_stay_buffers() -> None:
     hne = treeify.hierarchicalize(
         Ready(), ["stage1"], init="perturb", example_input=small.EXAMPLE
     ).eval()
-    assert hne.traced.fixed == ("is_ready", "times")
+    assert hne.traced.limits.fixed == ("is_ready", "times")
     assert any("is_ready, times" in note for note in hne.conversion.notes)
     x = small.images(2)
     before = hne(x)
@@ -622,33 +622,6 @@ def test_inputs_by_name_own_indices_and_complex_weights(splits: list[str]) -> No
     with torch.no_grad():
         assert treeify.verify(hne, small.images(2)).worst <= 1
     assert not torch.equal(hne.leaf(0).weight, hne.leaf(1).weight)
-
-
-def test_arguments_with_defaults_keep_them() -> None:
-    class Optional(small.SmallNet):
-        def forward(self, x: Tensor, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:
-            x = super().forward(x) * scale
-            return x if mask is None else x * mask
-
-    model = Optional().eval()
-    hne = treeify.hierarchicalize(
-        model, ["stage1"], init="copy", example_input=small.EXAMPLE
-    ).eval()
-    x = small.images()
-    torch.testing.assert_close(hne(x)[:, 1], model(x))
-
-
-def test_hooks_of_the_user_are_not_called() -> None:
-    model = small.SmallNet()
-    seen: list[object] = []
-    model.stage1.register_forward_hook(lambda *args: seen.append(args))
-    model.stage1[0].register_forward_pre_hook(lambda *args: seen.append(args))
-    hne = treeify.hierarchicalize(model, ["stage2"], example_input=small.EXAMPLE)
-    hne(small.images())
-    hne.leaf(0)(small.images())
-    assert seen == []
-    model.eval()(small.images())
-    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(

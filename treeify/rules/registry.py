@@ -217,6 +217,11 @@ def _key(node: fx.Node, module: nn.Module | None) -> Any:
     return type(module) if module is not None else node.target
 
 
+def is_known(kind: type[nn.Module]) -> bool:
+    """Whether rules know a module type, and so what it asks of its input."""
+    return kind in WIDEN or kind in _RULES or kind in _BATCH_RULES
+
+
 def leaf_types() -> frozenset[type[nn.Module]]:
     """Module types that rules handle whole, so tracing must not open them."""
     known = (*_RULES, *_BATCH_RULES)

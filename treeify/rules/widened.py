@@ -38,11 +38,11 @@ class Widened(nn.Module):
         if self.has_tensors and branches > 1:
             self.resized(1)  # made here, so that compiling a looped level meets no copying
 
-    def forward(self, span: Span, x: Tensor) -> Any:
+    def forward(self, span: Span, x: Tensor, *sizes: Any, **named: Any) -> Any:
         """`[N, G*C, ...]` -> what the module makes of it, for the branches of `span`."""
         if span.size == self.branches or not self.has_tensors:
-            return self.module(x)
-        return call_with(self.resized(span.size), self.tensors(span), (x,))
+            return self.module(x, *sizes, **named)
+        return call_with(self.resized(span.size), self.tensors(span), (x, *sizes), named)
 
     def resized(self, count: int) -> nn.Module:
         """The base architecture's module, widened for `count` branches; its tensors go unused."""
@@ -152,8 +152,10 @@ def widened(call: Call) -> Widened:
     """The packed operation of a module that has a widen rule.
 
     Raises:
-        Unpackable: its input is not packable.
+        Unpackable: its input is not packable, or it reads another tensor too.
     """
+    if len(call.tensor_arguments()) > 1:
+        raise Unpackable("it reads more than one tensor")
     call.input_facts()
     assert call.module is not None and call.storage is not None
     return Widened(call.storage, call.module, call.branches)

@@ -582,9 +582,7 @@ def _tracing_notes(traced: Traced) -> Iterator[str]:
         size = " x ".join(map(str, traced.example[1:]))
         yield f"takes images of {size} alone, since what the model does depends on their size"
     if limits.fixed:
-        yield "does what these buffers said when it was converted: " + ", ".join(
-            traced.limits.fixed
-        )
+        yield "does what these buffers said when it was converted: " + ", ".join(limits.fixed)
     if limits.recomputed:
         yield "keeps all activations in training: torch.utils.checkpoint is left out"
     for path, reason in traced.unopened.items():

@@ -22,11 +22,11 @@ from treeify.packing import Convert, Form, Leaves, Multiply
 from treeify.program import OUTPUT, Crossing, NodeReport, Program, Segment
 from treeify.rules.branchwise import (
     Constant,
+    Dense,
     EachBranch,
     EachBranchModule,
     FirstBranch,
     ReadTensor,
-    SharedFunction,
     SharedModule,
     is_closed,
 )
@@ -163,6 +163,13 @@ class _Rewriter:
             draft.inputs.append(node.name)
         return draft.values[key]
 
+    def _dense(self, node: fx.Node, level: int) -> fx.Node:
+        """The same for what was not traced: see `Dense`."""
+        raw = self._raw(node, level)
+        if not facts(node).tensors:
+            return raw
+        return self._call(level, f"{node.name}_dense", Dense(), (raw,), {})
+
     def _placeholder(self, draft: _Draft, name: str) -> fx.Node:
         last = [node for node in draft.graph.nodes if node.op == "placeholder"][-1]
         with draft.graph.inserting_after(last):
@@ -257,17 +264,16 @@ class _Rewriter:
         return self._call(level, node.name, read, (), {}), form, ""
 
     def _write_shared(self, node: fx.Node, level: int) -> fx.Node:
-        args, kwargs = self._arguments(node, lambda source: self._raw(source, level))
         module = self._module(node)
-        if node.op == "call_function" and is_closed(node.target):
-            return self._call(level, node.name, SharedFunction(node.target), args, kwargs)
+        kind: Any = node.target if module is None else type(module)
+        read = self._dense if is_closed(kind) and not is_known(kind) else self._raw
+        args, kwargs = self._arguments(node, lambda source: read(source, level))
         if module is None:
             return self.drafts[level].graph.create_node(
                 node.op, node.target, args, kwargs, name=node.name
             )
         storage = submodule(self.root, str(node.target))
-        kind = type(module)
-        if type(storage) is not kind or (is_closed(kind) and not is_known(kind)):
+        if type(storage) is not kind:
             shared = SharedModule(module, storage, self._slots(node), self.tree.branches, level)
             return self._call(level, node.name, shared, args, kwargs)
         self._note_in_place(node)

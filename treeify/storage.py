@@ -106,7 +106,8 @@ def call_with(
     """Call a module of ours with other tensors in place of its own.
 
     `torch.func.functional_call` without its checks, which forbid `torch.jit.trace` (and so counting
-    MACs) and cost more than a small layer; compiling takes the original.
+    MACs) and cost more than a small layer; compiling takes the original. What the module assigns in
+    the place of a tensor (`self.steps = self.steps + 1`) is copied into it.
     """
     if torch.compiler.is_compiling():
         return functional_call(module, dict(values), args, dict(kwargs or {}))
@@ -114,7 +115,9 @@ def call_with(
     try:
         return module(*args, **(kwargs or {}))
     finally:
-        _swap(module, own)
+        for key, last in _swap(module, own).items():
+            if last is not values[key] and last is not None and last.shape == values[key].shape:
+                values[key].data.copy_(last.detach())
 
 
 def _swap(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

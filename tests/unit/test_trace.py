@@ -261,10 +261,12 @@ class Counting(nn.Module):
         super().__init__()
         self.inner = nn.Conv2d(4, 4, 1)
         self.register_buffer("steps", torch.tensor(0.0))
+        self.register_buffer("sum", torch.tensor(0.0))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
             self.steps += 1
+            self.sum = self.sum + 2 * self.steps
         return self.inner(x)
 
 
@@ -274,7 +276,9 @@ def test_a_module_that_assigns_to_its_buffers_stays_closed() -> None:
     assert hne.traced.unopened == {"1": "it assigns to its buffer 'steps', which no graph shows"}
     assert treeify.verify(hne, small.images(2)).worst <= 1
     hne.train()(small.images(2))
-    assert hne.leaf(2)[1].steps == 1
+    hne(small.images(2))
+    assert hne.leaf(2)[1].steps == 2
+    assert hne.leaf(2)[1].sum == 6
     with pytest.raises(TraceError, match="assigns to its buffer 'steps'"):
         treeify.hierarchicalize(Counting(), [], example_input=torch.zeros(1, 4, 8, 8))
 

@@ -57,12 +57,12 @@ class FirstBranch(EachBranch):
         return self._call(pick(args, 0), pick(kwargs, 0))
 
 
-class SharedFunction(EachBranch):
-    """Calls a function once for all branches, which see the same inputs."""
+class Dense(nn.Module):
+    """What is given to a closed function or module that is called once for all branches."""
 
-    def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
-        """The function's result."""
-        return self._call(args, kwargs)
+    def forward(self, span: Span, value: Any) -> Any:
+        """The value, without gaps in memory."""
+        return _dense(value)
 
 
 class EachBranchModule(nn.Module):

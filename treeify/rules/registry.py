@@ -217,8 +217,8 @@ def _key(node: fx.Node, module: nn.Module | None) -> Any:
     return type(module) if module is not None else node.target
 
 
-def is_known(kind: type[nn.Module]) -> bool:
-    """Whether rules know a module type, and so what it asks of its input."""
+def is_known(kind: Any) -> bool:
+    """Whether rules know a function or module type, and so what it asks of its input."""
     return kind in WIDEN or kind in _RULES or kind in _BATCH_RULES
 
 

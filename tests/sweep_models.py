@@ -1,5 +1,6 @@
 """Models that fail in every way a sweep must survive; named `sweep_models:FUNCTION`."""
 
+import mmap
 import os
 import signal
 import time
@@ -78,6 +79,12 @@ def killed() -> nn.Module:
 def hungry() -> nn.Module:
     """Asks for more memory than there is."""
     torch.empty(2**50, dtype=torch.uint8)
+    return Tiny()
+
+
+def mapping() -> nn.Module:
+    """Maps more memory than there is, as opening a file of weights does."""
+    mmap.mmap(-1, 2**46)
     return Tiny()
 
 

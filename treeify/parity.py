@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ParityError
@@ -214,7 +214,10 @@ def _decide(
         found = check(copy.deepcopy(hne), hne.leaf, x)
         if max(found.values()) <= 1:
             return found, str(x.dtype).removeprefix("torch.")
-    found = check(copy.deepcopy(hne).double(), lambda index: hne.leaf(index).double(), x.double())
+    with FullPrecision():
+        found = check(
+            copy.deepcopy(hne).double(), lambda index: hne.leaf(index).double(), x.double()
+        )
     worst = max(found, key=lambda name: found[name])
     if not found[worst] <= 1:
         _require_repeatable(lambda: hne.leaf(0).double(), x.double())
@@ -404,6 +407,22 @@ def _buffer_deviation(
         if key not in hne.shared_buffers and not is_cache:
             worst = max(worst, deviation(part, own))
     return worst
+
+
+class FullPrecision(TorchFunctionMode):
+    """Lets casts of float64 to float32 be none, for models that compute parts in float32."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(own.dtype == torch.float64 for own in _tensors((args, kwargs))):
+            if func is Tensor.float:
+                return args[0]
+            args, kwargs = tree_map(_doubled, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _doubled(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 class MeanNoise(TorchFunctionMode):

@@ -20,8 +20,6 @@ def _cases() -> Iterator[object]:
         marks = [pytest.mark.slow] if case.slow else []
         if position % _BY_DEFAULT:
             marks.append(pytest.mark.thorough)
-        if case.gap is not None:
-            marks.append(pytest.mark.xfail(reason=case.gap, strict=True))
         yield pytest.param(case, id=f"{case.network}-{case.name}", marks=marks)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from treeify.parity import ATOL, RTOL, deviation
+from treeify.parity import ATOL, RTOL, FullPrecision, deviation
 
 INF, NAN = math.inf, math.nan
 
@@ -56,3 +56,18 @@ def test_structures_are_compared_tensor_by_tensor_and_nothing_is_changed() -> No
     one = actual["a"]
     assert isinstance(one, Tensor) and torch.equal(one, before)
     assert deviation(torch.ones(2), torch.ones(3)) == INF
+
+
+def test_in_full_precision_casts_to_float32_are_none() -> None:
+    x, single = torch.rand(3, dtype=torch.float64), torch.rand(3)
+    with FullPrecision():
+        for made in (
+            *(x.float(), x.to(torch.float32), x.to("cpu", dtype=torch.float32)),
+            *(x.softmax(0, dtype=torch.float32), torch.sum(x, 0, dtype=torch.float32)),
+        ):
+            assert made.dtype == torch.float64
+        assert torch.equal(x.float(), x)
+        assert x.half().dtype == torch.float16
+        assert single.double().dtype == torch.float64
+        assert single.to(torch.float32).dtype == single.float().dtype == torch.float32
+    assert x.float().dtype == torch.float32

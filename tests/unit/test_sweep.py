@@ -39,7 +39,7 @@ def swept(*functions: str, **settings: object) -> dict[str, Row]:
 
 
 def test_every_model_gets_a_row_whatever_happens_to_it() -> None:
-    rows = swept("tiny", "raising", "killed", "hungry", "changing", "another")
+    rows = swept("tiny", "raising", "killed", "hungry", "mapping", "changing", "another")
     for name in ("tiny", "another"):
         row = rows[name]
         assert row.proven
@@ -61,7 +61,8 @@ def test_every_model_gets_a_row_whatever_happens_to_it() -> None:
         assert row.peak_memory > 10**8
     assert "no weights today" in str(rows["raising"].failure)
     assert "ended by SIGKILL" in str(rows["killed"].failure)
-    assert "out of memory: more than the 8 GB" in str(rows["hungry"].failure)
+    for name in ("hungry", "mapping"):
+        assert "out of memory: more than the 8 GB" in str(rows[name].failure)
     assert rows["changing"].converted
     assert not rows["changing"].proven
     assert "ParityError: leaf_eval parity is off" in str(rows["changing"].failure)
@@ -250,10 +251,19 @@ def test_the_memory_decides_how_a_model_is_checked() -> None:
     assert reduced.how == "reduced:depth=4"
     assert reduced.architecture.kwargs["depth"] == 4
     assert reduced.estimate == full.estimate
+    shallowest = plan_check(name, 4, estimated_bytes(10**6, 4))
+    assert shallowest.how == "reduced:depth=1"
     meta = plan_check(name, 4, 1)
     assert meta.how == "meta"
     assert meta.architecture == full.architecture
     assert estimated_bytes(0, 4) < full.estimate < plan_check(name, 16, 2**40).estimate
+
+
+def test_a_model_that_does_not_run_shallower_is_not_checked_so() -> None:
+    """A ResNet of three stages can be built and lacks the fourth when it runs."""
+    three = Architecture("resnet18", {"num_classes": 10, "layers": [1, 1, 1]})
+    memory = estimated_bytes(sum(own.numel() for own in three.build().parameters()), 4)
+    assert plan_check("resnet18", 4, memory).how == "meta"
 
 
 def test_the_library_names_are_all_there_and_have_a_family() -> None:

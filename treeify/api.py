@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
 
 from treeify.architecture import Architecture, example_shape, fingerprint, recognise
 from treeify.ensemble import HierarchicalEnsemble
@@ -65,7 +67,9 @@ def hierarchicalize(
     chosen = choose(traced, splits, fanout)
     _log.info("splits: %s", ", ".join(chosen.specs) or "none")
     plan = initialization(base, architecture, init, seed, is_first=named)
-    hne = HierarchicalEnsemble(traced, chosen, base, architecture, _notes(plan))
+    hne = HierarchicalEnsemble(
+        traced, chosen, base, architecture, (*_notes(plan), *_hook_notes(base))
+    )
     del base  # its memory, if it was built here, serves the branches
     hne.fill(plan.sources)
     return hne
@@ -80,7 +84,7 @@ def resolve(
         ModelError: the name is unknown, or what is given is no model.
     """
     if isinstance(model, nn.Module):
-        return model, None
+        return unwrapped(model), None
     if not isinstance(model, str | Architecture):
         raise ModelError(
             f"{model!r} is no model.",
@@ -91,6 +95,17 @@ def resolve(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(branch_seed(seed, 0))
         return architecture.build(), architecture
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what `torch.compile` and data parallelism put around it."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def open_up(
@@ -134,13 +149,13 @@ def pack(
     """
     if not models:
         raise ModelError("there are no models to pack.", expected="one model per leaf")
+    models = [unwrapped(model) for model in models]
     first = models[0]
     _check_alike(models)
     architecture = recognise(first)
     traced = open_up(first, architecture, example_input)
-    hne = HierarchicalEnsemble(
-        traced, _splits_for(traced, splits, len(models)), first, architecture
-    )
+    chosen = _splits_for(traced, splits, len(models))
+    hne = HierarchicalEnsemble(traced, chosen, first, architecture, tuple(_hook_notes(first)))
     hne.fill(lambda network: dict(tensors(models[network])), by_leaf=True)
     return hne
 
@@ -176,3 +191,16 @@ def _notes(plan: Initialization) -> tuple[str, ...]:
         f"perturbed by {PERTURBATION} times their root mean square, since they cannot initialise"
         f" themselves again: {', '.join(plan.perturbed)}",
     )
+
+
+def _hook_notes(base: nn.Module) -> Iterator[str]:
+    """Whose hooks are left out, but for torch's own."""
+    hooked = [
+        path or "the model itself"
+        for path, module in base.named_modules()
+        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        for hook in hooks.values()
+        if not str(getattr(hook, "__module__", "")).startswith("torch.")
+    ]
+    if hooked:
+        yield "leaves out the hooks of " + ", ".join(dict.fromkeys(hooked))

@@ -147,7 +147,7 @@ class HierarchicalEnsemble(nn.Module):
             splits,
             self._programs[False].nodes,
             self._programs[True].nodes,
-            (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced), *_hook_notes(like)),
+            (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced)),
         )
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with in_mode(traced.skeleton, training=True):
@@ -588,17 +588,6 @@ def _tracing_notes(traced: Traced) -> Iterator[str]:
     for path, reason in traced.unopened.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
-
-
-def _hook_notes(like: nn.Module) -> Iterator[str]:
-    hooked = [
-        path or "the model itself"
-        for path, module in _named(like)
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        if not str(getattr(hook, "__module__", "")).startswith("torch.")
-    ]
-    if hooked:
-        yield "leaves out the forward hooks of " + ", ".join(dict.fromkeys(hooked))
 
 
 def _allow_in_place(root: nn.Module, *programs: Program) -> None:

@@ -30,6 +30,7 @@ _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 
 _RESHAPED = {"view": "reshape", "view_as": "reshape_as"}
+_RENAMED = {"size": "shape"}
 
 
 def set_item(value: Tensor, index: Any, item: Any) -> Tensor:
@@ -68,11 +69,18 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
             for reader in list(name.users):
                 if order[reader] > order[node]:
                     reader.replace_input_with(name, node)
-    # Nothing is changed through a view any more, so copies will do, where memory is laid out in
-    # another way than in the base model.
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """Let views be copies where memory is laid out in another way than in the base model.
+
+    Args:
+        graph: functional, so that nothing is changed through a view any more.
+    """
     for node in graph.nodes:
         if node.op == "call_method" and node.target in _RESHAPED and not _needs_view(node):
             node.target = _RESHAPED[node.target]
+            node.kwargs = {_RENAMED.get(key, key): own for key, own in node.kwargs.items()}
 
 
 def isolate(

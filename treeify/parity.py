@@ -7,24 +7,23 @@ nothing.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ParityError
 from treeify.execution import Plan
+from treeify.held import FullPrecision, MeanNoise
 from treeify.program import WAYS
-from treeify.storage import tensors
+from treeify.storage import buffers_kept, tensors
 
 RTOL, ATOL = 1e-4, 1e-5
 
@@ -73,8 +72,8 @@ class Figures:
 def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
     """Check leaf, prefix and gradient parity against the untouched base architecture.
 
-    Dropout and stochastic depth are held at their mean during the training checks: their masks are
-    random in the ensemble and in the separate networks alike.
+    Random draws are held at their mean (see `MeanNoise`): they differ in the ensemble and in the
+    separate networks.
 
     Args:
         hne: the ensemble. Not modified.
@@ -89,11 +88,9 @@ def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
     """
     ungraded: list[str] = []
     with torch.random.fork_rng(devices=[]):
-        evaluated, eval_dtype = _decide(_eval_parity, hne, x)
-        # Training rounds more than evaluation: what was too coarse for that is for this.
-        trained, train_dtype = _decide(
-            partial(_train_parity, ungraded=ungraded), hne, x, precise=eval_dtype == "float64"
-        )
+        evaluated, eval_dtype = _decide(_eval_parity, hne, x, training=False)
+        train_parity = partial(_train_parity, ungraded=ungraded)
+        trained, train_dtype = _decide(train_parity, hne, x, training=True)
     return Figures(
         **evaluated,
         **trained,
@@ -111,7 +108,7 @@ def verify_outputs(hne: HierarchicalEnsemble, x: Tensor) -> float:
     Raises:
         ParityError: it exceeds the tolerance in float32 and in float64.
     """
-    found, _ = _decide(_eval_parity, hne, x)
+    found, _ = _decide(_eval_parity, hne, x, training=False)
     return max(found.values())
 
 
@@ -196,7 +193,7 @@ def _decide(
     hne: HierarchicalEnsemble,
     x: Tensor,
     *,
-    precise: bool = False,
+    training: bool,
 ) -> tuple[dict[str, float], str]:
     """Run a check in the ensemble's precision and, if rounding is too coarse, in float64.
 
@@ -205,54 +202,60 @@ def _decide(
             may leave out figures once one of them exceeds 1.
         hne: the ensemble. Not modified.
         x: images.
-        precise: whether to begin in float64.
+        training: the mode that is checked.
 
     Raises:
         ParityError: a figure exceeds 1 in float64 too, or the model's own values are random.
     """
-    if not precise:
+    text = ""
+    if x.dtype != torch.float64:
         found = check(copy.deepcopy(hne), hne.leaf, x)
         if max(found.values()) <= 1:
             return found, str(x.dtype).removeprefix("torch.")
+        text = f" ({max(found.values()):.3g} times in {x.dtype})"
+
+    def leaf_of(index: int) -> nn.Module:
+        return hne.leaf(index).double()
+
+    x = x.double()
     with FullPrecision():
-        found = check(
-            copy.deepcopy(hne).double(), lambda index: hne.leaf(index).double(), x.double()
-        )
-    worst = max(found, key=lambda name: found[name])
-    if not found[worst] <= 1:
-        _require_repeatable(lambda: hne.leaf(0).double(), x.double())
-        raise ParityError(
-            f"{worst} parity is off by {found[worst]:.3g} times the tolerance in float64.",
-            expected=f"at most {ATOL} + {RTOL} * |value of the untouched base architecture|",
-            next_step="This is a bug in treeify: please report the model's name and the splits"
-            f" ({hne.extra_repr()}).",
-        )
-    return found, "float64"
-
-
-def _require_repeatable(build: Callable[[], nn.Module], x: Tensor) -> None:
-    """Raise ParityError if a network gives other values each time: there is no comparing them."""
-    for training in (False, True):
-        networks = [build().train(training) for _ in range(2)]
-        with torch.no_grad(), MeanNoise():
-            found = deviation(*(network(x) for network in networks))
-        if found > 1:
+        found = check(copy.deepcopy(hne).double(), leaf_of, x)
+        worst = max(found, key=lambda name: found[name])
+        if found[worst] <= 1:
+            return found, "float64"
+        text = f"{worst} parity is off by {found[worst]:.3g} times the tolerance in float64{text}"
+        if _is_random(leaf_of, x, training=training):
             raise ParityError(
-                f"the base architecture itself gives other values each time in"
-                f" {'training' if training else 'evaluation'} mode.",
-                expected="random draws that can be held at their mean: torch.rand, torch.randn and"
-                " the like, dropout, stochastic depth",
+                f"{text}, and the base architecture itself gives other values each time.",
+                expected="random draws that can be held at their mean: dropout, stochastic depth,"
+                " torch.rand, torch.randn, torch.bernoulli and their like",
                 next_step="Check the model with its own noise switched off.",
             )
+    raise ParityError(
+        f"{text}.",
+        expected=f"at most {ATOL} + {RTOL} * |value of the untouched base architecture|",
+        next_step="This is a bug in treeify: please report the model's name and the splits"
+        f" ({hne.extra_repr()}).",
+    )
+
+
+def _is_random(leaf_of: _Leaf, x: Tensor, *, training: bool) -> bool:
+    """Whether a network gives other values each time: then there is no comparing them."""
+    networks = [leaf_of(0).train(training) for _ in range(2)]
+    with torch.no_grad(), MeanNoise():
+        return deviation(*(network(x) for network in networks)) > 1
 
 
 def deviation(actual: Any, expected: Any) -> float:
-    """Largest deviation of any element, in multiples of the tolerance; infinite for nan."""
+    """Largest deviation of any element, in multiples of the tolerance.
+
+    Infinite for nan, and where shapes or dtypes differ.
+    """
     worst = 0.0
     for one, other in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
         if not isinstance(other, Tensor):
             continue
-        if one.shape != other.shape:
+        if one.shape != other.shape or one.dtype != other.dtype:
             return float("inf")
         if other.numel() and not torch.equal(one, other):
             worst = max(worst, _largest(one, other))
@@ -276,26 +279,38 @@ def _largest(one: Tensor, other: Tensor) -> float:
     return error.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
 
 
-@torch.no_grad()
 def _eval_parity(hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor) -> dict[str, float]:
     hne.eval()
     outputs: dict[Plan, Any] = {}
-    leaf, first = 0.0, leaf_of(0).eval()(x)
-    for plan in dict.fromkeys((hne.plan(x), *_every_plan(hne))):
-        outputs[plan] = hne.run(x, hne.leaves, plan)
-        leaf = max(leaf, deviation(_select(outputs[plan], 0), first))
-        # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
-        if leaf > 1:
-            return {"leaf_eval": leaf}
-    for index in range(1, hne.leaves):
-        own = leaf_of(index).eval()(x)
-        found = (deviation(_select(logits, index), own) for logits in outputs.values())
-        leaf = max(leaf, *found)
-    prefix = max(
-        deviation(hne(x, leaves=size), _first(outputs[hne.plan(x)], size))
-        for size in hne.tree.nested_sizes
-    )
+    leaf = prefix = 0.0
+    with torch.no_grad(), MeanNoise():
+        first = leaf_of(0).eval()(x)
+        for plan in dict.fromkeys((hne.plan(x), *_every_plan(hne))):
+            with _kept(hne):
+                outputs[plan] = hne.run(x, hne.leaves, plan)
+            leaf = max(leaf, deviation(_select(outputs[plan], 0), first))
+            # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
+            if leaf > 1:
+                return {"leaf_eval": leaf}
+        for index in range(1, hne.leaves):
+            own = leaf_of(index).eval()(x)
+            found = (deviation(_select(logits, index), own) for logits in outputs.values())
+            leaf = max(leaf, *found)
+        whole = outputs[hne.plan(x)]
+        for size in hne.tree.nested_sizes:
+            with _kept(hne):
+                prefix = max(prefix, deviation(hne(x, leaves=size), _first(whole, size)))
     return {"leaf_eval": leaf, "prefix": prefix}
+
+
+@contextmanager
+def _kept(hne: HierarchicalEnsemble) -> Iterator[None]:
+    """Undo what a run leaves behind in the state: updated buffers, exchanged data of weights."""
+    weights = [(parameter, parameter.data) for parameter in hne.parameters()]
+    with buffers_kept(hne):
+        yield
+    for parameter, data in weights:
+        parameter.data = data
 
 
 def _every_plan(hne: HierarchicalEnsemble) -> list[Plan]:
@@ -407,58 +422,3 @@ def _buffer_deviation(
         if key not in hne.shared_buffers and not is_cache:
             worst = max(worst, deviation(part, own))
     return worst
-
-
-class FullPrecision(TorchFunctionMode):
-    """Lets casts of float64 to float32 be none, for models that compute parts in float32."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if any(own.dtype == torch.float64 for own in _tensors((args, kwargs))):
-            if func is Tensor.float:
-                return args[0]
-            args, kwargs = tree_map(_doubled, (args, kwargs))
-        return func(*args, **kwargs)
-
-
-def _doubled(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
-
-
-class MeanNoise(TorchFunctionMode):
-    """Replaces random draws by their mean: dropout and stochastic depth become the identity."""
-
-    _MEANS: ClassVar[dict[Any, float]] = {
-        **dict.fromkeys((torch.randn, torch.randn_like), 0.0),
-        **dict.fromkeys((torch.rand, torch.rand_like), 0.5),
-    }
-
-    _IDENTITY = (
-        *(F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout),
-        *(F.feature_alpha_dropout, torch.dropout),
-    )
-    # Where attention functions take their dropout rate.
-    _ATTENTION_DROPOUT: ClassVar[dict[Any, int]] = {
-        F.scaled_dot_product_attention: 4,
-        F.multi_head_attention_forward: list(
-            inspect.signature(F.multi_head_attention_forward).parameters
-        ).index("dropout_p"),
-    }
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in self._IDENTITY:
-            return args[0] if args else kwargs["input"]
-        if func is Tensor.bernoulli_:
-            chance = args[1] if len(args) > 1 else kwargs.get("p", 0.5)
-            return args[0].fill_(chance)
-        if func is Tensor.normal_:
-            return args[0].fill_(args[1] if len(args) > 1 else kwargs.get("mean", 0.0))
-        if func in self._MEANS:
-            return torch.full_like(func(*args, **kwargs), self._MEANS[func])
-        position = self._ATTENTION_DROPOUT.get(func)
-        if position is not None and len(args) > position:
-            args = (*args[:position], 0.0, *args[position + 1 :])
-        elif position is not None:
-            kwargs["dropout_p"] = 0.0
-        return func(*args, **kwargs)

@@ -23,6 +23,7 @@ from treeify.architecture import Architecture, example_shape, family, resized, s
 from treeify.coverage import FULL, META, REDUCED
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ModelError, ParityError
+from treeify.held import MeanNoise
 from treeify.initialize import State, initialization
 from treeify.parity import deviation, settle, verify, verify_outputs, verify_shapes
 from treeify.splits import choose, inner_point, parse
@@ -35,10 +36,10 @@ SEED = 0
 # Sides of the images tried, smallest first. At 32 the last layers of many networks are a single
 # pixel, and batch statistics over two numbers say little.
 _SIDES = (64, 96, 128, 160, 192, 224, 256)
-# What timm's builders call the number of blocks, and small ones.
+# What timm's builders call the number of blocks, and small ones; of stages the most that run.
 _SHALLOWER: tuple[dict[str, Any], ...] = (
     *({"depth": 4}, {"depth": 2}, {"depth": 1}),
-    *({"depths": [1] * stages} for stages in (4, 3, 5)),
+    *({"depths": [1] * stages} for stages in (5, 4, 3)),
     *({"layers": [1] * stages} for stages in (4, 3)),
     *({"num_blocks": 4}, {"num_blocks": 2}),
     {"stages": [1, 1, 1, 1]},
@@ -155,7 +156,7 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
         )
     modes = {module: module.training for module in hne.modules()}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), MeanNoise():
             found = deviation(loaded(x), hne.eval()(x))
     finally:
         for module, mode in modes.items():
@@ -185,15 +186,21 @@ def plan_check(name: str, leaves: int, memory: int) -> Plan:
     estimate = estimated_bytes(_parameters(skeleton(full[0])), leaves)
     if estimate <= memory:
         return Plan(FULL, *full, estimate)
+    staged = set()
     for fewer in _SHALLOWER if ":" not in name else ():
+        (key, value) = next(iter(fewer.items()))
+        if key in staged:
+            continue
         try:
             found = _smallest_input(Architecture(name, {**options, **fewer}))
             shallower = skeleton(found[0])
         except ModelError:
             continue
-        fits = estimated_bytes(_parameters(shallower), leaves) <= memory
-        if fits and _runs(shallower, found[1]):
-            (key, value) = next(iter(fewer.items()))
+        if not _runs(shallower, found[1]):
+            continue
+        if isinstance(value, list):
+            staged.add(key)  # with fewer stages it would be another model
+        if estimated_bytes(_parameters(shallower), leaves) <= memory:
             return Plan(f"{REDUCED}:{key}={value}", *found, estimate)
     return Plan(META, *full, estimate)
 

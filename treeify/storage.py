@@ -106,8 +106,7 @@ def call_with(
     """Call a module of ours with other tensors in place of its own.
 
     `torch.func.functional_call` without its checks, which forbid `torch.jit.trace` (and so counting
-    MACs) and cost more than a small layer; compiling takes the original. What the module assigns in
-    the place of a tensor (`self.steps = self.steps + 1`) is copied into it.
+    MACs) and cost more than a small layer; compiling takes the original.
     """
     if torch.compiler.is_compiling():
         return functional_call(module, dict(values), args, dict(kwargs or {}))
@@ -115,9 +114,49 @@ def call_with(
     try:
         return module(*args, **(kwargs or {}))
     finally:
-        for key, last in _swap(module, own).items():
-            if last is not values[key] and last is not None and last.shape == values[key].shape:
-                values[key].data.copy_(last.detach())
+        _swap(module, own)
+
+
+def call_assigning(
+    module: nn.Module, values: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Tensor]]:
+    """The same of a module of anyone's; also what it put in the place of tensors or of their data.
+
+    `self.steps = self.steps + 1` does the one, `self.weight.data = ...` the other. Under
+    `torch.compile`, which does not let data be exchanged, the first alone is seen.
+    """
+    last = dict(values)
+    if torch.compiler.is_compiling():
+        result = functional_call(module, last, args, kwargs)  # leaves in `last` what it found
+        return result, {key: now for key, now in last.items() if now is not values[key]}
+    places = {key: value.data_ptr() for key, value in values.items()}
+    own = _swap(module, values)
+    try:
+        result = module(*args, **kwargs)
+    finally:
+        last = _swap(module, own)
+    return result, {
+        key: now
+        for key, now in last.items()
+        if now is not None and (now is not values[key] or now.data_ptr() != places[key])
+    }
+
+
+@contextmanager
+def buffers_kept(module: nn.Module) -> Iterator[None]:
+    """Put a module's buffers and their values back, whatever took their place."""
+    kept = [
+        (own._buffers, name, buffer, buffer.clone())
+        for own in module.modules()
+        for name, buffer in own._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for table, name, buffer, value in kept:
+            table[name] = buffer
+            buffer.data.copy_(value)
 
 
 def _swap(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from treeify.aliases import Aliases
 from treeify.errors import TraceError
-from treeify.functional import functionalize, isolate
+from treeify.functional import functionalize, isolate, reshape_views
 from treeify.running import Recorder, Running
 from treeify.tracer import BATCHES, Limits, Sizes, trace_modes
 
@@ -131,7 +131,7 @@ def trace(
         TraceError: the model's own forward cannot be traced; names the line that stopped it.
         InputError: the model does not run on the example's shape.
     """
-    _require_images_only(model)
+    _require_traceable(model)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         private = _private_copy(model)
         skeleton = _on_meta(private)
@@ -145,21 +145,45 @@ def trace(
             aliases = Aliases(private, partial(running.values, graph))
             functionalize(graph, private, aliases)
             _annotate(graph, running, aliases)
+            reshape_views(graph)
             graph.lint()
             constants |= _constants(graph, private)
     shape = tuple(example.shape[1:])
     return Traced(skeleton, graphs, shape, constants, unopened, limits)
 
 
-def _require_images_only(model: nn.Module) -> None:
+def _require_traceable(model: nn.Module) -> None:
+    """Refuse what no tracer can make sense of, before it tries."""
+    name = type(model).__name__
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TraceError(
+                f"{path or 'the model'} is scripted, and shows no code to trace.",
+                expected="modules written in Python",
+                next_step="Give the module that it was scripted from.",
+            )
+        if _calls_another(vars(module).get("forward")):
+            raise TraceError(
+                f"forward of {path or 'the model'} was replaced by a function that calls this very"
+                " model, not a copy of it.",
+                expected="a method: types.MethodType(function, module)",
+                next_step="Or give a module of its own whose forward calls the model.",
+            )
     try:
-        inspect.signature(model.forward).bind(None)
+        inspect.signature(model.forward, follow_wrapped=False).bind(None)
     except TypeError as error:
         raise TraceError(
-            f"{type(model).__name__} cannot be called with images alone: {error}.",
+            f"{name} cannot be called with images alone: {error}.",
             expected="forward(self, images), further arguments with default values",
             next_step="Give a module whose forward calls the model with all it needs.",
         ) from error
+
+
+def _calls_another(function: Any) -> bool:
+    """Whether a function closes over a module or its method: copies would share that."""
+    cells = getattr(function, "__closure__", None) or ()
+    held = [cell.cell_contents for cell in cells]
+    return any(isinstance(getattr(own, "__self__", own), nn.Module) for own in held)
 
 
 def _register_dataclasses(graph: fx.Graph) -> None:
@@ -185,15 +209,9 @@ def _private_copy(model: nn.Module) -> nn.Module:
     """A copy without the user's hooks: they observe, they are not part of the architecture.
 
     Raises:
-        TraceError: it cannot be copied, has scripted parts, or a hook computes weights.
+        TraceError: it cannot be copied, or a hook computes weights.
     """
     for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TraceError(
-                f"{path or 'the model'} is scripted, and shows no code to trace.",
-                expected="modules written in Python",
-                next_step="Give the module that it was scripted from.",
-            )
         for hook in module._forward_pre_hooks.values():
             if type(hook).__module__.startswith(_PARAMETER_SOURCES):
                 raise TraceError(

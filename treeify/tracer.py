@@ -149,7 +149,7 @@ class _Tracer(fx.Tracer):
         self._running = False
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
-        self.recomputed = False
+        self.recomputed, self._recomputes = False, recomputes()
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -179,7 +179,7 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **named: Any) -> fx.Node:
         grad, casts = contexts()
         node = super().create_node(kind, target, args, *rest, **named)
-        self.recomputed |= recomputes()
+        self.recomputed |= recomputes() and not self._recomputes
         was_grad, were_casts = self._contexts
         # What no gradient would reach may be computed without.
         if casts != were_casts or (grad != was_grad and has_gradient(node, self.root)):
@@ -365,7 +365,7 @@ def _try(
     while True:
         ids = {id(private.get_buffer(name)) for name in fixed}
         tracer = _Tracer(leaf_types, unopened, known, ids)
-        with sizes.mode(training), _recorded_factories(), closed_functions():
+        with sizes.mode(training), _recorded_factories(), closed_functions() as left_out:
             watch = Watch(private)
             try:
                 graph = tracer.trace(private)
@@ -381,7 +381,9 @@ def _try(
                 continue
             assigned = _assigned(private, buffers)
             if assigned is None:
-                return graph, Limits(known is not None, tuple(fixed), tracer.recomputed)
+                return graph, Limits(
+                    known is not None, tuple(fixed), tracer.recomputed or bool(left_out)
+                )
             path, name = assigned
             problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
             stops[:] = [_Stop(len(tracer.graph.nodes), path, problem)]

@@ -17,6 +17,7 @@ from treeify import machine
 from treeify.errors import InputError
 from treeify.execution import Execution, Plan, Situation, Tuning
 from treeify.program import LOOPED, PACKED
+from treeify.storage import buffers_kept
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,8 @@ def tune(
         raise InputError("there is nothing to measure.", expected="at least one image")
     contest = _Contest(model, execution.levels, run, x, loss or _mean_square, repeats, budget)
     # Parameters laid out anew in inference mode could never be trained again.
-    with torch.inference_mode(False), _undisturbed(model) if model.training else torch.no_grad():
+    quiet = _undisturbed(model) if model.training else torch.no_grad()
+    with torch.inference_mode(False), quiet, buffers_kept(model):
         plan = contest.run()
     tuning = Tuning(Situation.of(x, training=model.training), plan, contest.seconds)
     execution.tunings[tuning.situation] = tuning
@@ -77,19 +79,16 @@ def _mean_square(logits: Any) -> Tensor:
 
 @contextmanager
 def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Put gradients, buffers and the random state back after training steps."""
+    """Put gradients and the random state back after training steps."""
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     for parameter in gradients:
         parameter.grad = None
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}
     with torch.random.fork_rng(), torch.enable_grad():
         try:
             yield
         finally:
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
-            for buffer, value in buffers.items():
-                buffer.data.copy_(value)
 
 
 class _Contest:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointFunction
 
 from treeify.errors import TraceError
 
@@ -92,14 +93,23 @@ def _draws() -> tuple[Any, ...]:
 
 
 @contextmanager
-def closed_functions() -> Iterator[None]:
-    """Within, an `autograd.Function` of the user's stops tracing: its backward would be lost."""
+def closed_functions() -> Iterator[list[type]]:
+    """Within, an `autograd.Function` of the user's stops tracing: its backward would be lost.
+
+    Yields:
+        Of torch's own what runs as if it was not there: that of `torch.utils.checkpoint`.
+    """
     apply = inspect.getattr_static(torch.autograd.Function, "apply")
+    left_out: list[type] = []
 
     def stop(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if cls is CheckpointFunction:
+            left_out.append(cls)
+            run, _, *inputs = args
+            return run(*inputs)
         if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
             raise TraceError(f"{cls.__name__} has a backward of its own, which no graph shows")
         return apply.__get__(None, cls)(*args, **kwargs)
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(stop)):
-        yield
+        yield left_out

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from treeify.parity import ATOL, RTOL, FullPrecision, deviation
+from treeify.held import FullPrecision
+from treeify.parity import ATOL, RTOL, deviation
 
 INF, NAN = math.inf, math.nan
 
@@ -20,6 +21,13 @@ def test_it_is_the_largest_error_over_its_tolerance(dtype: torch.dtype) -> None:
     largest = max(4 / (ATOL + RTOL * 64), 1 / (ATOL + RTOL * 1))
     assert deviation(actual, expected) == pytest.approx(largest, rel=1e-5)
     assert deviation(expected, expected.clone()) == 0
+
+
+def test_shapes_and_dtypes_must_be_the_same() -> None:
+    x = torch.ones(2, 3)
+    assert deviation(x[:1], x) == INF
+    assert deviation(x.double(), x) == INF
+    assert deviation({"logits": x}, {"logits": x.clone()}) == 0
 
 
 def test_complex_numbers_deviate_in_both_parts() -> None:
@@ -67,6 +75,8 @@ def test_in_full_precision_casts_to_float32_are_none() -> None:
         ):
             assert made.dtype == torch.float64
         assert torch.equal(x.float(), x)
+        for made in (single.type_as(x), x.type_as(single), (x > 0).float() @ x, x @ single):
+            assert made.dtype == torch.float64
         assert x.half().dtype == torch.float16
         assert single.double().dtype == torch.float64
         assert single.to(torch.float32).dtype == single.float().dtype == torch.float32

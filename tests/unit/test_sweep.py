@@ -259,11 +259,19 @@ def test_the_memory_decides_how_a_model_is_checked() -> None:
     assert estimated_bytes(0, 4) < full.estimate < plan_check(name, 16, 2**40).estimate
 
 
-def test_a_model_that_does_not_run_shallower_is_not_checked_so() -> None:
-    """A ResNet of three stages can be built and lacks the fourth when it runs."""
-    three = Architecture("resnet18", {"num_classes": 10, "layers": [1, 1, 1]})
-    memory = estimated_bytes(sum(own.numel() for own in three.build().parameters()), 4)
-    assert plan_check("resnet18", 4, memory).how == "meta"
+@pytest.mark.parametrize(
+    ("name", "blocks"),
+    [("resnet18", "layers"), ("swin_tiny_patch4_window7_224", "depths")],
+)
+def test_a_shallower_model_keeps_its_stages(name: str, blocks: str) -> None:
+    """With three stages the one can be built and does not run, the other does."""
+
+    def memory(stages: int) -> int:
+        made = Architecture(name, {"num_classes": 10, blocks: [1] * stages}).build()
+        return estimated_bytes(sum(own.numel() for own in made.parameters()), 4)
+
+    assert plan_check(name, 4, memory(4)).how == f"reduced:{blocks}=[1, 1, 1, 1]"
+    assert plan_check(name, 4, memory(3)).how == "meta"
 
 
 def test_the_library_names_are_all_there_and_have_a_family() -> None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 from treeify.aliases import is_library
 from treeify.packing import Branches, Form, pick
 from treeify.rules.elementwise import call_target
-from treeify.storage import Slot, call_with, lookup, narrow, owner
+from treeify.storage import Slot, call_assigning, lookup, narrow, owner
 from treeify.tree import Span
 
 
@@ -99,14 +99,35 @@ class EachBranchModule(nn.Module):
         """One result per branch."""
         self._follow_mode()
         states = {branch: self._state(branch) for branch in range(*span)}
-        results = Branches(
-            call_with(self.module, state, self._own(args, index), self._own(kwargs, index))
-            for index, state in enumerate(states.values())
-        )
+        results, assigned = [], []
+        for index, state in enumerate(states.values()):
+            result, found = call_assigning(
+                self.module, state, self._own(args, index), self._own(kwargs, index)
+            )
+            results.append(result)
+            assigned.append({key: own for key, own in found.items() if _fits(own, state[key])})
+        for name in dict.fromkeys(key for found in assigned for key in found):
+            self._assign(name, states, [found.get(name) for found in assigned])
         if self.module.training:
             for name in self.shared_buffers:
                 self._merge(name, states)
-        return results
+        return Branches(results)
+
+    def _assign(
+        self, name: str, states: dict[int, dict[str, Tensor]], found: list[Tensor | None]
+    ) -> None:
+        """Take over what calls assigned; what they read until then stays as it was."""
+        news = [(branch, new) for branch, new in zip(states, found, strict=True) if new is not None]
+        if name in self.shared_buffers:
+            for branch, new in news:
+                states[branch][name] = new.detach()
+            return
+        slot, packed = self.layout[name], lookup(self.storage, name)
+        fresh = packed.detach().clone()
+        for branch, new in news:
+            own = branch // self._siblings(name)
+            slot.branch(fresh, self.branches[slot.level], own).copy_(new.detach())
+        packed.data = fresh
 
     def _own(self, values: Any, index: int) -> Any:
         picked = pick(values, index)
@@ -148,6 +169,11 @@ class EachBranchModule(nn.Module):
     def extra_repr(self) -> str:
         """The module's class, for printing a segment."""
         return type(self.module).__name__
+
+
+def _fits(new: Tensor, old: Tensor) -> bool:
+    """Whether a tensor can take another's place; else it is a cache for some image size."""
+    return new.shape == old.shape
 
 
 def _descend(storage: nn.Module, path: str) -> nn.Module:

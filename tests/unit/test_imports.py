@@ -42,6 +42,7 @@ LAYERS = (
     "confidence",
     "ensemble",
     "api",
+    "held",
     "parity",
     "allocator",
     "models",

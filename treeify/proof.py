@@ -209,10 +209,11 @@ def estimated_bytes(parameters: int, leaves: int) -> int:
     """What a check may hold at once if it ends up in float64.
 
     Per parameter and leaf: the ensemble in float32, the copy in float64 that is trained, its
-    gradients and those expected; beside them one network with gradients. Activations are small at
+    gradients, those expected, and as much again for what fused layers prepare and what the
+    allocator does not give back; beside them one network with gradients. Activations are small at
     the sizes checked.
     """
-    return _BASE_BYTES + parameters * (leaves * (4 + 3 * 8) + 2 * 8)
+    return _BASE_BYTES + parameters * (leaves * (4 + 4 * 8) + 2 * 8)
 
 
 def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> HierarchicalEnsemble:

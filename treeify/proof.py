@@ -7,6 +7,7 @@ tensors have shapes and no values.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from treeify import checkpoint
@@ -36,6 +38,8 @@ SEED = 0
 # Sides of the images tried, smallest first. At 32 the last layers of many networks are a single
 # pixel, and batch statistics over two numbers say little.
 _SIDES = (64, 96, 128, 160, 192, 224, 256)
+# How many numbers say enough: those of 2 images of 2 by 2 pixels.
+_ENOUGH = 8
 # What timm's builders call the number of blocks, and small ones; of stages the most that run.
 _SHALLOWER: tuple[dict[str, Any], ...] = (
     *({"depth": 4}, {"depth": 2}, {"depth": 1}),
@@ -196,7 +200,7 @@ def plan_check(name: str, leaves: int, memory: int) -> Plan:
             shallower = skeleton(found[0])
         except ModelError:
             continue
-        if not _runs(shallower, found[1]):
+        if _averaged(shallower, found[1]) is None:
             continue
         if isinstance(value, list):
             staged.add(key)  # with fewer stages it would be another model
@@ -253,9 +257,13 @@ def _leaves(splits: str) -> int:
 
 
 def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int, ...]]:
-    """The architecture, and the smallest square image both its modes run on."""
+    """The architecture, and the smallest square image that both its modes run on.
+
+    One where batch norms have enough to average, if there is one below the usual size.
+    """
     model = skeleton(architecture)
     usual = example_shape(model, architecture)
+    smallest = None
     for side in (side for side in _SIDES if side < min(usual[1:])):
         try:
             fitting = resized(architecture, model, side)
@@ -263,21 +271,40 @@ def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int
         except ModelError:
             continue
         shape = (usual[0], side, side)
-        if example_shape(candidate, fitting)[0] == usual[0] and _runs(candidate, shape):
+        if example_shape(candidate, fitting)[0] != usual[0]:
+            continue
+        averaged = _averaged(candidate, shape)
+        if averaged is None:
+            continue
+        smallest = smallest or (fitting, shape)
+        if averaged >= _ENOUGH:
             return fitting, shape
-    return architecture, usual
+    return smallest or (architecture, usual)
 
 
-def _runs(model: nn.Module, shape: Sequence[int]) -> bool:
-    """Whether a model on the meta device takes images of a shape in both modes."""
+def _averaged(model: nn.Module, shape: Sequence[int]) -> float | None:
+    """The fewest numbers of which a batch norm takes the mean, for images of a shape.
+
+    None if the model, on the meta device, does not take them in both modes.
+    """
     x = torch.zeros(IMAGES, *shape, device="meta")
+    counts: list[float] = []
+
+    def count(_: nn.Module, args: tuple[Any, ...]) -> None:
+        counts.append(args[0].numel() / args[0].shape[1])
+
+    norms = [own for own in model.modules() if isinstance(own, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
     try:
-        for mode in (True, False):
+        for mode in (False, True):
             with torch.no_grad():
                 model.train(mode)(x)
     except Exception:  # whatever a library raises for a size it does not take
-        return False
-    return True
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(counts, default=math.inf)
 
 
 def _macs(model: nn.Module, shape: Sequence[int]) -> int | None:

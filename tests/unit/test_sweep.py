@@ -259,6 +259,11 @@ def test_the_memory_decides_how_a_model_is_checked() -> None:
     assert estimated_bytes(0, 4) < full.estimate < plan_check(name, 16, 2**40).estimate
 
 
+def test_batch_norms_average_more_than_two_numbers() -> None:
+    """At 96 pixels, which it takes, the last maps of this one are a single pixel."""
+    assert plan_check("inception_v3", 4, 2**40).shape == (3, 128, 128)
+
+
 @pytest.mark.parametrize(
     ("name", "blocks"),
     [("resnet18", "layers"), ("swin_tiny_patch4_window7_224", "depths")],

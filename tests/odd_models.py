@@ -353,7 +353,7 @@ class Views(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage1(self.stem(x))
         x = self.stage2(x + along_rows(x))
-        single = x.view(-1, x.shape[2], x.shape[3])
+        single = x.view(size=(-1, x.shape[2], x.shape[3]))
         x = self.stage3(single.roll(1, 1).view_as(x))
         x = self.stage4(x).relu()
         return self.head(self.hidden(x.view(x.size(0), -1)).relu())

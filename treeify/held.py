@@ -15,20 +15,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # What promotes no dtypes by itself, or takes over that of an operand.
 _UNPROMOTED = {
-    *(
-        "matmul",
-        "__matmul__",
-        "__rmatmul__",
-        "mm",
-        "bmm",
-        "mv",
-        "dot",
-        "einsum",
-        "addmm",
-        "baddbmm",
-    ),
-    *("linear", "bilinear", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"),
-    *("cdist", "type_as", "to"),
+    *("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "dot", "einsum"),
+    *("addmm", "baddbmm", "linear", "bilinear", "conv1d", "conv2d", "conv3d"),
+    *("scaled_dot_product_attention", "cdist", "type_as", "to"),
 }
 
 

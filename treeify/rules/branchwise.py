@@ -105,7 +105,8 @@ class EachBranchModule(nn.Module):
                 self.module, state, self._own(args, index), self._own(kwargs, index)
             )
             results.append(result)
-            assigned.append({key: own for key, own in found.items() if _fits(own, state[key])})
+            # What has another shape is a cache for some image size.
+            assigned.append({k: own for k, own in found.items() if own.shape == state[k].shape})
         for name in dict.fromkeys(key for found in assigned for key in found):
             self._assign(name, states, [found.get(name) for found in assigned])
         if self.module.training:
@@ -169,11 +170,6 @@ class EachBranchModule(nn.Module):
     def extra_repr(self) -> str:
         """The module's class, for printing a segment."""
         return type(self.module).__name__
-
-
-def _fits(new: Tensor, old: Tensor) -> bool:
-    """Whether a tensor can take another's place; else it is a cache for some image size."""
-    return new.shape == old.shape
 
 
 def _descend(storage: nn.Module, path: str) -> nn.Module:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
@@ -19,6 +20,22 @@ _UNPROMOTED = {
     *("addmm", "baddbmm", "linear", "bilinear", "conv1d", "conv2d", "conv3d"),
     *("scaled_dot_product_attention", "cdist", "type_as", "to"),
 }
+
+
+@contextmanager
+def held(dtype: torch.dtype) -> Iterator[None]:
+    """Hold random draws at their mean and, where that is float64, precision.
+
+    For the runs of networks alone: copying or reading their state goes through the modes too.
+
+    Args:
+        dtype: in which networks are compared.
+    """
+    with ExitStack() as modes:
+        modes.enter_context(MeanNoise())
+        if dtype == torch.float64:
+            modes.enter_context(FullPrecision())
+        yield
 
 
 class FullPrecision(TorchFunctionMode):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ParityError
 from treeify.execution import Plan
-from treeify.held import FullPrecision, MeanNoise
+from treeify.held import held
 from treeify.program import WAYS
 from treeify.storage import buffers_kept, tensors
 
@@ -72,8 +72,8 @@ class Figures:
 def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
     """Check leaf, prefix and gradient parity against the untouched base architecture.
 
-    Random draws are held at their mean (see `MeanNoise`): they differ in the ensemble and in the
-    separate networks.
+    Random draws are held at their mean (see `held.MeanNoise`): they differ in the ensemble and in
+    the separate networks.
 
     Args:
         hne: the ensemble. Not modified.
@@ -218,19 +218,18 @@ def _decide(
         return hne.leaf(index).double()
 
     x = x.double()
-    with FullPrecision():
-        found = check(copy.deepcopy(hne).double(), leaf_of, x)
-        worst = max(found, key=lambda name: found[name])
-        if found[worst] <= 1:
-            return found, "float64"
-        text = f"{worst} parity is off by {found[worst]:.3g} times the tolerance in float64{text}"
-        if _is_random(leaf_of, x, training=training):
-            raise ParityError(
-                f"{text}, and the base architecture itself gives other values each time.",
-                expected="random draws that can be held at their mean: dropout, stochastic depth,"
-                " torch.rand, torch.randn, torch.bernoulli and their like",
-                next_step="Check the model with its own noise switched off.",
-            )
+    found = check(copy.deepcopy(hne).double(), leaf_of, x)
+    worst = max(found, key=lambda name: found[name])
+    if found[worst] <= 1:
+        return found, "float64"
+    text = f"{worst} parity is off by {found[worst]:.3g} times the tolerance in float64{text}"
+    if _is_random(leaf_of, x, training=training):
+        raise ParityError(
+            f"{text}, and the base architecture itself gives other values each time.",
+            expected="random draws that can be held at their mean: dropout, stochastic depth,"
+            " torch.rand, torch.randn, torch.bernoulli and their like",
+            next_step="Check the model with its own noise switched off.",
+        )
     raise ParityError(
         f"{text}.",
         expected=f"at most {ATOL} + {RTOL} * |value of the untouched base architecture|",
@@ -240,10 +239,19 @@ def _decide(
 
 
 def _is_random(leaf_of: _Leaf, x: Tensor, *, training: bool) -> bool:
-    """Whether a network gives other values each time: then there is no comparing them."""
-    networks = [leaf_of(0).train(training) for _ in range(2)]
-    with torch.no_grad(), MeanNoise():
-        return deviation(*(network(x) for network in networks)) > 1
+    """Whether a network gives other values or gradients each time: then there is no comparing them.
+
+    Gradients alone are random where activations are recomputed: no draw is held in backward passes.
+    """
+    found, weights = [], list[Tensor]()
+    for _ in range(2):
+        network = leaf_of(0).train(training).requires_grad_(training)
+        with torch.set_grad_enabled(training), held(x.dtype):
+            output = network(x)
+        if training:
+            torch.autograd.backward(_scalar(output, weights))
+        found.append((output, _gradients(network)))
+    return deviation(*found) > 1
 
 
 def deviation(actual: Any, expected: Any) -> float:
@@ -283,24 +291,28 @@ def _eval_parity(hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor) -> dict[s
     hne.eval()
     outputs: dict[Plan, Any] = {}
     leaf = prefix = 0.0
-    with torch.no_grad(), MeanNoise():
-        first = leaf_of(0).eval()(x)
-        for plan in dict.fromkeys((hne.plan(x), *_every_plan(hne))):
-            with _kept(hne):
-                outputs[plan] = hne.run(x, hne.leaves, plan)
-            leaf = max(leaf, deviation(_select(outputs[plan], 0), first))
-            # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
-            if leaf > 1:
-                return {"leaf_eval": leaf}
-        for index in range(1, hne.leaves):
-            own = leaf_of(index).eval()(x)
-            found = (deviation(_select(logits, index), own) for logits in outputs.values())
-            leaf = max(leaf, *found)
-        whole = outputs[hne.plan(x)]
-        for size in hne.tree.nested_sizes:
-            with _kept(hne):
-                prefix = max(prefix, deviation(hne(x, leaves=size), _first(whole, size)))
+    first = _answer(leaf_of(0), x)
+    for plan in dict.fromkeys((hne.plan(x), *_every_plan(hne))):
+        with torch.no_grad(), held(x.dtype), _kept(hne):
+            outputs[plan] = hne.run(x, hne.leaves, plan)
+        leaf = max(leaf, deviation(_select(outputs[plan], 0), first))
+        # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
+        if leaf > 1:
+            return {"leaf_eval": leaf}
+    for index in range(1, hne.leaves):
+        own = _answer(leaf_of(index), x)
+        found = (deviation(_select(logits, index), own) for logits in outputs.values())
+        leaf = max(leaf, *found)
+    whole = outputs[hne.plan(x)]
+    for size in hne.tree.nested_sizes:
+        with torch.no_grad(), held(x.dtype), _kept(hne):
+            prefix = max(prefix, deviation(hne(x, leaves=size), _first(whole, size)))
     return {"leaf_eval": leaf, "prefix": prefix}
+
+
+def _answer(network: nn.Module, x: Tensor) -> Any:
+    with torch.no_grad(), held(x.dtype):
+        return network.eval()(x)
 
 
 @contextmanager
@@ -327,7 +339,7 @@ def _train_parity(
     weights: list[Tensor] = []
     leaf = buffers = 0.0
     expected: dict[str, Tensor] = {}
-    with MeanNoise():
+    with held(x.dtype):
         logits = hne(x)
     # As the forward pass left them: recomputing activations in the backward pass would once more
     # update the statistics of batch norms.
@@ -335,7 +347,7 @@ def _train_parity(
     torch.autograd.backward(_scalar(logits, weights))
     for index in range(hne.leaves):
         network = leaf_of(index).train().requires_grad_(True)
-        with MeanNoise():
+        with held(x.dtype):
             own = network(x)
         leaf = max(leaf, deviation(_select(logits, index), own))
         buffers = max(buffers, _buffer_deviation(hne, updated, index, network))

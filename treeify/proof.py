@@ -25,7 +25,7 @@ from treeify.architecture import Architecture, example_shape, family, resized, s
 from treeify.coverage import FULL, META, REDUCED
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ModelError, ParityError
-from treeify.held import MeanNoise
+from treeify.held import held
 from treeify.initialize import State, initialization
 from treeify.parity import deviation, settle, verify, verify_outputs, verify_shapes
 from treeify.splits import choose, inner_point, parse
@@ -160,7 +160,7 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
         )
     modes = {module: module.training for module in hne.modules()}
     try:
-        with torch.no_grad(), MeanNoise():
+        with torch.no_grad(), held(x.dtype):
             found = deviation(loaded(x), hne.eval()(x))
     finally:
         for module, mode in modes.items():

@@ -1,8 +1,10 @@
 """Invariants 1 to 5 over the zoo: real backbones and odd ones, three tree shapes."""
 
 import copy
+from typing import Any
 
 import pytest
+import small
 import torch
 import zoo
 from torch import nn
@@ -101,3 +103,21 @@ def test_a_wrong_weight_is_noticed() -> None:
     broken.__class__ = Swapped
     with pytest.raises(treeify.TreeifyError, match="parity is off"):
         treeify.verify(broken, x)
+
+
+def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last leaf alone, where the outputs are right."""
+    hne = small.ensemble()
+    x = small.images(4)
+    assert treeify.verify(hne, x).worst <= 1
+    run = treeify.HierarchicalEnsemble.run
+
+    def broken(hne: treeify.HierarchicalEnsemble, *args: Any) -> torch.Tensor:
+        out = run(hne, *args)
+        doubled = torch.zeros_like(out)
+        doubled[:, -1] = out[:, -1] - out[:, -1].detach()
+        return out + doubled
+
+    monkeypatch.setattr(treeify.HierarchicalEnsemble, "run", broken)
+    with pytest.raises(treeify.TreeifyError, match="gradient parity is off"):
+        treeify.verify(hne, x)

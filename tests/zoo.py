@@ -38,7 +38,7 @@ class Case:
         size: height and width of its images.
         binary: four split points, from input to output, or how many to choose.
         wide: the one split of the tree with a single fanout of 4.
-        slow: takes gigabytes or minutes; left out of the default run.
+        slow: the tree shapes in which it takes gigabytes or the better part of a minute.
         ungraded: how many parameters reach no output in training mode, and so get no gradient.
         shapes: the tree shapes it is checked in; fewer only with a reason in the note.
         note: what is special about it.
@@ -49,7 +49,7 @@ class Case:
     size: int
     binary: int | tuple[str, ...] = 4
     wide: str | None = None
-    slow: bool = False
+    slow: tuple[str, ...] = ()
     ungraded: int = 0
     shapes: tuple[str, ...] = SHAPES
     note: str = ""
@@ -100,9 +100,9 @@ def cases(*, slow: bool | None = False) -> list[Case]:
     """The cases of the sweep.
 
     Args:
-        slow: the slow ones, the others, or with None all.
+        slow: those slow in every shape, the others, or with None all.
     """
-    return [case for case in CASES if slow is None or case.slow == slow]
+    return [case for case in CASES if slow is None or (case.slow == SHAPES) == slow]
 
 
 def _timm(name: str, **kwargs: Any) -> Callable[[], nn.Module]:
@@ -212,14 +212,28 @@ _FULL = [
     Case("mobilenet_v2", _torchvision("mobilenet_v2"), 64, wide="features.14"),
     Case("mobilenet_v3_small", _torchvision("mobilenet_v3_small"), 64, wide="features.9"),
     Case("shufflenet_v2_x0_5", _torchvision("shufflenet_v2_x0_5"), 64, wide="stage4"),
-    Case("googlenet", _torchvision("googlenet", init_weights=False), 64, wide="inception5a"),
+    Case(
+        "googlenet",
+        _torchvision("googlenet", init_weights=False),
+        64,
+        wide="inception5a",
+        slow=("binary",),
+    ),
     Case("squeezenet1_1", _torchvision("squeezenet1_1"), 64, wide="classifier"),
-    Case("efficientnet_b0", _torchvision("efficientnet_b0"), 64, wide="features.7"),
-    Case("regnet_y_400mf", _torchvision("regnet_y_400mf"), 64, wide="trunk_output.block4"),
-    Case("mobilenetv2_140", _timm("mobilenetv2_140"), 64, wide="blocks.5"),
-    Case("efficientnet_lite0", _timm("efficientnet_lite0"), 64, wide="blocks.5"),
-    Case("ghostnet_100", _timm("ghostnet_100"), 64, wide="blocks.7"),
-    Case("hrnet_w18_small", _timm("hrnet_w18_small"), 64, wide="incre_modules"),
+    Case(
+        "efficientnet_b0", _torchvision("efficientnet_b0"), 64, wide="features.7", slow=("binary",)
+    ),
+    Case(
+        "regnet_y_400mf",
+        _torchvision("regnet_y_400mf"),
+        64,
+        wide="trunk_output.block4",
+        slow=("binary",),
+    ),
+    Case("mobilenetv2_140", _timm("mobilenetv2_140"), 64, wide="blocks.5", slow=("binary",)),
+    Case("efficientnet_lite0", _timm("efficientnet_lite0"), 64, wide="blocks.5", slow=("binary",)),
+    Case("ghostnet_100", _timm("ghostnet_100"), 64, wide="blocks.7", slow=("binary",)),
+    Case("hrnet_w18_small", _timm("hrnet_w18_small"), 64, wide="incre_modules", slow=("binary",)),
     Case("vit_tiny_patch16_224", _timm("vit_tiny_patch16_224", img_size=32), 32, wide="blocks.8"),
 ]
 
@@ -230,35 +244,35 @@ _SLOW = [
         _torchvision("resnet18"),
         64,
         ("layer1", "layer2", "layer3", "layer4"),
-        slow=True,
+        slow=SHAPES,
     ),
-    Case("repvgg_a0", _timm("repvgg_a0"), 64, wide="stages.3", slow=True),
-    Case("densenet121", _torchvision("densenet121"), 64, wide="features.denseblock4", slow=True),
+    Case("repvgg_a0", _timm("repvgg_a0"), 64, wide="stages.3", slow=SHAPES),
+    Case("densenet121", _torchvision("densenet121"), 64, wide="features.denseblock4", slow=SHAPES),
     Case(
         "vgg11_bn",
         _torchvision("vgg11_bn"),
         64,
         wide="classifier",
-        slow=True,
+        slow=SHAPES,
         shapes=("wide", "input"),
         note="16 classifiers of 120 million parameters, with gradients and their sums: over 24 GB",
     ),
-    Case("convnext_tiny", _torchvision("convnext_tiny"), 64, wide="features.7", slow=True),
+    Case("convnext_tiny", _torchvision("convnext_tiny"), 64, wide="features.7", slow=SHAPES),
     Case(
         "vit_b_16",
         _torchvision("vit_b_16", image_size=32),
         32,
         wide="encoder.layers.encoder_layer_9",
-        slow=True,
+        slow=SHAPES,
         shapes=("wide", "input"),
         note="16 leaves, checked in float64 with gradients, take over 24 GB",
     ),
-    Case("swin_t", _torchvision("swin_t"), 64, wide="features.7", slow=True),
-    Case("resnet50", _timm("resnet50"), 64, wide="layer4", slow=True),
-    Case("resnetv2_50", _timm("resnetv2_50"), 64, wide="stages.3", slow=True),
-    Case("nfnet_l0", _timm("nfnet_l0"), 64, wide="stages.3", slow=True),
-    Case("dla34", _timm("dla34"), 64, wide="level5", slow=True),
-    Case("mixer_s32_224", _timm("mixer_s32_224", img_size=64), 64, wide="blocks.6", slow=True),
+    Case("swin_t", _torchvision("swin_t"), 64, wide="features.7", slow=SHAPES),
+    Case("resnet50", _timm("resnet50"), 64, wide="layer4", slow=SHAPES),
+    Case("resnetv2_50", _timm("resnetv2_50"), 64, wide="stages.3", slow=SHAPES),
+    Case("nfnet_l0", _timm("nfnet_l0"), 64, wide="stages.3", slow=SHAPES),
+    Case("dla34", _timm("dla34"), 64, wide="level5", slow=SHAPES),
+    Case("mixer_s32_224", _timm("mixer_s32_224", img_size=64), 64, wide="blocks.6", slow=SHAPES),
 ]
 
 _ODD = [

@@ -13,14 +13,14 @@ from torch.testing import assert_close
 import treeify
 
 
-def _marks(case: zoo.Case) -> list[pytest.MarkDecorator]:
+def _marks(case: zoo.Case, shape: str) -> list[pytest.MarkDecorator]:
     """Whole backbones take seconds each; thin and odd ones stand for them by default."""
     whole = not str(case).startswith("odd-") and not str(case).endswith("-thin")
-    return [pytest.mark.slow] * case.slow + [pytest.mark.thorough] * whole
+    return [pytest.mark.slow] * (shape in case.slow) + [pytest.mark.thorough] * whole
 
 
 CASES = [
-    pytest.param(case, shape, id=f"{case}-{shape}", marks=_marks(case))
+    pytest.param(case, shape, id=f"{case}-{shape}", marks=_marks(case, shape))
     for case in zoo.cases(slow=None)
     for shape in case.shapes
 ]

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from treeify import unseen
 from treeify.errors import TraceError
+from treeify.stand_ins import STAND_INS
 from treeify.unseen import StateError, Watch, closed_functions, contexts, has_gradient, recomputes
 
 # How many images what depends on their number is told apart with.
@@ -175,6 +176,13 @@ class _Tracer(fx.Tracer):
         if self._running or id(attr_val) in self._fixed:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+    ) -> Any:
+        if kind == "call_function" and target in STAND_INS:
+            return STAND_INS[target](*args, **kwargs)
+        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **named: Any) -> fx.Node:
         grad, casts = contexts()

@@ -23,6 +23,7 @@ LAYERS = (
     "aliases",
     "functional",
     "unseen",
+    "stand_ins",
     "tracer",
     "running",
     "trace",

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from treeify.rules.elementwise import Direct, call_target
 from treeify.rules.registry import Call, Unpackable, batch_rule, widens
 from treeify.rules.shape import SHAPE_READINGS, Item
+from treeify.stand_ins import OF_EACH_IMAGE
 from treeify.trace import TensorFacts, facts
 from treeify.tree import Span
 
@@ -134,11 +135,11 @@ _WINDOWS = ("window_reverse", "window_reverse_nchw", "grid_reverse", "grid_rever
 
 
 @batch_rule(*(own for name in (*_WINDOWS, "deblockify") for own in _kept_whole(name)), pure=True)
+@batch_rule(*OF_EACH_IMAGE, pure=True)
 def run_windows(call: Call) -> Direct:
-    """Windows of every image, put together again."""
-    known = call.require_one_tensor()
-    after = call.known.value
-    if known.batch_dim != 0 or not isinstance(after, TensorFacts) or after.batch_dim != 0:
+    """Windows of every image, cut or put together again."""
+    found, after = call.tensor_arguments(), call.known.value
+    if not isinstance(after, TensorFacts) or any(own.batch_dim != 0 for own in (*found, after)):
         raise Unpackable("its input does not begin with the batch")
     return Direct(call.node.target)
 

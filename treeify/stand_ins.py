@@ -1,0 +1,125 @@
+"""Functions that libraries keep closed to fx, written so that rules can run their parts packed.
+
+`treeify.verify` compares them with the libraries' own, which leaves run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+from torchvision.models import swin_transformer
+
+
+def _geometry(
+    x: Tensor, window: Sequence[int], shift: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Height and width padded to whole windows, and the shifts where there is more than one."""
+    padded = [side + -side % own for side, own in zip(x.shape[1:3], window, strict=True)]
+    by = [own if side > size else 0 for own, side, size in zip(shift, padded, window, strict=True)]
+    return padded, by
+
+
+def _partitioned(x: Tensor, window: Sequence[int]) -> Tensor:
+    rows = torch.unflatten(torch.unflatten(x, 2, (-1, window[1])), 1, (-1, window[0]))
+    return rows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+@fx.wrap
+def cut(x: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """Shifted windows of images, `[N, H, W, C] -> [N, windows, tokens, C]`."""
+    (height, width), by = _geometry(x, window, shift)
+    x = F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+    if any(by):
+        x = torch.roll(x, (-by[0], -by[1]), (1, 2))
+    return _partitioned(x, window)
+
+
+@fx.wrap
+def join(x: Tensor, images: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """The inverse of `cut`, for windows of `images`: `[N, windows, tokens, C] -> [N, H, W, C]`."""
+    (height, _), by = _geometry(images, window, shift)
+    rows = torch.unflatten(torch.unflatten(x, 2, window), 1, (height // window[0], -1))
+    x = rows.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if any(by):
+        x = torch.roll(x, (by[0], by[1]), (1, 2))
+    return x[:, : images.shape[1], : images.shape[2]].contiguous()
+
+
+@fx.wrap
+def masked(scores: Tensor, images: Tensor, window: Sequence[int], shift: Sequence[int]) -> Tensor:
+    """Attention scores, `[N, windows, heads, tokens, tokens]`, without those of rolled neighbours.
+
+    In shifted windows at an edge, tokens that the roll has brought from the other side of the image
+    do not see the others.
+    """
+    padded, by = _geometry(images, window, shift)
+    if not any(by):
+        return scores
+    regions = []
+    for side, size, own in zip(padded, window, by, strict=True):
+        places = torch.arange(side, device=scores.device)
+        inner = (places >= side - size).long() + (places >= side - own).long()
+        regions.append(inner if own else torch.zeros_like(inner))
+    region = _partitioned((3 * regions[0][:, None] + regions[1])[None, :, :, None], window)
+    apart = region[0] != region[0].transpose(1, 2)
+    return scores + scores.new_zeros(apart.shape).masked_fill(apart, -100.0).unsqueeze(1)
+
+
+@fx.wrap
+def scaled(query: Tensor) -> Tensor:
+    """Queries over the root of their length, `[N, ..., D]`."""
+    return query * float(query.shape[-1] ** -0.5)
+
+
+@fx.wrap
+def without_keys(bias: Tensor) -> Tensor:
+    """Biases of queries, keys and values, `[3*C]`, with those of the keys 0."""
+    query, key, value = bias.chunk(3)
+    return torch.cat([query, torch.zeros_like(key), value])
+
+
+def _shifted_window_attention(
+    input: Tensor,
+    qkv_weight: Tensor,
+    proj_weight: Tensor,
+    relative_position_bias: Tensor,
+    window_size: list[int],
+    num_heads: int,
+    shift_size: list[int],
+    attention_dropout: float = 0.0,
+    dropout: float = 0.0,
+    qkv_bias: Tensor | None = None,
+    proj_bias: Tensor | None = None,
+    logit_scale: Tensor | None = None,
+    training: bool = True,
+) -> Tensor:
+    """As torchvision's, `[N, H, W, C] -> [N, H, W, C]`."""
+    if logit_scale is not None and qkv_bias is not None:
+        qkv_bias = without_keys(qkv_bias)
+    qkv = F.linear(cut(input, window_size, shift_size), qkv_weight, qkv_bias)
+    parts = qkv.chunk(3, -1)
+    query, key, value = (
+        torch.unflatten(parts[index], -1, (num_heads, -1)).transpose(2, 3) for index in range(3)
+    )
+    if logit_scale is None:
+        scores = scaled(query) @ key.transpose(-2, -1)
+    else:
+        scores = F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).transpose(-2, -1)
+        scores = scores * torch.clamp(logit_scale, max=math.log(100.0)).exp()
+    scores = masked(scores + relative_position_bias, input, window_size, shift_size)
+    attention = F.dropout(F.softmax(scores, dim=-1), p=attention_dropout, training=training)
+    found = (attention @ value).transpose(2, 3).flatten(3)
+    found = F.dropout(F.linear(found, proj_weight, proj_bias), p=dropout, training=training)
+    return join(found, input, window_size, shift_size)
+
+
+STAND_INS: dict[Any, Callable[..., Any]] = {
+    swin_transformer.shifted_window_attention: _shifted_window_attention,
+}
+# What of it, and of what stays closed, treats every image by itself.
+OF_EACH_IMAGE = (cut, join, masked, scaled, swin_transformer._patch_merging_pad)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from treeify.ensemble import HierarchicalEnsemble
@@ -186,6 +187,35 @@ def settle(model: nn.Module) -> None:
                 tensor.normal_(0, 0.1)
             elif isinstance(tensor, nn.Parameter) and tensor.std(correction=0) == 0:
                 tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.3))
+
+
+def fit_statistics(model: nn.Module, images: Tensor) -> None:
+    """Bring running means and variances of batch norms near those of some images.
+
+    With statistics that fit no images the activations of deep networks grow in evaluation mode,
+    until the rounding of float64 decides what the network answers.
+
+    Args:
+        model: a network or an ensemble; changed in place, from torch's random state.
+        images: `[N, C, H, W]`.
+    """
+    norms = [
+        own for own in model.modules() if isinstance(own, _BatchNorm) and own.track_running_stats
+    ]
+    momenta = [own.momentum for own in norms]
+    was_training = model.training
+    for own in norms:
+        own.momentum = 1.0  # this batch's statistics, whole
+    with torch.no_grad(), held(images.dtype):
+        model.train()(images)
+    model.train(was_training)
+    for own, momentum in zip(norms, momenta, strict=True):
+        own.momentum = momentum
+        mean, var = own.running_mean, own.running_var
+        assert mean is not None
+        assert var is not None
+        mean.add_(torch.randn_like(mean).mul_(0.1 * var.sqrt()))
+        var.mul_(torch.empty_like(var).uniform_(0.8, 1.25))
 
 
 def _decide(

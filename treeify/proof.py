@@ -27,7 +27,7 @@ from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ModelError, ParityError
 from treeify.held import held
 from treeify.initialize import State, initialization
-from treeify.parity import deviation, settle, verify, verify_outputs, verify_shapes
+from treeify.parity import deviation, fit_statistics, settle, verify, verify_outputs, verify_shapes
 from treeify.splits import choose, inner_point, parse
 from treeify.trace import Traced
 
@@ -105,7 +105,7 @@ def prove(name: str, splits: str, memory: int, tell: Tell) -> None:
         packed_share=hne.conversion.packed_share,
         reasons=hne.conversion.fallbacks,
     )
-    x = torch.rand(IMAGES, *plan.shape)
+    x = _images(plan)
     inner = inner_point(hne.traced)
     if sources is None:
         verify_shapes(hne, x.to("meta"))
@@ -125,6 +125,7 @@ def prove(name: str, splits: str, memory: int, tell: Tell) -> None:
         del hne  # its memory serves the next
         again = _split_again(traced, inner.name, plan)
         again.fill(sources)
+        fit_statistics(again, _images(plan))
         if figures.dtypes["eval"] == "float64":  # float32 was too coarse for these weights
             again, x = again.double(), x.double()
         deviations["inner_split"] = verify_outputs(again, x)
@@ -225,6 +226,7 @@ def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> Hier
     example = torch.zeros(1, *plan.shape)
     hne = hierarchicalize(architecture, splits, init="copy", example_input=example)
     hne.fill(sources)
+    fit_statistics(hne, _images(plan))
     return hne
 
 
@@ -232,6 +234,10 @@ def _on_meta(plan: Plan, splits: str) -> HierarchicalEnsemble:
     base = skeleton(plan.architecture)
     traced = open_up(base, plan.architecture, torch.zeros(1, *plan.shape, device="meta"))
     return HierarchicalEnsemble(traced, choose(traced, splits), base, plan.architecture)
+
+
+def _images(plan: Plan) -> Tensor:
+    return torch.rand(IMAGES, *plan.shape)
 
 
 def _split_again(traced: Traced, name: str, plan: Plan) -> HierarchicalEnsemble:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small
 import sweep_models
 import torch
 from hypothesis import given
@@ -19,7 +20,7 @@ from treeify import coverage
 from treeify.architecture import Architecture, check_names, family, library_names
 from treeify.coverage import Coverage, Row
 from treeify.errors import InputError, ModelError, ParityError
-from treeify.parity import verify_shapes
+from treeify.parity import fit_statistics, verify_shapes
 from treeify.proof import estimated_bytes, plan_check, prove, round_trip
 from treeify.sweep import Settings, shard, sweep, todo
 
@@ -296,14 +297,14 @@ def test_wrong_names_are_refused_together_with_the_nearest_right_ones() -> None:
         check_names(["resnet1O", "resnet18", "torchvision/resnet5O"])
 
 
-def small() -> treeify.HierarchicalEnsemble:
+def tiny() -> treeify.HierarchicalEnsemble:
     return treeify.hierarchicalize(
         Architecture("sweep_models:tiny"), 2, example_input=torch.zeros(1, 3, 16, 16)
     )
 
 
 def test_a_round_trip_that_loses_something_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    hne, x = small(), torch.rand(2, 3, 16, 16)
+    hne, x = tiny(), torch.rand(2, 3, 16, 16)
     hne.train()
     assert round_trip(hne, x) == 0
     assert hne.training
@@ -324,7 +325,7 @@ def test_a_round_trip_that_loses_something_is_noticed(monkeypatch: pytest.Monkey
 def test_a_round_trip_with_other_logits_from_the_same_tensors_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    hne, x = small(), torch.rand(2, 3, 16, 16)
+    hne, x = tiny(), torch.rand(2, 3, 16, 16)
     original = treeify.load
 
     def load(path: str) -> treeify.HierarchicalEnsemble:
@@ -338,7 +339,7 @@ def test_a_round_trip_with_other_logits_from_the_same_tensors_is_noticed(
 
 
 def test_wrong_shapes_are_noticed() -> None:
-    hne, x = small().to("meta"), torch.rand(2, 3, 16, 16, device="meta")
+    hne, x = tiny().to("meta"), torch.rand(2, 3, 16, 16, device="meta")
     verify_shapes(hne, x)
     hne.run = lambda *args: torch.empty(2, 4, 6, device="meta")  # type: ignore[method-assign]
     with pytest.raises(ParityError, match="another shape"):
@@ -357,3 +358,24 @@ def test_macs_are_counted_where_a_view_of_a_parameter_goes_into_a_layer() -> Non
     told: dict[str, object] = {}
     prove("test_vit3", "1", 8 * 10**9, told.update)
     assert told["macs"] is not None
+
+
+def test_batch_norms_are_checked_with_statistics_near_those_of_the_images() -> None:
+    hne = small.ensemble(["stem:3"])
+    norms = [own for own in hne.modules() if isinstance(own, torch.nn.BatchNorm2d)]
+    torch.manual_seed(0)
+    images = small.images(64)
+    fit_statistics(hne, images)
+    assert [own.momentum for own in norms] == [0.1, 0.1]
+    assert not hne.training
+    for index in range(3):
+        leaf = hne.leaf(index)
+        x = leaf.stage1[0](leaf.stem(images))
+        norm = leaf.stage1[1]
+        near = norm.running_var / x.var((0, 2, 3))
+        assert near.min() > 0.6
+        assert near.max() < 1.6
+        assert near.std() > 0.02  # near, and not the very same
+        apart = (norm.running_mean - x.mean((0, 2, 3))) / x.std((0, 2, 3))
+        assert 0.01 < apart.abs().max() < 0.6
+    assert not torch.equal(hne.leaf(0).stage1[1].running_mean, hne.leaf(1).stage1[1].running_mean)

@@ -63,8 +63,7 @@ def masked(scores: Tensor, images: Tensor, window: Sequence[int], shift: Sequenc
     regions = []
     for side, size, own in zip(padded, window, by, strict=True):
         places = torch.arange(side, device=scores.device)
-        inner = (places >= side - size).long() + (places >= side - own).long()
-        regions.append(inner if own else torch.zeros_like(inner))
+        regions.append((places >= side - size).long() + (places >= side - own).long())
     region = _partitioned((3 * regions[0][:, None] + regions[1])[None, :, :, None], window)
     apart = region[0] != region[0].transpose(1, 2)
     return scores + scores.new_zeros(apart.shape).masked_fill(apart, -100.0).unsqueeze(1)

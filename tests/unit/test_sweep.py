@@ -368,14 +368,12 @@ def test_batch_norms_are_checked_with_statistics_near_those_of_the_images() -> N
     fit_statistics(hne, images)
     assert [own.momentum for own in norms] == [0.1, 0.1]
     assert not hne.training
-    for index in range(3):
-        leaf = hne.leaf(index)
-        x = leaf.stage1[0](leaf.stem(images))
-        norm = leaf.stage1[1]
-        near = norm.running_var / x.var((0, 2, 3))
-        assert near.min() > 0.6
-        assert near.max() < 1.6
-        assert near.std() > 0.02  # near, and not the very same
-        apart = (norm.running_mean - x.mean((0, 2, 3))) / x.std((0, 2, 3))
-        assert 0.01 < apart.abs().max() < 0.6
+    leaf = hne.leaf(0)
+    x, norm = leaf.stem[0](images), leaf.stem[1]
+    near = norm.running_var / x.var((0, 2, 3))
+    apart = (norm.running_mean - x.mean((0, 2, 3))) / x.std((0, 2, 3))
+    assert near.min() > 0.75
+    assert near.max() < 1.35
+    assert apart.abs().max() < 0.5
+    assert min(near.std(), apart.std()) > 0.02  # near, and not the very same
     assert not torch.equal(hne.leaf(0).stage1[1].running_mean, hne.leaf(1).stage1[1].running_mean)

@@ -24,7 +24,7 @@ from treeify.errors import ParityError
 from treeify.execution import Plan
 from treeify.held import held
 from treeify.program import WAYS
-from treeify.storage import buffers_kept, tensors
+from treeify.storage import buffers_kept, modes_kept, tensors
 
 RTOL, ATOL = 1e-4, 1e-5
 
@@ -126,8 +126,7 @@ def verify_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
     Raises:
         ParityError: a leaf's output has another shape.
     """
-    modes = {module: module.training for module in hne.modules()}
-    try:
+    with modes_kept(hne):
         for training in (False, True):
             hne.train(training)
             expected = _shapes(hne.leaf(0)(x))
@@ -142,9 +141,6 @@ def verify_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
             for size, found in outputs.items():
                 for output in found:
                     _check_shapes(output, size, expected)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check_shapes(output: Any, size: int, expected: list[tuple[int, ...]]) -> None:
@@ -203,12 +199,10 @@ def fit_statistics(model: nn.Module, images: Tensor) -> None:
         own for own in model.modules() if isinstance(own, _BatchNorm) and own.track_running_stats
     ]
     momenta = [own.momentum for own in norms]
-    was_training = model.training
     for own in norms:
         own.momentum = 1.0  # this batch's statistics, whole
-    with torch.no_grad(), held(images.dtype):
+    with modes_kept(model), torch.no_grad(), held(images.dtype):
         model.train()(images)
-    model.train(was_training)
     for own, momentum in zip(norms, momenta, strict=True):
         own.momentum = momentum
         mean, var = own.running_mean, own.running_var
@@ -317,13 +311,14 @@ def _largest(one: Tensor, other: Tensor) -> float:
     return error.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
 
 
+@torch.no_grad()
 def _eval_parity(hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor) -> dict[str, float]:
     hne.eval()
     outputs: dict[Plan, Any] = {}
     leaf = prefix = 0.0
     first = _answer(leaf_of(0), x)
     for plan in dict.fromkeys((hne.plan(x), *_every_plan(hne))):
-        with torch.no_grad(), held(x.dtype), _kept(hne):
+        with held(x.dtype), _kept(hne):
             outputs[plan] = hne.run(x, hne.leaves, plan)
         leaf = max(leaf, deviation(_select(outputs[plan], 0), first))
         # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
@@ -335,13 +330,13 @@ def _eval_parity(hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor) -> dict[s
         leaf = max(leaf, *found)
     whole = outputs[hne.plan(x)]
     for size in hne.tree.nested_sizes:
-        with torch.no_grad(), held(x.dtype), _kept(hne):
+        with held(x.dtype), _kept(hne):
             prefix = max(prefix, deviation(hne(x, leaves=size), _first(whole, size)))
     return {"leaf_eval": leaf, "prefix": prefix}
 
 
 def _answer(network: nn.Module, x: Tensor) -> Any:
-    with torch.no_grad(), held(x.dtype):
+    with held(x.dtype):
         return network.eval()(x)
 
 

@@ -29,6 +29,7 @@ from treeify.held import held
 from treeify.initialize import State, initialization
 from treeify.parity import deviation, fit_statistics, settle, verify, verify_outputs, verify_shapes
 from treeify.splits import choose, inner_point, parse
+from treeify.storage import modes_kept
 from treeify.trace import Traced
 
 CLASSES = 10
@@ -159,13 +160,8 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
             expected="the same tensors",
             next_step="This is a bug in treeify: please report the model's name.",
         )
-    modes = {module: module.training for module in hne.modules()}
-    try:
-        with torch.no_grad(), held(x.dtype):
-            found = deviation(loaded(x), hne.eval()(x))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with modes_kept(hne), torch.no_grad(), held(x.dtype):
+        found = deviation(loaded(x), hne.eval()(x))
     if not found <= 1:
         raise ParityError(
             f"logits after save and load are off by {found:.3g} times the tolerance.",

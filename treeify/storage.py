@@ -159,6 +159,17 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
             buffer.data.copy_(value)
 
 
+@contextmanager
+def modes_kept(module: nn.Module) -> Iterator[None]:
+    """Put each submodule's mode, training or evaluation, back."""
+    kept = [(own, own.training) for own in module.modules()]
+    try:
+        yield
+    finally:
+        for own, training in kept:
+            own.training = training
+
+
 def _swap(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put tensors into a module and return those that were there."""
     before = {}

@@ -82,6 +82,12 @@ def hungry() -> nn.Module:
     return Tiny()
 
 
+def deep(depth: int = 8) -> nn.Module:
+    """Takes memory that its number of weights does not foretell, less with fewer blocks."""
+    torch.empty(depth * 12 * 10**8, dtype=torch.uint8)
+    return Tiny()
+
+
 def mapping() -> nn.Module:
     """Maps more memory than there is, as opening a file of weights does."""
     mmap.mmap(-1, 2**46)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
 from typing import Any
 
@@ -72,7 +73,7 @@ class Plan:
     estimate: int
 
 
-def prove(name: str, splits: str, memory: int, tell: Tell) -> None:
+def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -> None:
     """Convert a model and run every check on it: `verify`, and a round trip through a file.
 
     It is then split once more, by name at a point inside one of its modules, and the outputs of
@@ -83,6 +84,7 @@ def prove(name: str, splits: str, memory: int, tell: Tell) -> None:
         splits: as `hierarchicalize` takes them, as text.
         memory: bytes a check may need; decides how the model is checked.
         tell: called with what is found, as fields of a `treeify.coverage.Row`, as soon as it is.
+        exhausted: how many ways, the fullest first, took more memory than estimated.
 
     Raises:
         TreeifyError: the model cannot be built or converted, or a check found a difference.
@@ -91,7 +93,7 @@ def prove(name: str, splits: str, memory: int, tell: Tell) -> None:
     usual = skeleton(Architecture(name))
     tell(family=family(name), network=type(usual).__name__, parameters=_parameters(usual))
     tell(macs=_macs(usual, example_shape(usual, Architecture(name))))
-    plan = plan_check(name, _leaves(splits), memory)
+    plan = next(islice(plans(name, _leaves(splits), memory), exhausted, None))
     tell(
         how=plan.how,
         estimate=plan.estimate,
@@ -171,13 +173,16 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
     return found
 
 
-def plan_check(name: str, leaves: int, memory: int) -> Plan:
-    """Decide how to check a model, by building it without weights.
+def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
+    """The ways to check a model, found by building it without weights.
 
     Args:
         name: of the model.
         leaves: of the ensemble.
         memory: bytes a check may need.
+
+    Yields:
+        Those estimated to need no more memory, the fullest first; the meta device is the last.
 
     Raises:
         ModelError: the model cannot be built.
@@ -186,9 +191,9 @@ def plan_check(name: str, leaves: int, memory: int) -> Plan:
     full = _smallest_input(Architecture(name, options))
     estimate = estimated_bytes(_parameters(skeleton(full[0])), leaves)
     if estimate <= memory:
-        return Plan(FULL, *full, estimate)
+        yield Plan(FULL, *full, estimate)
     staged = set()
-    for fewer in _SHALLOWER if ":" not in name else ():
+    for fewer in _SHALLOWER:
         (key, value) = next(iter(fewer.items()))
         if key in staged:
             continue
@@ -202,8 +207,8 @@ def plan_check(name: str, leaves: int, memory: int) -> Plan:
         if isinstance(value, list):
             staged.add(key)  # with fewer stages it would be another model
         if estimated_bytes(_parameters(shallower), leaves) <= memory:
-            return Plan(f"{REDUCED}:{key}={value}", *found, estimate)
-    return Plan(META, *full, estimate)
+            yield Plan(f"{REDUCED}:{key}={value}", *found, estimate)
+    yield Plan(META, *full, estimate)
 
 
 def estimated_bytes(parameters: int, leaves: int) -> int:

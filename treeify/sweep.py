@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import re
@@ -18,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from treeify import coverage
-from treeify.coverage import Coverage, Row
+from treeify.coverage import META, Coverage, Row
 from treeify.errors import InputError
 from treeify.proof import prove
 
 _DONE = "done"
+_OUT_OF_MEMORY = "out of memory"
 _LONGEST_REASON = 600
 
 
@@ -33,7 +35,8 @@ class Settings:
     Args:
         splits: as `hierarchicalize` takes them, as text.
         memory: bytes a check may use. It decides which models are checked in full, and a process
-            gets no more where the system can refuse (Linux).
+            gets no more where the system can refuse (Linux). One that asks for more is started
+            again as if there were less: shallower, or without weights.
         time_limit: seconds a model may take; None is no limit.
     """
 
@@ -98,15 +101,25 @@ def sweep(names: Sequence[str], output: Path, settings: Settings) -> Iterator[Ro
     known = coverage.versions()
     for name in names:
         start = time.monotonic()
-        found = _in_own_process(name, settings)
+        found = _within_memory(name, settings)
         found.setdefault("seconds", round(time.monotonic() - start, 2))
         row = Row(name=name, versions=known, asked=settings.splits, **found)
         coverage.append(output, row)
         yield row
 
 
-def _in_own_process(name: str, settings: Settings) -> dict[str, Any]:
-    """Fields of the model's row."""
+def _within_memory(name: str, settings: Settings) -> dict[str, Any]:
+    """Fields of the model's row, of the fullest check that does not run out of memory."""
+    for exhausted in itertools.count():
+        found = _in_own_process(name, settings, exhausted)
+        again = str(found.get("failure")).startswith(_OUT_OF_MEMORY)
+        if not again or found.get("how") in (None, META):
+            break
+    return found
+
+
+def _in_own_process(name: str, settings: Settings, exhausted: int) -> dict[str, Any]:
+    """Fields of the model's row, but for the fullest checks so many of which ran out of memory."""
     # A server that has imported everything and does nothing else forks them off.
     context: Any = multiprocessing.get_context(
         "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -114,7 +127,8 @@ def _in_own_process(name: str, settings: Settings) -> dict[str, Any]:
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["treeify.sweep"])
     ours, theirs = context.Pipe()
-    process = context.Process(target=_check, args=(theirs, name, settings, Path.cwd()), daemon=True)
+    args = (theirs, name, settings, exhausted, Path.cwd())
+    process = context.Process(target=_check, args=args, daemon=True)
     process.start()
     theirs.close()
     found: dict[str, Any] = {}
@@ -150,7 +164,9 @@ def _death(code: int | None) -> str:
     return f"its process ended by itself with code {code}"
 
 
-def _check(connection: Connection, name: str, settings: Settings, here: Path) -> None:
+def _check(
+    connection: Connection, name: str, settings: Settings, exhausted: int, here: Path
+) -> None:
     """What the process does: tell the row's fields one after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this one
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
@@ -163,7 +179,7 @@ def _check(connection: Connection, name: str, settings: Settings, here: Path) ->
         connection.send(fields)
 
     try:
-        prove(name, settings.splits, settings.memory, tell)
+        prove(name, settings.splits, settings.memory, tell, exhausted)
     except Exception as error:
         tell(failure=_reason(error, settings.memory))
     tell(seconds=round(time.monotonic() - start, 2), peak_memory=_peak_memory(), done=True)
@@ -179,7 +195,7 @@ def _end_with_parent(connection: Connection) -> None:
 def _reason(error: Exception, memory: int) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
     if isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.I):
-        return f"out of memory: more than the {memory / 1e9:.3g} GB it may use"
+        return f"{_OUT_OF_MEMORY}: more than the {memory / 1e9:.3g} GB it may use"
     return f"{type(error).__name__}: {text}"[:_LONGEST_REASON]
 
 

@@ -202,7 +202,7 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
             shallower = skeleton(found[0])
         except ModelError:
             continue
-        if _averaged(shallower, found[1]) is None:
+        if _starved(shallower, found[1]) is None:
             continue
         if isinstance(value, list):
             staged.add(key)  # with fewer stages it would be another model
@@ -266,11 +266,11 @@ def _leaves(splits: str) -> int:
 def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int, ...]]:
     """The architecture, and the smallest square image that both its modes run on.
 
-    One where batch norms have enough to average, if there is one below the usual size.
+    Of those below the usual size, one where the fewest batch norms have too little to average.
     """
     model = skeleton(architecture)
     usual = example_shape(model, architecture)
-    smallest = None
+    found, fewest = (architecture, usual), math.inf
     for side in (side for side in _SIDES if side < min(usual[1:])):
         try:
             fitting = resized(architecture, model, side)
@@ -280,17 +280,16 @@ def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int
         shape = (usual[0], side, side)
         if example_shape(candidate, fitting)[0] != usual[0]:
             continue
-        averaged = _averaged(candidate, shape)
-        if averaged is None:
-            continue
-        smallest = smallest or (fitting, shape)
-        if averaged >= _ENOUGH:
-            return fitting, shape
-    return smallest or (architecture, usual)
+        starved = _starved(candidate, shape)
+        if starved is not None and starved < fewest:
+            found, fewest = (fitting, shape), starved
+        if starved == 0:
+            break
+    return found
 
 
-def _averaged(model: nn.Module, shape: Sequence[int]) -> float | None:
-    """The fewest numbers of which a batch norm takes the mean, for images of a shape.
+def _starved(model: nn.Module, shape: Sequence[int]) -> int | None:
+    """How many calls of batch norms take the mean of too few numbers, for images of a shape.
 
     None if the model, on the meta device, does not take them in both modes.
     """
@@ -311,7 +310,7 @@ def _averaged(model: nn.Module, shape: Sequence[int]) -> float | None:
     finally:
         for hook in hooks:
             hook.remove()
-    return min(counts, default=math.inf)
+    return sum(one < _ENOUGH for one in counts)
 
 
 def _macs(model: nn.Module, shape: Sequence[int]) -> int | None:

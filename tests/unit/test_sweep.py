@@ -280,6 +280,8 @@ def test_the_memory_decides_how_a_model_is_checked() -> None:
 def test_batch_norms_average_more_than_two_numbers() -> None:
     """At 96 pixels, which it takes, the last maps of this one are a single pixel."""
     assert first_plan("inception_v3", 4, 2**40).shape == (3, 128, 128)
+    # The norm in its head has two at every size; at 64 pixels those of its last stage have as few.
+    assert first_plan("shvit_s2", 4, 2**40).shape == (3, 96, 96)
 
 
 @pytest.mark.parametrize(

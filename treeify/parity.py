@@ -7,6 +7,7 @@ nothing.
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from treeify.storage import buffers_kept, modes_kept, tensors
 RTOL, ATOL = 1e-4, 1e-5
 
 _Leaf = Callable[[int], nn.Module]
+_Check = Callable[[HierarchicalEnsemble, _Leaf, Tensor], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ def fit_statistics(model: nn.Module, images: Tensor) -> None:
 
 
 def _decide(
-    check: Callable[[HierarchicalEnsemble, _Leaf, Tensor], dict[str, float]],
+    check: _Check,
     hne: HierarchicalEnsemble,
     x: Tensor,
     *,
@@ -233,7 +235,7 @@ def _decide(
     """
     text = ""
     if x.dtype != torch.float64:
-        found = check(copy.deepcopy(hne), hne.leaf, x)
+        found = _on_a_copy(check, hne, hne.leaf, x)
         if max(found.values()) <= 1:
             return found, str(x.dtype).removeprefix("torch.")
         text = f" ({max(found.values()):.3g} times in {x.dtype})"
@@ -242,7 +244,7 @@ def _decide(
         return hne.leaf(index).double()
 
     x = x.double()
-    found = check(copy.deepcopy(hne).double(), leaf_of, x)
+    found = _on_a_copy(check, hne, leaf_of, x)
     worst = max(found, key=lambda name: found[name])
     if found[worst] <= 1:
         return found, "float64"
@@ -260,6 +262,18 @@ def _decide(
         next_step="This is a bug in treeify: please report the model's name and the splits"
         f" ({hne.extra_repr()}).",
     )
+
+
+def _on_a_copy(
+    check: _Check, hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor
+) -> dict[str, float]:
+    """Run a check on a copy of the ensemble in the images' precision, and free its memory."""
+    own = copy.deepcopy(hne)
+    try:
+        return check(own.double() if x.dtype == torch.float64 else own, leaf_of, x)
+    finally:
+        del own
+        gc.collect()  # graphs refer to themselves, and would keep the copy through the next check
 
 
 def _is_random(leaf_of: _Leaf, x: Tensor, *, training: bool) -> bool:

@@ -1,11 +1,14 @@
 """The figure every proof is made of: how far outputs are from those expected."""
 
+import gc
 import math
 
 import pytest
+import small
 import torch
 from torch import Tensor
 
+import treeify
 from treeify.held import FullPrecision
 from treeify.parity import ATOL, RTOL, deviation
 
@@ -81,3 +84,20 @@ def test_in_full_precision_casts_to_float32_are_none() -> None:
         assert single.double().dtype == torch.float64
         assert single.to(torch.float32).dtype == single.float().dtype == torch.float32
     assert x.float().dtype == torch.float32
+
+
+def parameters_in_memory() -> int:
+    return sum(type(one) is torch.nn.Parameter for one in gc.get_objects())
+
+
+def test_a_check_leaves_no_copies_of_weights_behind() -> None:
+    """Graphs refer to themselves: without a thought they keep weights, through the next check."""
+    hne = small.ensemble()
+    gc.collect()
+    before = parameters_in_memory()
+    gc.disable()
+    try:
+        treeify.verify(hne, small.images())
+        assert parameters_in_memory() == before > 0
+    finally:
+        gc.enable()

@@ -1,6 +1,6 @@
 """One model's proof: how it can be checked in the memory there is, then every check.
 
-A full check holds the ensemble several times over, at worst in float64. What does not fit is
+A full check holds the ensemble several times over, some of them in float64. What does not fit is
 checked with fewer blocks, where the builder takes their number, or else on the meta device, where
 tensors have shapes and no values.
 """
@@ -189,7 +189,7 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
     """
     options: dict[str, Any] = {} if ":" in name else {"num_classes": CLASSES}
     full = _smallest_input(Architecture(name, options))
-    estimate = estimated_bytes(_parameters(skeleton(full[0])), leaves)
+    estimate = estimated_bytes(skeleton(full[0]), leaves)
     if estimate <= memory:
         yield Plan(FULL, *full, estimate)
     staged = set()
@@ -206,20 +206,22 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
             continue
         if isinstance(value, list):
             staged.add(key)  # with fewer stages it would be another model
-        if estimated_bytes(_parameters(shallower), leaves) <= memory:
+        if estimated_bytes(shallower, leaves) <= memory:
             yield Plan(f"{REDUCED}:{key}={value}", *found, estimate)
     yield Plan(META, *full, estimate)
 
 
-def estimated_bytes(parameters: int, leaves: int) -> int:
-    """What a check may hold at once if it ends up in float64.
+def estimated_bytes(model: nn.Module, leaves: int) -> int:
+    """What the check of a model may hold at once.
 
-    Per parameter and leaf: the ensemble in float32, the copy in float64 that is trained, its
-    gradients, those expected, and as much again for what fused layers prepare and what the
-    allocator does not give back; beside them one network with gradients. Activations are small at
-    the sizes checked.
+    Per parameter and leaf: the ensemble in float32, the copy that is trained, its gradients, those
+    expected, and as much again for what fused layers prepare and what the allocator does not give
+    back; beside them one network with gradients. The copy is in float64 if the model has batch
+    norms, under which float32 is too coarse nearly always, and else nearly never. Activations are
+    small at the sizes checked.
     """
-    return _BASE_BYTES + parameters * (leaves * (4 + 4 * 8) + 2 * 8)
+    number = 8 if any(isinstance(own, _BatchNorm) for own in model.modules()) else 4
+    return _BASE_BYTES + _parameters(model) * (leaves * (4 + 4 * number) + 2 * number)
 
 
 def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> HierarchicalEnsemble:

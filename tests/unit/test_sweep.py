@@ -14,6 +14,7 @@ import sweep_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 import treeify
 from treeify import coverage
@@ -269,12 +270,20 @@ def test_the_memory_decides_how_a_model_is_checked() -> None:
     assert reduced.estimate == full.estimate
     fewer = ["full", "reduced:depth=4", "reduced:depth=2", "reduced:depth=1", "meta"]
     assert [plan.how for plan in plans(name, 4, full.estimate)] == fewer
-    shallowest = first_plan(name, 4, estimated_bytes(10**6, 4))
+    shallowest = first_plan(name, 4, estimated_bytes(nn.Linear(1000, 1000, bias=False), 4))
     assert shallowest.how == "reduced:depth=1"
     meta = first_plan(name, 4, 1)
     assert meta.how == "meta"
     assert meta.architecture == full.architecture
-    assert estimated_bytes(0, 4) < full.estimate < first_plan(name, 16, 2**40).estimate
+    assert estimated_bytes(nn.Identity(), 4) < full.estimate < first_plan(name, 16, 2**40).estimate
+
+
+def test_batch_norms_need_more_memory() -> None:
+    """Under them float32 is too coarse, and the check ends up in float64."""
+    layers = [nn.Linear(1000, 1000) for _ in range(10)]
+    nothing, without = estimated_bytes(nn.Identity(), 4), estimated_bytes(nn.Sequential(*layers), 4)
+    normed = estimated_bytes(nn.Sequential(*layers, nn.BatchNorm1d(1000)), 4)
+    assert 1.7 < (normed - nothing) / (without - nothing) < 2
 
 
 def test_batch_norms_average_more_than_two_numbers() -> None:
@@ -293,7 +302,7 @@ def test_a_shallower_model_keeps_its_stages(name: str, blocks: str) -> None:
 
     def memory(stages: int) -> int:
         made = Architecture(name, {"num_classes": 10, blocks: [1] * stages}).build()
-        return estimated_bytes(sum(own.numel() for own in made.parameters()), 4)
+        return estimated_bytes(made, 4)
 
     assert first_plan(name, 4, memory(4)).how == f"reduced:{blocks}=[1, 1, 1, 1]"
     assert first_plan(name, 4, memory(3)).how == "meta"

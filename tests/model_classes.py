@@ -17,7 +17,7 @@ class Case:
         name: the model's, as `treeify convert` takes it.
         size: height and width of its images.
         options: what its builder is given besides 10 classes.
-        slow: it takes gigabytes or over 15 seconds, and none shallower can be built.
+        slow: it takes gigabytes or over 15 seconds, and none shallower or narrower can be built.
     """
 
     network: str
@@ -35,31 +35,33 @@ CASES = (
     Case("Beit", "beit_base_patch16_224", options={"depth": 2, "img_size": 64}),
     Case("ByobNet", "test_byobnet"),
     Case("CPUBone", "cpubone_nano"),
-    Case("CSATv2", "csatv2", slow=True),
+    Case("CSATv2", "csatv2", options={"depths": [1, 1, 2, 2], "transformer_depths": [0, 0, 1, 1]}),
     Case("Cait", "cait_xxs24_224", options={"depth": 2, "img_size": 64}),
-    Case("CoaT", "coat_tiny", options={"img_size": 64}, slow=True),
+    Case(
+        "CoaT",
+        "coat_tiny",
+        options={"img_size": 64, "serial_depths": [1, 1, 1, 1], "parallel_depth": 1},
+    ),
     Case("ConVit", "convit_tiny", options={"depth": 2, "img_size": 64}),
     Case("ConvMixer", "convmixer_768_32", slow=True),
     Case("ConvNeXt", "test_convnext", options={"depths": [1, 1, 1, 1]}),
-    Case("CrossVit", "crossvit_tiny_240", 240, slow=True),
+    Case("CrossVit", "crossvit_tiny_240", 240, options={"depth": [[1, 1, 0]] * 3}),
     Case("CspNet", "cs3darknet_focus_s"),
     Case("CspNext", "cspnext_tiny"),
     Case("DLA", "dla46x_c"),
     Case("DPN", "dpn48b"),
-    Case("DaVit", "davit_tiny", options={"depths": [1, 1, 1, 1]}, slow=True),
+    Case("DaVit", "davit_tiny", options={"depths": [1, 1, 1, 1], "embed_dims": [24, 48, 96, 192]}),
     Case(
         "DeepseekVitClassifier",
         "deepseek_vit_412m",
         224,
-        options={"depth": 2, "img_size": 224},
-        slow=True,
+        options={"depth": 2, "img_size": 224, "embed_dim": 64},
     ),
     Case(
         "DeepseekVitEncoder",
         "deepseek_vit_412m_enc",
         224,
-        options={"depth": 2, "img_size": 224},
-        slow=True,
+        options={"depth": 2, "img_size": 224, "embed_dim": 64},
     ),
     Case("DenseNet", "densenet121"),
     Case("EdgeNeXt", "edgenext_xx_small", options={"depths": [1, 1, 1, 1]}),
@@ -78,8 +80,8 @@ CASES = (
     Case("Gemma4VitClassifier", "gemma4_vit_167m", options={"depth": 2}),
     Case("Gemma4VitEncoder", "gemma4_vit_167m_enc", 96, options={"depth": 2}),
     Case("GhostNet", "ghostnet_050"),
-    Case("GlobalContextVit", "gcvit_xxtiny", 224, slow=True),
-    Case("Hiera", "hiera_tiny_224", 224, slow=True),
+    Case("GlobalContextVit", "gcvit_xxtiny", 224, options={"embed_dim": 16}),
+    Case("Hiera", "hiera_tiny_224", 224, options={"stages": [1, 1, 1, 1], "embed_dim": 32}),
     Case("HieraDet", "sam2_hiera_tiny"),
     Case("HighPerfGpuNet", "hgnetv2_b0"),
     Case("HighResolutionNet", "hrnet_w18_small"),
@@ -88,7 +90,7 @@ CASES = (
     Case("InceptionV3", "inception_v3", 160),
     Case("InceptionV4", "inception_v4", 96, slow=True),
     Case("LCNetV2", "lcnetv2_small", options={"depths": [1, 1, 1, 1]}),
-    Case("Levit", "levit_256d", 224, slow=True),
+    Case("Levit", "levit_256d", 224, options={"depth": [1, 1, 1]}),
     Case("LevitDistilled", "levit_128s", 224),
     Case("LowFormer", "lowformer_b0"),
     Case("MambaOut", "test_mambaout", options={"depths": [1, 1, 1]}),
@@ -115,7 +117,7 @@ CASES = (
     Case("PyramidVisionTransformerV2", "pvt_v2_b0", options={"depths": [1, 1, 1, 1]}),
     Case("Qwen3VitClassifier", "qwen3_vit_88m", options={"depth": 2, "img_size": 64}),
     Case("Qwen3VitEncoder", "qwen3_vit_88m_enc", options={"depth": 2, "img_size": 64}),
-    Case("RDNet", "rdnet_tiny", slow=True),
+    Case("RDNet", "rdnet_tiny", options={"growth_rates": [8] * 7, "num_init_features": 16}),
     Case("RegNet", "regnetx_002"),
     Case("RepGhostNet", "repghostnet_050"),
     Case("RepVit", "repvit_m1"),
@@ -145,7 +147,7 @@ CASES = (
     Case("TResNet", "tresnet_m", options={"layers": [1, 1, 1, 1]}),
     Case("TinyVit", "tiny_vit_5m_224"),
     Case("Twins", "twins_svt_small"),
-    Case("VGG", "vgg11", slow=True),
+    Case("VGG", "vgg11", options={"mlp_ratio": 0.05}),
     Case("VOLO", "volo_d1_224", 224, slow=True),
     Case("Visformer", "visformer_tiny", options={"depth": 2, "img_size": 64}),
     Case("VisionTransformer", "test_vit", options={"depth": 2, "img_size": 64}),

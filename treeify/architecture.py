@@ -239,7 +239,7 @@ def skeleton(architecture: Architecture) -> nn.Module:
         ModelError: the name is unknown or its builder refuses the arguments.
     """
     try:
-        with _ParametersOnMeta():
+        with ParametersOnMeta():
             return architecture.build().to("meta")
     except ModelError:
         return architecture.build().to("meta")
@@ -341,7 +341,7 @@ def _did_you_mean(names: str) -> str | None:
     return f"Did you mean {names}?" if names else None
 
 
-class _ParametersOnMeta(TorchFunctionMode):
+class ParametersOnMeta(TorchFunctionMode):
     """Builds layers without memory for their weights.
 
     `torch.device("meta")` would do the same to the tensors some constructors compute widths and
@@ -386,7 +386,7 @@ def _match(guess: Architecture, model: nn.Module, wanted: str) -> Architecture |
 def _rebuild(architecture: Architecture) -> nn.Module | None:
     """The model of a guess; None if its builder refuses it, as wrong guesses may."""
     try:
-        with _ParametersOnMeta():
+        with ParametersOnMeta():
             return architecture.build()
     except ModelError:
         pass

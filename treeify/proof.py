@@ -11,7 +11,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from math import prod
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
-from treeify import checkpoint
+from treeify import checkpoint, shallower
 from treeify.api import hierarchicalize, open_up
 from treeify.architecture import Architecture, example_shape, family, resized, skeleton
 from treeify.coverage import FULL, META, REDUCED
@@ -50,10 +50,13 @@ _SHALLOWER: tuple[dict[str, Any], ...] = (
     *({"num_blocks": 4}, {"num_blocks": 2}),
     {"stages": [1, 1, 1, 1]},
 )
+# Blocks of one shape in a row, for builders that take no number of them.
+_IN_A_ROW = (4, 2, 1)
 # What Python and the libraries take before there is a model.
 _BASE_BYTES = 2**30
 
 Tell = Callable[..., None]
+_Sized = tuple[Architecture, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -189,9 +192,24 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
     """
     options: dict[str, Any] = {} if ":" in name else {"num_classes": CLASSES}
     full = _smallest_input(Architecture(name, options))
-    estimate = estimated_bytes(skeleton(full[0]), leaves)
+    whole = skeleton(full[0])
+    estimate = estimated_bytes(whole, leaves)
     if estimate <= memory:
         yield Plan(FULL, *full, estimate)
+    for how, (architecture, shape) in chain(_built_shallower(name, options), _cut(*full)):
+        try:
+            fewer = skeleton(architecture)
+        except ModelError:
+            continue
+        if _parameters(fewer) < _parameters(whole) and _starved(fewer, shape) is not None:
+            whole = fewer
+            if estimated_bytes(fewer, leaves) <= memory:
+                yield Plan(f"{REDUCED}:{how}", architecture, shape, estimate)
+    yield Plan(META, *full, estimate)
+
+
+def _built_shallower(name: str, options: dict[str, Any]) -> Iterator[tuple[str, _Sized]]:
+    """Fewer blocks as far as the builder takes their number, the most first."""
     staged = set()
     for fewer in _SHALLOWER:
         (key, value) = next(iter(fewer.items()))
@@ -199,16 +217,19 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
             continue
         try:
             found = _smallest_input(Architecture(name, {**options, **fewer}))
-            shallower = skeleton(found[0])
+            runs = _starved(skeleton(found[0]), found[1]) is not None
         except ModelError:
             continue
-        if _starved(shallower, found[1]) is None:
-            continue
-        if isinstance(value, list):
+        if runs and isinstance(value, list):
             staged.add(key)  # with fewer stages it would be another model
-        if estimated_bytes(shallower, leaves) <= memory:
-            yield Plan(f"{REDUCED}:{key}={value}", *found, estimate)
-    yield Plan(META, *full, estimate)
+        yield f"{key}={value}", found
+
+
+def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[tuple[str, _Sized]]:
+    """The model without the spare ones of its blocks, the most blocks first."""
+    for blocks in _IN_A_ROW:
+        options = {"model": architecture.name, "blocks": blocks, **architecture.kwargs}
+        yield f"blocks={blocks}", (Architecture(shallower.NAME, options), shape)
 
 
 def estimated_bytes(model: nn.Module, leaves: int) -> int:

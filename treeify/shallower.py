@@ -1,0 +1,90 @@
+"""Models with fewer blocks than their builders would make, for checks in little memory."""
+
+from __future__ import annotations
+
+import re
+from itertools import groupby
+
+import torch
+from torch import nn
+
+from treeify.architecture import Architecture, ParametersOnMeta
+
+# The builder below, as `Architecture` names it.
+NAME = f"{__name__}:build"
+
+
+def build(model: str, blocks: int, **options: object) -> nn.Module:
+    """A model in which at most some blocks of one shape follow one another.
+
+    Where a sequence or list of modules holds more in a row that are of one class and have
+    parameters of the same shapes, those after the first are left out. The full model's weights
+    never take memory; what is left is initialised by its layers.
+
+    Args:
+        model: as `Architecture` takes it.
+        blocks: of one shape, at least 1.
+        **options: what the model's builder is given.
+
+    Returns:
+        The model, in training mode. It may not run: a forward can count on its blocks.
+
+    Raises:
+        ModelError: the model cannot be built.
+    """
+    architecture = Architecture(model, options)
+    with ParametersOnMeta():
+        shallower = architecture.build()
+    if any(buffer.is_meta for buffer in shallower.buffers()):
+        shallower = architecture.build()  # their values come from its constructor
+    for module in list(shallower.modules()):
+        if _is_sequence(module):
+            _leave_out(module, blocks)
+    _materialize(shallower)
+    return shallower
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether a module's forward goes through its children in order, whatever their number."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return True
+    # As timm's regnets do: blocks b1, b2, ... and nothing else.
+    words = {re.sub(r"\d+$", "", name) for name, _ in module.named_children()}
+    return len(words) == 1 and words != {name for name, _ in module.named_children()}
+
+
+def _leave_out(sequence: nn.Module, blocks: int) -> None:
+    spare = [
+        name
+        for shape, run in groupby(sequence.named_children(), lambda child: _shape(child[1]))
+        for name, _ in list(run)[blocks:]
+        if shape[1]
+    ]
+    kept = {name: child for name, child in sequence.named_children() if name not in spare}
+    if not spare:
+        return
+    for name in list(sequence._modules):
+        delattr(sequence, name)
+    for position, (name, child) in enumerate(kept.items()):
+        numbered = isinstance(sequence, nn.ModuleList) or name.isdecimal()
+        sequence.add_module(str(position) if numbered else name, child)
+
+
+def _shape(module: nn.Module) -> tuple[type[nn.Module], tuple[tuple[str, torch.Size], ...]]:
+    """What blocks of one shape have in common; parameters are never all of a block's shape."""
+    return type(module), tuple((name, own.shape) for name, own in module.named_parameters())
+
+
+def _materialize(model: nn.Module) -> None:
+    """Give parameters on the meta device memory and values: their layer's own, or small noise."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        missing = [(key, own) for key, own in module.named_parameters(recurse=False) if own.is_meta]
+        for key, own in missing:
+            if own not in made:
+                values = torch.empty(own.shape, dtype=own.dtype, device="cpu").normal_(0, 0.02)
+                made[own] = nn.Parameter(values, own.requires_grad)
+            module.register_parameter(key, made[own])
+        reset = getattr(module, "reset_parameters", None)
+        if missing and callable(reset):
+            reset()

@@ -45,6 +45,68 @@ class Nested(Tiny):
         return self.head(self.stage(self.first(x)).relu().mean((2, 3)))
 
 
+class Stacked(Tiny):
+    """Blocks of two shapes in a row, three of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [4, 4, 4, 8, 8, 8]
+        self.blocks = nn.ModuleList([nn.Conv2d(4, width, 1) for width in widths])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(self.first(x))
+        for block in self.blocks:
+            x = x + block(x)[:, :4]
+        return self.head(x.mean((2, 3)))
+
+
+class Counting(Stacked):
+    """The same with a forward that counts on every block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.blocks[5](self.first(x)).mean()
+
+
+class Tied(Tiny):
+    """Two layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 1)
+        self.second.weight = self.first.weight
+
+
+class Masked(Tiny):
+    """A buffer that is made empty and filled afterwards."""
+
+    mask: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.empty(4))
+        self.mask.copy_(torch.arange(4))
+
+
+def stacked() -> nn.Module:
+    """Passes, and works with fewer blocks."""
+    return Stacked()
+
+
+def counting() -> nn.Module:
+    """Passes, and does not work with fewer blocks."""
+    return Counting()
+
+
+def tied() -> nn.Module:
+    """Layers that share a weight."""
+    return Tied()
+
+
+def masked() -> nn.Module:
+    """A buffer that is computed by the constructor."""
+    return Masked()
+
+
 def nested() -> nn.Module:
     """Passes, and can be split inside a module."""
     return Nested()
@@ -85,7 +147,9 @@ def hungry() -> nn.Module:
 def deep(depth: int = 8) -> nn.Module:
     """Takes memory that its number of weights does not foretell, less with fewer blocks."""
     torch.empty(depth * 12 * 10**8, dtype=torch.uint8)
-    return Tiny()
+    model = Tiny()
+    model.head = nn.Sequential(*(nn.Linear(4, 4) for _ in range(depth)))
+    return model
 
 
 def mapping() -> nn.Module:

@@ -20,6 +20,7 @@ LAYERS = (
     "tree",
     "storage",
     "architecture",
+    "shallower",
     "aliases",
     "functional",
     "unseen",

@@ -1,7 +1,7 @@
 """One model's proof: how it can be checked in the memory there is, then every check.
 
 A full check holds the ensemble several times over, some of them in float64. What does not fit is
-checked with fewer blocks, as the builder takes their number or by leaving out spare ones, or else on
+checked with fewer blocks, as the builder takes their number or with spare ones left out, or else on
 the meta device, where tensors have shapes and no values.
 """
 

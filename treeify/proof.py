@@ -196,40 +196,49 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
     estimate = estimated_bytes(whole, leaves)
     if estimate <= memory:
         yield Plan(FULL, *full, estimate)
-    for how, (architecture, shape) in chain(_built_shallower(name, options), _cut(*full)):
-        try:
-            fewer = skeleton(architecture)
-        except ModelError:
-            continue
-        if _parameters(fewer) < _parameters(whole) and _starved(fewer, shape) is not None:
+    for how, sized, fewer in chain(_built_shallower(name, options), _cut(*full)):
+        if _parameters(fewer) < _parameters(whole):
             whole = fewer
             if estimated_bytes(fewer, leaves) <= memory:
-                yield Plan(f"{REDUCED}:{how}", architecture, shape, estimate)
+                yield Plan(f"{REDUCED}:{how}", *sized, estimate)
     yield Plan(META, *full, estimate)
 
 
-def _built_shallower(name: str, options: dict[str, Any]) -> Iterator[tuple[str, _Sized]]:
-    """Fewer blocks as far as the builder takes their number, the most first."""
+def _built_shallower(name: str, options: dict[str, Any]) -> Iterator[tuple[str, _Sized, nn.Module]]:
+    """Fewer blocks as far as the builder takes their number, the most first, with the skeleton."""
     staged = set()
     for fewer in _SHALLOWER:
         (key, value) = next(iter(fewer.items()))
         if key in staged:
             continue
         try:
-            found = _smallest_input(Architecture(name, {**options, **fewer}))
-            runs = _starved(skeleton(found[0]), found[1]) is not None
+            sized = _smallest_input(Architecture(name, {**options, **fewer}))
         except ModelError:
             continue
-        if runs and isinstance(value, list):
-            staged.add(key)  # with fewer stages it would be another model
-        yield f"{key}={value}", found
+        if (model := _running(*sized)) is not None:
+            if isinstance(value, list):
+                staged.add(key)  # with fewer stages it would be another model
+            yield f"{key}={value}", sized, model
 
 
-def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[tuple[str, _Sized]]:
+def _cut(
+    architecture: Architecture, shape: tuple[int, ...]
+) -> Iterator[tuple[str, _Sized, nn.Module]]:
     """The model without the spare ones of its blocks, the most blocks first."""
     for blocks in _IN_A_ROW:
         options = {"model": architecture.name, "blocks": blocks, **architecture.kwargs}
-        yield f"blocks={blocks}", (Architecture(shallower.NAME, options), shape)
+        cut = Architecture(shallower.NAME, options)
+        if (model := _running(cut, shape)) is not None:
+            yield f"blocks={blocks}", (cut, shape), model
+
+
+def _running(architecture: Architecture, shape: tuple[int, ...]) -> nn.Module | None:
+    """The skeleton of a model, if it can be built and takes images of that shape."""
+    try:
+        model = skeleton(architecture)
+    except ModelError:
+        return None
+    return None if _starved(model, shape) is None else model
 
 
 def estimated_bytes(model: nn.Module, leaves: int) -> int:

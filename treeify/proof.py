@@ -1,7 +1,7 @@
 """One model's proof: how it can be checked in the memory there is, then every check.
 
 A full check holds the ensemble several times over, some of them in float64. What does not fit is
-checked with fewer blocks, as the builder takes their number or with spare ones left out, or else on
+checked with fewer blocks, spare ones left out or as many as its builder is asked for, or else on
 the meta device, where tensors have shapes and no values.
 """
 
@@ -42,7 +42,8 @@ SEED = 0
 _SIDES = (64, 96, 128, 160, 192, 224, 256)
 # How many numbers say enough: those of 2 images of 2 by 2 pixels.
 _ENOUGH = 8
-# What timm's builders call the number of blocks, and small ones; of stages the most that run.
+# What timm's builders call the number of blocks, for models that count on it, and small ones; of
+# stages the most that run.
 _SHALLOWER: tuple[dict[str, Any], ...] = (
     *({"depth": 4}, {"depth": 2}, {"depth": 1}),
     *({"depths": [1] * stages} for stages in (5, 4, 3)),
@@ -50,7 +51,7 @@ _SHALLOWER: tuple[dict[str, Any], ...] = (
     *({"num_blocks": 4}, {"num_blocks": 2}),
     {"stages": [1, 1, 1, 1]},
 )
-# Blocks of one shape in a row, for builders that take no number of them.
+# Blocks of one shape in a row.
 _IN_A_ROW = (4, 2, 1)
 # What Python and the libraries take before there is a model.
 _BASE_BYTES = 2**30
@@ -196,7 +197,7 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
     estimate = estimated_bytes(whole, leaves)
     if estimate <= memory:
         yield Plan(FULL, *full, estimate)
-    for how, sized, fewer in chain(_built_shallower(name, options), _cut(*full)):
+    for how, sized, fewer in chain(_cut(*full), _built_shallower(name, options)):
         if _parameters(fewer) < _parameters(whole):
             whole = fewer
             if estimated_bytes(fewer, leaves) <= memory:

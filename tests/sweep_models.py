@@ -1,4 +1,4 @@
-"""Models that fail in every way a sweep must survive; named `sweep_models:FUNCTION`."""
+"""Models that fail in every way a sweep must survive; named `sweep_models:FUNCTION`, or CLASS."""
 
 import mmap
 import os
@@ -85,26 +85,6 @@ class Masked(Tiny):
         super().__init__()
         self.register_buffer("mask", torch.empty(4))
         self.mask.copy_(torch.arange(4))
-
-
-def stacked() -> nn.Module:
-    """Passes, and works with fewer blocks."""
-    return Stacked()
-
-
-def counting() -> nn.Module:
-    """Passes, and does not work with fewer blocks."""
-    return Counting()
-
-
-def tied() -> nn.Module:
-    """Layers that share a weight."""
-    return Tied()
-
-
-def masked() -> nn.Module:
-    """A buffer that is computed by the constructor."""
-    return Masked()
 
 
 def nested() -> nn.Module:

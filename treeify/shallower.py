@@ -49,8 +49,9 @@ def _is_sequence(module: nn.Module) -> bool:
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         return True
     # As timm's regnets do: blocks b1, b2, ... and nothing else.
-    words = {re.sub(r"\d+$", "", name) for name, _ in module.named_children()}
-    return len(words) == 1 and words != {name for name, _ in module.named_children()}
+    names = {name for name, _ in module.named_children()}
+    words = {re.sub(r"\d+$", "", name) for name in names}
+    return len(words) == 1 and words != names
 
 
 def _leave_out(sequence: nn.Module, blocks: int) -> None:
@@ -60,18 +61,15 @@ def _leave_out(sequence: nn.Module, blocks: int) -> None:
         for name, _ in list(run)[blocks:]
         if shape[1]
     ]
-    kept = {name: child for name, child in sequence.named_children() if name not in spare}
-    if not spare:
-        return
-    for name in list(sequence._modules):
-        delattr(sequence, name)
-    for position, (name, child) in enumerate(kept.items()):
-        numbered = isinstance(sequence, nn.ModuleList) or name.isdecimal()
-        sequence.add_module(str(position) if numbered else name, child)
+    for name in reversed(spare):
+        if isinstance(sequence, nn.ModuleList):
+            del sequence[int(name)]  # numbers those that follow anew
+        else:
+            delattr(sequence, name)
 
 
 def _shape(module: nn.Module) -> tuple[type[nn.Module], tuple[tuple[str, torch.Size], ...]]:
-    """What blocks of one shape have in common; parameters are never all of a block's shape."""
+    """What blocks of one shape have in common; nothing to leave out where there are no weights."""
     return type(module), tuple((name, own.shape) for name, own in module.named_parameters())
 
 

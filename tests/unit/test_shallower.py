@@ -23,7 +23,7 @@ def built(model: str, blocks: int, **options: object) -> nn.Module:
         ("torchvision/vit_b_16", 2, {"encoder.layers": ["encoder_layer_0", "encoder_layer_1"]}),
         ("regnetx_004", 1, {"s3": ["b1", "b2"], "s4": ["b1", "b2"]}),
         ("darknet53", 3, {"stages.3.blocks": ["0", "1", "2"], "stages.0.blocks": ["0"]}),
-        ("sweep_models:stacked", 2, {"blocks": ["0", "1", "2", "3"]}),
+        ("sweep_models:Stacked", 2, {"blocks": ["0", "1", "2", "3"]}),
     ],
 )
 def test_so_many_blocks_of_one_shape_are_left(
@@ -54,13 +54,13 @@ def test_ordinary_modules_are_left_alone() -> None:
 
 
 def test_shared_weights_stay_shared() -> None:
-    made = built("sweep_models:tied", 1)
+    made = built("sweep_models:Tied", 1)
     assert made.first.weight is made.second.weight  # type: ignore[union-attr]
 
 
 def test_buffers_that_a_constructor_computes_keep_their_values() -> None:
     """These are made empty and then filled, which on the meta device fills nothing."""
-    made, full = built("sweep_models:masked", 1), sweep_models.masked()
+    made, full = built("sweep_models:Masked", 1), sweep_models.Masked()
     assert torch.equal(made.mask, full.mask)  # type: ignore[arg-type]
 
 
@@ -77,8 +77,8 @@ def test_a_wrong_name_is_refused() -> None:
 
 
 def test_a_model_too_large_is_checked_without_its_spare_blocks() -> None:
-    name = "sweep_models:stacked"
-    memory = estimated_bytes(sweep_models.stacked(), 2) - 1
+    name = "sweep_models:Stacked"
+    memory = estimated_bytes(sweep_models.Stacked(), 2) - 1
     row: dict[str, object] = {}
     prove(name, "1", memory, row.update)
     assert row["how"] == "reduced:blocks=2"
@@ -89,6 +89,6 @@ def test_a_model_too_large_is_checked_without_its_spare_blocks() -> None:
 
 
 def test_a_model_that_counts_its_blocks_is_checked_whole_or_by_shapes() -> None:
-    name = "sweep_models:counting"
-    memory = estimated_bytes(sweep_models.counting(), 2) - 1
+    name = "sweep_models:Counting"
+    memory = estimated_bytes(sweep_models.Counting(), 2) - 1
     assert [plan.how for plan in plans(name, 2, memory)] == ["meta"]

@@ -49,9 +49,7 @@ def _is_sequence(module: nn.Module) -> bool:
     if isinstance(module, (nn.Sequential, nn.ModuleList)):
         return True
     # As timm's regnets do: blocks b1, b2, ... and nothing else.
-    names = {name for name, _ in module.named_children()}
-    words = {re.sub(r"\d+$", "", name) for name in names}
-    return len(words) == 1 and words != names
+    return len({re.sub(r"\d+$", "", name) for name, _ in module.named_children()}) == 1
 
 
 def _leave_out(sequence: nn.Module, blocks: int) -> None:

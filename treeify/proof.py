@@ -57,7 +57,8 @@ _IN_A_ROW = (4, 2, 1)
 _BASE_BYTES = 2**30
 
 Tell = Callable[..., None]
-_Sized = tuple[Architecture, tuple[int, ...]]
+# What is left out, the shallower model, and its skeleton.
+_Fewer = tuple[str, Architecture, nn.Module]
 
 
 @dataclass(frozen=True)
@@ -197,40 +198,35 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
     estimate = estimated_bytes(whole, leaves)
     if estimate <= memory:
         yield Plan(FULL, *full, estimate)
-    for how, sized, fewer in chain(_cut(*full), _built_shallower(name, options)):
+    for how, architecture, fewer in chain(_cut(*full), _built_shallower(*full)):
         if _parameters(fewer) < _parameters(whole):
             whole = fewer
             if estimated_bytes(fewer, leaves) <= memory:
-                yield Plan(f"{REDUCED}:{how}", *sized, estimate)
+                yield Plan(f"{REDUCED}:{how}", architecture, full[1], estimate)
     yield Plan(META, *full, estimate)
 
 
-def _built_shallower(name: str, options: dict[str, Any]) -> Iterator[tuple[str, _Sized, nn.Module]]:
-    """Fewer blocks as far as the builder takes their number, the most first, with the skeleton."""
-    staged = set()
-    for fewer in _SHALLOWER:
-        (key, value) = next(iter(fewer.items()))
-        if key in staged:
-            continue
-        try:
-            sized = _smallest_input(Architecture(name, {**options, **fewer}))
-        except ModelError:
-            continue
-        if (model := _running(*sized)) is not None:
-            if isinstance(value, list):
-                staged.add(key)  # with fewer stages it would be another model
-            yield f"{key}={value}", sized, model
-
-
-def _cut(
-    architecture: Architecture, shape: tuple[int, ...]
-) -> Iterator[tuple[str, _Sized, nn.Module]]:
+def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:
     """The model without the spare ones of its blocks, the most blocks first."""
     for blocks in _IN_A_ROW:
         options = {"model": architecture.name, "blocks": blocks, **architecture.kwargs}
         cut = Architecture(shallower.NAME, options)
         if (model := _running(cut, shape)) is not None:
-            yield f"blocks={blocks}", (cut, shape), model
+            yield f"blocks={blocks}", cut, model
+
+
+def _built_shallower(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:
+    """Fewer blocks as far as the builder takes their number, the most first."""
+    staged = set()
+    for fewer in _SHALLOWER:
+        (key, value) = next(iter(fewer.items()))
+        if key in staged:
+            continue
+        built = Architecture(architecture.name, {**architecture.kwargs, **fewer})
+        if (model := _running(built, shape)) is not None:
+            if isinstance(value, list):
+                staged.add(key)  # with fewer stages it would be another model
+            yield f"{key}={value}", built, model
 
 
 def _running(architecture: Architecture, shape: tuple[int, ...]) -> nn.Module | None:

@@ -269,7 +269,8 @@ class _Fuser:
         if node.op == "call_module":
             del self.modules[str(node.target)]
         for source in inputs:
-            if not source.users and source.op != "placeholder":
+            # One that is erased already was an input of another, too.
+            if source not in self.erased and not source.users and source.op != "placeholder":
                 self._erase(source)
 
 

@@ -136,6 +136,7 @@ class Residual(nn.Module):
         self.conv1, self.conv2 = conv(), conv()
         self.norm = nn.BatchNorm2d(WIDTH)
         self.other_norm = nn.BatchNorm2d(WIDTH)
+        self.dropout = nn.Dropout()
         self.scale = nn.Parameter(torch.tensor(0.3))
         self.join = join
 
@@ -205,12 +206,19 @@ JOINS: dict[str, Callable[[Residual, Tensor], Tensor]] = {
     "one convolution, two norms": lambda own, x: own.other_norm(own.conv1(own.norm(own.conv1(x)))),
     "norms of one output": lambda own, x: _norms(own, own.conv1(x)),
     "double": lambda own, x: (own.conv1(x).double() + x.double()).float(),
+    "never read": lambda own, x: _dropped(own, own.conv1(x)),
     "activation twice": lambda own, x: F.gelu(F.hardswish(F.relu6(own.conv1(x)))),
 }
 
 
 def _norms(own: Residual, y: Tensor) -> Tensor:
     return own.norm(y) + own.other_norm(y)
+
+
+def _dropped(own: Residual, y: Tensor) -> Tensor:
+    gate = y.sigmoid()
+    own.dropout(gate * gate.tanh() + gate)
+    return y
 
 
 @pytest.mark.parametrize("join", JOINS)

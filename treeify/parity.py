@@ -7,7 +7,6 @@ nothing.
 from __future__ import annotations
 
 import copy
-import gc
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,8 +27,6 @@ from treeify.program import WAYS
 from treeify.storage import buffers_kept, modes_kept, tensors
 
 RTOL, ATOL = 1e-4, 1e-5
-# Parameters of an ensemble whose copies are worth a collection, which may take a second.
-_MANY = 10**7
 
 _Leaf = Callable[[int], nn.Module]
 _Check = Callable[[HierarchicalEnsemble, _Leaf, Tensor], dict[str, float]]
@@ -274,9 +271,8 @@ def _on_a_copy(
     try:
         return check(own.double() if x.dtype == torch.float64 else own, leaf_of, x)
     finally:
-        del own
-        if hne.count_parameters() >= _MANY:
-            gc.collect()  # graphs refer to themselves: the copy would stay through the next check
+        # Graphs refer to themselves: what they hold would stay through the next check.
+        own.train().to("meta")
 
 
 def _is_random(leaf_of: _Leaf, x: Tensor, *, training: bool) -> bool:

@@ -7,6 +7,9 @@ Found by building every name on the meta device; `test_classes.py` holds it agai
 from dataclasses import dataclass, field
 from typing import Any
 
+from treeify import shallower
+from treeify.architecture import Architecture
+
 
 @dataclass(frozen=True)
 class Case:
@@ -17,6 +20,7 @@ class Case:
         name: the model's, as `treeify convert` takes it.
         size: height and width of its images.
         options: what its builder is given besides 10 classes.
+        blocks: how many of one shape follow one another at most; the others are left out.
         slow: it takes gigabytes or over 15 seconds, and none shallower or narrower can be built.
     """
 
@@ -24,7 +28,16 @@ class Case:
     name: str
     size: int = 64
     options: dict[str, Any] = field(default_factory=dict)
+    blocks: int | None = None
     slow: bool = False
+
+    @property
+    def architecture(self) -> Architecture:
+        """What builds it, with 10 classes."""
+        options = {"num_classes": 10, **self.options}
+        if self.blocks is None:
+            return Architecture(self.name, options)
+        return Architecture(shallower.NAME, {"model": self.name, "blocks": self.blocks, **options})
 
     @property
     def library(self) -> str:
@@ -41,15 +54,16 @@ CASES = (
         "CoaT",
         "coat_tiny",
         options={"img_size": 64, "serial_depths": [1, 1, 1, 1], "parallel_depth": 1},
+        blocks=1,
     ),
     Case("ConVit", "convit_tiny", options={"depth": 2, "img_size": 64}),
-    Case("ConvMixer", "convmixer_768_32", slow=True),
+    Case("ConvMixer", "convmixer_768_32", blocks=1),
     Case("ConvNeXt", "test_convnext", options={"depths": [1, 1, 1, 1]}),
     Case("CrossVit", "crossvit_tiny_240", 240, options={"depth": [[1, 1, 0]] * 3}),
     Case("CspNet", "cs3darknet_focus_s"),
     Case("CspNext", "cspnext_tiny"),
     Case("DLA", "dla46x_c"),
-    Case("DPN", "dpn48b"),
+    Case("DPN", "dpn48b", blocks=1),
     Case("DaVit", "davit_tiny", options={"depths": [1, 1, 1, 1], "embed_dims": [24, 48, 96, 192]}),
     Case(
         "DeepseekVitClassifier",
@@ -65,8 +79,8 @@ CASES = (
     ),
     Case("DenseNet", "densenet121"),
     Case("EdgeNeXt", "edgenext_xx_small", options={"depths": [1, 1, 1, 1]}),
-    Case("EfficientFormer", "efficientformer_l1", 224),
-    Case("EfficientFormerV2", "efficientformerv2_s0", 224),
+    Case("EfficientFormer", "efficientformer_l1", 224, blocks=1),
+    Case("EfficientFormerV2", "efficientformerv2_s0", 224, blocks=1),
     Case("EfficientNet", "test_efficientnet"),
     Case("EfficientViM", "efficientvim_m1", options={"depths": [1, 1, 1]}),
     Case("EfficientViMDistilled", "efficientvim_m1_dist", options={"depths": [1, 1, 1]}),
@@ -74,30 +88,30 @@ CASES = (
     Case("EfficientVitLarge", "efficientvit_l1", options={"depths": [1, 1, 1]}),
     Case("EfficientVitMsra", "efficientvit_m0", options={"img_size": 64}),
     Case("Eva", "vit_tiny_patch16_dinov3_qkvb", options={"depth": 2, "img_size": 64}),
-    Case("FastVit", "fastvit_t8"),
+    Case("FastVit", "fastvit_t8", blocks=1),
     Case("FasterNet", "fasternet_t0", options={"depths": [1, 1, 1]}),
-    Case("FocalNet", "focalnet_tiny_srf"),
+    Case("FocalNet", "focalnet_tiny_srf", blocks=1),
     Case("Gemma4VitClassifier", "gemma4_vit_167m", options={"depth": 2}),
     Case("Gemma4VitEncoder", "gemma4_vit_167m_enc", 96, options={"depth": 2}),
     Case("GhostNet", "ghostnet_050"),
     Case("GlobalContextVit", "gcvit_xxtiny", 224, options={"embed_dim": 16}),
     Case("Hiera", "hiera_tiny_224", 224, options={"stages": [1, 1, 1, 1], "embed_dim": 32}),
-    Case("HieraDet", "sam2_hiera_tiny"),
+    Case("HieraDet", "sam2_hiera_tiny", blocks=1),
     Case("HighPerfGpuNet", "hgnetv2_b0"),
     Case("HighResolutionNet", "hrnet_w18_small"),
-    Case("IFormer", "iformer_t"),
-    Case("InceptionResnetV2", "inception_resnet_v2", 96, slow=True),
-    Case("InceptionV3", "inception_v3", 160),
-    Case("InceptionV4", "inception_v4", 96, slow=True),
+    Case("IFormer", "iformer_t", blocks=1),
+    Case("InceptionResnetV2", "inception_resnet_v2", 96, blocks=1),
+    Case("InceptionV3", "inception_v3", 128),
+    Case("InceptionV4", "inception_v4", 96, blocks=1),
     Case("LCNetV2", "lcnetv2_small", options={"depths": [1, 1, 1, 1]}),
     Case("Levit", "levit_256d", 224, options={"depth": [1, 1, 1]}),
-    Case("LevitDistilled", "levit_128s", 224),
-    Case("LowFormer", "lowformer_b0"),
+    Case("LevitDistilled", "levit_128s", 224, blocks=1),
+    Case("LowFormer", "lowformer_b0", blocks=1),
     Case("MambaOut", "test_mambaout", options={"depths": [1, 1, 1]}),
     Case("MaxxVit", "test_coatnet", options={"depths": [1, 1, 1, 1], "img_size": 64}),
-    Case("MetaFormer", "poolformerv2_s12"),
+    Case("MetaFormer", "poolformerv2_s12", blocks=1),
     Case("MetaNeXt", "inception_next_atto", options={"depths": [1, 1, 1]}),
-    Case("MlpMixer", "gmlp_ti16_224", options={"img_size": 64}),
+    Case("MlpMixer", "gmlp_ti16_224", options={"img_size": 64}, blocks=1),
     Case("MobileNetV3", "lcnet_035"),
     Case("MobileNetV5", "mobilenetv5_base", options={"channel_multiplier": 0.25}, slow=True),
     Case(
@@ -106,10 +120,10 @@ CASES = (
         options={"channel_multiplier": 0.1},
         slow=True,
     ),
-    Case("MultiScaleVit", "mvitv2_tiny"),
+    Case("MultiScaleVit", "mvitv2_tiny", blocks=1),
     Case("NASNetALarge", "nasnetalarge", slow=True),
     Case("NaFlexVit", "naflexvit_base_patch16_parfac_gap", options={"depth": 2}),
-    Case("Nest", "nest_tiny", options={"img_size": 64}),
+    Case("Nest", "nest_tiny", options={"img_size": 64}, blocks=1),
     Case("NextViT", "nextvit_small"),
     Case("NormFreeNet", "test_nfnet", options={"depths": [1, 1, 1]}),
     Case("PNASNet5Large", "pnasnet5large", slow=True),
@@ -123,7 +137,7 @@ CASES = (
     Case("RepVit", "repvit_m1"),
     Case("ResNet", "test_resnet"),
     Case("ResNetV2", "resnetv2_18", options={"layers": [1, 1, 1]}),
-    Case("RexNet", "rexnet_100"),
+    Case("RexNet", "rexnet_100", blocks=1),
     Case("SENet", "legacy_seresnet18", options={"layers": [1, 1, 1, 1]}),
     Case("SHViT", "shvit_s1"),
     Case("SelecSls", "selecsls42"),
@@ -145,10 +159,10 @@ CASES = (
     ),
     Case("TNT", "tnt_s_legacy_patch16_224", options={"depth": 2, "img_size": 64}),
     Case("TResNet", "tresnet_m", options={"layers": [1, 1, 1, 1]}),
-    Case("TinyVit", "tiny_vit_5m_224"),
+    Case("TinyVit", "tiny_vit_5m_224", blocks=1),
     Case("Twins", "twins_svt_small"),
     Case("VGG", "vgg11", options={"mlp_ratio": 0.05}),
-    Case("VOLO", "volo_d1_224", 224, slow=True),
+    Case("VOLO", "volo_d1_224", 224, blocks=1),
     Case("Visformer", "visformer_tiny", options={"depth": 2, "img_size": 64}),
     Case("VisionTransformer", "test_vit", options={"depth": 2, "img_size": 64}),
     Case(
@@ -165,7 +179,7 @@ CASES = (
     Case("ResNet", "torchvision/resnet18"),
     Case("MobileNetV2", "torchvision/mobilenet_v2"),
     Case("MobileNetV3", "torchvision/mobilenet_v3_small"),
-    Case("SwinTransformer", "torchvision/swin_t"),
+    Case("SwinTransformer", "torchvision/swin_t", blocks=1),
     Case("VGG", "torchvision/vgg11", slow=True),
     Case("EfficientNet", "torchvision/efficientnet_b0"),
     Case("ShuffleNetV2", "torchvision/shufflenet_v2_x0_5"),
@@ -176,7 +190,7 @@ CASES = (
     Case("Inception3", "torchvision/inception_v3", 96, options={"aux_logits": False}),
     Case("GoogLeNet", "torchvision/googlenet"),
     Case("MNASNet", "torchvision/mnasnet0_5"),
-    Case("ConvNeXt", "torchvision/convnext_tiny"),
+    Case("ConvNeXt", "torchvision/convnext_tiny", blocks=1),
     Case("RegNet", "torchvision/regnet_y_400mf"),
-    Case("VisionTransformer", "torchvision/vit_b_16", options={"image_size": 64}, slow=True),
+    Case("VisionTransformer", "torchvision/vit_b_16", options={"image_size": 64}, blocks=1),
 )

@@ -8,7 +8,6 @@ import torch
 
 import treeify
 from treeify import coverage
-from treeify.architecture import Architecture
 from treeify.parity import settle
 
 # One class in so many is run by default, all of them on CI.
@@ -27,7 +26,7 @@ def _cases() -> Iterator[object]:
 def test_a_model_of_every_class_is_exactly_right(case: model_classes.Case) -> None:
     """In float64, where rounding hides nothing: leaves, prefixes, statistics and gradients."""
     torch.manual_seed(0)
-    base = Architecture(case.name, {"num_classes": 10, **case.options}).build()
+    base = case.architecture.build()
     assert type(base).__name__ == case.network
     settle(base)
     hne = treeify.hierarchicalize(

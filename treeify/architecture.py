@@ -341,6 +341,15 @@ def _did_you_mean(names: str) -> str | None:
     return f"Did you mean {names}?" if names else None
 
 
+# What initialisers do to weights.
+_FILLING = frozenset(
+    {
+        *(Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.clamp_, Tensor.fill_),
+        *(Tensor.zero_, Tensor.copy_, Tensor.add_, Tensor.sub_, Tensor.mul_, Tensor.div_),
+    }
+)
+
+
 class ParametersOnMeta(TorchFunctionMode):
     """Builds layers without memory for their weights.
 
@@ -358,6 +367,8 @@ class ParametersOnMeta(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.empty and kwargs.get("device") is None:
             kwargs = {**kwargs, "device": "meta"}
+        if func in _FILLING and args and getattr(args[0], "is_meta", False):
+            return args[0]  # there is nothing to fill, and to try takes milliseconds
         return func(*args, **kwargs)
 
 

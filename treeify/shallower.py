@@ -78,7 +78,7 @@ def _materialize(model: nn.Module) -> None:
         missing = [(key, own) for key, own in module.named_parameters(recurse=False) if own.is_meta]
         for key, own in missing:
             if own not in made:
-                values = torch.empty(own.shape, dtype=own.dtype, device="cpu").normal_(0, 0.02)
+                values = torch.empty(own.shape, dtype=own.dtype).normal_(0, 0.02)
                 made[own] = nn.Parameter(values, own.requires_grad)
             module.register_parameter(key, made[own])
         reset = getattr(module, "reset_parameters", None)

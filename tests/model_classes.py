@@ -34,10 +34,8 @@ class Case:
     @property
     def architecture(self) -> Architecture:
         """What builds it, with 10 classes."""
-        options = {"num_classes": 10, **self.options}
-        if self.blocks is None:
-            return Architecture(self.name, options)
-        return Architecture(shallower.NAME, {"model": self.name, "blocks": self.blocks, **options})
+        whole = Architecture(self.name, {"num_classes": 10, **self.options})
+        return whole if self.blocks is None else shallower.cut(whole, self.blocks)
 
     @property
     def library(self) -> str:

@@ -209,8 +209,7 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
 def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:
     """The model without the spare ones of its blocks, the most blocks first."""
     for blocks in _IN_A_ROW:
-        options = {"model": architecture.name, "blocks": blocks, **architecture.kwargs}
-        cut = Architecture(shallower.NAME, options)
+        cut = shallower.cut(architecture, blocks)
         if (model := _running(cut, shape)) is not None:
             yield f"blocks={blocks}", cut, model
 

@@ -14,6 +14,11 @@ from treeify.architecture import Architecture, ParametersOnMeta
 NAME = f"{__name__}:build"
 
 
+def cut(architecture: Architecture, blocks: int) -> Architecture:
+    """What builds a model with at most some blocks of one shape in a row; see `build`."""
+    return Architecture(NAME, {"model": architecture.name, "blocks": blocks, **architecture.kwargs})
+
+
 def build(model: str, blocks: int, **options: object) -> nn.Module:
     """A model in which at most some blocks of one shape follow one another.
 

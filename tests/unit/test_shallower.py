@@ -12,7 +12,7 @@ from treeify.proof import estimated_bytes, plans, prove
 
 
 def built(model: str, blocks: int, **options: object) -> nn.Module:
-    architecture = Architecture(shallower.NAME, {"model": model, "blocks": blocks, **options})
+    architecture = shallower.cut(Architecture(model, options), blocks)
     torch.manual_seed(0)
     return architecture.build()
 

@@ -34,6 +34,7 @@ def updated(page: str, rows: Sequence[Row], names: Sequence[str]) -> str:
         "totals": _totals(known, names),
         "families": _families(known, names),
         "failures": _failures(known),
+        "shapes": _shapes(known),
     }
     for name, text in parts.items():
         page = re.sub(
@@ -65,7 +66,7 @@ def _totals(rows: Sequence[Row], names: Sequence[str]) -> str:
         f" {len(reduced)} shallower; {len(meta)} more by shapes only.",
         f"- {sum(row.inner_split is not None and row.failure is None for row in rows)} of them were"
         " split once more, by name at a point inside a module, and that ensemble checked too.",
-        f"- Largest error of those proven: {worst:.2g} of the tolerance.",
+        f"- Largest error of those proven: {worst:.3g} of the tolerance.",
         f"- Versions: {'; '.join(versions)}.",
     ]
     return "\n".join(lines)
@@ -91,7 +92,7 @@ def _families(rows: Sequence[Row], names: Sequence[str]) -> str:
             str(sum(row.converted for row in own)),
             str(sum(row.proven for row in own)),
             f"{100 * sum(shares) / len(shares):.1f} %" if shares else "",
-            f"{max(worst):.2g}" if worst else "",
+            f"{max(worst):.3g}" if worst else "",
             _reasons(own),
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -111,6 +112,12 @@ def _reasons(rows: Iterable[Row]) -> str:
 def _failures(rows: Sequence[Row]) -> str:
     failed = [row for row in rows if row.failure is not None]
     return "\n".join(f"- `{row.name}`: {_cell(str(row.failure))}" for row in failed) or "Nothing."
+
+
+def _shapes(rows: Sequence[Row]) -> str:
+    unproven = [row for row in rows if row.failure is None and row.how == META]
+    lines = [f"- `{row.name}`: {row.shortage or 'no reason is on record'}." for row in unproven]
+    return "\n".join(lines) or "None."
 
 
 def _cell(text: str) -> str:

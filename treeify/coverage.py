@@ -35,7 +35,9 @@ class Row(BaseModel):
         macs: multiply-accumulates per image of the size it is usually fed.
         how: `full`, `reduced:` with the arguments that made it shallower, or `meta`: converted, and
             only shapes were checked.
+        memory: bytes the check was given.
         estimate: bytes the check of the full model was estimated to need.
+        least: bytes a check with the fewest blocks was estimated to need; only where it is `meta`.
         arguments: what the builder was given for the check.
         input: shape of one image of the check, `(C, H, W)`.
         splits: the splits, each with its fanout.
@@ -61,7 +63,9 @@ class Row(BaseModel):
     parameters: int | None = None
     macs: int | None = None
     how: str | None = None
+    memory: int | None = None
     estimate: int | None = None
+    least: int | None = None
     arguments: dict[str, object] = {}
     input: tuple[int, ...] = ()
     splits: tuple[str, ...] = ()
@@ -92,6 +96,16 @@ class Row(BaseModel):
         return max(self.deviations.values(), default=None)
 
     @property
+    def shortage(self) -> str | None:
+        """Why only shapes were checked; None if more was, or that is not known."""
+        if self.memory is None or self.estimate is None or self.least is None:
+            return None
+        reason = f"checking numbers takes about {_gigabytes(self.estimate)}"
+        if self.least < self.estimate:
+            reason += f", with as few blocks as it runs with {_gigabytes(self.least)}"
+        return f"{reason}; there were {_gigabytes(self.memory)}"
+
+    @property
     def key(self) -> tuple[object, ...]:
         """What makes a check another one: the model, the versions and the splits asked for."""
         return self.name, tuple(sorted(self.versions.items())), self.asked
@@ -112,6 +126,10 @@ class Coverage:
     def newest(self) -> dict[str, Row]:
         """One row a model, the last of any versions and splits, by name."""
         return {row.name: row for row in self.rows}
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB"
 
 
 def versions() -> dict[str, str]:

@@ -70,12 +70,14 @@ class Plan:
         architecture: what is built.
         shape: of one image, `(C, H, W)`.
         estimate: bytes the check of the full model may need.
+        least: bytes that of the shallowest model may need; None where numbers are checked.
     """
 
     how: str
     architecture: Architecture
     shape: tuple[int, ...]
     estimate: int
+    least: int | None = None
 
 
 def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -> None:
@@ -101,7 +103,9 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
     plan = next(islice(plans(name, _leaves(splits), memory), exhausted, None))
     tell(
         how=plan.how,
+        memory=memory,
         estimate=plan.estimate,
+        least=plan.least,
         arguments=dict(plan.architecture.kwargs),
         input=plan.shape,
     )
@@ -194,16 +198,16 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
     """
     options: dict[str, Any] = {} if ":" in name else {"num_classes": CLASSES}
     full = _smallest_input(Architecture(name, options))
-    whole = skeleton(full[0])
-    estimate = estimated_bytes(whole, leaves)
+    smallest = skeleton(full[0])
+    estimate = estimated_bytes(smallest, leaves)
     if estimate <= memory:
         yield Plan(FULL, *full, estimate)
     for how, architecture, fewer in chain(_cut(*full), _built_shallower(*full)):
-        if _parameters(fewer) < _parameters(whole):
-            whole = fewer
+        if _parameters(fewer) < _parameters(smallest):
+            smallest = fewer
             if estimated_bytes(fewer, leaves) <= memory:
                 yield Plan(f"{REDUCED}:{how}", architecture, full[1], estimate)
-    yield Plan(META, *full, estimate)
+    yield Plan(META, *full, estimate, estimated_bytes(smallest, leaves))
 
 
 def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:

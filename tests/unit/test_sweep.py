@@ -110,6 +110,10 @@ def test_a_model_too_large_is_checked_without_weights() -> None:
     assert row.deviations == {}
     assert row.estimate is not None
     assert row.estimate > 2 * 10**9
+    assert row.least == row.estimate  # it has no blocks to leave out
+    assert row.shortage == (
+        f"checking numbers takes about {row.estimate / 1e9:.3g} GB; there were 2 GB"
+    )
     assert row.peak_memory is not None
     assert row.peak_memory < row.estimate
 
@@ -120,8 +124,11 @@ def test_a_check_that_runs_out_of_memory_is_done_again_shallower() -> None:
     assert row.how == "reduced:depth=4"
     assert row.arguments == {"depth": 4}
     assert row.proven
+    assert row.memory == 8 * 10**9
     assert row.estimate is not None
     assert row.estimate < 8 * 10**9
+    assert row.least is None
+    assert row.shortage is None
 
 
 def is_gone(process: int, seconds: float = 10) -> bool:
@@ -275,6 +282,10 @@ def test_the_memory_decides_how_a_model_is_checked() -> None:
     meta = first_plan(name, 4, 1)
     assert meta.how == "meta"
     assert meta.architecture == full.architecture
+    one_block = Architecture(name, {"num_classes": 10, "img_size": 64, "depth": 1}).build()
+    assert full.least is None
+    assert meta.estimate == full.estimate
+    assert meta.least == estimated_bytes(one_block, 4)
     assert estimated_bytes(nn.Identity(), 4) < full.estimate < first_plan(name, 16, 2**40).estimate
 
 

@@ -127,7 +127,8 @@ def _line(row: Row) -> str:
         return f"FAILED ({row.how or 'not built'}): {row.failure} ({took})"
     share = "" if row.packed_share is None else f", {row.packed_share:.1%} of MACs packed"
     if row.how == META:
-        return f"converted, shapes checked (meta){share} ({took})"
+        reason = "" if row.shortage is None else f": {row.shortage}"
+        return f"converted, shapes checked (meta){reason}{share} ({took})"
     return f"proven ({row.how}), off by {row.worst:.2g} of the tolerance{share} ({took})"
 
 

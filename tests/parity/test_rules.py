@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import assert_equals_networks
 from timm.layers import BatchNormAct2d, GroupNormAct, LayerNorm2d, ScaledStdConv2d, StdConv2d
+from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.pool2d_same import AvgPool2dSame
 from torch import Tensor, nn
@@ -114,6 +115,18 @@ class Windows(nn.Module):
         return x.reshape(n, h, w, -1)
 
 
+class Routed(nn.Module):
+    """A convolution of three experts, mixed for every image."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.router = nn.Linear(WIDTH, 3)
+        self.conv = CondConv2d(WIDTH, 6, 3, num_experts=3, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x, self.router(x.mean((2, 3))).sigmoid())
+
+
 class Do(nn.Module):
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -132,6 +145,8 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "conv_same": lambda: Conv2dSame(WIDTH, 5, 3, stride=2),
     "conv_standardised": lambda: StdConv2d(WIDTH, 5, 3),
     "conv_scaled_standardised": lambda: ScaledStdConv2d(WIDTH, 5, 3),
+    "conv_of_experts": lambda: Routed(groups=2, bias=True),
+    "conv_of_experts_same": lambda: Routed(stride=2, padding="same"),
     "batch_norm": lambda: nn.BatchNorm2d(WIDTH),
     "batch_norm_act": lambda: BatchNormAct2d(WIDTH),
     "group_norm": lambda: nn.GroupNorm(2, WIDTH),

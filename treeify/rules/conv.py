@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
-from torch import nn
+from torch import Tensor, nn
 
-from treeify.rules.registry import rule, widens
+from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import widened, widened_conv
+from treeify.storage import call_with, narrow
+from treeify.tree import Span
 
 # timm's padded and weight-standardised convolutions treat every output channel by itself, so they
 # are grouped convolutions once their channels and groups are multiplied.
@@ -34,3 +40,41 @@ def pack_conv(conv: nn.Conv2d, branches: int) -> None:
 
 rule(*_CONVOLUTIONS)(widened_conv)
 rule(*_TRANSPOSED)(widened)
+
+
+class PackedCondConv(nn.Module):
+    """timm's convolution whose weights every image mixes for itself from those of experts.
+
+    It is a grouped convolution over the images already, so only the mixing has to know the branch.
+
+    Args:
+        module: the base architecture's convolution, for its options.
+        storage: holds the packed `weight` `[G*E, P]` of `E` experts, and `bias` `[G*E, O]` or None.
+        branches: how many branches the storage holds.
+    """
+
+    def __init__(self, module: CondConv2d, storage: nn.Module, branches: int) -> None:
+        super().__init__()
+        self.module, self.storage, self.branches = module, storage, branches
+
+    def forward(self, span: Span, x: Tensor, routing_weights: Tensor) -> Tensor:
+        """`[G*N, C, H, W]` and weights of the experts `[G*N, E]` -> `[G*N, O, H, W]`."""
+        experts = {
+            name: torch.unflatten(narrow(packed, self.branches, span), 0, (span.size, -1))
+            for name, packed in self.storage.named_parameters(recurse=False)
+        }
+        mixing = routing_weights.reshape(span.size, -1, routing_weights.shape[-1])
+        mixed: Tensor = call_with(self.module, experts, (x, mixing))
+        return mixed
+
+
+@batch_rule(CondConv2d)
+def run_cond_conv(call: Call) -> PackedCondConv:
+    """Convolutions of images, each with its own weights of the experts."""
+    images, mixing = (call.tensor(call.argument(*at)) for at in enumerate(("x", "routing_weights")))
+    for known in (images, mixing):
+        if known is None or known.batch_dim != 0:
+            raise Unpackable("an argument does not begin with the batch")
+    module: Any = call.module
+    assert call.storage is not None
+    return PackedCondConv(module, call.storage, call.branches)

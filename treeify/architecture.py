@@ -33,6 +33,8 @@ TORCHVISION = "torchvision/"
 TIMM = "timm/"
 FORMS = "timm's name ('resnet50'), 'torchvision/NAME' or 'package.module:function'"
 
+_IMAGE_SIZE = "img_size"  # what timm calls it, as an argument and in modules
+
 # What a module carries that says nothing about what it computes: nn.Module's own bookkeeping (with
 # the train/eval flag), a memory setting of timm's, and timm's notes on where a model comes from.
 _NOT_STRUCTURE = frozenset(vars(nn.Module())) | {
@@ -249,9 +251,9 @@ def example_shape(model: nn.Module, architecture: Architecture | None = None) ->
     """The image a model is usually fed.
 
     The channels are those of the first layer if it is a convolution; the size is, in this order,
-    what the model says it was built for (`img_size` or `image_size`), what timm notes as its input
-    size, 299 for torchvision's `inception_v3`, and 224. A model that takes another size needs an
-    example input of the caller's.
+    what the model says it was built for (`img_size` or `image_size`), what its builder was asked
+    for, what timm notes as its input size, 299 for torchvision's `inception_v3`, and 224. A model
+    that takes another size needs an example input of the caller's.
 
     Args:
         model: the base model.
@@ -262,7 +264,8 @@ def example_shape(model: nn.Module, architecture: Architecture | None = None) ->
     """
     cfg = getattr(model, "pretrained_cfg", None)
     noted = cfg.get("input_size") if isinstance(cfg, Mapping) else None
-    if built_for := _image_size(model):
+    asked = None if architecture is None else _sides(architecture.kwargs.get(_IMAGE_SIZE))
+    if built_for := _image_size(model) or asked:
         size = built_for
     elif noted:
         size = tuple(noted[1:])
@@ -284,10 +287,18 @@ def resized(architecture: Architecture, model: nn.Module, size: int) -> Architec
     Returns:
         The same architecture, unless the model is built for one size: then with that argument set.
     """
-    if _image_size(model) in (None, (size, size)):
+    built_for_one = _image_size(model) is not None or _is_noted_as_fixed(model)
+    if not built_for_one or example_shape(model, architecture)[1:] == (size, size):
         return architecture
-    key = "image_size" if architecture.name.startswith(TORCHVISION) else "img_size"
+    key = "image_size" if architecture.name.startswith(TORCHVISION) else _IMAGE_SIZE
     return Architecture(architecture.name, {**architecture.kwargs, key: size})
+
+
+def _is_noted_as_fixed(model: nn.Module) -> bool:
+    """Whether timm notes that a model takes one size only, and its builder is told which."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    noted = isinstance(cfg, Mapping) and cfg.get("fixed_input_size", False)
+    return noted and _IMAGE_SIZE in inspect.signature(type(model)).parameters
 
 
 def _build_torchvision(name: str, pretrained: bool, **kwargs: object) -> object:
@@ -459,12 +470,18 @@ def _documented_size(name: str) -> int:
 
 def _image_size(model: nn.Module) -> tuple[int, int] | None:
     for module in model.modules():
-        for key in ("img_size", "image_size"):
-            match getattr(module, key, None):
-                case int(side) | (int(side),):
-                    return side, side
-                case (int(height), int(width)):
-                    return height, width
+        for key in (_IMAGE_SIZE, "image_size"):
+            if sides := _sides(getattr(module, key, None)):
+                return sides
+    return None
+
+
+def _sides(size: object) -> tuple[int, int] | None:
+    match size:
+        case int(side) | (int(side),):
+            return side, side
+        case (int(height), int(width)):
+            return height, width
     return None
 
 

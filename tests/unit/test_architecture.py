@@ -247,10 +247,15 @@ def test_resized_sets_the_size_only_where_a_model_has_one() -> None:
     for name, key in (
         ("vit_tiny_patch16_224", "img_size"),
         ("torchvision/vit_b_32", "image_size"),
+        ("gcvit_xxtiny", "img_size"),  # keeps no record of it
     ):
         architecture = Architecture(name)
         other = resized(architecture, architecture.build(), 64)
         assert other == Architecture(name, {key: 64})
-        assert resized(other, other.build(), 64) == other
-    convolutional = Architecture("resnet10t")
-    assert resized(convolutional, convolutional.build(), 64) == convolutional
+        small = other.build()
+        assert resized(other, small, 64) == other
+        assert example_shape(small, other) == (3, 64, 64)
+        assert small.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+    for name, size in (("resnet10t", 64), ("gcvit_xxtiny", 224)):
+        architecture = Architecture(name)
+        assert resized(architecture, architecture.build(), size) == architecture

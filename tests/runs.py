@@ -1,8 +1,14 @@
 """A run of seconds on a sixth of the digits, and how to stop and compare such runs."""
 
+import multiprocessing
 import os
+import pkgutil
+import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from treeify.cli.app import main
 from treeify.recipe import Recipe
 from treeify.recipe_file import dump_recipe, load_recipe
 
@@ -91,9 +98,9 @@ def assert_same_bits(run: Path, other: Path, name: str = "last") -> None:
     assert not different
 
 
-def command(*arguments: Any, processes: int = 1, script: str | None = None) -> list[str]:
-    """`treeify train` in one process or several, after a script of one's own if there is one."""
-    start = ["-c", script] if script else ["-m", "treeify"]
+def command(*arguments: Any, processes: int = 1) -> list[str]:
+    """`treeify train` in one process or several."""
+    start = ["-m", "treeify"]
     if processes > 1:
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
         start = [*torchrun, str(processes), *start]
@@ -116,3 +123,74 @@ def run(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProce
         timeout=300,
         check=False,
     )
+
+
+def forked(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """A process forked off a server that has imported everything; it begins in a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["treeify.trainer"])
+    process = context.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def ends(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """Their exit codes."""
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
+
+
+def run_in_two(*arguments: Any, cwd: Path) -> list[int | None]:
+    """The exit codes of `treeify train` in two processes, told of each other as torchrun does."""
+    port = free_port()
+    return ends([forked(_take_part, rank, port, cwd, *arguments) for rank in range(2)])
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port: int = free.getsockname()[1]
+    return port
+
+
+def _take_part(rank: int, port: int, cwd: Path, *arguments: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
+    _train(cwd, *arguments)
+
+
+def killed(file: Path, owner: str, name: str, count: int, after: bool) -> int | None:
+    """The exit code of `treeify train` that dies at some call, in `run` beside the recipe."""
+    (code,) = ends([forked(_die, file, owner, name, count, after)])
+    return code
+
+
+def _die(file: Path, owner: str, name: str, count: int, after: bool) -> None:
+    """Train until a function is called for the n-th time; then kill this process with -9."""
+    whose = pkgutil.resolve_name(owner)
+    original, calls = getattr(whose, name), []
+
+    def dying(*args: Any, **kwargs: Any) -> Any:
+        calls.append(None)
+        found = original(*args, **kwargs) if after or len(calls) < count else None
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    setattr(whose, name, dying)
+    _train(file.parent, file, "--out", "run")
+
+
+def _train(cwd: Path, *arguments: Any) -> None:
+    """`treeify train` in a folder, where its own modules may lie too."""
+    os.chdir(cwd)
+    sys.path.insert(0, str(cwd))
+    sys.argv = ["treeify", "train", *map(str, arguments)]
+    main()

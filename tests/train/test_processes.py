@@ -53,8 +53,7 @@ def test_parts_of_a_step_add_up_to_it(tmp_path: Path, monkeypatch: pytest.Monkey
         train(recipe, out=tmp_path / f"parts{parts}")
     assert_same_steps(tmp_path / "parts1", tmp_path / "parts15")
     file = runs.written(tmp_path, *EXACT, *own, "gradient_accumulation=4")
-    done = runs.run(file, "--out", "both", cwd=tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
+    assert runs.run_in_two(file, "--out", "both", cwd=tmp_path) == [0, 0]
     assert_same_steps(tmp_path / "parts1", tmp_path / "both")
 
 
@@ -62,8 +61,7 @@ def test_an_image_that_weighs_nothing_leaves_no_trace_in_batch_norms(tmp_path: P
     """The last step has one image, which one of the two processes gets."""
     one_left = ("data.held_out=1500", "batch_size=148")
     file = runs.written(tmp_path, *EXACT, *one_left)
-    done = runs.run(file, "--out", "two", cwd=tmp_path, processes=2)
-    assert done.returncode == 0, done.stderr
+    assert runs.run_in_two(file, "--out", "two", cwd=tmp_path) == [0, 0]
     train(runs.load_recipe(file), out=tmp_path / "one")
     assert len(states(tmp_path / "one")) == 2 * 3
     for left, right in zip(states(tmp_path / "one"), states(tmp_path / "two"), strict=True):
@@ -99,10 +97,8 @@ def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path) -> Non
     source = (tmp_path / "mortal.py").read_text()
     (tmp_path / "mortal.py").write_text(source.replace("== 6", "== 99"))
     arguments = [file, *overrides]
-    resumed = runs.run(*arguments, "--resume", "run", cwd=tmp_path, processes=2)
-    assert resumed.returncode == 0, resumed.stderr
-    whole = runs.run(*arguments, "--out", "whole", cwd=tmp_path, processes=2)
-    assert whole.returncode == 0, whole.stderr
+    assert runs.run_in_two(*arguments, "--resume", "run", cwd=tmp_path) == [0, 0]
+    assert runs.run_in_two(*arguments, "--out", "whole", cwd=tmp_path) == [0, 0]
     runs.assert_same_bits(tmp_path / "whole", tmp_path / "run")
 
 
@@ -143,12 +139,7 @@ def test_the_order_depends_on_seed_and_epoch_and_can_begin_anywhere() -> None:
 
 
 def test_batch_norms_of_uneven_shares_equal_one_of_all(tmp_path: Path) -> None:
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(norms.of_a_share, (port, tmp_path), nprocs=2)
+    torch.multiprocessing.spawn(norms.of_a_share, (runs.free_port(), tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     x, weight, bias, mean, var = norms.images_and_norm()
     x.requires_grad_()

@@ -53,36 +53,17 @@ def assert_ends_like(whole: Path, run: Path) -> None:
     assert not list(run.rglob(".*"))
 
 
-# A script that kills its process with -9 the n-th time a function is called.
-KILLER = """\
-import os, signal, sys
-from treeify import files, snapshot, trainer
-from treeify.cli.app import main
-
-owner, name, count, after = {owner}, {name!r}, {count}, {after}
-original, calls = getattr(owner, name), []
-
-def dying(*args, **kwargs):
-    calls.append(None)
-    found = original(*args, **kwargs) if after or len(calls) < count else None
-    if len(calls) == count:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return found
-
-setattr(owner, name, dying)
-sys.argv[0] = "treeify"
-main()
-"""
+# When a process is killed with -9: a function of whom, at which call, before or after it.
 MOMENTS = {
-    "before the first state": ("trainer._Run", "_part", 1, False),
-    "in a step": ("trainer._Run", "_part", 6, False),
-    "while measuring": ("trainer", "measure", 1, False),
-    "before the metrics": ("trainer._Run", "_record", 1, False),
-    "in a save, weights written": ("snapshot", "write_state", 3, False),
-    "in a save, not yet named": ("files", "_bring_to_disk", 9, False),
-    "between name and link": ("files", "point", 4, False),
-    "between last and best": ("files", "point", 6, False),
-    "after the last step": ("trainer._Run", "_step", 2 * runs.STEPS, True),
+    "before the first state": ("treeify.trainer:_Run", "_part", 1, False),
+    "in a step": ("treeify.trainer:_Run", "_part", 6, False),
+    "while measuring": ("treeify.trainer", "measure", 1, False),
+    "before the metrics": ("treeify.trainer:_Run", "_record", 1, False),
+    "in a save, weights written": ("treeify.snapshot", "write_state", 3, False),
+    "in a save, not yet named": ("treeify.files", "_bring_to_disk", 9, False),
+    "between name and link": ("treeify.files", "point", 4, False),
+    "between last and best": ("treeify.files", "point", 6, False),
+    "after the last step": ("treeify.trainer:_Run", "_step", 2 * runs.STEPS, True),
 }
 MOMENTS_BY_DEFAULT = ("in a step", "in a save, not yet named")
 
@@ -95,11 +76,8 @@ MOMENTS_BY_DEFAULT = ("in a step", "in a save, not yet named")
     ],
 )
 def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path, moment: str) -> None:
-    owner, name, count, after = MOMENTS[moment]
-    script = KILLER.format(owner=owner, name=name, count=count, after=after)
     file = runs.written(tmp_path, "checkpoints.minutes=1e-9", "checkpoints.keep=3")
-    killed = runs.run(file, "--out", "run", cwd=tmp_path, script=script)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert runs.killed(file, *MOMENTS[moment]) == -signal.SIGKILL
     train(runs.load_recipe(file), resume=tmp_path / "run")
     assert_ends_like(whole, tmp_path / "run")
 

@@ -135,10 +135,13 @@ def forked(target: Callable[..., None], *args: Any) -> BaseProcess:
 
 
 def ends(processes: Sequence[BaseProcess]) -> list[int | None]:
-    """Their exit codes."""
+    """Their exit codes; None for one that goes on for five minutes, and is killed."""
     for process in processes:
         process.join(300)
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def run_in_two(*arguments: Any, cwd: Path) -> list[int | None]:

@@ -12,6 +12,8 @@ from treeify.architecture import Architecture, ParametersOnMeta
 
 # The builder below, as `Architecture` names it.
 NAME = f"{__name__}:build"
+# The method by which timm's modules compute buffers that no file holds.
+_COMPUTE_BUFFERS = "init_non_persistent_buffers"
 
 
 def cut(architecture: Architecture, blocks: int) -> Architecture:
@@ -40,7 +42,7 @@ def build(model: str, blocks: int, **options: object) -> nn.Module:
     architecture = Architecture(model, options)
     with ParametersOnMeta():
         shallower = architecture.build()
-    if any(buffer.is_meta for buffer in shallower.buffers()):
+    if not all(map(_computes_buffers, shallower.modules())):
         shallower = architecture.build()  # their values come from its constructor
     for module in list(shallower.modules()):
         if _is_sequence(module):
@@ -76,8 +78,19 @@ def _shape(module: nn.Module) -> tuple[type[nn.Module], tuple[tuple[str, torch.S
     return type(module), tuple((name, own.shape) for name, own in module.named_parameters())
 
 
+def _meta_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: own for key, own in module.named_buffers(recurse=False) if own.is_meta}
+
+
+def _computes_buffers(module: nn.Module) -> bool:
+    """Whether a module can compute what buffers it has on the meta device, as timm's can."""
+    missing = _meta_buffers(module)
+    has_method = callable(getattr(module, _COMPUTE_BUFFERS, None))
+    return not missing or (has_method and missing.keys() <= module._non_persistent_buffers_set)
+
+
 def _materialize(model: nn.Module) -> None:
-    """Give parameters on the meta device memory and values: their layer's own, or small noise."""
+    """Give what is on the meta device memory and values: its layer's own, or small noise."""
     made: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         missing = [(key, own) for key, own in module.named_parameters(recurse=False) if own.is_meta]
@@ -89,3 +102,8 @@ def _materialize(model: nn.Module) -> None:
         reset = getattr(module, "reset_parameters", None)
         if missing and callable(reset):
             reset()
+    for module in model.modules():
+        if buffers := _meta_buffers(module):
+            for key, buffer in buffers.items():
+                setattr(module, key, torch.empty_like(buffer, device="cpu"))
+            getattr(module, _COMPUTE_BUFFERS)()

@@ -64,6 +64,28 @@ def test_buffers_that_a_constructor_computes_keep_their_values() -> None:
     assert torch.equal(made.mask, full.mask)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("model", ["eva02_tiny_patch14_224", "swinv2_cr_tiny_ns_224"])
+def test_buffers_that_modules_can_compute_take_no_full_model(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places, frequencies and masks: some are computed where a parameter of the module lies."""
+    full = Architecture(model).build()
+    assert any(own.is_meta for own in skeleton(Architecture(model)).buffers())
+    calls, build = [], Architecture.build
+
+    def counted(architecture: Architecture) -> nn.Module:
+        calls.append(architecture.name)
+        return build(architecture)
+
+    monkeypatch.setattr(Architecture, "build", counted)
+    made = built(model, 1)
+    assert calls == [shallower.NAME, model]
+    assert dict(made.named_buffers()).keys() < dict(full.named_buffers()).keys()
+    for key, own in made.named_buffers():
+        assert torch.equal(own, full.get_buffer(key)), key
+    assert made.state_dict().keys() < full.state_dict().keys()
+
+
 def test_a_shallower_model_has_a_skeleton() -> None:
     architecture = Architecture(shallower.NAME, {"model": "torchvision/vit_b_16", "blocks": 1})
     made = skeleton(architecture)

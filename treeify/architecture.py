@@ -287,18 +287,32 @@ def resized(architecture: Architecture, model: nn.Module, size: int) -> Architec
     Returns:
         The same architecture, unless the model is built for one size: then with that argument set.
     """
-    built_for_one = _image_size(model) is not None or _is_noted_as_fixed(model)
-    if not built_for_one or example_shape(model, architecture)[1:] == (size, size):
+    channels, *usual = example_shape(model, architecture)
+    if usual == [size, size]:
         return architecture
+    if _image_size(model) is None:
+        is_told = _IMAGE_SIZE in inspect.signature(type(model)).parameters
+        fixed = is_told and _is_noted_as_fixed(model)
+        if not fixed or _takes(architecture, (channels, size, size)):
+            return architecture
     key = "image_size" if architecture.name.startswith(TORCHVISION) else _IMAGE_SIZE
     return Architecture(architecture.name, {**architecture.kwargs, key: size})
 
 
 def _is_noted_as_fixed(model: nn.Module) -> bool:
-    """Whether timm notes that a model takes one size only, and its builder is told which."""
+    """Whether timm notes that a model takes one size only; some take others all the same."""
     cfg = getattr(model, "pretrained_cfg", None)
-    noted = isinstance(cfg, Mapping) and cfg.get("fixed_input_size", False)
-    return noted and _IMAGE_SIZE in inspect.signature(type(model)).parameters
+    return isinstance(cfg, Mapping) and bool(cfg.get("fixed_input_size"))
+
+
+def _takes(architecture: Architecture, shape: tuple[int, ...]) -> bool:
+    """Whether a model runs on an image of a shape."""
+    try:
+        with torch.no_grad():
+            skeleton(architecture).eval()(torch.zeros(1, *shape, device="meta"))
+    except Exception:  # whatever a library raises for a size it does not take
+        return False
+    return True
 
 
 def _build_torchvision(name: str, pretrained: bool, **kwargs: object) -> object:

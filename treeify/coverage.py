@@ -103,7 +103,8 @@ class Row(BaseModel):
         reason = f"checking numbers takes about {_gigabytes(self.estimate)}"
         if self.least < self.estimate:
             reason += f", with as few blocks as it runs with {_gigabytes(self.least)}"
-        return f"{reason}; there were {_gigabytes(self.memory)}"
+        end = "there were" if self.memory < self.least else "it ran out of"
+        return f"{reason}; {end} {_gigabytes(self.memory)}"
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -181,6 +181,13 @@ def row(name: str, **fields: object) -> Row:
     return Row(name=name, versions=coverage.versions(), asked="2", **fields)
 
 
+def test_what_only_shapes_were_checked_of_says_why() -> None:
+    needs = {"how": "meta", "estimate": 40 * 10**9, "least": 9 * 10**9}
+    start = "checking numbers takes about 40 GB, with as few blocks as it runs with 9 GB; "
+    assert row("a", memory=8 * 10**9, **needs).shortage == f"{start}there were 8 GB"
+    assert row("a", memory=10**10, **needs).shortage == f"{start}it ran out of 10 GB"
+
+
 def test_a_file_cut_off_anywhere_loses_no_other_line() -> None:
     file = Path("rows.jsonl")
     coverage.append(file, row("a", packed_share=0.5))

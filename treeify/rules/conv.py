@@ -61,7 +61,8 @@ class PackedCondConv(nn.Module):
         """`[G*N, C, H, W]` and weights of the experts `[G*N, E]` -> `[G*N, O, H, W]`."""
         experts = {
             name: torch.unflatten(narrow(packed, self.branches, span), 0, (span.size, -1))
-            for name, packed in self.storage.named_parameters(recurse=False)
+            for name in ("weight", "bias")
+            if (packed := getattr(self.storage, name)) is not None
         }
         mixing = routing_weights.reshape(span.size, -1, routing_weights.shape[-1])
         mixed: Tensor = call_with(self.module, experts, (x, mixing))

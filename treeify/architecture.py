@@ -290,19 +290,24 @@ def resized(architecture: Architecture, model: nn.Module, size: int) -> Architec
     channels, *usual = example_shape(model, architecture)
     if usual == [size, size]:
         return architecture
-    if _image_size(model) is None:
-        is_told = _IMAGE_SIZE in inspect.signature(type(model)).parameters
-        fixed = is_told and _is_noted_as_fixed(model)
-        if not fixed or _takes(architecture, (channels, size, size)):
-            return architecture
+    if _image_size(model) is None and (
+        not _is_noted_as_fixed(model) or _takes(architecture, (channels, size, size))
+    ):
+        return architecture
     key = "image_size" if architecture.name.startswith(TORCHVISION) else _IMAGE_SIZE
     return Architecture(architecture.name, {**architecture.kwargs, key: size})
 
 
 def _is_noted_as_fixed(model: nn.Module) -> bool:
-    """Whether timm notes that a model takes one size only; some take others all the same."""
+    """Whether timm notes that a model takes one size, and its builder is told which.
+
+    Some take others all the same.
+    """
     cfg = getattr(model, "pretrained_cfg", None)
-    return isinstance(cfg, Mapping) and bool(cfg.get("fixed_input_size"))
+    if not isinstance(cfg, Mapping) or not cfg.get("fixed_input_size"):
+        return False
+    # A class may pass on what it is given.
+    return any(_IMAGE_SIZE in inspect.signature(kind).parameters for kind in type(model).__mro__)
 
 
 def _takes(architecture: Architecture, shape: tuple[int, ...]) -> bool:

@@ -102,6 +102,8 @@ def _materialize(model: nn.Module) -> None:
         reset = getattr(module, "reset_parameters", None)
         if missing and callable(reset):
             reset()
+    if any(own.is_meta for own in model.parameters()):
+        return  # a skeleton is being built: under its mode nothing took memory
     for module in model.modules():
         if buffers := _meta_buffers(module):
             for key, buffer in buffers.items():

@@ -84,6 +84,10 @@ def test_buffers_that_modules_can_compute_take_no_full_model(
     for key, own in made.named_buffers():
         assert torch.equal(own, full.get_buffer(key)), key
     assert made.state_dict().keys() < full.state_dict().keys()
+    calls.clear()
+    bare = skeleton(shallower.cut(Architecture(model), 1))
+    assert calls == [shallower.NAME, model]  # not once more, with weights
+    assert all(own.is_meta for own in (*bare.parameters(), *bare.buffers()))
 
 
 def test_a_shallower_model_has_a_skeleton() -> None:

@@ -11,7 +11,7 @@ from treeify import coverage
 from treeify.parity import settle
 
 # One class in so many is run by default, all of them on CI.
-_BY_DEFAULT = 5
+_BY_DEFAULT = 8
 
 
 def _cases() -> Iterator[object]:

@@ -14,9 +14,9 @@ import treeify
 
 
 def _marks(case: zoo.Case, shape: str) -> list[pytest.MarkDecorator]:
-    """Whole backbones take seconds each; thin and odd ones stand for them by default."""
-    whole = not str(case).startswith("odd-") and not str(case).endswith("-thin")
-    return [pytest.mark.slow] * (shape in case.slow) + [pytest.mark.thorough] * whole
+    """Backbones take seconds; odd ones, and thin ones in one shape, stand for them by default."""
+    small = str(case).startswith("odd-") or (str(case).endswith("-thin") and shape == "binary")
+    return [pytest.mark.slow] * (shape in case.slow) + [pytest.mark.thorough] * (not small)
 
 
 CASES = [

@@ -51,6 +51,7 @@ def test_every_command_of_the_page_runs(tmp_path: Path) -> None:
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
 
 
+@pytest.mark.thorough
 def test_two_machines_share_a_run(tmp_path: Path) -> None:
     """The page's command twice, both machines being this one."""
     (command,) = (command for command in COMMANDS if "--nnodes 2" in command)

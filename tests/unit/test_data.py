@@ -258,11 +258,16 @@ def test_what_timm_cannot_read_is_an_error(tmp_path: Path) -> None:
     for options, match in (
         ({"dataset": "wds/shards"}, "is a stream"),
         ({"root": str(tmp_path / "nowhere")}, "cannot be read"),
-        ({"dataset": "hfds/no/such"}, "cannot be read"),
         ({"root": str(make_folders(tmp_path / "x", {"a": 1}, {"a": 1}) / "train")}, "has no parts"),
     ):
         with pytest.raises(DataError, match=match):
             data.timm_dataset(**options)
+
+
+@pytest.mark.thorough  # without a network it is tried again for 20 seconds
+def test_a_dataset_that_cannot_be_fetched_is_an_error() -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        data.timm_dataset(dataset="hfds/no/such")
 
 
 def make_shards(folder: Path, part: str, shards: int, each: int) -> list[np.ndarray]:

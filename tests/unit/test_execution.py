@@ -199,6 +199,7 @@ def test_frozen_parameters_get_no_gradient_looped() -> None:
     assert graded == {n for n, _ in hne.named_parameters() if not n.startswith("stage1")}
 
 
+@pytest.mark.thorough
 # Part of a level computes with views of parameters, and the compiler looks for their .grad.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_looped_compiles() -> None:

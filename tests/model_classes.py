@@ -21,7 +21,7 @@ class Case:
         size: height and width of its images.
         options: what its builder is given besides 10 classes.
         blocks: how many of one shape follow one another at most; the others are left out.
-        slow: it takes over 10 GB, and none shallower or narrower can be built.
+        slow: it takes over 10 GB or a minute, and none shallower or narrower can be built.
     """
 
     network: str
@@ -129,6 +129,7 @@ CASES = (
         "mobilenetv5_300m_enc",
         options={"channel_multiplier": 0.1},
         blocks=1,
+        slow=True,
     ),
     Case("MultiScaleVit", "mvitv2_tiny", blocks=1),
     Case("NASNetALarge", "nasnetalarge", options={"stem_size": 24, "num_features": 480}),
@@ -136,7 +137,7 @@ CASES = (
     Case("Nest", "nest_tiny", options={"img_size": 64}, blocks=1),
     Case("NextViT", "nextvit_small"),
     Case("NormFreeNet", "test_nfnet", options={"depths": [1, 1, 1]}),
-    Case("PNASNet5Large", "pnasnet5large"),
+    Case("PNASNet5Large", "pnasnet5large", slow=True),
     Case("PoolingVisionTransformer", "pit_ti_224", options={"img_size": 64}),
     Case("PyramidVisionTransformerV2", "pvt_v2_b0", options={"depths": [1, 1, 1, 1]}),
     Case("Qwen3VitClassifier", "qwen3_vit_88m", options={"depth": 2, "img_size": 64}),

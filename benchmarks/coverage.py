@@ -55,7 +55,7 @@ def _counts(rows: Sequence[Row]) -> str:
 
 def _totals(rows: Sequence[Row], names: Sequence[str]) -> str:
     worst = max((row.worst for row in rows if row.proven and row.worst is not None), default=0.0)
-    meta = [row for row in rows if row.failure is None and row.how == META]
+    meta = _by_shapes_only(rows)
     reduced = [row for row in rows if row.proven and str(row.how).startswith(REDUCED)]
     exact = sum(row.proven for row in rows) - len(reduced)
     versions = sorted({_versions(row) for row in rows})
@@ -114,9 +114,15 @@ def _failures(rows: Sequence[Row]) -> str:
     return "\n".join(f"- `{row.name}`: {_cell(str(row.failure))}" for row in failed) or "Nothing."
 
 
+def _by_shapes_only(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.failure is None and row.how == META]
+
+
 def _shapes(rows: Sequence[Row]) -> str:
-    unproven = [row for row in rows if row.failure is None and row.how == META]
-    lines = [f"- `{row.name}`: {row.shortage or 'no reason is on record'}." for row in unproven]
+    lines = [
+        f"- `{row.name}`: {row.shortage or 'no reason is on record'}."
+        for row in _by_shapes_only(rows)
+    ]
     return "\n".join(lines) or "None."
 
 

@@ -100,11 +100,11 @@ class Row(BaseModel):
         """Why only shapes were checked; None if more was, or that is not known."""
         if self.memory is None or self.estimate is None or self.least is None:
             return None
-        reason = f"checking numbers takes about {_gigabytes(self.estimate)}"
+        reason = f"checking numbers takes about {gigabytes(self.estimate)}"
         if self.least < self.estimate:
-            reason += f", with as few blocks as it runs with {_gigabytes(self.least)}"
+            reason += f", with as few blocks as it runs with {gigabytes(self.least)}"
         end = "there were" if self.memory < self.least else "it ran out of"
-        return f"{reason}; {end} {_gigabytes(self.memory)}"
+        return f"{reason}; {end} {gigabytes(self.memory)}"
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -129,7 +129,8 @@ class Coverage:
         return {row.name: row for row in self.rows}
 
 
-def _gigabytes(size: int) -> str:
+def gigabytes(size: int) -> str:
+    """A number of bytes as text."""
     return f"{size / 1e9:.3g} GB"
 
 

@@ -195,7 +195,7 @@ def _end_with_parent(connection: Connection) -> None:
 def _reason(error: Exception, memory: int) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
     if isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.I):
-        return f"{_OUT_OF_MEMORY}: more than the {memory / 1e9:.3g} GB it may use"
+        return f"{_OUT_OF_MEMORY}: more than the {coverage.gigabytes(memory)} it may use"
     return f"{type(error).__name__}: {text}"[:_LONGEST_REASON]
 
 

@@ -1,24 +1,28 @@
-"""Writes the tables of docs/recipes.md from the sections of treeify/recipe.py.
+"""Writes the tables of docs/recipes.md: the recipe's sections, and options of data sets and losses.
 
-`python docs/recipe_keys.py` after a key was added or described anew.
+`python docs/recipe_keys.py` after a key or an option was added or described anew.
 """
 
 from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from treeify import losses
+from treeify.data import source
 from treeify.recipe import Recipe, Section, section_in
 
 PAGE = Path(__file__).with_name("recipes.md")
 BEGIN, END = "<!-- keys -->\n", "\n## Data sets\n"
+OPTIONS = "<!-- options -->\n"
 
 
-def descriptions(section: type[Section]) -> dict[str, str]:
-    """What the docstring says of every key."""
-    _, _, args = (inspect.getdoc(section) or "").partition("Args:\n")
+def descriptions(described: type[Section] | Callable[..., Any]) -> dict[str, str]:
+    """What the docstring says of every key or option."""
+    _, _, args = (inspect.getdoc(described) or "").partition("Args:\n")
     found = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", args, re.MULTILINE)
     return {name: re.sub(r"\s+", " ", text) for name, text in found}
 
@@ -42,15 +46,29 @@ def tables(section: type[Section], above: str = "") -> Iterator[str]:
         yield from tables(below, name)
 
 
+def options(kind: str, functions: Mapping[str, Callable[..., Any]]) -> Iterator[str]:
+    """One table of the options of all registered functions of a kind."""
+    yield f"\n| {kind} | option | default | |\n|---|---|---|---|\n"
+    for name, function in functions.items():
+        known = descriptions(function)
+        for option in inspect.signature(function).parameters.values():
+            if option.kind is option.KEYWORD_ONLY:
+                required = option.default is option.empty
+                default = "required" if required else f"`{_yaml(option.default)}`"
+                yield f"| `{name}` | `{option.name}` | {default} | {known[option.name]} |\n"
+
+
 def _yaml(value: object) -> str:
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+    return {"None": "null", "True": "true", "False": "false", "": '""'}.get(str(value), str(value))
 
 
 def updated(page: str) -> str:
     """The page with its tables written again."""
     before, _, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
-    return before + BEGIN + "".join(tables(Recipe)) + end + after
+    after, _, _ = after.partition(OPTIONS)
+    functions = (*options("data set", source.SOURCES), *options("loss", losses.LOSSES))
+    return "".join((before, BEGIN, *tables(Recipe), end, after, OPTIONS, *functions))
 
 
 if __name__ == "__main__":

@@ -194,7 +194,8 @@ class ModelRecipe(Section):
             `perturb`.
         splits: how many, or their names.
         fanout: children per split.
-        init: `fresh`, `copy` or `perturb`.
+        init: `fresh`, random weights in every branch; `copy`, those of the model; `perturb`, those
+            of the model plus noise, but for leaf 0.
     """
 
     name: str
@@ -362,7 +363,8 @@ class Recipe(Section):
         teacher: another classifier to learn from.
         precision: `fp32`, `fp64`, or mixed with `bf16` or `fp16`.
         sync_batch_norm: several processes share the statistics of batch norms.
-        execution: how levels run: `auto`, `packed`, `looped`, or one for each level.
+        execution: how levels run: `auto`, `packed` or `looped`, or a list with `packed` or
+            `looped` for each level.
         tune: measure first which way of running is fastest, and take it where execution is `auto`;
             two runs may then differ in rounding.
         compile: run the ensemble through `torch.compile`.

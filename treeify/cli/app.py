@@ -182,7 +182,7 @@ def options(
 
         treeify calibrate runs/digits_hne
 
-        treeify predict runs/digits_hne photo.png --deadline 20ms
+        treeify predict runs/digits_hne digit.png --deadline 20ms
     """
     # `package.module:function` may name a module beside the user, as it would under `python -m`.
     if (here := str(Path.cwd())) not in sys.path:

@@ -73,7 +73,7 @@ def calibrate(
 
         treeify calibrate runs/digits_hne --target-macs 150k --target-macs 300k
 
-        treeify calibrate my_ensemble --target-macs 1.2G --data name=image_folder --data root=photos
+        treeify calibrate my_ensemble --data name=image_folder --data root=photos --data like=NAME
     """
     targets = [quantities.count(text, "--target-macs") for text in target_macs or ()]
     path = checkpoint_in(directory)

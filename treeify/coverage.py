@@ -189,6 +189,17 @@ def append(path: Path, row: Row) -> None:
         raise DataError(f"{path} cannot be written: {error}") from error
 
 
+def check_writable(path: Path) -> None:
+    """Raise DataError unless rows can be appended to a file; one that is not there is made."""
+    try:
+        with path.open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error}", next_step="Give another --output."
+        ) from error
+
+
 def compressed(rows: Iterable[Row]) -> bytes:
     """A compressed file of the rows, the same for the same rows."""
     lines = sorted(row.model_dump_json(exclude_defaults=True) + "\n" for row in rows)

@@ -153,12 +153,20 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
 
 @torch.no_grad()
 def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
-    """Raise RecipeError unless the ensemble has one logit for each class of the data."""
+    """Raise RecipeError unless the ensemble has one logit, and no more, for each class."""
     image = data.example()
     first = next(hne.parameters())
     was_training = hne.training
-    outputs = hne.eval()(image[None].to(first.device, first.dtype), leaves=1).shape[-1]
+    output = hne.eval()(image[None].to(first.device, first.dtype), leaves=1)
     hne.train(was_training)
+    if not isinstance(output, Tensor):
+        raise RecipeError(
+            "the model does not return logits.",
+            expected="one tensor, [N, K]",
+            found=type(output).__name__,
+            next_step="Train a module whose forward returns the logits alone.",
+        )
+    outputs = output.shape[-1]
     if outputs != len(data.classes):
         raise RecipeError(
             "the model does not fit the data.",

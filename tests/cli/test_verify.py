@@ -38,6 +38,14 @@ def test_models_pass_once_and_are_skipped_then() -> None:
     assert Path("coverage.jsonl").read_bytes() == before
 
 
+def test_what_only_shapes_were_checked_of_has_not_passed() -> None:
+    result = run("verify", TINY, OTHER, "--memory", "1")
+    assert result.exit_code == 0, result.output
+    last = result.stdout.splitlines()[-1]
+    text = f"All 2 converted, 0 proven; only shapes were checked of {TINY}, {OTHER}."
+    assert last == f"{text} Rows: coverage.jsonl"
+
+
 def test_a_failure_is_exit_code_1_now_and_later_until_it_is_retried() -> None:
     written(TINY, failure="a bug that is gone")
     result = run("verify", TINY, "sweep_models:raising")
@@ -89,6 +97,8 @@ def test_all_is_every_name_of_the_libraries(monkeypatch: pytest.MonkeyPatch) -> 
         ([TINY, "--shard", "3/2"], "there is no shard 3/2."),
         ([TINY, "--memory", "much"], "--memory 'much' is no whole number"),
         ([TINY, "--time-limit", "long"], "--time-limit 'long' is no duration"),
+        ([TINY, "--output", "rows.jsonl.xz"], "rows are appended to plain text"),
+        ([TINY, "--output", "no/such/rows.jsonl"], "cannot be written"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_runs(words: list[str], message: str) -> None:

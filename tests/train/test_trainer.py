@@ -23,6 +23,7 @@ from treeify import losses, snapshot, trainer
 from treeify.batches import held_out_loader
 from treeify.cli.eval import evaluate
 from treeify.cli.train import train as train_command
+from treeify.cost import costs
 from treeify.errors import CheckpointError, DataError, RecipeError
 from treeify.metrics import evaluate as score
 from treeify.progress import Epoch, Plan, Reporter, Step
@@ -490,6 +491,14 @@ def test_eval_gives_every_figure_as_table_json_and_csv(recipe_file: Path) -> Non
         milliseconds = 1e3 * own.timeit(20).median
         assert milliseconds / 8 < row["milliseconds"] < 8 * milliseconds
     assert [float(line["accuracy"]) for line in alone] == pytest.approx(single)
+    assert [line["leaves"] for line in alone] == ["0", "1", "2", "3"]
+    larger = CliRunner().invoke(
+        app, ["eval", "here", "--json", "--no-latency", "--data", "size=16"]
+    )
+    scored = json.loads(larger.output)["scores"]
+    assert [own["macs"] for own in scored] == [
+        own.macs for own in costs(hne, torch.zeros(1, 3, 16, 16))
+    ]
     table = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["eval", "here"]).output
     for heading in ("ECE %", "logit std", " ms", "NLL", f"{found['scores'][2]['accuracy']:.2f}"):
         assert heading in table, heading

@@ -10,6 +10,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from torch import Tensor
 
 from treeify import checkpoint, files, machine
 from treeify.batches import held_out_loader, noting
@@ -65,7 +66,9 @@ def evaluate(
 
         treeify eval runs/digits_hne/best --json
 
-        treeify eval my_ensemble --data name=image_folder --data root=photos --csv scores.csv
+        treeify eval my_ensemble --data name=image_folder --data root=photos --data like=resnet50
+
+        treeify eval runs/digits_hne --csv scores.csv
     """
     path = checkpoint_in(directory)
     section = data_section(path, data or ())
@@ -77,8 +80,10 @@ def evaluate(
     batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=allowed > 0)
     skipped: set[str] = set()
     scores = measure(hne, noting(batches, skipped))
-    seconds = _seconds(hne) if latency else None
-    rows, single = score_rows(hne, scores.result(), seconds=seconds), scores.leaf_accuracy()
+    first = next(hne.parameters())
+    x = images.example()[None].to(first.device, first.dtype)
+    seconds = _seconds(hne, x) if latency else None
+    rows, single = score_rows(hne, scores.result(), seconds=seconds, x=x), scores.leaf_accuracy()
     if csv is not None:
         _write(csv, as_csv(rows, single))
     if as_json:
@@ -114,10 +119,9 @@ def _write(path: Path, text: str) -> None:
 
 
 @torch.no_grad()
-def _seconds(hne: HierarchicalEnsemble) -> dict[int, float]:
-    """How long an answer of every nested size takes for one image."""
+def _seconds(hne: HierarchicalEnsemble, x: Tensor) -> dict[int, float]:
+    """How long an answer of every nested size takes for one image, [1, C, H, W]."""
     hne.eval()
-    x = hne.example_images(1)
     actions = {str(size): partial(hne.predict, x, leaves=size) for size in hne.tree.nested_sizes}
     times = machine.alternate(actions, x.device, repeats=51, budget=_LATENCY)
     return {int(size): typical for size, typical in machine.medians(times).items()}

@@ -127,7 +127,8 @@ def _named(rows: dict[str, Row], wanted: _Filter) -> Iterator[tuple[str, Row | N
 
 
 def _table(shown: dict[str, Row | None]) -> Table:
-    table = Table(caption="MACs per image of the usual size; packed: share of the branches' MACs")
+    caption = "MACs per image of the usual size, without batch norms"
+    table = Table(caption=f"{caption}; packed: share of the branches' MACs")
     table.add_column("model", no_wrap=True)
     table.add_column("family")
     for heading in ("parameters", "MACs", "packed"):

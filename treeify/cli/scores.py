@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
+from torch import Tensor
 
 from treeify.cost import costs
 from treeify.ensemble import HierarchicalEnsemble
@@ -34,6 +35,7 @@ def score_rows(
     scores: Sequence[Score],
     train: Sequence[Score] = (),
     seconds: Mapping[int, float] | None = None,
+    x: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Scores beside cost, one row per nested size, ready for JSON.
 
@@ -42,9 +44,10 @@ def score_rows(
         scores: its scores on held-out images.
         train: its scores on training images, if known.
         seconds: how long an answer takes, by number of leaves, if measured.
+        x: one image `[1, C, H, W]` of the size that was scored; by default the conversion's size.
     """
     rows = []
-    for index, (score, cost) in enumerate(zip(scores, costs(hne), strict=True)):
+    for index, (score, cost) in enumerate(zip(scores, costs(hne, x), strict=True)):
         row = {**asdict(score), "macs": cost.macs, "parameters": cost.parameters}
         if train:
             row["training"] = train[index].accuracy
@@ -81,7 +84,8 @@ def as_csv(rows: Sequence[Mapping[str, Any]], leaves: Sequence[float]) -> str:
 
     Args:
         rows: one per nested size; `kind` is `first` leaves.
-        leaves: accuracy of every leaf in percent; `kind` is the `single` leaf of that number.
+        leaves: accuracy of every leaf in percent; `kind` is the `single` leaf of that number,
+            counted from 0 as everywhere.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, ["kind", *rows[0]], lineterminator="\n")
@@ -89,6 +93,6 @@ def as_csv(rows: Sequence[Mapping[str, Any]], leaves: Sequence[float]) -> str:
     writer.writerows({"kind": "first", **row} for row in rows)
     writer.writerows(
         {"kind": "single", "leaves": number, "accuracy": accuracy}
-        for number, accuracy in enumerate(leaves, start=1)
+        for number, accuracy in enumerate(leaves)
     )
     return text.getvalue()

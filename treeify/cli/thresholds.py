@@ -100,10 +100,10 @@ class Halves:
 @torch.no_grad()
 def _answers(hne: HierarchicalEnsemble, images: Data) -> tuple[Tensor, Tensor]:
     """Logits of every nested size `[S, N, K]`, and classes `[N]`, of the held-out images."""
-    device = next(hne.parameters()).device
+    first = next(hne.parameters())
     logits, labels = [], []
     for batch, target, _ in held_out_loader(images.held_out, _IMAGES_AT_ONCE):
-        nested = nested_logits(hne(batch.to(device)).float(), hne.tree)
+        nested = nested_logits(hne(batch.to(first.device, first.dtype)).float(), hne.tree)
         logits.append(nested.transpose(0, 1).cpu())
         labels.append(target)
     return torch.cat(logits, 1), torch.cat(labels)

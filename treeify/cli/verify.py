@@ -84,6 +84,7 @@ def verify(
         quantities.count(memory, "--memory"),
         None if time_limit is None else quantities.seconds(time_limit, "--time-limit"),
     )
+    _check_plain(output)
     wanted = shard(_names(names or (), every), *_shard(part))
     known = coverage.read(output) if output.exists() else coverage.Coverage(())
     left = todo(wanted, known, splits, retry=retry)
@@ -92,11 +93,22 @@ def verify(
         _print(console, f"Lines of {output} that were cut off, and are ignored: {known.damaged}")
     if len(left) < len(wanted):
         _print(console, f"{len(wanted) - len(left)} of {len(wanted)} are in {output} already.")
+    if left:
+        coverage.check_writable(output)
     _check(console, left, output, settings)
-    if failed := todo(wanted, coverage.read(output), splits, retry=True) if wanted else []:
+    found = coverage.read(output) if output.exists() else coverage.Coverage(())
+    if failed := todo(wanted, found, splits, retry=True):
         _print(console, f"{len(failed)} of {len(wanted)} failed: {', '.join(failed)}")
         sys.exit(FAILED)
-    _print(console, f"All {len(wanted)} passed. Rows: {output}")
+    proven = {row.name for row in found.rows if row.asked == splits and row.proven}
+    unproven = [name for name in wanted if name not in proven]
+    text = f"All {len(wanted)} passed."
+    if unproven:
+        text = (
+            f"All {len(wanted)} converted, {len(wanted) - len(unproven)} proven; only shapes were"
+            f" checked of {', '.join(unproven)}."
+        )
+    _print(console, f"{text} Rows: {output}")
 
 
 def _check(console: Console, names: Sequence[str], output: Path, settings: Settings) -> None:
@@ -142,6 +154,14 @@ def _names(names: Sequence[str], every: bool) -> list[str]:
         return library_names()
     check_names(names)
     return list(dict.fromkeys(name.removeprefix(TIMM) for name in names))
+
+
+def _check_plain(output: Path) -> None:
+    if output.suffix == ".xz":
+        raise InputError(
+            f"--output {output} is compressed; rows are appended to plain text.",
+            expected="a name such as coverage.jsonl",
+        )
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -8,20 +8,21 @@ that every multiply-accumulate costs what it costs in the base model.
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import common
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-import treeify
 from treeify import machine
-from treeify.trace import facts
 
 BATCHES = (1, 8, 32, 128)
-MEMORY = 16e9
+# Bytes that the process may take when `vmap` runs in it.
+MEMORY = 16 * 10**9
 # Seconds after which a comparison is not repeated.
 LONG = 5.0
 
@@ -44,24 +45,24 @@ def stacked(networks: list[nn.Module]) -> Callable[[Tensor], Tensor]:
     return lambda x: mapped(parameters, buffers, x)
 
 
-def timed_vmap(networks: list[nn.Module], x: Tensor) -> list[float]:
-    """Seconds of some rounds; of one where it takes long."""
-    mapped = stacked(networks)
-    first = machine.timed(lambda: mapped(x), x.device)
-    if first > LONG:
-        return [first]
-    return machine.alternate({"vmap": lambda: mapped(x)}, x.device, repeats=5)["vmap"]
-
-
-def largest_activations(hne: treeify.HierarchicalEnsemble, count: int, leaves: int) -> float:
-    """Bytes of three of the largest activation, in `leaves` networks side by side."""
-    sizes = (
-        fact.shape[0] // 2 * torch.Size(fact.shape[1:]).numel()
-        for node in hne.traced.graphs[False].nodes
-        for fact in facts(node).tensors
-        if fact.batched
-    )
-    return 3.0 * 4 * count * leaves * max(sizes)
+def timed_vmap(networks: list[nn.Module], x: Tensor) -> list[float] | None:
+    """Seconds of some rounds, or of one where it takes long; None if memory does not suffice."""
+    process = psutil.Process().memory_info()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    limit = process.vms + max(0, MEMORY - process.rss)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    try:
+        mapped = stacked(networks)
+        first = machine.timed(lambda: mapped(x), x.device)
+        if first > LONG:
+            return [first]
+        return machine.alternate({"vmap": lambda: mapped(x)}, x.device, repeats=5)["vmap"]
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error):
+            raise
+        return None
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def measure(
@@ -101,8 +102,8 @@ def measure(
             }
             least = 2 if count > 8 else 3
             times |= machine.alternate(others, x.device, repeats=7, budget=budget / 2, least=least)
-            if largest_activations(hne, count, hne.leaves) < MEMORY:
-                times["vmap"] = timed_vmap(networks, x)
+            if (mapped := timed_vmap(networks, x)) is not None:
+                times["vmap"] = mapped
         typical = machine.medians(times)
         hne.execution = "auto"
         report.add(

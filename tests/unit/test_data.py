@@ -2,6 +2,7 @@ import io
 import pickle
 import re
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -264,8 +265,10 @@ def test_what_timm_cannot_read_is_an_error(tmp_path: Path) -> None:
             data.timm_dataset(**options)
 
 
-@pytest.mark.thorough  # without a network it is tried again for 20 seconds
-def test_a_dataset_that_cannot_be_fetched_is_an_error() -> None:
+@pytest.mark.thorough
+def test_a_dataset_that_cannot_be_fetched_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Without a network it is tried again for 20 seconds, most of them spent waiting.
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with pytest.raises(DataError, match="cannot be read"):
         data.timm_dataset(dataset="hfds/no/such")
 

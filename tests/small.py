@@ -29,6 +29,19 @@ def build(classes: int = CLASSES) -> SmallNet:
     return SmallNet(classes)
 
 
+class DrawnNet(SmallNet):
+    """Has random numbers that no state dict has: a buffer, and a tensor that is not even one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shifts", torch.rand(8, 1, 1), persistent=False)
+        self.mixing = torch.randn(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage1(self.stem(x)) * self.shifts
+        return self.head(x.mean((2, 3)) @ self.mixing)
+
+
 EXAMPLE = torch.zeros(1, 3, 8, 8)
 
 

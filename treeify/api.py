@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from treeify.initialize import PERTURBATION, Initialization, branch_seed, initia
 from treeify.rules import leaf_types
 from treeify.splits import Splits, choose, parse
 from treeify.storage import tensors
-from treeify.trace import Traced, trace
+from treeify.trace import Traced, plain_tensors, trace
 from treeify.tree import fanouts_for
 
 _log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def hierarchicalize(
     _log.info("splits: %s", ", ".join(chosen.specs) or "none")
     plan = initialization(base, architecture, init, seed, is_first=named)
     hne = HierarchicalEnsemble(
-        traced, chosen, base, architecture, (*_notes(plan), *_hook_notes(base))
+        traced, chosen, base, architecture, (*_notes(plan), *hook_notes(base))
     )
     del base  # its memory, if it was built here, serves the branches
     hne.fill(plan.sources)
@@ -118,7 +119,7 @@ def open_up(
         InputError: it does not run on the example.
     """
     if example_input is None:
-        example_input = torch.zeros(1, *example_shape(base, architecture))
+        example_input = example_images(base, example_shape(base, architecture))
     if example_input.ndim < 2:
         raise InputError(
             "example_input is no batch.",
@@ -126,6 +127,12 @@ def open_up(
             found=f"shape {tuple(example_input.shape)}",
         )
     return trace(base, example_input, leaf_types())
+
+
+def example_images(base: nn.Module, shape: Sequence[int]) -> Tensor:
+    """A blank image, `[1, C, H, W]`, in the precision of the model's parameters."""
+    dtypes = (own.dtype for own in base.parameters() if own.is_floating_point())
+    return torch.zeros(1, *shape, dtype=next(dtypes, torch.float32))
 
 
 def pack(
@@ -143,7 +150,8 @@ def pack(
         example_input: as in `hierarchicalize`.
 
     Raises:
-        ModelError: the models differ in architecture.
+        ModelError: the models differ in architecture, or in a tensor that is neither a parameter
+            nor a buffer.
         SplitError: no fanouts give as many leaves as there are models, or a split is wrong.
         TraceError: the models cannot be traced.
     """
@@ -154,8 +162,9 @@ def pack(
     _check_alike(models)
     architecture = recognise(first)
     traced = open_up(first, architecture, example_input)
+    _check_constants(models, plain_tensors(traced))
     chosen = _splits_for(traced, splits, len(models))
-    hne = HierarchicalEnsemble(traced, chosen, first, architecture, tuple(_hook_notes(first)))
+    hne = HierarchicalEnsemble(traced, chosen, first, architecture, tuple(hook_notes(first)))
     hne.fill(lambda network: dict(tensors(models[network])), by_leaf=True)
     return hne
 
@@ -169,6 +178,19 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
                 expected=f"{type(models[0]).__name__} with the same layers, widths and options",
                 found=type(model).__name__,
             )
+
+
+def _check_constants(models: Sequence[nn.Module], known: Mapping[str, Tensor]) -> None:
+    """Tensors that are neither parameters nor buffers are one for all leaves."""
+    for index, model in enumerate(models):
+        for name, own in known.items():
+            found = operator.attrgetter(name)(model)
+            if found.shape != own.shape or not torch.equal(found.to(own), own):
+                raise ModelError(
+                    f"{name!r} of model {index} differs from that of model 0, and is neither a"
+                    " parameter nor a buffer: leaves cannot have one each.",
+                    next_step="Make it a buffer: self.register_buffer(name, tensor).",
+                )
 
 
 def _splits_for(traced: Traced, splits: int | str | Sequence[str], leaves: int) -> Splits:
@@ -193,7 +215,7 @@ def _notes(plan: Initialization) -> tuple[str, ...]:
     )
 
 
-def _hook_notes(base: nn.Module) -> Iterator[str]:
+def hook_notes(base: nn.Module) -> Iterator[str]:
     """Whose hooks are left out, but for torch's own."""
     hooked = [
         path or "the model itself"

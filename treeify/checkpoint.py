@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,18 +17,22 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treeify import files
-from treeify.api import hierarchicalize
-from treeify.architecture import Architecture, fingerprint
+from treeify.api import example_images, hook_notes, open_up, resolve
+from treeify.architecture import Architecture, fingerprint, recognise
 from treeify.confidence import Budget
 from treeify.deadline import Latencies
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.execution import AUTO, Tuning
-from treeify.storage import lookup
+from treeify.splits import choose
+from treeify.storage import lookup, owner, tensors
+from treeify.trace import plain_tensors
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 _PACKAGES = ("torch", "torchvision", "timm")
+# Before the names of what no state dict has; no module's path has a space.
+_BUFFER, _CONSTANT = "buffer ", "constant "
 
 
 def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False) -> None:
@@ -50,7 +56,7 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
     drafts = [path / f"{name}.{identity}" for name in (WEIGHTS, CONFIG)]
     try:
         path.mkdir(parents=True, exist_ok=True)
-        save_file(_untied(hne), drafts[0], metadata={"identity": identity})
+        save_file({**_untied(hne), **_unlisted(hne)}, drafts[0], metadata={"identity": identity})
         config = {"identity": identity, **_config(hne)}
         drafts[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for draft, name in zip(drafts, (WEIGHTS, CONFIG), strict=True):
@@ -156,10 +162,15 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
             next_step="Save the ensemble again.",
         )
-    example = torch.zeros(1, *config["example"])
-    base = model if model is not None else _architecture(path, config)
+    given = _architecture(path, config) if model is None else model
     try:
-        hne = hierarchicalize(base, config["splits"], init="copy", example_input=example)
+        base, architecture = resolve(given)
+        base = _with_constants(base, weights)
+        architecture = architecture or recognise(base)
+        traced = open_up(base, architecture, example_images(base, config["example"]))
+        chosen = choose(traced, config["splits"])
+        hne = HierarchicalEnsemble(traced, chosen, base, architecture, tuple(hook_notes(base)))
+        hne.fill(lambda network: dict(tensors(base)))
     except TreeifyError as error:
         raise CheckpointError(
             f"{path}: its base model no longer converts as recorded: {error}",
@@ -238,6 +249,35 @@ def _untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     return state
 
 
+def _unlisted(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
+    """What no state dict has, and no builder makes again.
+
+    Of a model of the user's own, buffers that are not persistent; and attributes that are tensors,
+    but no parameters and no buffers. The user may have drawn them.
+    """
+    found = {_CONSTANT + key: own for key, own in plain_tensors(hne.traced).items()}
+    if hne.architecture is None or ":" in hne.architecture.name:
+        listed = hne.state_dict().keys()
+        found |= {_BUFFER + key: own for key, own in hne.named_buffers() if key not in listed}
+    # Copies: safetensors refuses tensors that share memory.
+    return {key: own.detach().cpu().contiguous().clone() for key, own in found.items()}
+
+
+def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The base model with its plain tensors as they were, which are taken out of the weights."""
+    names = [key for key in weights if key.startswith(_CONSTANT)]
+    if not names:
+        return base
+    base = copy.deepcopy(base)
+    for key in names:
+        value = weights.pop(key)
+        # Another model is told by its fingerprint.
+        with suppress(AttributeError):
+            holder, name = owner(base, key.removeprefix(_CONSTANT))
+            setattr(holder, name, value)
+    return base
+
+
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with safe_open(file, framework="pt") as reader:
@@ -273,7 +313,12 @@ def _check_fingerprint(path: Path, config: Mapping[str, Any], hne: HierarchicalE
 
 
 @torch.no_grad()
-def _fill(path: Path, hne: HierarchicalEnsemble, weights: Mapping[str, Tensor]) -> None:
+def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> None:
+    buffers = dict(hne.named_buffers())
+    for key in [key for key in weights if key.startswith(_BUFFER)]:
+        value = weights.pop(key).clone()
+        if (buffer := buffers.get(key.removeprefix(_BUFFER))) is not None:
+            buffer.data = value
     wanted = _untied(hne)
     for key in sorted(wanted.keys() ^ weights.keys()):
         raise CheckpointError(

@@ -585,6 +585,9 @@ def _tracing_notes(traced: Traced) -> Iterator[str]:
         yield "does what these buffers said when it was converted: " + ", ".join(limits.fixed)
     if limits.recomputed:
         yield "keeps all activations in training: torch.utils.checkpoint is left out"
+    if limits.kept:
+        more = f" and {len(limits.kept) - 3} more" if len(limits.kept) > 3 else ""
+        yield "does not set the attributes " + ", ".join(limits.kept[:3]) + more
     for path, reason in traced.unopened.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"

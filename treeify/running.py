@@ -17,6 +17,7 @@ from treeify.aliases import Keeper, Values
 from treeify.errors import InputError
 from treeify.functional import in_place_target, is_own_copy, stems_from_state
 from treeify.tracer import BATCHES, in_mode
+from treeify.unseen import StateError, changed_number, numbers_within
 
 _T = TypeVar("_T")
 
@@ -54,6 +55,21 @@ class Recorder(fx.Interpreter):
         """Run the graph; counting makes it take twice as long."""
         with self._counter if count else nullcontext():
             self.run(example)
+
+    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Run a module.
+
+        Raises:
+            StateError: it, or one in it, counts its calls: branches cannot have a counter each.
+        """
+        module = self.fetch_attr(target)
+        for _ in range(2):  # a size that is kept for the next call stays what it is then
+            before = numbers_within(module)
+            value = super().call_module(target, args, kwargs)
+            changed = changed_number(before, numbers_within(module))
+            if changed is None:
+                return value
+        raise StateError(f"{target} changes its attribute {changed!r} at every call")
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node as fx does, and note what it gives."""
@@ -106,6 +122,13 @@ def _frozen(root: nn.Module) -> Iterator[None]:
             parameter.requires_grad = True
 
 
+def _first_line(failure: Exception | None) -> str:
+    """What an error says, or its kind if it says nothing; fx adds where it was."""
+    first, *_ = str(failure).splitlines() or [""]
+    kind = type(failure).__name__
+    return kind if not first or first.startswith("While executing") else first
+
+
 @dataclass(frozen=True)
 class Running:
     """A model in one mode, to run graphs of.
@@ -127,6 +150,7 @@ class Running:
 
         Raises:
             InputError: the model does not run on the example's shape.
+            StateError: a module counts its calls.
         """
         failure: Exception | None = None
         # The meta device costs nothing; models that look at values while running need the real
@@ -138,12 +162,14 @@ class Running:
             with in_mode(root, self.training), torch.no_grad(), _frozen(root):
                 try:
                     return action(root, images)
+                except StateError:
+                    raise
                 except Exception as error:
                     failure = error
         text = f"[N, {', '.join(map(str, self.example.shape[1:]))}]"
         raise InputError(
             f"{type(self.private).__name__} does not run on an input of shape {text}:"
-            f" {str(failure).splitlines()[0]}",
+            f" {_first_line(failure)}",
             expected="an input shape the model accepts",
             next_step="Pass example_input=torch.zeros(1, C, H, W) of the right size"
             " (--input-size).",

@@ -24,7 +24,7 @@ from treeify.aliases import Aliases
 from treeify.errors import TraceError
 from treeify.functional import functionalize, isolate, reshape_views
 from treeify.running import Recorder, Running
-from treeify.tracer import BATCHES, Limits, Sizes, trace_modes
+from treeify.tracer import BATCHES, CONSTANT, Limits, Sizes, trace_modes
 
 _PARAMETER_SOURCES = ("torch.nn.utils",)
 
@@ -105,6 +105,15 @@ class Traced:
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Itself: nothing ever changes it, so copies of an ensemble share it."""
         return self
+
+
+def plain_tensors(traced: Traced) -> dict[str, Tensor]:
+    """Attributes that the graphs read and that are tensors, but no parameters and no buffers."""
+    return {
+        name: own
+        for name, own in traced.constants.items()
+        if isinstance(own, Tensor) and not name.startswith(CONSTANT)
+    }
 
 
 def facts(node: fx.Node) -> Facts:
@@ -195,14 +204,24 @@ def _register_dataclasses(graph: fx.Graph) -> None:
 
 
 def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
-    """Let modules be called with their first argument in its place, as `module(input=x)` is not."""
+    """Let calls have their first argument in its place, as `module(input=x)` has not."""
     for node in graph.nodes:
-        if node.op == "call_module" and not node.args and node.kwargs:
+        if node.args or not node.kwargs:
+            continue
+        if node.op == "call_module":
             forward = inspect.signature(root.get_submodule(str(node.target)).forward)
             first = next(iter(forward.parameters))
-            if first in node.kwargs:
-                node.args = (node.kwargs[first],)
-                node.kwargs = {key: own for key, own in node.kwargs.items() if key != first}
+        elif node.op == "call_function" and _is_torchs(node.target):
+            first = "input"  # of all that have one
+        else:
+            continue
+        if first in node.kwargs:
+            node.args = (node.kwargs[first],)
+            node.kwargs = {key: own for key, own in node.kwargs.items() if key != first}
+
+
+def _is_torchs(function: Any) -> bool:
+    return (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch"
 
 
 def _private_copy(model: nn.Module) -> nn.Module:

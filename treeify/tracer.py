@@ -150,6 +150,8 @@ class _Tracer(fx.Tracer):
         self._running = False
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
+        # Attributes that values were assigned to, and that held none before.
+        self.kept: set[str] = set()
         self.recomputed, self._recomputes = False, recomputes()
 
     def create_args_for_root(
@@ -209,11 +211,15 @@ class _Tracer(fx.Tracer):
         watch = Watch(m)
         try:
             result = super().call_module(m, forward, args, kwargs)
-            watch.check()
+            self.check(watch, path)
         except Exception:
             self.stopped_in = self.stopped_in or path
             raise
         return result
+
+    def check(self, watch: Watch, path: str) -> None:
+        """Look at what the module at a path did besides computing."""
+        self.kept.update(f"{path}.{key}" if path else key for key in watch.check())
 
 
 @contextmanager
@@ -228,7 +234,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         model.train(training)
         yield
     finally:
-        found = {name: value for name, value in vars(model).items() if name.startswith(_CONSTANT)}
+        found = {name: value for name, value in vars(model).items() if name.startswith(CONSTANT)}
         for module, state in before:
             vars(module).clear()
             vars(module).update(state)
@@ -236,7 +242,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 # How fx names tensors that are neither parameters nor buffers, in the model it traces.
-_CONSTANT = "_tensor_constant"
+CONSTANT = "_tensor_constant"
 # They take sizes, and look for no tensor's say in them as other functions do.
 _FACTORIES = (
     *("arange", "empty", "eye", "full", "linspace", "ones", "zeros"),
@@ -286,7 +292,8 @@ def trace_modes(
             fixed = sorted({name for own in limits for name in own.fixed})
             one_size = any(own.one_size for own in limits)
             recomputed = any(own.recomputed for own in limits)
-            return graphs, unopened, Limits(one_size, tuple(fixed), recomputed)
+            kept = sorted({name for own in limits for name in own.kept})
+            return graphs, unopened, Limits(one_size, tuple(fixed), recomputed, tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -298,11 +305,13 @@ class Limits:
             on them.
         fixed: buffers whose present values decide what the model does.
         recomputed: whether activations were to be computed again in the backward pass.
+        kept: attributes in which modules put values, and which held none before.
     """
 
     one_size: bool
     fixed: tuple[str, ...]
     recomputed: bool
+    kept: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -377,7 +386,7 @@ def _try(
             watch = Watch(private)
             try:
                 graph = tracer.trace(private)
-                watch.check()
+                tracer.check(watch, "")
             except StateError:
                 raise
             except Exception as error:
@@ -389,8 +398,9 @@ def _try(
                 continue
             assigned = _assigned(private, buffers)
             if assigned is None:
+                recomputed = tracer.recomputed or bool(left_out)
                 return graph, Limits(
-                    known is not None, tuple(fixed), tracer.recomputed or bool(left_out)
+                    known is not None, tuple(fixed), recomputed, tuple(tracer.kept)
                 )
             path, name = assigned
             problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")

@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from treeify.errors import TraceError
 
 _NUMBERS = (bool, int, float, str)
+_TABLES = frozenset(vars(nn.Module()))
 _WITHOUT_GRADIENT = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "detach"}
 
 
 def contexts() -> tuple[Any, ...]:
-    """What `torch.no_grad` and `torch.autocast` set."""
+    """What `torch.no_grad` and `torch.autocast` set, and how many of the latter are entered.
+
+    `torch.autocast(..., enabled=False)` sets nothing that is not set already while tracing.
+    """
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-    return torch.is_grad_enabled(), [own for own in casts if own[0]]
+    torch.autocast_increment_nesting()
+    depth = torch.autocast_decrement_nesting()
+    return torch.is_grad_enabled(), (depth, [own for own in casts if own[0]])
 
 
 def recomputes() -> bool:
@@ -65,21 +71,69 @@ class Watch:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._numbers, self._draws = _numbers(module), _draws()
+        self._held = {
+            key: dict(own) if isinstance(own, dict) else own
+            for key, own in _attributes(module).items()
+        }
 
-    def check(self) -> None:
-        """Raise TraceError if it drew random numbers, StateError if it changed an attribute."""
-        now = _numbers(self.module)
-        changed = [key for key, value in self._numbers.items() if now.get(key, value) != value]
-        if changed:
-            kind = type(self.module).__name__
-            raise StateError(f"{kind} changes its attribute {changed[0]!r}, which no graph shows")
+    def check(self) -> list[str]:
+        """What a module did besides computing.
+
+        Returns:
+            Attributes that it assigned values of the graph to, and that held none before.
+
+        Raises:
+            TraceError: it drew random numbers.
+            StateError: it changed an attribute that holds numbers or tensors.
+        """
+        changed = changed_number(self._numbers, _numbers(self.module))
+        if changed is not None:
+            self._refuse(changed)
         if _draws() != self._draws:
             raise TraceError("it draws random numbers, of which a graph would keep one draw")
+        kept = []
+        for key, now in _attributes(self.module).items():
+            if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(now)):
+                continue
+            if _displaces_tensors(self._held.get(key), now):
+                self._refuse(key)
+            kept.append(key)
+        return kept
+
+    def _refuse(self, key: str) -> NoReturn:
+        kind = type(self.module).__name__
+        raise StateError(f"{kind} changes its attribute {key!r}, which no graph shows")
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes that are no parameters, buffers, modules or hooks."""
+    return {key: own for key, own in vars(module).items() if key not in _TABLES}
+
+
+def _displaces_tensors(before: Any, now: Any) -> bool:
+    """Whether what an attribute holds now took a tensor's place, or was added to a list."""
+    if isinstance(before, dict) and isinstance(now, dict):  # a cache gets new keys
+        before = [own for key, own in before.items() if now.get(key) is not own]
+    return now is before or any(isinstance(own, Tensor) for own in tree_leaves(before))
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
     held = vars(module).items()
-    return {key: own for key, own in held if type(own) in _NUMBERS and key != "training"}
+    return {key: own for key, own in held if type(own) in _NUMBERS and key not in _TABLES}
+
+
+def numbers_within(module: nn.Module) -> dict[str, Any]:
+    """Attributes of a module, and of those in it, that hold numbers or text, by their path."""
+    return {
+        f"{path}.{key}" if path else key: own
+        for path, inner in module.named_modules()
+        for key, own in _numbers(inner).items()
+    }
+
+
+def changed_number(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """The first attribute that holds another number or text than before; None if none does."""
+    return next((key for key, own in before.items() if now.get(key, own) != own), None)
 
 
 def _draws() -> tuple[Any, ...]:

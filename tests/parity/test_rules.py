@@ -258,6 +258,25 @@ def test_the_operation_runs_per_branch_with_a_reason(name: str) -> None:
     assert all(node.reason for node in fallbacks)
 
 
+@pytest.mark.filterwarnings("ignore:input's size at dim=0")
+@pytest.mark.parametrize(
+    ("operation", "form"),
+    [
+        (nn.InstanceNorm1d(WIDTH), Form.BRANCHES),
+        (nn.Dropout1d(), Form.BATCH),
+        (Do(lambda x: F.dropout1d(x, 0.5, True)), Form.BATCH),
+    ],
+)
+def test_rows_are_no_channels(operation: nn.Module, form: Form) -> None:
+    """What torch takes for one image without a batch must not be packed as channels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, WIDTH, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), operation)
+    example = torch.zeros(1, 3, 6, 6)
+    hne = treeify.hierarchicalize(model, ["0:3"], init="perturb", example_input=example)
+    assert hne.conversion.nodes[-1].form is form
+    assert treeify.verify(hne, torch.randn(3, 3, 6, 6)).worst <= 1
+
+
 def test_registering_a_rule_twice_names_both() -> None:
     from treeify.rules.registry import batch_rule, rule
 

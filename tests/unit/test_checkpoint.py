@@ -43,6 +43,31 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     ]
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_numbers_that_no_state_dict_has_come_back(tmp_path: Path, named: bool) -> None:
+    torch.manual_seed(3)
+    model = "small:DrawnNet" if named else small.DrawnNet()
+    hne = treeify.hierarchicalize(model, ["stage1"], seed=3, example_input=small.EXAMPLE)
+    assert torch.equal(hne.leaf(0).shifts, hne.leaf(1).shifts) != named
+    x = small.images()
+    for _ in range(2):
+        treeify.save(hne.eval(), tmp_path / "hne", overwrite=True)
+        again = treeify.load(tmp_path / "hne", None if named else small.DrawnNet())
+        assert torch.equal(again(x), hne(x))
+        assert torch.equal(again.leaf(1)(x), hne.leaf(1)(x))
+        assert again.architecture == hne.architecture
+        hne = again
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_base_model_in_another_precision(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = small.SmallNet().to(dtype)
+    hne = treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE.to(dtype)).eval()
+    treeify.save(hne, tmp_path / "hne")
+    x = small.images().to(dtype)
+    assert torch.equal(treeify.load(tmp_path / "hne", model)(x), hne(x))
+
+
 def test_a_loaded_ensemble_lives_apart_from_its_file(saved: Path) -> None:
     hne = treeify.load(saved)
     before = hne(small.images())

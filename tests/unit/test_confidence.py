@@ -99,6 +99,34 @@ def test_sure_images_leave_the_batch(rows: list[tuple[int, int]]) -> None:
     assert rows == [step for step in expected if step[1]]
 
 
+class Gated(small.SmallNet):
+    """A number for each image, times a branch's own, goes past a split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.tensor(12.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage1(self.stem(x))
+        strength = x.mean((1, 2, 3)) * self.gate
+        return self.head(self.stage2(x).mean((2, 3))) * strength[:, None]
+
+
+def test_numbers_of_images_leave_with_them() -> None:
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(
+        Gated(), ["stage1", "stage2:3"], init="perturb", example_input=small.EXAMPLE
+    ).eval()
+    x = small.images(12)
+    logits = _at_every_size(hne, x)
+    thresholds = [_middle(confidence(logits[index]), 0.5) for index in range(2)]
+    expected, used = _oracle(hne.tree.nested_sizes, logits, thresholds)
+    assert len(set(used)) > 1
+    answer = hne.predict(x, confidence=thresholds)
+    assert answer.leaves.tolist() == used
+    assert_close(answer.logits, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_no_threshold_and_one_nobody_reaches(rows: list[tuple[int, int]]) -> None:
     hne, x = _ensemble(), small.images(4)
     logits = _at_every_size(hne, x)

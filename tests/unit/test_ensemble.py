@@ -255,6 +255,15 @@ def test_models_that_cannot_be_packed() -> None:
         )
 
 
+def test_models_with_plain_tensors_of_their_own_cannot_be_packed() -> None:
+    models = [small.DrawnNet() for _ in range(2)]
+    with pytest.raises(treeify.TreeifyError, match=r"'mixing' of model 1 differs.*(?s:.*)buffer"):
+        treeify.pack(models, splits=["stage1"], example_input=small.EXAMPLE)
+    models[1].mixing = models[0].mixing.clone()
+    hne = treeify.pack(models, splits=["stage1"], example_input=small.EXAMPLE).eval()
+    assert torch.equal(hne.leaf(1).shifts, models[1].shifts)
+
+
 def test_tied_parameters_stay_tied() -> None:
     class Tied(small.SmallNet):
         def __init__(self) -> None:

@@ -7,6 +7,7 @@ import pytest
 import small
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -307,6 +308,18 @@ def test_an_example_that_does_not_fit() -> None:
         treeify.hierarchicalize(small.SmallNet(), 1, example_input=torch.zeros(1, 1, 8, 8))
 
 
+def test_an_example_that_fails_an_assertion_without_a_word() -> None:
+    class Sized(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[-1] != 16:
+                raise AssertionError  # as an assert outside of tests does
+            return x
+
+    model = nn.Sequential(Sized(), small.SmallNet())
+    with pytest.raises(InputError, match=r"does not run on an input.*AssertionError(?s:.*)size"):
+        treeify.hierarchicalize(model, 1, example_input=small.EXAMPLE)
+
+
 def test_what_is_no_model() -> None:
     with pytest.raises(ModelError, match="is no model"):
         treeify.hierarchicalize(3)  # type: ignore[arg-type]
@@ -466,6 +479,9 @@ class Unseen(nn.Module):
         if self.case == "autocast":
             with torch.autocast("cpu", torch.bfloat16):
                 return x + self.conv(x).float()
+        if self.case == "disabled":
+            with torch.autocast("cpu", enabled=False):
+                return x + self.conv(x)
         if self.case == "counter":
             self.calls += self.training
             return self.conv(x) * min(1.0, 0.25 * self.calls + 0.5)
@@ -477,6 +493,7 @@ class Unseen(nn.Module):
 UNSEEN = {
     "no_grad": "it switches gradients or autocast",
     "autocast": "it switches gradients or autocast",
+    "disabled": "it switches gradients or autocast",
     "random": "it draws random numbers",
     "function": "Reversed has a backward of its own",
 }
@@ -516,6 +533,68 @@ def test_numbers_that_change_while_a_model_runs_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Unseen("counter"), nn.Flatten())
     with pytest.raises(TraceError, match=r"Unseen changes its attribute 'calls'.*(?s:.*) a buffer"):
         treeify.hierarchicalize(model, ["0"], example_input=small.EXAMPLE)
+
+
+class Stateful(nn.Module):
+    """Keeps something from call to call that is neither a parameter nor a buffer."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case, self.calls, self.width = case, 0, 0
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.average = torch.zeros(())
+        self.pair = (torch.zeros(()), torch.ones(()))
+        self.answers: list[Tensor] = []
+        self.table, self.cache = {"scale": torch.ones(())}, dict[str, Tensor]()
+        self.shown: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.case == "average":
+            self.average = 0.9 * self.average + 0.1 * x.detach().mean()
+            x = x - self.average
+        if self.case == "pair":
+            x = x * self.pair[1] - self.pair[0]
+            self.pair = (x.detach().mean(), self.pair[1])
+        if self.case == "answers":
+            self.answers.append(x.detach())
+        if self.case == "table":
+            x = x * self.table["scale"]
+            self.table["scale"] = x.detach().mean()
+        if self.case == "shown":
+            self.shown = self.cache["a"] = x.detach()
+        if self.case == "calls":
+            self.calls += 1
+            x = x * self.calls
+        if self.case == "width":
+            self.width = x.shape[-1]
+        if self.case in ("calls", "width") and x.abs().max() > 1e4:
+            x = x / self.width
+        return x
+
+
+def stateful(case: str) -> treeify.HierarchicalEnsemble:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Stateful(case), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return treeify.hierarchicalize(model, ["0"], init="perturb", example_input=small.EXAMPLE)
+
+
+@pytest.mark.parametrize("case", ["average", "pair", "answers", "table", "calls"])
+def test_states_that_branches_cannot_have_one_each_of_are_refused(case: str) -> None:
+    with pytest.raises(TraceError, match=f"changes its attribute '{case}'"):
+        stateful(case)
+
+
+def test_a_value_that_is_put_away_and_not_read_again_is_named() -> None:
+    hne = stateful("shown")
+    assert "does not set the attributes 1.cache, 1.shown" in hne.conversion.notes
+    assert treeify.verify(hne, small.images()).worst <= 1
+
+
+def test_a_closed_module_may_keep_a_size() -> None:
+    hne = stateful("width")
+    assert list(hne.traced.unopened) == ["1"]
+    assert treeify.verify(hne, small.images()).worst <= 1
 
 
 class Ready(small.SmallNet):
@@ -593,6 +672,30 @@ class Named(nn.Module):
             self.passes.data.mul_(0.5)
         x = torch.fft.ifft(torch.fft.fft(x, dim=1) * self.weight[:, None, None], dim=1).real
         return self.head((x * self.passes).mean((2, 3)))
+
+
+class Keywords(nn.Module):
+    """Names arguments that others give by their place, and computes dims."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 4, 1), nn.LayerNorm(4)
+        self.weight = nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.movedim(self.stem(x), source=1, destination=-1)
+        x = self.norm(x).permute(dims=(0, 3, 1, 2))
+        x = x.transpose(1, x.ndim - 1).transpose(dim0=1, dim1=3)
+        x = torch.flatten(input=x, start_dim=2).mean(dim=2) * (x.size(dim=1) + x.size(dim=0) - 6)
+        return F.linear(input=torch.relu(input=x), weight=self.weight)
+
+
+@pytest.mark.parametrize("splits", [["input"], ["stem"], ["norm"]])
+def test_arguments_may_be_named(splits: list[str]) -> None:
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(Keywords(), splits, init="perturb", example_input=small.EXAMPLE)
+    assert treeify.verify(hne, small.images(3)).worst <= 1
+    assert treeify.verify(hne, small.images(4)).worst <= 1
 
 
 class Deciding(small.SmallNet):

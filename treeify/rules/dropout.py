@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from treeify.rules.elementwise import Direct
-from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
+from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
 from treeify.rules.widened import Widened, widened
 from treeify.tree import Span
 
-_ELEMENT_OR_CHANNEL = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
+_CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_ELEMENT_OR_CHANNEL = (nn.Dropout, nn.AlphaDropout, *_CHANNEL)
 _SAMPLE = (DropPath, StochasticDepth)
 # All of them give back their input in evaluation mode.
 DROPOUTS = (*_ELEMENT_OR_CHANNEL, *_SAMPLE)
@@ -27,16 +28,21 @@ def pack_dropout(dropout: nn.Module, branches: int) -> None:
 @rule(*_ELEMENT_OR_CHANNEL)
 def pack_dropout_module(call: Call) -> Widened:
     """A mask over packed elements or channels is a mask of its own for every branch."""
+    if isinstance(call.module, _CHANNEL):
+        require_rank(call.input_facts(), type(call.module).__name__)
     return widened(call)
 
 
-_FUNCTIONS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout)
+_CHANNEL_FUNCTIONS = (F.dropout1d, F.dropout2d, F.dropout3d)
+_FUNCTIONS = (F.dropout, F.alpha_dropout, torch.dropout, *_CHANNEL_FUNCTIONS)
 
 
 @rule(*_FUNCTIONS)
 def pack_dropout_function(call: Call) -> Direct:
     """The same as functions."""
-    call.input_facts()
+    known = call.input_facts()
+    if call.node.target in _CHANNEL_FUNCTIONS:
+        require_rank(known, call.node.target.__name__)
     return Direct(call.node.target)
 
 

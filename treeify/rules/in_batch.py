@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 
 from treeify.rules.elementwise import Direct, call_target
 from treeify.rules.registry import Call, Unpackable, batch_rule, widens
@@ -110,9 +111,12 @@ def _puts_channels_last(call: Call) -> bool:
         return False
     if not before.batched or not after.batched or len(before.shape) not in (3, 4):
         return False
-    strides = torch.empty(before.shape, device="meta").stride()
-    moved = call_target(node.target, torch.empty(before.shape, device="meta"), *node.args[1:])
-    return bool(moved.stride(-1) == strides[1])
+    given = (node.args[1:], {key: own for key, own in node.kwargs.items() if key != "input"})
+    if any(isinstance(own, fx.Node) for own in tree_leaves(given)):
+        return False  # dims that are computed
+    whole = torch.empty(before.shape, device="meta")
+    moved = call_target(node.target, whole, *given[0], **given[1])
+    return bool(moved.stride(-1) == whole.stride(1))
 
 
 @batch_rule(*_REARRANGEMENTS, pure=True, first=_puts_channels_last)
@@ -280,10 +284,10 @@ class ShapeInBatch(nn.Module):
         super().__init__()
         self.target, self.dim = target, dim
 
-    def forward(self, span: Span, x: Tensor, *args: Any) -> Any:
+    def forward(self, span: Span, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The target applied to one branch's images."""
         images = x.shape[self.dim] // span.size
-        return call_target(self.target, x.narrow(self.dim, 0, images), *args)
+        return call_target(self.target, x.narrow(self.dim, 0, images), *args, **kwargs)
 
 
 @batch_rule(*SHAPE_READINGS, pure=True)

@@ -14,7 +14,7 @@ from torchvision.models import convnext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from treeify.packing import refold, unfold
-from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
+from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
 from treeify.rules.widened import Widened, widened
 from treeify.storage import narrow
 from treeify.tree import Span
@@ -51,9 +51,16 @@ def pack_frozen_batch_norm(norm: nn.Module, branches: int) -> None:
     """Every channel has its own constants already."""
 
 
-@rule(*_BATCH_NORMS, *_GROUP_NORMS, *_NORM_ACTS, nn.InstanceNorm1d, nn.InstanceNorm2d)
+@rule(nn.InstanceNorm1d, nn.InstanceNorm2d)
+def pack_instance_norm_call(call: Call) -> Widened:
+    """Instance norms."""
+    require_rank(call.input_facts(), type(call.module).__name__)
+    return widened(call)
+
+
+@rule(*_BATCH_NORMS, *_GROUP_NORMS, *_NORM_ACTS)
 def pack_norm(call: Call) -> Widened:
-    """Batch, group and instance norms."""
+    """Batch and group norms."""
     norm: Any = call.module
     if getattr(norm, "momentum", 0.0) is None:
         raise Unpackable("momentum=None averages over a counter that each branch has of its own")

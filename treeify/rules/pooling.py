@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +11,8 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from treeify.rules.elementwise import Direct
-from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
+from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
 from treeify.rules.widened import Widened, widened
-from treeify.trace import TensorFacts
 
 _MODULES = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.LPPool2d),
@@ -52,16 +50,7 @@ def pack_pool_function(call: Call) -> Direct:
 def _require_channels(call: Call, name: str) -> None:
     """Refuse `[N, H, W]`, which a pool over 2 dims takes for one image without a batch."""
     call.input_facts()
-    _require_rank(call.batch_facts(), name)
-
-
-def _require_rank(known: TensorFacts, name: str) -> None:
-    spatial = re.search(r"(\d)d", name)
-    rank = len(known.shape)
-    if known.batch_dim != 0:
-        raise Unpackable("its input does not begin with the batch")
-    if rank < 3 or (spatial is not None and rank != int(spatial[1]) + 2):
-        raise Unpackable("its input has no channel dim")
+    require_rank(call.batch_facts(), name)
 
 
 @rule(F.pad, pure=True)
@@ -77,14 +66,14 @@ def pack_pad(call: Call) -> Direct:
 @batch_rule(*_MODULES, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, pure=True)
 def run_pool_module(call: Call) -> Direct:
     """The same in the batch."""
-    _require_rank(call.batch_facts(), type(call.module).__name__)
+    require_rank(call.batch_facts(), type(call.module).__name__)
     return Direct(call.storage)  # type: ignore[arg-type]
 
 
 @batch_rule(*_FUNCTIONS, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, pure=True)
 def run_pool_function(call: Call) -> Direct:
     """The same in the batch, as functions."""
-    _require_rank(call.require_one_tensor(), getattr(call.node.target, "__name__", ""))
+    require_rank(call.require_one_tensor(), getattr(call.node.target, "__name__", ""))
     return Direct(call.node.target)
 
 

@@ -9,6 +9,7 @@ per branch and the conversion report says why.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -106,6 +107,25 @@ class Call:
             raise Unpackable("an argument has no batch at dim 0")
         if not self.known.tensors or not all(known.folds for known in self.known.tensors):
             raise Unpackable("its result has no batch at dim 0")
+
+
+def require_rank(known: TensorFacts, name: str) -> None:
+    """Refuse `[N, C]` or `[N, H, W]`, which torch takes for an image without a batch.
+
+    Args:
+        known: facts of the input.
+        name: of the operation; `...2d` works on 2 dims after batch and channels, one without a
+            number on any.
+
+    Raises:
+        Unpackable: the input is no batch of channels.
+    """
+    spatial = re.search(r"(\d)d", name)
+    rank = len(known.shape)
+    if known.batch_dim != 0:
+        raise Unpackable("its input does not begin with the batch")
+    if rank < 3 or (spatial is not None and rank != int(spatial[1]) + 2):
+        raise Unpackable("its input has no channel dim")
 
 
 Rule = Callable[[Call], nn.Module]

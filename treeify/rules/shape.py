@@ -210,9 +210,9 @@ class BaseShape(nn.Module):
         super().__init__()
         self.target = target
 
-    def forward(self, span: Span, x: Tensor, *args: Any) -> Any:
+    def forward(self, span: Span, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The target applied to a branch's view of the tensor."""
-        return call_target(self.target, x.narrow(1, 0, x.shape[1] // span.size), *args)
+        return call_target(self.target, x.narrow(1, 0, x.shape[1] // span.size), *args, **kwargs)
 
 
 @rule(*SHAPE_READINGS, pure=True)

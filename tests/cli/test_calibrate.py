@@ -49,6 +49,12 @@ def test_everything_found_is_saved(hne: treeify.HierarchicalEnsemble) -> None:
     again.predict(torch.rand(2, 3, 8, 8), deadline=60.0)  # needs no further calibration
 
 
+def test_ensembles_in_double_precision(hne: treeify.HierarchicalEnsemble) -> None:
+    treeify.save(hne.double(), "run/last", overwrite=True)
+    result = run("calibrate", "run", *QUICK, *options(hne))
+    assert result.exit_code == 0, result.output
+
+
 def test_budgets_report_what_predict_does_on_the_other_half(
     hne: treeify.HierarchicalEnsemble,
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import runner
 import runs
 
+import treeify
 from treeify import files, snapshot, trainer
 from treeify.errors import CheckpointError, DataError
 from treeify.progress import Epoch, Reporter, Step
@@ -301,6 +302,11 @@ def test_damaged_images_are_skipped_counted_and_limited(tmp_path: Path, workers:
         train(none, out=tmp_path / "third")
     shown = runner.run("eval", str(tmp_path / "run"), "--no-latency", "--json")
     assert len(json.loads(shown.output)["skipped"]) == 2
+    least = treeify.load(tmp_path / "run" / "last").count_macs(1)
+    wanted = ("--target-macs", str(least), "--no-tune", "--repeats", "10")
+    shown = runner.run("calibrate", str(tmp_path / "run"), *wanted)
+    assert shown.exit_code == 0, shown.output
+    assert "Not read, and left out: " in shown.output
 
 
 DEADLY = """\

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import small
 import torch
 import typer
 import yaml
@@ -24,6 +25,7 @@ from treeify.batches import held_out_loader
 from treeify.cli.eval import evaluate
 from treeify.cli.train import train as train_command
 from treeify.cost import costs
+from treeify.data import digits
 from treeify.errors import CheckpointError, DataError, RecipeError
 from treeify.metrics import evaluate as score
 from treeify.progress import Epoch, Plan, Reporter, Step
@@ -201,9 +203,9 @@ def test_a_diverged_loss_is_an_error_and_keeps_the_last_state(
 def test_channels_last_trains_to_the_same_weights(recipe: Recipe) -> None:
     """Up to rounding, which training amplifies: one epoch at a small rate."""
     gentle = {"schedule": ScheduleRecipe(epochs=1), "optimizer": OptimizerRecipe(lr=1e-3)}
-    small = recipe.model_copy(update=gentle)
+    slow = recipe.model_copy(update=gentle)
     plain, last = (
-        weights(train(small.model_copy(update={"channels_last": on})).plan.directory / "last")
+        weights(train(slow.model_copy(update={"channels_last": on})).plan.directory / "last")
         for on in (False, True)
     )
     for key, tensor in plain.items():
@@ -234,6 +236,17 @@ def test_nothing_is_written_for_bad_input(
     with pytest.raises(error, match=match):
         train(load_recipe(recipe_file, [override]))
     assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
+
+
+def test_a_model_that_returns_more_than_logits_is_refused() -> None:
+    class Pair(small.SmallNet):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            logits = super().forward(x)
+            return logits, logits
+
+    hne = treeify.hierarchicalize(Pair(10), ["stage1"], example_input=small.EXAMPLE)
+    with pytest.raises(RecipeError, match=r"does not return logits(?s:.)*tuple"):
+        trainer.check_classes(hne, digits())
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(recipe: Recipe) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from treeify import checkpoint
 from treeify.cli import quantities
-from treeify.cli.saved import checkpoint_in, data_section
+from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.thresholds import Halves
 from treeify.data import Data
 from treeify.deadline import Latencies
@@ -39,7 +39,7 @@ def calibrate(
         typer.Option(
             metavar="KEY=VALUE",
             help="Key of a recipe's data section to set, for --target-macs; may be repeated. A run "
-            "directory knows its data.",
+            "directory knows its data. With like=NAME, images are prepared as that model's.",
             show_default=False,
         ),
     ] = None,
@@ -73,7 +73,7 @@ def calibrate(
 
         treeify calibrate runs/digits_hne --target-macs 150k --target-macs 300k
 
-        treeify calibrate my_ensemble --data name=image_folder --data root=photos --data like=NAME
+        treeify calibrate my_ensemble --target-macs 1.2G --data name=image_folder --data root=photos
     """
     targets = [quantities.count(text, "--target-macs") for text in target_macs or ()]
     path = checkpoint_in(directory)
@@ -88,7 +88,7 @@ def calibrate(
     if images is not None:
         _check_images(hne, images)
         with console.status("answering the held-out images"):
-            halves = Halves(hne, images, seed)
+            halves = Halves(hne, images, seed, skip=skips_damaged(path))
         budgets = [halves.budget(target) for target in targets]
         hne.budgets |= dict(zip(targets, budgets, strict=True))
         found |= halves.as_json(budgets)

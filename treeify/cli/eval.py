@@ -14,13 +14,12 @@ from torch import Tensor
 
 from treeify import checkpoint, files, machine
 from treeify.batches import held_out_loader, noting
-from treeify.cli.saved import checkpoint_in, data_section, recipe_of
+from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.scores import as_csv, score_rows, score_table
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import DataError
 from treeify.metrics import measure
 from treeify.processes import resolve_device
-from treeify.recipe_file import load_recipe
 from treeify.trainer import check_classes
 
 _LATENCY = 3.0  # seconds for all sizes together
@@ -39,7 +38,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="Key of the recipe's data section to set; may be repeated.",
+            help="Key of the recipe's data section to set; may be repeated. With like=NAME, images "
+            "are prepared as that model's.",
             show_default=False,
         ),
     ] = None,
@@ -66,18 +66,15 @@ def evaluate(
 
         treeify eval runs/digits_hne/best --json
 
-        treeify eval my_ensemble --data name=image_folder --data root=photos --data like=resnet50
-
-        treeify eval runs/digits_hne --csv scores.csv
+        treeify eval my_ensemble --data name=image_folder --data root=photos --csv scores.csv
     """
     path = checkpoint_in(directory)
     section = data_section(path, data or ())
     hne = checkpoint.load(path).to(resolve_device(device))
     images = section.load()
     check_classes(hne, images)
-    recipe = recipe_of(path)
-    allowed = load_recipe(recipe).skip_corrupt if recipe else 0
-    batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=allowed > 0)
+    skip = skips_damaged(path)
+    batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=skip)
     skipped: set[str] = set()
     scores = measure(hne, noting(batches, skipped))
     first = next(hne.parameters())

@@ -38,6 +38,12 @@ def recipe_of(path: Path) -> Path | None:
     return recipe if known and recipe.is_file() else None
 
 
+def skips_damaged(path: Path) -> bool:
+    """Whether the run that wrote a checkpoint passes over images that cannot be read."""
+    recipe = recipe_of(path)
+    return recipe is not None and load_recipe(recipe).skip_corrupt > 0
+
+
 def data_section(path: Path, options: Sequence[str]) -> DataRecipe:
     """The data of the run that wrote a checkpoint, changed by options; else the options alone.
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from treeify.batches import held_out_loader
+from treeify.batches import Batch, held_out_loader, noting
 from treeify.confidence import Budget, budget
 from treeify.data import Data
 from treeify.ensemble import HierarchicalEnsemble
@@ -25,13 +25,18 @@ class Halves:
         hne: the ensemble.
         images: held-out images and their classes.
         seed: of the halves.
+        skip: leave out images that cannot be read; else they are an error.
     """
 
-    def __init__(self, hne: HierarchicalEnsemble, images: Data, seed: int) -> None:
+    def __init__(
+        self, hne: HierarchicalEnsemble, images: Data, seed: int, *, skip: bool = False
+    ) -> None:
         self.split, self.seed = images.split, seed
+        self.skipped: set[str] = set()
         self.sizes = hne.tree.nested_sizes
         self.macs = [hne.count_macs(size) for size in self.sizes]
-        logits, labels = _answers(hne, images)
+        batches = held_out_loader(images.held_out, _IMAGES_AT_ONCE, skip=skip)
+        logits, labels = _answers(hne, noting(batches, self.skipped))
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         first, second = order.tensor_split(2)
         self.choose_on = logits[:, first], labels[first]
@@ -51,9 +56,11 @@ class Halves:
     def explanation(self) -> str:
         """On which images what was done."""
         chosen, reported = (len(labels) for _, labels in (self.choose_on, self.report_on))
+        left_out = ", ".join(sorted(self.skipped))
         return (
             f"Thresholds were chosen on {chosen:,} held-out images; accuracy, MACs and stops are"
             f" those of the {reported:,} others (seed {self.seed}; {self.split})."
+            + (f" Not read, and left out: {left_out}." if left_out else "")
         )
 
     def accuracy_table(self, budgets: Sequence[Budget]) -> Table:
@@ -88,6 +95,7 @@ class Halves:
         return {
             "split": self.split,
             "seed": self.seed,
+            "skipped": sorted(self.skipped),
             "images": {"chosen_on": chosen, "reported_on": reported},
             "fixed": [
                 {"leaves": size, "macs": macs, "accuracy": accuracy}
@@ -98,11 +106,13 @@ class Halves:
 
 
 @torch.no_grad()
-def _answers(hne: HierarchicalEnsemble, images: Data) -> tuple[Tensor, Tensor]:
-    """Logits of every nested size `[S, N, K]`, and classes `[N]`, of the held-out images."""
+def _answers(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+    """Logits of every nested size `[S, N, K]`, and classes `[N]`, of all images."""
     first = next(hne.parameters())
     logits, labels = [], []
-    for batch, target, _ in held_out_loader(images.held_out, _IMAGES_AT_ONCE):
+    for batch, target, _ in batches:
+        if not len(batch):  # none of its images can be read
+            continue
         nested = nested_logits(hne(batch.to(first.device, first.dtype)).float(), hne.tree)
         logits.append(nested.transpose(0, 1).cpu())
         labels.append(target)

@@ -69,7 +69,11 @@ class Recorder(fx.Interpreter):
             changed = changed_number(before, numbers_within(module))
             if changed is None:
                 return value
-        raise StateError(f"{target} changes its attribute {changed!r} at every call")
+        raise StateError(
+            f"{target} changes its attribute {changed!r} at every call.",
+            expected="no state but in buffers, of which every branch has one",
+            next_step="Keep it in a buffer, or set it outside of forward.",
+        )
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node as fx does, and note what it gives."""

@@ -6,6 +6,7 @@ models' control flow depends. A module whose inside stops the tracer even so sta
 
 from __future__ import annotations
 
+import copy
 import operator
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -24,7 +25,15 @@ from torch.utils._pytree import tree_leaves
 from treeify import unseen
 from treeify.errors import TraceError
 from treeify.stand_ins import STAND_INS
-from treeify.unseen import StateError, Watch, closed_functions, contexts, has_gradient, recomputes
+from treeify.unseen import (
+    StateError,
+    Watch,
+    attributes,
+    closed_functions,
+    contexts,
+    has_gradient,
+    recomputes,
+)
 
 # How many images what depends on their number is told apart with.
 BATCHES = (2, 3)
@@ -230,6 +239,12 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         (module, {**vars(module), **{table: dict(vars(module)[table]) for table in tables}})
         for module in model.modules()
     ]
+    caches = [
+        (own, copy.copy(own))
+        for module in model.modules()
+        for own in attributes(module).values()
+        if isinstance(own, dict | list)
+    ]
     try:
         model.train(training)
         yield
@@ -238,6 +253,9 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         for module, state in before:
             vars(module).clear()
             vars(module).update(state)
+        for own, was in caches:
+            own.clear()
+            own.update(was) if isinstance(own, dict) else own.extend(was)
         vars(model).update(found)
 
 

@@ -73,7 +73,7 @@ class Watch:
         self._numbers, self._draws = _numbers(module), _draws()
         self._held = {
             key: dict(own) if isinstance(own, dict) else own
-            for key, own in _attributes(module).items()
+            for key, own in attributes(module).items()
         }
 
     def check(self) -> list[str]:
@@ -92,7 +92,7 @@ class Watch:
         if _draws() != self._draws:
             raise TraceError("it draws random numbers, of which a graph would keep one draw")
         kept = []
-        for key, now in _attributes(self.module).items():
+        for key, now in attributes(self.module).items():
             if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(now)):
                 continue
             if _displaces_tensors(self._held.get(key), now):
@@ -105,7 +105,7 @@ class Watch:
         raise StateError(f"{kind} changes its attribute {key!r}, which no graph shows")
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
+def attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that are no parameters, buffers, modules or hooks."""
     return {key: own for key, own in vars(module).items() if key not in _TABLES}
 

@@ -189,6 +189,29 @@ def test_a_cache_made_while_tracing_is_not_left_behind() -> None:
     assert treeify.verify(hne, small.images(3)).worst <= 1
 
 
+class Keyed(nn.Module):
+    """Keeps what it computed under a key, and then looks at the size of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+        self.known: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.known:
+            self.known["scale"] = self.inner.weight.mean().exp()
+        x = self.inner(x) * self.known["scale"]
+        return x.flip(-1) if x.shape[-1] > 4 else x
+
+
+def test_a_cache_by_key_is_made_anew_in_every_try() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Keyed(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    hne = treeify.hierarchicalize(model, ["1"], init="perturb", example_input=small.EXAMPLE)
+    assert model[1].known == {}
+    assert not hne.traced.unopened
+    assert treeify.verify(hne, small.images(3)).worst <= 1
+
+
 @torch.fx.wrap
 def halved(x: Tensor) -> Tensor:
     """Changes what it is given, and its name does not say so."""

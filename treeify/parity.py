@@ -27,8 +27,10 @@ from treeify.program import WAYS
 from treeify.storage import buffers_kept, modes_kept, tensors
 
 RTOL, ATOL = 1e-4, 1e-5
-# So many times its own rounding a network may be off in float32 where float64 has to decide.
-_AMPLIFIED = 100
+# So many times its own rounding a network's outputs may be off in float32 where float64 has to
+# decide. Gradients may be off by any finite number: those of ReLU jump where rounding changes a
+# sign.
+_AMPLIFIED = {False: 100.0, True: math.inf}
 
 _Leaf = Callable[[int], nn.Module]
 _Check = Callable[[HierarchicalEnsemble, _Leaf, Tensor], dict[str, float]]
@@ -251,7 +253,7 @@ def _decide(
     worst = max(found, key=lambda name: found[name])
     if found[worst] <= 1:
         if rough:
-            _check_rounding(rough, _rounding(hne.leaf(0), given, training=training), given.dtype)
+            _check_rounding(hne.leaf(0), given, rough, training=training)
         return found, "float64"
     text = f"{worst} parity is off by {found[worst]:.3g} times the tolerance in float64{text}"
     if _is_random(leaf_of, x, training=training):
@@ -316,21 +318,25 @@ def _pass(network: nn.Module, x: Tensor, weights: list[Tensor], *, training: boo
     return output, _gradients(network)
 
 
-def _check_rounding(rough: float, rounding: float, dtype: torch.dtype) -> None:
+def _check_rounding(network: nn.Module, x: Tensor, rough: float, *, training: bool) -> None:
     """Refuse deviations that float64 does not have and rounding does not explain.
 
     Args:
-        rough: the largest, in multiples of the tolerance.
-        rounding: how far one network is from itself in float64, in the same multiples.
-        dtype: in which both were found.
+        network: one of the ensemble's.
+        x: images in the precision that is too coarse.
+        rough: the ensemble's largest deviation in it, in multiples of the tolerance.
+        training: the mode it was found in.
 
     Raises:
-        ParityError: they do.
+        ParityError: there is such a deviation.
     """
-    if not rough <= _AMPLIFIED * max(1.0, rounding):
+    rounding = _rounding(network, x, training=training)
+    allowed = _AMPLIFIED[training] * max(1.0, rounding)
+    if not (rough <= allowed and (math.isfinite(rough) or not math.isfinite(rounding))):
         raise ParityError(
-            f"parity is off by {rough:.3g} times the tolerance in {dtype}, though not in float64.",
-            expected=f"at most {_AMPLIFIED} times what rounding does to one network"
+            f"parity is off by {rough:.3g} times the tolerance in {x.dtype}, though not in"
+            " float64.",
+            expected=f"at most {_AMPLIFIED[training]} times what rounding does to one network"
             f" ({rounding:.3g})",
             next_step="This is a bug in treeify, in what runs in that precision alone: please"
             " report the model's name and the splits.",

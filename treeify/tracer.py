@@ -255,7 +255,10 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
             vars(module).update(state)
         for own, was in caches:
             own.clear()
-            own.update(was) if isinstance(own, dict) else own.extend(was)
+            if isinstance(own, dict):
+                own.update(was)
+            else:
+                own.extend(was)
         vars(model).update(found)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from treeify import machine
+from treeify.sweep import is_out_of_memory
 
 BATCHES = (1, 8, 32, 128)
 # Bytes that the process may take when `vmap` runs in it.
@@ -58,7 +59,7 @@ def timed_vmap(networks: list[nn.Module], x: Tensor) -> list[float] | None:
             return [first]
         return machine.alternate({"vmap": lambda: mapped(x)}, x.device, repeats=5)["vmap"]
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return None
     finally:

@@ -119,7 +119,7 @@ def open_up(
         InputError: it does not run on the example.
     """
     if example_input is None:
-        example_input = example_images(base, example_shape(base, architecture))
+        example_input = blank_image(base, example_shape(base, architecture))
     if example_input.ndim < 2:
         raise InputError(
             "example_input is no batch.",
@@ -129,7 +129,7 @@ def open_up(
     return trace(base, example_input, leaf_types())
 
 
-def example_images(base: nn.Module, shape: Sequence[int]) -> Tensor:
+def blank_image(base: nn.Module, shape: Sequence[int]) -> Tensor:
     """A blank image, `[1, C, H, W]`, in the precision of the model's parameters."""
     dtypes = (own.dtype for own in base.parameters() if own.is_floating_point())
     return torch.zeros(1, *shape, dtype=next(dtypes, torch.float32))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treeify import files
-from treeify.api import example_images, hook_notes, open_up, resolve
+from treeify.api import blank_image, hook_notes, open_up, resolve
 from treeify.architecture import Architecture, fingerprint, recognise
 from treeify.confidence import Budget
 from treeify.deadline import Latencies
@@ -167,7 +167,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
         base, architecture = resolve(given)
         base = _with_constants(base, weights)
         architecture = architecture or recognise(base)
-        traced = open_up(base, architecture, example_images(base, config["example"]))
+        traced = open_up(base, architecture, blank_image(base, config["example"]))
         chosen = choose(traced, config["splits"])
         hne = HierarchicalEnsemble(traced, chosen, base, architecture, tuple(hook_notes(base)))
         hne.fill(lambda network: dict(tensors(base)))

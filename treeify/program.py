@@ -137,9 +137,7 @@ class Held:
             if fact is None or not fact.batched:
                 return value
             if form is not Form.BATCH:
-                # A value of each image and nothing more, [N], has its branches stacked: [G, N].
-                stacked = value.ndim > len(fact.shape)
-                return value.index_select(1 if stacked else 0, images)
+                return value.index_select(0, images)
             parts = torch.unflatten(value, 0, (self.span.size, value.shape[0] // self.span.size))
             return parts.index_select(1, images).flatten(0, 1)
 

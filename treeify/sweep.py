@@ -192,9 +192,15 @@ def _end_with_parent(connection: Connection) -> None:
     os._exit(1)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch could not get the memory it asked for."""
+    told = re.search("can(no|')t allocate memory", str(error), re.IGNORECASE)
+    return isinstance(error, MemoryError) or told is not None
+
+
 def _reason(error: Exception, memory: int) -> str:
     text = re.sub(r"\s+", " ", str(error)).strip()
-    if isinstance(error, MemoryError) or re.search("can(no|')t allocate memory", text, re.I):
+    if is_out_of_memory(error):
         return f"{_OUT_OF_MEMORY}: more than the {coverage.gigabytes(memory)} it may use"
     return f"{type(error).__name__}: {text}"[:_LONGEST_REASON]
 

@@ -109,7 +109,8 @@ class Gated(small.SmallNet):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stage1(self.stem(x))
         strength = x.mean((1, 2, 3)) * self.gate
-        return self.head(self.stage2(x).mean((2, 3))) * strength[:, None]
+        x = self.stage2(x)
+        return self.head(x.mean((2, 3))) * (strength * x.mean((1, 2, 3)).exp())[:, None]
 
 
 def test_numbers_of_images_leave_with_them() -> None:

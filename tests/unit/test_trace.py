@@ -706,7 +706,8 @@ class Keywords(nn.Module):
         self.weight = nn.Parameter(torch.randn(5, 4))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.movedim(self.stem(x), source=1, destination=-1)
+        x = self.stem(x)
+        x = torch.movedim(x * x.size(dim=1), source=1, destination=-1)
         x = self.norm(x).permute(dims=(0, 3, 1, 2))
         x = x.transpose(1, x.ndim - 1).transpose(dim0=1, dim1=3)
         x = torch.flatten(input=x, start_dim=2).mean(dim=2) * (x.size(dim=1) + x.size(dim=0) - 6)

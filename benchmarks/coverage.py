@@ -14,9 +14,11 @@ from pathlib import Path
 
 from treeify import coverage
 from treeify.architecture import family, library_names
-from treeify.coverage import META, REDUCED, Row
+from treeify.coverage import FULL, META, REDUCED, Row
+from treeify.sweep import Settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+ASKED = Settings().splits
 _MOST_REASONS = 4
 
 
@@ -54,6 +56,8 @@ def _counts(rows: Sequence[Row]) -> str:
 
 
 def _totals(rows: Sequence[Row], names: Sequence[str]) -> str:
+    converted = [row for row in rows if row.converted]
+    bare = sum(row.how != FULL for row in converted)
     worst = max((row.worst for row in rows if row.proven and row.worst is not None), default=0.0)
     meta = _by_shapes_only(rows)
     reduced = [row for row in rows if row.proven and str(row.how).startswith(REDUCED)]
@@ -61,7 +65,7 @@ def _totals(rows: Sequence[Row], names: Sequence[str]) -> str:
     versions = sorted({_versions(row) for row in rows})
     lines = [
         f"- **{len(rows)} of {len(names)} names were checked**; of the others nothing is known.",
-        f"- {sum(row.converted for row in rows)} of the {len(rows)} converted.",
+        f"- {len(converted)} of the {len(rows)} converted, {bare} of them without weights.",
         f"- {exact + len(reduced)} of the {len(rows)} are proven numerically: {exact} in full,"
         f" {len(reduced)} shallower; {len(meta)} more by shapes only.",
         f"- {sum(row.inner_split is not None and row.failure is None for row in rows)} of them were"
@@ -135,14 +139,18 @@ def main(files: Sequence[str]) -> None:
     """Put rows into the shipped file, and write the page.
 
     Args:
-        files: of `treeify verify`; later ones count.
+        files: of `treeify verify`; rows of other versions or splits than usual are left out.
     """
-    rows = coverage.shipped().newest()
+    rows, names = coverage.shipped().newest(), library_names()
     for file in files:
-        rows |= coverage.read(Path(file)).newest()
+        for row in coverage.read(Path(file)).present(ASKED):
+            if row.name in names:
+                rows[row.name] = row
     if files:
-        coverage.SHIPPED.write_bytes(coverage.compressed(rows.values()))
-    page = updated(PAGE.read_text(encoding="utf-8"), list(rows.values()), library_names())
+        draft = coverage.SHIPPED.with_suffix(".draft")
+        draft.write_bytes(coverage.compressed(rows.values()))
+        draft.replace(coverage.SHIPPED)
+    page = updated(PAGE.read_text(encoding="utf-8"), list(rows.values()), names)
     PAGE.write_text(page, encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 import mmap
 import os
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -133,6 +134,15 @@ def deep(depth: int = 8) -> nn.Module:
     return model
 
 
+def greedy(depth: int = 8) -> nn.Module:
+    """Made with weights, it ends its process as the system would, less deep it does not."""
+    model = Tiny()
+    model.head = nn.Linear(4, depth)
+    if depth > 4 and not model.head.weight.is_meta:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return model
+
+
 def mapping() -> nn.Module:
     """Maps more memory than there is, as opening a file of weights does."""
     mmap.mmap(-1, 2**46)
@@ -148,7 +158,8 @@ def wide() -> nn.Module:
 
 
 def endless() -> nn.Module:
-    """Leaves its process number in a file and never returns."""
+    """Leaves its process number and a folder of its own in files, and never returns."""
+    Path("endless.scratch").write_text(tempfile.mkdtemp(), encoding="utf-8")
     Path("endless.pid").write_text(str(os.getpid()), encoding="utf-8")
     time.sleep(600)
     return Tiny()

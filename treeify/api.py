@@ -16,7 +16,7 @@ from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import InputError, ModelError
 from treeify.initialize import PERTURBATION, Initialization, branch_seed, initialization
 from treeify.rules import leaf_types
-from treeify.splits import Splits, choose, parse
+from treeify.splits import Splits, choose, listed, parse
 from treeify.storage import tensors
 from treeify.trace import Traced, plain_tensors, trace
 from treeify.tree import fanouts_for
@@ -194,13 +194,12 @@ def _check_constants(models: Sequence[nn.Module], known: Mapping[str, Tensor]) -
 
 
 def _splits_for(traced: Traced, splits: int | str | Sequence[str], leaves: int) -> Splits:
-    if isinstance(splits, str):
-        splits = int(splits) if splits.isdecimal() else splits.split(",")
-    if isinstance(splits, int):
-        fanouts = fanouts_for(leaves, [None] * splits)
-        names = choose(traced, splits).names
+    wanted = listed(splits)
+    if isinstance(wanted, int):
+        fanouts = fanouts_for(leaves, [None] * wanted)
+        names = choose(traced, wanted).names
     else:
-        named = [parse(spec) for spec in splits]
+        named = [parse(spec) for spec in wanted]
         names = tuple(name for name, _ in named)
         fanouts = fanouts_for(leaves, [own for _, own in named])
     return choose(traced, [f"{name}:{own}" for name, own in zip(names, fanouts, strict=True)])

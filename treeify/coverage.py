@@ -33,23 +33,26 @@ class Row(BaseModel):
         network: its class.
         parameters: of the model as it is usually built.
         macs: multiply-accumulates per image of the size it is usually fed.
-        how: `full`, `reduced:` with the arguments that made it shallower, or `meta`: converted, and
-            only shapes were checked.
+        how: with what numbers were checked: the model in `full`, one that these arguments made
+            shallower (`reduced:...`), or none (`meta`). What is not `full` was converted as it is
+            usually built and fed, and its shapes were checked, on the meta device.
         memory: bytes the check was given.
         estimate: bytes the check of the full model was estimated to need.
         least: bytes a check with the fewest blocks was estimated to need; only where it is `meta`.
         arguments: what the builder was given for the check.
         input: shape of one image of the check, `(C, H, W)`.
-        splits: the splits, each with its fanout.
+        splits: of the model, each with its fanout.
         fanouts: children per split.
         inner_split: where it was split once more, by name inside a module; None if it cannot be.
-        packed_share: share of the branches' MACs that runs packed, at that input.
+        shallower_splits: of the shallower model; empty where it is not `reduced`.
+        shallower_inner_split: the same of that one.
+        packed_share: share of the branches' MACs that runs packed.
         reasons: why nodes run per branch, with how many nodes each concerns.
         deviations: the largest of each check, as multiples of the tolerance: at most 1 passes.
         dtypes: the precision each check was decided in.
         ungraded: how many parameters receive no gradient, in the base architecture neither.
-        seconds: from the start of the process to its end.
-        peak_memory: bytes the process held at most.
+        seconds: that it took, tries that ran out of memory included.
+        peak_memory: bytes the last try's process held at most.
         failure: what stopped the check; None where all of it passed.
     """
 
@@ -71,6 +74,8 @@ class Row(BaseModel):
     splits: tuple[str, ...] = ()
     fanouts: tuple[int, ...] = ()
     inner_split: str | None = None
+    shallower_splits: tuple[str, ...] = ()
+    shallower_inner_split: str | None = None
     packed_share: float | None = None
     reasons: dict[str, int] = {}
     deviations: dict[str, float] = {}
@@ -82,7 +87,7 @@ class Row(BaseModel):
 
     @property
     def converted(self) -> bool:
-        """Whether the model became an ensemble, whatever the checks found then."""
+        """Whether the model itself became an ensemble, whatever the checks found then."""
         return self.packed_share is not None
 
     @property
@@ -123,6 +128,10 @@ class Coverage:
 
     rows: tuple[Row, ...]
     damaged: int = 0
+
+    def present(self, asked: str) -> list[Row]:
+        """The rows of the installed versions and some splits."""
+        return [row for row in self.rows if row.versions == versions() and row.asked == asked]
 
     def newest(self) -> dict[str, Row]:
         """One row a model, the last of any versions and splits, by name."""

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure
 
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ParityError
@@ -134,7 +134,7 @@ def verify_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
     with modes_kept(hne):
         for training in (False, True):
             hne.train(training)
-            expected = _shapes(hne.leaf(0)(x))
+            expected = hne.leaf(0)(x)
             with torch.set_grad_enabled(training):
                 if training:
                     outputs = {hne.leaves: [hne(x)]}
@@ -148,17 +148,26 @@ def verify_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
                     _check_shapes(output, size, expected)
 
 
-def _check_shapes(output: Any, size: int, expected: list[tuple[int, ...]]) -> None:
+def _check_shapes(output: Any, size: int, expected: Any) -> None:
     for index in range(size):
-        shapes = _shapes(_select(output, index))
-        if shapes != expected:
+        own = _select(output, index)
+        _check_structure(own, expected)
+        if _shapes(own) != _shapes(expected):
             raise ParityError(
                 f"leaf {index} of {size} has an output of another shape.",
-                expected=f"{expected}",
-                found=f"{shapes}",
+                expected=f"{_shapes(expected)}",
+                found=f"{_shapes(own)}",
             )
     if any(out.shape[min(1, out.ndim - 1)] != size for out in _tensors(output)):
         raise ParityError(f"the output of {size} leaves does not have {size} of them.")
+
+
+def _check_structure(actual: Any, expected: Any) -> None:
+    found, wanted = tree_structure(actual), tree_structure(expected)
+    if found != wanted:
+        raise ParityError(
+            "the tensors are held in another structure.", expected=f"{wanted}", found=f"{found}"
+        )
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -347,7 +356,11 @@ def deviation(actual: Any, expected: Any) -> float:
     """Largest deviation of any element, in multiples of the tolerance.
 
     Infinite for nan, and where shapes or dtypes differ.
+
+    Raises:
+        ParityError: the tensors are held in tuples, lists or dictionaries of another structure.
     """
+    _check_structure(actual, expected)
     worst = 0.0
     for one, other in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
         if not isinstance(other, Tensor):

@@ -1,8 +1,8 @@
 """One model's proof: how it can be checked in the memory there is, then every check.
 
 A full check holds the ensemble several times over, some of them in float64. What does not fit is
-checked with fewer blocks, spare ones left out or as many as its builder is asked for, or else on
-the meta device, where tensors have shapes and no values.
+converted on the meta device, where tensors have shapes and no values, and its numbers are checked
+with fewer blocks: spare ones left out, or as many as its builder is asked for.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from treeify.api import hierarchicalize, open_up
 from treeify.architecture import Architecture, example_shape, family, resized, skeleton
 from treeify.coverage import FULL, META, REDUCED
 from treeify.ensemble import HierarchicalEnsemble
-from treeify.errors import ModelError, ParityError
+from treeify.errors import ModelError, ParityError, SplitError
 from treeify.held import held
 from treeify.initialize import State, initialization
 from treeify.parity import deviation, fit_statistics, settle, verify, verify_outputs, verify_shapes
-from treeify.splits import choose, inner_point, parse
+from treeify.splits import choose, inner_point, listed, parse
 from treeify.storage import modes_kept
 from treeify.trace import Traced
 
@@ -66,7 +66,8 @@ class Plan:
     """How a model is checked.
 
     Args:
-        how: `full`, `reduced:` with the arguments that make it shallower, or `meta`.
+        how: `full`, `reduced:` with the arguments that make it shallower, or `meta`: not with
+            numbers.
         architecture: what is built.
         shape: of one image, `(C, H, W)`.
         estimate: bytes the check of the full model may need.
@@ -84,7 +85,9 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
     """Convert a model and run every check on it: `verify`, and a round trip through a file.
 
     It is then split once more, by name at a point inside one of its modules, and the outputs of
-    that ensemble are checked.
+    that ensemble are checked. What is too large for that is converted both ways as it is usually
+    built and fed, without weights, and only its shapes are checked; all checks of numbers are done
+    on the same model with fewer blocks, if one fits.
 
     Args:
         name: of the model.
@@ -95,36 +98,85 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
 
     Raises:
         TreeifyError: the model cannot be built or converted, or a check found a difference.
+        SplitError: of these, the model has no such splits.
     """
     torch.manual_seed(SEED)
     usual = skeleton(Architecture(name))
     tell(family=family(name), network=type(usual).__name__, parameters=_parameters(usual))
     tell(macs=_macs(usual, example_shape(usual, Architecture(name))))
-    plan = next(islice(plans(name, _leaves(splits), memory), exhausted, None))
-    tell(
-        how=plan.how,
-        memory=memory,
-        estimate=plan.estimate,
-        least=plan.least,
-        arguments=dict(plan.architecture.kwargs),
-        input=plan.shape,
-    )
-    sources = None if plan.how == META else _settled(plan)
-    hne = _on_meta(plan, splits) if sources is None else _converted(plan, splits, sources)
-    tell(
-        splits=hne.conversion.splits.specs,
-        fanouts=hne.tree.fanouts,
-        packed_share=hne.conversion.packed_share,
-        reasons=hne.conversion.fallbacks,
-    )
+    has_shapes = False
+    for plan in islice(plans(name, _leaves(splits), memory), exhausted, None):
+        tell(
+            how=plan.how,
+            memory=memory,
+            estimate=plan.estimate,
+            least=plan.least,
+            arguments=dict(plan.architecture.kwargs),
+            input=plan.shape,
+        )
+        if plan.how != FULL and not has_shapes:
+            tell(**check_shapes(name, splits))
+            has_shapes = True
+        if plan.how == META:
+            return
+        try:
+            _check_numbers(plan, splits, tell)
+        except SplitError:  # with fewer blocks it may not have what is named
+            if plan.how == FULL:
+                raise
+        else:
+            return
+
+
+def check_shapes(name: str, splits: str) -> dict[str, Any]:
+    """Convert a model as it is usually built and fed, without weights, and check its shapes.
+
+    Args:
+        name: of the model.
+        splits: as `hierarchicalize` takes them, as text.
+
+    Returns:
+        What the conversion did, as fields of a `treeify.coverage.Row`.
+
+    Raises:
+        TreeifyError: the model cannot be built or converted, or a shape is another.
+    """
+    architecture = Architecture(name)
+    base = skeleton(architecture)
+    shape = example_shape(base, architecture)
+    x = torch.zeros(IMAGES, *shape, device="meta")
+    traced = open_up(base, architecture, x[:1])
+    inner = inner_point(traced)
+    for wanted in [splits] if inner is None else [[inner.name], splits]:
+        hne = HierarchicalEnsemble(traced, choose(traced, wanted), base, architecture)
+        verify_shapes(hne, x)
+    return {**_conversion(hne), "inner_split": None if inner is None else inner.name}
+
+
+def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
+    return {
+        "splits": hne.conversion.splits.specs,
+        "fanouts": hne.tree.fanouts,
+        "packed_share": hne.conversion.packed_share,
+        "reasons": hne.conversion.fallbacks,
+    }
+
+
+def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
+    """All checks of a plan's model, with weights.
+
+    Raises:
+        SplitError: the splits named are not there, or not as many as asked for.
+    """
+    sources = _settled(plan)
+    hne = _converted(plan, splits, sources)
+    whole = plan.how == FULL
+    if whole:
+        tell(**_conversion(hne))
+    else:
+        tell(shallower_splits=hne.conversion.splits.specs)
     x = _images(plan)
     inner = inner_point(hne.traced)
-    if sources is None:
-        verify_shapes(hne, x.to("meta"))
-        if inner is not None:
-            tell(inner_split=inner.name)
-            verify_shapes(_split_again(hne.traced, inner.name, plan), x.to("meta"))
-        return
     figures = verify(hne, x)
     checks = ("leaf_eval", "leaf_train", "buffers", "prefix", "gradient")
     deviations = {check: getattr(figures, check) for check in checks}
@@ -132,10 +184,10 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
     deviations["round_trip"] = round_trip(hne, x)
     tell(deviations=deviations)
     if inner is not None:
-        tell(inner_split=inner.name)
+        tell(**{"inner_split" if whole else "shallower_inner_split": inner.name})
         traced = hne.traced
         del hne  # its memory serves the next
-        again = _split_again(traced, inner.name, plan)
+        again = _split_inside(traced, inner.name, plan)
         again.fill(sources)
         fit_statistics(again, _images(plan))
         if figures.dtypes["eval"] == "float64":  # float32 was too coarse for these weights
@@ -207,7 +259,9 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
             smallest = fewer
             if estimated_bytes(fewer, leaves) <= memory:
                 yield Plan(f"{REDUCED}:{how}", architecture, full[1], estimate)
-    yield Plan(META, *full, estimate, estimated_bytes(smallest, leaves))
+    usual = Architecture(name)
+    shape = example_shape(skeleton(usual), usual)
+    yield Plan(META, usual, shape, estimate, estimated_bytes(smallest, leaves))
 
 
 def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:
@@ -263,19 +317,13 @@ def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> Hier
     return hne
 
 
-def _on_meta(plan: Plan, splits: str) -> HierarchicalEnsemble:
-    base = skeleton(plan.architecture)
-    traced = open_up(base, plan.architecture, torch.zeros(1, *plan.shape, device="meta"))
-    return HierarchicalEnsemble(traced, choose(traced, splits), base, plan.architecture)
-
-
 def _images(plan: Plan) -> Tensor:
     return torch.rand(IMAGES, *plan.shape)
 
 
-def _split_again(traced: Traced, name: str, plan: Plan) -> HierarchicalEnsemble:
-    """The same trace split in two at one point, on the meta device unless that is checked."""
-    base = skeleton(plan.architecture) if plan.how == META else plan.architecture.build()
+def _split_inside(traced: Traced, name: str, plan: Plan) -> HierarchicalEnsemble:
+    """The same trace split in two at one point."""
+    base = plan.architecture.build()
     return HierarchicalEnsemble(traced, choose(traced, [name]), base, plan.architecture)
 
 
@@ -290,9 +338,10 @@ def _settled(plan: Plan) -> Callable[[int], State]:
 
 
 def _leaves(splits: str) -> int:
-    if splits.isdecimal():
-        return int(2 ** int(splits))
-    return prod(parse(spec)[1] or 2 for spec in splits.split(",") if spec)
+    wanted = listed(splits)
+    if isinstance(wanted, int):
+        return int(2**wanted)
+    return prod(parse(spec)[1] or 2 for spec in wanted)
 
 
 def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int, ...]]:

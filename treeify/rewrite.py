@@ -110,6 +110,7 @@ class _Rewriter:
     ) -> None:
         self.graph = traced.graphs[training]
         self.skeleton, self.constants = traced.skeleton, traced.constants
+        self.unopened = traced.unopened
         self.base = base
         self.levels, self.layout, self.root, self.tree = levels, layout, root, tree
         self.forms: dict[fx.Node, Form] = {}
@@ -355,6 +356,8 @@ class _Rewriter:
             ratio = self.tree.branches[level] // self._branches(first)
             call = replace(call, ratio=ratio)
         rule = find_rule(call)
+        if rule is None and (reason := self.unopened.get(str(node.target))):
+            raise Unpackable(f"its inside cannot be traced: {reason}")
         if rule is None:
             raise Unpackable(f"{_NO_RULE} {self._operation(node)}")
         if form is Form.BATCH:

@@ -166,16 +166,31 @@ def choose(traced: Traced, splits: int | str | Sequence[str], fanout: int = 2) -
         SplitError: a split is unknown, repeated or out of order, there are not that many points, or
             a fanout is below 2.
     """
+    wanted = listed(splits)
+    if isinstance(wanted, int):
+        tree = Tree((fanout,) * wanted)
+        return Splits(_even_points(traced, wanted), tree)
+    named = [parse(spec) for spec in wanted]
+    tree = Tree(tuple(fanout if own is None else own for _, own in named))
+    return Splits(_named_points(traced, [name for name, _ in named]), tree)
+
+
+def listed(splits: int | str | Sequence[str]) -> int | list[str]:
+    """How many splits, or each of them: `"4"` -> `4`, `"layer2,layer3:4"` -> `["layer2", ...]`.
+
+    Raises:
+        SplitError: the number is negative, or a fanout is no number of 2 or more.
+    """
     if isinstance(splits, str):
-        splits = int(splits) if splits.isdecimal() else [part for part in splits.split(",") if part]
+        is_number = re.fullmatch(r"-?\d+", splits.strip())
+        splits = int(splits) if is_number else [part for part in splits.split(",") if part]
     if isinstance(splits, bool) or (isinstance(splits, int) and splits < 0):
         raise SplitError(f"splits={splits!r} is not a number of splits.", expected="0 or more")
     if isinstance(splits, int):
-        tree = Tree((fanout,) * splits)
-        return Splits(_even_points(traced, splits), tree)
-    named = [parse(spec) for spec in splits]
-    tree = Tree(tuple(fanout if own is None else own for _, own in named))
-    return Splits(_named_points(traced, [name for name, _ in named]), tree)
+        return splits
+    fanouts = [fanout for _, fanout in map(parse, splits)]
+    Tree(tuple(fanout for fanout in fanouts if fanout is not None))
+    return list(splits)
 
 
 def parse(spec: str) -> tuple[str, int | None]:
@@ -192,11 +207,13 @@ def parse(spec: str) -> tuple[str, int | None]:
 def inner_point(traced: Traced) -> SplitPoint | None:
     """The point inside a module that parts the MACs most evenly, both modes; None if there is none.
 
-    Points that a module of the model itself begins are no such points: those are the stages.
+    Modules of the model itself are its stages, or hold them (`stages.2`): a point deeper than both
+    is taken where there is one.
     """
     candidates = _candidates(traced, _Reach(traced.graphs[False]))
+    inside = [point for point in candidates if point.depth > 1]
     return min(
-        (point for point in candidates if point.depth),
+        inside or [point for point in candidates if point.depth],
         key=lambda point: abs(point.macs_before - point.macs_after),
         default=None,
     )

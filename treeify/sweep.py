@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -19,13 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from treeify import coverage
-from treeify.coverage import META, Coverage, Row
+from treeify.coverage import FULL, META, Coverage, Row
 from treeify.errors import InputError
 from treeify.proof import prove
 
 _DONE = "done"
 _OUT_OF_MEMORY = "out of memory"
 _LONGEST_REASON = 600
+# What libraries say where they do not raise MemoryError.
+_SHORTAGE = "can(no|')t (allocate memory|start new thread)"
 
 
 @dataclass(frozen=True)
@@ -63,22 +67,31 @@ def shard(names: Sequence[str], part: int, parts: int) -> list[str]:
     return list(names[part - 1 :: parts])
 
 
-def todo(names: Sequence[str], known: Coverage, splits: str, *, retry: bool = False) -> list[str]:
-    """The names that have no row yet under the present versions and these splits, in order.
+def todo(
+    names: Sequence[str], known: Coverage, settings: Settings, *, retry: bool = False
+) -> list[str]:
+    """The names that are still to be checked under the present versions, in order.
+
+    Those are names without a row of these splits, and models that were not checked in full for
+    want of memory, if there is more of it now.
 
     Args:
         names: of the models.
         known: the rows there are.
-        splits: the splits asked for.
+        settings: what is asked of every model.
         retry: those too whose row says that the check failed.
     """
-    present = coverage.versions()
     done = {
         row.name
-        for row in known.rows
-        if row.versions == present and row.asked == splits and not (retry and row.failure)
+        for row in known.present(settings.splits)
+        if not (retry and row.failure) and not _could_be_fuller(row, settings.memory)
     }
     return [name for name in names if name not in done]
+
+
+def _could_be_fuller(row: Row, memory: int) -> bool:
+    checked = row.failure is None and row.how != FULL
+    return checked and row.memory is not None and row.memory < memory
 
 
 def sweep(names: Sequence[str], output: Path, settings: Settings) -> Iterator[Row]:
@@ -102,7 +115,7 @@ def sweep(names: Sequence[str], output: Path, settings: Settings) -> Iterator[Ro
     for name in names:
         start = time.monotonic()
         found = _within_memory(name, settings)
-        found.setdefault("seconds", round(time.monotonic() - start, 2))
+        found["seconds"] = round(time.monotonic() - start, 2)
         row = Row(name=name, versions=known, asked=settings.splits, **found)
         coverage.append(output, row)
         yield row
@@ -110,16 +123,24 @@ def sweep(names: Sequence[str], output: Path, settings: Settings) -> Iterator[Ro
 
 def _within_memory(name: str, settings: Settings) -> dict[str, Any]:
     """Fields of the model's row, of the fullest check that does not run out of memory."""
+    end = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
     for exhausted in itertools.count():
-        found = _in_own_process(name, settings, exhausted)
+        found = _in_own_process(name, settings, exhausted, end)
         again = str(found.get("failure")).startswith(_OUT_OF_MEMORY)
-        if not again or found.get("how") in (None, META):
+        if not again or found.get("how") in (None, META) or time.monotonic() > end:
             break
     return found
 
 
-def _in_own_process(name: str, settings: Settings, exhausted: int) -> dict[str, Any]:
-    """Fields of the model's row, but for the fullest checks so many of which ran out of memory."""
+def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -> dict[str, Any]:
+    """Fields of the model's row, but for the fullest checks so many of which ran out of memory.
+
+    Args:
+        name: of the model.
+        settings: what is asked of every model.
+        exhausted: how many of the fullest checks are not done again.
+        end: when it must have ended, by `time.monotonic`.
+    """
     # A server that has imported everything and does nothing else forks them off.
     context: Any = multiprocessing.get_context(
         "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
@@ -127,45 +148,51 @@ def _in_own_process(name: str, settings: Settings, exhausted: int) -> dict[str, 
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["treeify.sweep"])
     ours, theirs = context.Pipe()
-    args = (theirs, name, settings, exhausted, Path.cwd())
-    process = context.Process(target=_check, args=args, daemon=True)
-    process.start()
-    theirs.close()
     found: dict[str, Any] = {}
-    try:
-        failure = _listen(ours, found, settings.time_limit)
-        if found.pop(_DONE, False):
-            failure = None
-        elif failure is None:
+    # What the process leaves behind if it is ended is here, and goes.
+    with tempfile.TemporaryDirectory(prefix="treeify-") as scratch:
+        args = (theirs, name, settings, exhausted, Path.cwd(), scratch)
+        process = context.Process(target=_check, args=args, daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            if _listen(ours, found, end):
+                process.join()
+                failure = _death(process.exitcode)
+            else:
+                failure = f"stopped after the time limit of {settings.time_limit:g} s"
+        finally:
+            process.kill()
             process.join()
-            failure = _death(process.exitcode)
-    finally:
-        process.kill()
-        process.join()
-        ours.close()
-    return found if failure is None else {**found, "failure": failure}
+            ours.close()
+    return found if found.pop(_DONE, False) else {**found, "failure": failure}
 
 
-def _listen(connection: Connection, found: dict[str, Any], limit: float | None) -> str | None:
-    """Collect what a process tells until it ends; a reason if it takes too long."""
-    end = None if limit is None else time.monotonic() + limit
+def _listen(connection: Connection, found: dict[str, Any], end: float) -> bool:
+    """Collect what a process tells until it ends; whether it does so in time."""
     with contextlib.suppress(EOFError, ConnectionResetError):
-        while connection.poll(None if end is None else max(0.0, end - time.monotonic())):
+        while connection.poll(None if end == math.inf else max(0.0, end - time.monotonic())):
             found |= connection.recv()
-        return f"stopped after the time limit of {limit:g} s"
-    return None
+        return False
+    return True
 
 
 def _death(code: int | None) -> str:
-    if code is not None and code < 0:
-        name = signal.Signals(-code).name
-        hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-        return f"its process was ended by {name}{hint}"
-    return f"its process ended by itself with code {code}"
+    if code is None or code >= 0:
+        return f"its process ended by itself with code {code}"
+    text = f"its process was ended by {signal.Signals(-code).name}"
+    if -code == signal.SIGKILL:
+        return f"{_OUT_OF_MEMORY}: {text}, as the system does then"
+    return text
 
 
 def _check(
-    connection: Connection, name: str, settings: Settings, exhausted: int, here: Path
+    connection: Connection,
+    name: str,
+    settings: Settings,
+    exhausted: int,
+    here: Path,
+    scratch: str,
 ) -> None:
     """What the process does: tell the row's fields one after the other."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this one
@@ -173,7 +200,7 @@ def _check(
     warnings.simplefilter("ignore")
     _limit_memory(settings.memory)
     os.chdir(here)
-    start = time.monotonic()
+    tempfile.tempdir = scratch
 
     def tell(**fields: Any) -> None:
         connection.send(fields)
@@ -182,7 +209,7 @@ def _check(
         prove(name, settings.splits, settings.memory, tell, exhausted)
     except Exception as error:
         tell(failure=_reason(error, settings.memory))
-    tell(seconds=round(time.monotonic() - start, 2), peak_memory=_peak_memory(), done=True)
+    tell(peak_memory=_peak_memory(), done=True)
 
 
 def _end_with_parent(connection: Connection) -> None:
@@ -194,8 +221,12 @@ def _end_with_parent(connection: Connection) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether Python or torch could not get the memory it asked for."""
-    told = re.search("can(no|')t allocate memory", str(error), re.IGNORECASE)
-    return isinstance(error, MemoryError) or told is not None
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or re.search(_SHORTAGE, str(cause), re.IGNORECASE):
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def _reason(error: Exception, memory: int) -> str:

@@ -71,6 +71,9 @@ def test_wildcards_families_and_limits_choose() -> None:
     assert names() == ["resnet10t", "resnet18", "torchvision/resnet18"]
     assert names("resnet*") == ["resnet10t", "resnet18"]
     assert names("timm/resnet18") == ["resnet18"]
+    assert names("timm/*18") == ["resnet18"]
+    assert names("timm/*") == ["resnet10t", "resnet18"]
+    assert names("torchvision/*") == ["torchvision/resnet18"]
     assert names("--family", "resnet") == ["resnet10t", "resnet18"]
     assert names("--family", "torchvision/*") == ["torchvision/resnet18"]
     assert names("--max-params", "11.5M") == ["resnet18"]
@@ -102,6 +105,20 @@ def test_without_any_data_the_names_are_listed(monkeypatch: pytest.MonkeyPatch) 
     result = run("list", "resnet18*")
     assert result.exit_code == 0, result.output
     assert "2 of them were never checked" in result.stdout
+
+
+def test_rows_of_other_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = {**coverage.versions(), "timm": "0.1"}
+    for name in ("resnet10t", "resnet_gone", "my_package:net"):
+        fields: dict[str, Any] = {"family": "resnet", "packed_share": 1.0, "how": "full"}
+        coverage.append(Path("rows.jsonl"), Row(name=name, versions=older, asked="2", **fields))
+    found = listed("*e*")
+    assert "my_package:net" in [model["name"] for model in found["models"]]
+    assert found["not_installed"] == ["resnet_gone"]
+    result = run("list", "--coverage", "rows.jsonl")
+    assert "resnet_gone" not in result.stdout
+    assert "2 of them were checked under other versions: " in result.stdout
+    assert "1 more that were checked are not in the installed libraries." in result.stdout
 
 
 def test_a_missing_file_is_an_error() -> None:

@@ -68,6 +68,22 @@ def test_splits_can_be_named_and_a_shard_taken() -> None:
     assert (row.name, row.splits, row.fanouts) == (OTHER, ("second:3",), (3,))
 
 
+def test_a_shard_without_models_says_so() -> None:
+    result = run("verify", TINY, "--shard", "2/2")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "Shard 2/2 has no models: there are fewer of them than shards.\n"
+    assert not Path("coverage.jsonl").exists()
+
+
+def test_rows_of_other_versions_prove_nothing() -> None:
+    versions = {**coverage.versions(), "timm": "0.1"}
+    numbers = {"how": "full", "packed_share": 1.0, "deviations": {"prefix": 0.1}}
+    coverage.append(Path("coverage.jsonl"), Row(name=TINY, versions=versions, asked="2", **numbers))
+    written(TINY, how="meta", packed_share=1.0)
+    result = run("verify", TINY)
+    assert "All 1 converted, 0 proven; only shapes were checked of" in result.stdout
+
+
 def test_a_line_that_was_cut_off_is_told() -> None:
     written(TINY)
     with Path("coverage.jsonl").open("a") as file:
@@ -93,6 +109,9 @@ def test_all_is_every_name_of_the_libraries(monkeypatch: pytest.MonkeyPatch) -> 
         (["resnet18", "--all"], "--all and names were both given."),
         (["resnet1O", TINY], "there is no model 'resnet1O'"),
         (["sweep_models:tinny"], "has no function 'tinny'"),
+        ([TINY, "--splits", "second:two"], "has a fanout that is not a number"),
+        ([TINY, "--splits", "second:1"], "a split needs at least two children"),
+        ([TINY, "--splits", "-1"], "is not a number of splits"),
         ([TINY, "--shard", "3"], "--shard '3' is no shard."),
         ([TINY, "--shard", "3/2"], "there is no shard 3/2."),
         ([TINY, "--memory", "much"], "--memory 'much' is no whole number"),

@@ -109,6 +109,7 @@ def test_a_model_too_large_is_checked_without_its_spare_blocks() -> None:
     prove(name, "1", memory, row.update)
     assert row["how"] == "reduced:blocks=2"
     assert row["arguments"] == {"model": name, "blocks": 2}
+    assert (row["splits"], row["shallower_splits"]) == (("blocks:2",), ("second:2",))
     assert set(row["deviations"]) >= {"gradient", "round_trip"}  # type: ignore[call-overload]
     hows = [plan.how for plan in plans(name, 2, memory)]
     assert hows == ["reduced:blocks=2", "reduced:blocks=1", "meta"]

@@ -1,6 +1,7 @@
 """Where a model splits: chosen, named, refused."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import small
@@ -11,7 +12,7 @@ import torchvision
 import treeify
 from treeify.api import open_up
 from treeify.errors import SplitError
-from treeify.splits import choose, inner_point, split_points
+from treeify.splits import choose, inner_point, listed, split_points
 from treeify.trace import Traced
 
 
@@ -57,13 +58,27 @@ def test_points_where_one_tensor_is_live_come_first(hrnet: Traced) -> None:
 def test_the_inner_point_is_inside_a_module_and_parts_the_macs(resnet: Traced) -> None:
     point = inner_point(resnet)
     assert point is not None
-    assert point.name.count(".") >= 1
-    others = [own for own in split_points(resnet) if own.depth and own.macs_before]
+    assert point.depth >= 2  # deeper than a block of a stage
+    others = [own for own in split_points(resnet) if own.depth >= 2 and own.macs_before]
     assert abs(point.macs_before - point.macs_after) == min(
         abs(own.macs_before - own.macs_after) for own in others
     )
     hne = treeify.hierarchicalize(torchvision.models.resnet18(), [point.name])
     assert hne.leaves == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [("4", 4), (" 2 ", 2), ("a, b:3", ["a", " b:3"]), ("", []), (["a"], ["a"]), (0, 0)],
+)
+def test_splits_are_a_number_or_a_list(text: Any, found: object) -> None:
+    assert listed(text) == found
+
+
+@pytest.mark.parametrize("text", ["-1", -1, True, "layer3:two", "layer3:1", "layer2,layer3:0"])
+def test_wrong_splits_need_no_model_to_be_refused(text: Any) -> None:
+    with pytest.raises(SplitError):
+        listed(text)
 
 
 def test_a_split_inside_a_block_shares_what_does_not_depend_on_it(resnet: Traced) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from treeify import coverage
 from treeify.architecture import Architecture, check_names, family, library_names
 from treeify.coverage import Coverage, Row
 from treeify.errors import InputError, ModelError, ParityError
-from treeify.parity import fit_statistics, verify_shapes
+from treeify.parity import fit_statistics, verify_outputs, verify_shapes
 from treeify.proof import Plan, estimated_bytes, plans, prove, round_trip
 from treeify.sweep import Settings, shard, sweep, todo
 
@@ -62,7 +63,7 @@ def test_every_model_gets_a_row_whatever_happens_to_it() -> None:
         assert row.peak_memory is not None
         assert row.peak_memory > 10**8
     assert "no weights today" in str(rows["raising"].failure)
-    assert "ended by SIGKILL" in str(rows["killed"].failure)
+    assert "out of memory: its process was ended by SIGKILL" in str(rows["killed"].failure)
     assert "out of memory: more than the 8 GB" in str(rows["mapping"].failure)
     assert rows["hungry"].converted
     assert rows["hungry"].how == "meta"
@@ -95,6 +96,31 @@ def test_a_mistake_of_the_split_inside_alone_is_noticed(monkeypatch: pytest.Monk
     assert set(row["deviations"]) >= {"gradient", "round_trip"}
 
 
+def test_splits_that_only_the_whole_model_has_are_checked_without_weights() -> None:
+    row: dict[str, Any] = {}
+    plan = next(plans("vit_tiny_patch16_224", 2, 2**40))
+    prove("vit_tiny_patch16_224", "blocks.8", plan.estimate - 1, row.update)
+    assert row["how"] == "meta"
+    assert row["splits"] == ("blocks.8:2",)
+    assert "deviations" not in row
+
+
+def test_a_model_that_the_system_ends_for_its_memory_is_checked_shallower() -> None:
+    row = swept("greedy")["greedy"]
+    assert row.how == "reduced:depth=4"
+    assert row.proven
+
+
+def test_what_a_check_that_was_stopped_leaves_behind_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    assert swept("endless", time_limit=1.0)["endless"].failure
+    assert Path(Path("endless.scratch").read_text(encoding="utf-8")).is_relative_to(tmp_path)
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
 def test_a_model_that_takes_too_long_is_stopped() -> None:
     row = swept("endless", time_limit=1.0)["endless"]
     assert row.failure == "stopped after the time limit of 1 s"
@@ -124,6 +150,8 @@ def test_a_check_that_runs_out_of_memory_is_done_again_shallower() -> None:
     assert row.how == "reduced:depth=4"
     assert row.arguments == {"depth": 4}
     assert row.proven
+    assert row.splits == row.shallower_splits == ("second:2", "relu:2")
+    assert row.packed_share == 1
     assert row.memory == 8 * 10**9
     assert row.estimate is not None
     assert row.estimate < 8 * 10**9
@@ -172,9 +200,9 @@ def test_an_ended_sweep_leaves_no_process_and_goes_on_where_it_stopped(
     assert is_gone(int(pid.read_text(encoding="utf-8")))
     known = coverage.read(Path("rows.jsonl"))
     assert [row.name for row in known.rows] == names[:1]
-    assert todo(names, known, "2") == names[1:]
+    assert todo(names, known, Settings()) == names[1:]
     list(sweep(names[2:], Path("rows.jsonl"), Settings()))
-    assert todo(names, coverage.read(Path("rows.jsonl")), "2") == names[1:2]
+    assert todo(names, coverage.read(Path("rows.jsonl")), Settings()) == names[1:2]
 
 
 def row(name: str, **fields: object) -> Row:
@@ -235,9 +263,22 @@ def test_the_last_line_of_a_model_counts_and_versions_and_splits_are_told_apart(
         coverage.append(file, own)
     known = coverage.read(file)
     assert [own.name for own in known.rows] == ["b", "c", "d", "a"]
-    assert todo(["a", "b", "c", "d", "e"], known, "2") == ["c", "d", "e"]
-    assert todo(["a", "b", "c", "d", "e"], known, "2", retry=True) == ["b", "c", "d", "e"]
-    assert todo(["a", "d"], Coverage(()), "2") == ["a", "d"]
+    assert todo(["a", "b", "c", "d", "e"], known, Settings()) == ["c", "d", "e"]
+    assert todo(["a", "b", "c", "d", "e"], known, Settings(), retry=True) == ["b", "c", "d", "e"]
+    assert todo(["a", "b", "c", "d", "e"], known, Settings("4")) == ["a", "b", "c", "e"]
+    assert todo(["a", "d"], Coverage(()), Settings()) == ["a", "d"]
+
+
+def test_more_memory_checks_those_again_that_were_not_checked_in_full() -> None:
+    rows = (
+        row("full", how="full", memory=4),
+        row("shallower", how="reduced:blocks=1", memory=4),
+        row("shapes", how="meta", memory=4),
+        row("failed", how="meta", memory=4, failure="no"),
+    )
+    names = [own.name for own in rows]
+    assert todo(names, Coverage(rows), Settings(memory=4)) == []
+    assert todo(names, Coverage(rows), Settings(memory=5)) == ["shallower", "shapes"]
 
 
 @pytest.mark.parametrize("text", ['{"name": 3}', "[]", '{"name": "a", "versions": {}, "x": 1}'])
@@ -288,7 +329,8 @@ def test_the_memory_decides_how_a_model_is_checked() -> None:
     assert shallowest.how == "reduced:blocks=1"
     meta = first_plan(name, 4, 1)
     assert meta.how == "meta"
-    assert meta.architecture == full.architecture
+    assert meta.architecture == Architecture(name)
+    assert meta.shape == (3, 224, 224)
     one_block = Architecture(name, {"num_classes": 10, "img_size": 64, "depth": 1}).build()
     assert full.least is None
     assert meta.estimate == full.estimate
@@ -396,6 +438,17 @@ def test_wrong_shapes_are_noticed() -> None:
     hne.run = lambda *args: torch.empty(2, 5, 5, device="meta")  # type: ignore[method-assign]
     with pytest.raises(ParityError, match="does not have"):
         verify_shapes(hne, x)
+
+
+@pytest.mark.parametrize(("device", "check"), [("meta", verify_shapes), ("cpu", verify_outputs)])
+def test_a_leaf_whose_tensors_are_held_otherwise_is_noticed(
+    device: str, check: Callable[..., object]
+) -> None:
+    hne, x = tiny().to(device), torch.rand(2, 3, 16, 16, device=device)
+    run = hne.run
+    hne.run = lambda *args: {"logits": run(*args)}  # type: ignore[method-assign]
+    with pytest.raises(ParityError, match="in another structure"):
+        check(hne, x)
 
 
 def test_the_rows_that_ship_have_the_macs_of_every_model() -> None:

@@ -85,6 +85,9 @@ def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() ->
         assert any(
             f"{closed[0]} (Flipping) runs as one call" in note for note in hne.conversion.notes
         )
+        (reason,) = (own for own in hne.conversion.fallbacks if own.startswith("Flipping: "))
+        assert "its inside cannot be traced: " in reason
+        assert "if x.mean() > 0:" in reason
 
 
 def test_what_is_closed_in_one_mode_is_closed_in_the_other() -> None:

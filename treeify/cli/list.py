@@ -30,7 +30,9 @@ class _Filter:
 
     def names(self, row: Row | None, name: str) -> bool:
         """Whether a model's name and family are meant."""
-        if not fnmatchcase(name, self.pattern.removeprefix(TIMM)):
+        # timm's names may be given in full, as torchvision's are.
+        full = name if "/" in name else TIMM + name
+        if not any(fnmatchcase(own, self.pattern) for own in (name, full)):
             return False
         if self.family is None:
             return True
@@ -100,7 +102,11 @@ def list_models(
         None if max_macs is None else quantities.count(max_macs, "--max-macs"),
     )
     rows = (coverage.shipped() if file is None else coverage.read(file)).newest()
-    named = dict(_named(rows, wanted))
+    installed = library_names()
+    # Whether a user's own function is still there, only calling it would tell.
+    known = dict.fromkeys([*installed, *sorted(name for name in rows if ":" in name)])
+    named = {name: rows.get(name) for name in known if wanted.names(rows.get(name), name)}
+    gone = [name for name in rows if name not in known and wanted.names(rows[name], name)]
     failed = [name for name, row in named.items() if row is not None and not row.converted]
     unknown = [name for name, row in named.items() if row is None]
     shown = {
@@ -110,20 +116,14 @@ def list_models(
     }
     if as_json:
         models = [_as_json(name, row) for name, row in shown.items()]
-        found = {"models": models, "not_checked": unknown, "failed": failed}
+        found = {"models": models, "not_checked": unknown, "failed": failed, "not_installed": gone}
         typer.echo(json.dumps(found, indent=2))
         return
     console = Console()
     if shown:
         console.print(_table(shown))
-    for line in _summary(shown, unknown, failed, wanted):
+    for line in (*_summary(shown, unknown, failed, wanted), *_of_other_versions(shown, gone)):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
-
-
-def _named(rows: dict[str, Row], wanted: _Filter) -> Iterator[tuple[str, Row | None]]:
-    for name in dict.fromkeys([*library_names(), *sorted(rows)]):
-        if wanted.names(rows.get(name), name):
-            yield name, rows.get(name)
 
 
 def _table(shown: dict[str, Row | None]) -> Table:
@@ -169,6 +169,17 @@ def _summary(
         yield f"{len(unknown)} of them were never checked: treeify verify NAME does it."
     if failed:
         yield f"{len(failed)} did not convert: {', '.join(failed)}"
+
+
+def _of_other_versions(shown: dict[str, Row | None], gone: list[str]) -> Iterator[str]:
+    present = coverage.versions()
+    others = [row for row in shown.values() if row is not None and row.versions != present]
+    if others:
+        found = {f"{key} {number}" for row in others for key, number in row.versions.items()}
+        text = ", ".join(sorted(found))
+        yield f"{len(others)} of them were checked under other versions: {text}."
+    if gone:
+        yield f"{len(gone)} more that were checked are not in the installed libraries."
 
 
 def _as_json(name: str, row: Row | None) -> dict[str, object]:

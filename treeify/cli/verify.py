@@ -17,6 +17,7 @@ from treeify.architecture import TIMM, check_names, library_names
 from treeify.cli import quantities
 from treeify.coverage import META, Row
 from treeify.errors import InputError
+from treeify.splits import listed
 from treeify.sweep import Settings, shard, sweep, todo
 
 FAILED = 1
@@ -44,7 +45,11 @@ def verify(
         str, typer.Option(help="As for convert: how many, or names from input to output.")
     ] = "2",
     output: Annotated[
-        Path, typer.Option(help="File of JSON lines to append to; models in it are skipped.")
+        Path,
+        typer.Option(
+            help="File of JSON lines to append to; models in it are skipped, unless they were not"
+            " checked in full and may take more memory now."
+        ),
     ] = Path("coverage.jsonl"),
     retry: Annotated[
         bool, typer.Option("--retry", help="Check those again that failed, as the file says.")
@@ -53,8 +58,8 @@ def verify(
         str,
         typer.Option(
             metavar="BYTES",
-            help="What a check may take. Models that need more are checked with fewer blocks, or on"
-            " the meta device: only shapes. The file says which.",
+            help="What a check may take. Models that need more are converted without weights, and"
+            " their numbers checked with fewer blocks or not at all. The file says which.",
         ),
     ] = "8G",
     time_limit: Annotated[
@@ -85,10 +90,14 @@ def verify(
         None if time_limit is None else quantities.seconds(time_limit, "--time-limit"),
     )
     _check_plain(output)
+    listed(splits)
     wanted = shard(_names(names or (), every), *_shard(part))
-    known = coverage.read(output) if output.exists() else coverage.Coverage(())
-    left = todo(wanted, known, splits, retry=retry)
     console = Console()
+    if not wanted:
+        _print(console, f"Shard {part} has no models: there are fewer of them than shards.")
+        return
+    known = coverage.read(output) if output.exists() else coverage.Coverage(())
+    left = todo(wanted, known, settings, retry=retry)
     if known.damaged:
         _print(console, f"Lines of {output} that were cut off, and are ignored: {known.damaged}")
     if len(left) < len(wanted):
@@ -97,10 +106,10 @@ def verify(
         coverage.check_writable(output)
     _check(console, left, output, settings)
     found = coverage.read(output) if output.exists() else coverage.Coverage(())
-    if failed := todo(wanted, found, splits, retry=True):
+    if failed := todo(wanted, found, settings, retry=True):
         _print(console, f"{len(failed)} of {len(wanted)} failed: {', '.join(failed)}")
         sys.exit(FAILED)
-    proven = {row.name for row in found.rows if row.asked == splits and row.proven}
+    proven = {row.name for row in found.present(splits) if row.proven}
     unproven = [name for name in wanted if name not in proven]
     text = f"All {len(wanted)} passed."
     if unproven:

@@ -218,9 +218,18 @@ class Session:
 def mean_over_leaves(leaf_logits: Any) -> Any:
     """The ensemble's answer, `[N, leaves, K] -> [N, K]`, in the output's structure.
 
+    Of integers and truth values, such as classes, the one that most leaves give.
+
     Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
     """
-    return tree_map_only(Tensor, lambda logits: logits.mean(min(1, logits.ndim - 1)), leaf_logits)
+    return tree_map_only(Tensor, _mean, leaf_logits)
+
+
+def _mean(leaf_logits: Tensor) -> Tensor:
+    dim = min(1, leaf_logits.ndim - 1)
+    if leaf_logits.is_floating_point() or leaf_logits.is_complex():
+        return leaf_logits.mean(dim)
+    return leaf_logits.long().mode(dim).values.to(leaf_logits.dtype)
 
 
 def steps(session: Session, sizes: Sequence[int]) -> Iterator[Step]:

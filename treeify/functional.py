@@ -16,7 +16,7 @@ from treeify.aliases import VIEWS, Aliases, shared
 from treeify.errors import TraceError
 
 _COPY = "treeify_copy"
-_IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
     operator.imul: operator.mul,
@@ -26,7 +26,6 @@ _IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
     operator.ipow: operator.pow,
-    operator.imatmul: operator.matmul,
 }
 
 _RESHAPED = {"view": "reshape", "view_as": "reshape_as"}
@@ -46,6 +45,11 @@ def call_on_copy(method: str, value: Tensor, *args: Any, **kwargs: Any) -> Tenso
     return result
 
 
+def as_strided(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch.as_strided` of a tensor without gaps, which its strides are meant for."""
+    return value.contiguous().as_strided(*args, **kwargs)
+
+
 def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
     """Replace in-place operations on values, since a value may be shared by siblings.
 
@@ -60,6 +64,9 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
     for node in graph.nodes:
         target = in_place_target(node, root)
         if target is None or stems_from_state(target):
+            continue
+        if node.target in IN_PLACE_OPERATORS and (_is_number(target) or _is_put_back(node, target)):
+            _make_out_of_place(node)
             continue
         _check_unread(_looks_into(target), target, node, order)
         names = [target, *aliases.read_later(target, node, order)]
@@ -81,6 +88,8 @@ def reshape_views(graph: fx.Graph) -> None:
         if node.op == "call_method" and node.target in _RESHAPED and not _needs_view(node):
             node.target = _RESHAPED[node.target]
             node.kwargs = {_RENAMED.get(key, key): own for key, own in node.kwargs.items()}
+        elif node.target in ("as_strided", torch.as_strided):
+            node.op, node.target = "call_function", as_strided
 
 
 def isolate(
@@ -153,7 +162,7 @@ def in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
         in_place = (
-            node.target in _IN_PLACE_OPERATORS
+            node.target in IN_PLACE_OPERATORS
             or node.target is operator.setitem
             or _in_place_flag(node) is not None
             or _says_in_place(name)
@@ -161,6 +170,29 @@ def in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
     else:
         in_place = False
     return first if in_place else None
+
+
+def _is_number(value: fx.Node) -> bool:
+    """Whether a value is a size or computed from sizes, which `n += 1` leaves as they are."""
+    if value.op == "call_method":
+        return value.target in ("size", "dim", "numel", "nelement", "item")
+    if value.op != "call_function":
+        return False
+    if value.target is getattr:
+        return value.args[1] in ("shape", "ndim")
+    computes = getattr(value.target, "__module__", "") in ("_operator", "math", "builtins")
+    return computes and all(map(_is_number, value.all_input_nodes))
+
+
+def _is_put_back(node: fx.Node, part: fx.Node) -> bool:
+    """Whether the operation is that of `x[index] += y`, which sets the part of `x` afterwards."""
+    last = next(reversed(node.users), None)
+    return (
+        part.target is operator.getitem
+        and last is not None
+        and last.target is operator.setitem
+        and last.args == (*part.args, node)
+    )
 
 
 def _says_in_place(name: str) -> bool:
@@ -179,8 +211,8 @@ def _make_out_of_place(node: fx.Node) -> None:
             node.op, node.target, node.args = "call_function", call_on_copy, (name, *node.args)
     elif node.target is operator.setitem:
         node.target = set_item
-    elif node.target in _IN_PLACE_OPERATORS:
-        node.target = _IN_PLACE_OPERATORS[node.target]
+    elif node.target in IN_PLACE_OPERATORS:
+        node.target = IN_PLACE_OPERATORS[node.target]
     elif (call := _in_place_flag(node)) is not None:
         call.arguments["inplace"] = False
         node.args, node.kwargs = call.args, call.kwargs

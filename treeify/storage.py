@@ -8,6 +8,7 @@ become plain containers of their packed tensors.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -97,6 +98,10 @@ def lookup(root: nn.Module, key: str) -> Tensor:
     return found
 
 
+# Held while a module has tensors that are not its own: another thread may call it, too.
+_SWAPPING = threading.RLock()
+
+
 def call_with(
     module: nn.Module,
     values: Mapping[str, Tensor],
@@ -110,11 +115,12 @@ def call_with(
     """
     if torch.compiler.is_compiling():
         return functional_call(module, dict(values), args, dict(kwargs or {}))
-    own = _swap(module, values)
-    try:
-        return module(*args, **(kwargs or {}))
-    finally:
-        _swap(module, own)
+    with _SWAPPING:
+        own = _swap(module, values)
+        try:
+            return module(*args, **(kwargs or {}))
+        finally:
+            _swap(module, own)
 
 
 def call_assigning(
@@ -130,11 +136,12 @@ def call_assigning(
         result = functional_call(module, last, args, kwargs)  # leaves in `last` what it found
         return result, {key: now for key, now in last.items() if now is not values[key]}
     places = {key: value.data_ptr() for key, value in values.items()}
-    own = _swap(module, values)
-    try:
-        result = module(*args, **kwargs)
-    finally:
-        last = _swap(module, own)
+    with _SWAPPING:
+        own = _swap(module, values)
+        try:
+            result = module(*args, **kwargs)
+        finally:
+            last = _swap(module, own)
     return result, {
         key: now
         for key, now in last.items()

@@ -155,10 +155,21 @@ def trace(
             functionalize(graph, private, aliases)
             _annotate(graph, running, aliases)
             reshape_views(graph)
+            _keep_single_images(graph)
             graph.lint()
             constants |= _constants(graph, private)
     shape = tuple(example.shape[1:])
     return Traced(skeleton, graphs, shape, constants, unopened, limits)
+
+
+def _keep_single_images(graph: fx.Graph) -> None:
+    """Let `squeeze()` drop the dims it drops of several images, and not the batch of one image."""
+    for node in graph.nodes:
+        if node.target in ("squeeze", torch.squeeze) and len(node.args) == 1 and not node.kwargs:
+            known = facts(node.args[0]).value
+            if isinstance(known, TensorFacts) and known.batch_dim is not None:
+                dims = tuple(dim for dim, size in enumerate(known.shape) if size == 1)
+                node.args = (node.args[0], dims)
 
 
 def _require_traceable(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from treeify import unseen
 from treeify.errors import TraceError
+from treeify.functional import IN_PLACE_OPERATORS
 from treeify.stand_ins import STAND_INS
 from treeify.unseen import (
     StateError,
@@ -40,12 +41,42 @@ BATCHES = (2, 3)
 
 
 class _Value(fx.Proxy):
-    """A value whose data are not to be exchanged."""
+    """A value whose data are not to be exchanged, and that says that it is a tensor if it is."""
+
+    _is_param = _is_buffer = False  # what torch.nn asks of tensors it has no class for
+
+    def _kind(self) -> type:
+        """What `isinstance(x, torch.Tensor)` looks at."""
+        tracer: Any = self.tracer
+        return Tensor if tracer.makes_tensor(self.node) else type(self)
+
+    __class__ = property(_kind)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
             raise StateError("it assigns to a tensor's data, which no graph shows")
-        super().__setattr__(name, value)
+        fx.Proxy.__setattr__(self, name, value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _is_value(found: Any) -> bool:
+    """Whether something is a value of the graph, which may call itself a tensor."""
+    return issubclass(type(found), fx.Proxy)
+
+
+def _in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
+    """What `x += y` and the like record: fx itself takes them for `x = x + y`."""
+
+    def change(own: fx.Proxy, other: Any) -> Any:
+        return own.tracer.create_proxy("call_function", operation, (own, other), {})
+
+    return change
+
+
+for _operation in IN_PLACE_OPERATORS:
+    setattr(_Value, f"__{_operation.__name__}__", _in_place(_operation))
 
 
 class _Sized(_Value):
@@ -103,24 +134,29 @@ class Sizes:
 
     def of(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
         """Both shapes of a node's output; None if it is no tensor or cannot be computed."""
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                found = [self._value(node, run) for run in range(len(BATCHES))]
-        except Exception:  # whatever a library raises for what the meta device cannot do
-            return None
-        self._values[node] = found
-        small, large = found
+        if node not in self._values:
+            for other in node.graph.nodes:
+                if other not in self._values:
+                    self._values[other] = self._compute(other)
+        small, large = self._values[node]
         if not isinstance(small, Tensor) or small.ndim != large.ndim:
             return None
         return small.shape, large.shape
 
+    def _compute(self, node: fx.Node) -> list[Any]:
+        """A node's output at both batch sizes; `NotImplemented` where it cannot be computed."""
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                return [self._value(node, run) for run in range(len(BATCHES))]
+        except Exception:  # whatever a library raises for what the meta device cannot do
+            return [NotImplemented] * len(BATCHES)
+
     def _value(self, node: fx.Node, run: int) -> Any:
         def known(other: fx.Node) -> Any:
-            # The tracer makes no proxy of constants.
-            found = self._values.get(other)
-            if found is None and other.op == "get_attr":
-                return self._value(other, run)
-            return self._values[other][run]
+            found = self._values[other][run]
+            if found is NotImplemented:
+                raise ValueError(f"{other} is not known")
+            return found
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), known)
         if node.op == "placeholder":
@@ -142,8 +178,10 @@ class _Tracer(fx.Tracer):
         self,
         leaf_types: frozenset[type[nn.Module]],
         unopened: Collection[str],
-        sizes: Sizes | None,
+        sizes: Sizes,
         fixed: Collection[int],
+        *,
+        sized: bool,
     ) -> None:
         timm_fx: Any = timm_registry  # has no annotations
         functions = tuple(fn for fn in timm_fx.get_notrace_functions() if callable(fn))
@@ -155,7 +193,7 @@ class _Tracer(fx.Tracer):
         marked = (own for own in timm_fx.get_notrace_modules() if own.__module__[:5] != "timm.")
         self._leaf_types = leaf_types.union(marked)
         self._unopened = unopened
-        self._sizes = sizes
+        self._sizes, self._sized = sizes, sized
         self._running = False
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
@@ -174,17 +212,25 @@ class _Tracer(fx.Tracer):
         return run, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        if self._sizes is None:
-            return _Value(node, self)
-        self._running = True
-        try:
-            found = self._sizes.of(node)
-        finally:
-            self._running = False
+        found = self._shapes(node) if self._sized else None
         return _Value(node, self) if found is None else _Sized(node, self, *found)
 
+    def makes_tensor(self, node: fx.Node) -> bool:
+        """Whether a node's value is a tensor, as far as that can be computed."""
+        return self._shapes(node) is not None
+
+    def _shapes(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
+        self._running, before = True, self._running
+        try:
+            return self._sizes.of(node)
+        finally:
+            self._running = before
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if _is_value(a) else super().create_arg(a)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if self._running or id(attr_val) in self._fixed:
+        if self._running or _is_value(attr_val) or id(attr_val) in self._fixed:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -368,9 +414,9 @@ def _trace_mode(
     while True:
         # A model that branches on sizes can only be traced with those of the example's images.
         stops: list[_Stop] = []
-        for known in (None, sizes):
+        for sized in (False, True):
             try:
-                found = _try(private, training, leaf_types, unopened, sizes, known, stops)
+                found = _try(private, training, leaf_types, unopened, sizes, stops, sized=sized)
             except StateError as error:
                 raise _untraceable(private, training, error) from error
             if found is not None:
@@ -387,8 +433,9 @@ def _try(
     leaf_types: frozenset[type[nn.Module]],
     unopened: Collection[str],
     sizes: Sizes,
-    known: Sizes | None,
     stops: list[_Stop],
+    *,
+    sized: bool,
 ) -> tuple[fx.Graph, Limits] | None:
     """A mode's graph, with the images' size unknown or known; else where that stopped.
 
@@ -402,7 +449,7 @@ def _try(
     fixed: set[str] = set()
     while True:
         ids = {id(private.get_buffer(name)) for name in fixed}
-        tracer = _Tracer(leaf_types, unopened, known, ids)
+        tracer = _Tracer(leaf_types, unopened, sizes, ids, sized=sized)
         with sizes.mode(training), _recorded_factories(), closed_functions() as left_out:
             watch = Watch(private)
             try:
@@ -420,9 +467,7 @@ def _try(
             assigned = _assigned(private, buffers)
             if assigned is None:
                 recomputed = tracer.recomputed or bool(left_out)
-                return graph, Limits(
-                    known is not None, tuple(fixed), recomputed, tuple(tracer.kept)
-                )
+                return graph, Limits(sized, tuple(fixed), recomputed, tuple(tracer.kept))
             path, name = assigned
             problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
             stops[:] = [_Stop(len(tracer.graph.nodes), path, problem)]

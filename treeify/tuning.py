@@ -73,7 +73,7 @@ def tune(
 
 
 def _mean_square(logits: Any) -> Tensor:
-    outputs = [leaf for leaf in tree_leaves(logits) if isinstance(leaf, Tensor)]
+    outputs = [own for own in tree_leaves(logits) if isinstance(own, Tensor) and own.requires_grad]
     return torch.stack([output.square().mean() for output in outputs]).sum()
 
 

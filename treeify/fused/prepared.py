@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,9 @@ Weights = tuple[Tensor, Tensor | None]
 _KEPT = 4
 # Multiply-accumulates of one branch's product below which plain PyTorch is faster than oneDNN.
 SMALL = 16e6
+
+# Held while weights are prepared: several threads may call the same ensemble.
+_PREPARING = threading.RLock()
 
 
 class Prepared(nn.Module):
@@ -62,12 +66,11 @@ class Prepared(nn.Module):
             # Tensors made in inference mode count no changes; parametrized ones are elsewhere.
             return False
         if seen != self._seen or setting != self._setting:
-            self.forget()
-            with torch.no_grad():
-                self._folded = self.fold()
-            self._seen, self._setting = seen, setting
-            # Holding on to the sources keeps their addresses from being given to others.
-            self._sources = [tensor.detach() for tensor in found if tensor is not None]
+            with _PREPARING, torch.no_grad():
+                self._folded, self._parts = self.fold(), {}
+                # Holding on to the sources keeps their addresses from being given to others.
+                self._sources = [tensor.detach() for tensor in found if tensor is not None]
+                self._seen, self._setting = seen, setting
         return True
 
     def kept(self, key: Any, prepare: Callable[..., Weights]) -> Weights:
@@ -79,9 +82,10 @@ class Prepared(nn.Module):
         """
         found = self._parts.get(key)
         if found is None:
-            assert self._folded is not None
-            found = self._parts[key] = prepare(*self._folded, *key)
-            self._drop_oldest(_KEPT * self._folded[0].numel())
+            with _PREPARING:
+                assert self._folded is not None
+                found = self._parts[key] = prepare(*self._folded, *key)
+                self._drop_oldest(_KEPT * self._folded[0].numel())
         return found
 
     def _drop_oldest(self, limit: int) -> None:

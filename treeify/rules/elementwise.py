@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import timm.layers.activations as timm_act
@@ -110,6 +111,7 @@ class Broadcast(nn.Module):
         operands: facts of the positional arguments; None for what is no tensor.
         rank: rank of the base model's result.
         folds: whether the result is packed into dim 1 (else stacked in dim 0).
+        shared: for each positional argument, whether it is one value for all branches.
     """
 
     def __init__(
@@ -119,28 +121,62 @@ class Broadcast(nn.Module):
         rank: int,
         *,
         folds: bool,
+        shared: tuple[bool, ...],
     ) -> None:
         super().__init__()
         self.target, self.operands, self.rank, self.folds = target, operands, rank, folds
+        self.shared = shared
 
     def forward(self, span: Span, *args: Any, **kwargs: Any) -> Tensor:
         """The operation's result, packed."""
         aligned = [
-            self._align(arg, known, span.size)
-            for arg, known in zip(args, self.operands, strict=True)
+            self._align(arg, known, span.size, shared=shared)
+            for arg, known, shared in zip(args, self.operands, self.shared, strict=True)
         ]
+        aligned = _as_numbers(aligned, self.operands)
         result: Tensor = call_target(self.target, *aligned, **kwargs)
         return refold(result) if self.folds else result
 
-    def _align(self, arg: Any, known: TensorFacts | None, count: int) -> Any:
+    def _align(self, arg: Any, known: TensorFacts | None, count: int, *, shared: bool) -> Any:
         if known is None:
             return arg
+        if shared and not known.shape:
+            return arg[0]
         if known.folds:
             return unfold(arg, count)
         missing = [1] * (self.rank - len(known.shape))
         base = (*missing, *arg.shape[1:])
         # A value without a batch broadcasts over it: its place at dim 0 goes to the branches.
         return arg.reshape(1, count, *base[1:]) if self.folds else arg.reshape(count, *base)
+
+
+def _as_numbers(values: list[Any], operands: Sequence[TensorFacts | None]) -> list[Any]:
+    """Tensors without dims in the base model leave the others' dtype alone, as they do there."""
+    kinds = [
+        (value.dtype, known is not None and not known.shape)
+        for value, known in zip(values, operands, strict=True)
+        if isinstance(value, Tensor)
+    ]
+    dtypes = {dtype for dtype, is_number in kinds if not is_number}
+    if not dtypes or all(dtype in dtypes for dtype, _ in kinds):
+        return values
+    wide = torch.empty(1, dtype=reduce(torch.promote_types, dtypes), device="meta")
+
+    def cast(value: Any, known: TensorFacts | None) -> Any:
+        if not isinstance(value, Tensor) or known is None or known.shape:
+            return value
+        number = torch.empty((), dtype=value.dtype, device="meta")
+        return value.to(torch.result_type(wide, number))
+
+    return [cast(value, known) for value, known in zip(values, operands, strict=True)]
+
+
+def _require_number(call: Call, operands: Sequence[TensorFacts | None]) -> None:
+    """Raise Unpackable if a mask is filled with numbers that differ between branches."""
+    if call.node.target == "masked_fill":
+        for argument, known in zip(call.node.args[1:], operands[1:], strict=True):
+            if known is not None and not known.shape and argument in call.own:
+                raise Unpackable("it takes one number to fill in")
 
 
 @rule(*_BROADCAST, pure=True)
@@ -152,6 +188,7 @@ def pack_broadcast(call: Call) -> nn.Module:
     if not isinstance(call.known.value, TensorFacts):
         raise Unpackable("its result is no tensor")
     result = call.known.value
+    _require_number(call, operands)
     found = [known for known in operands if known is not None]
     if all(known.folds and known.shape[1] == result.shape[1] for known in found) and (
         {len(known.shape) for known in found} == {len(result.shape)}
@@ -169,6 +206,7 @@ def pack_broadcast(call: Call) -> nn.Module:
         operands,
         len(result.shape),
         folds=result.folds,
+        shared=tuple(argument not in call.own for argument in call.node.args),
     )
 
 
@@ -201,6 +239,7 @@ class BroadcastInBatch(nn.Module):
             self._align(arg, known, span.size)
             for arg, known in zip(args, self.operands, strict=True)
         ]
+        aligned = _as_numbers(aligned, self.operands)
         result: Tensor = call_target(self.target, *aligned, **kwargs)
         return result.flatten(self.dim, self.dim + 1)
 
@@ -231,6 +270,7 @@ def run_broadcast(call: Call) -> nn.Module:
     # In the batch that number is multiplied by the branches, as reshapes need it.
     if any(any(tree_leaves(facts(own).grows)) for own in call.node.all_input_nodes):
         raise Unpackable("it computes with the number of images")
+    _require_number(call, operands)
     require_aligned(operands, result)
     return with_parameters(call, call.node.target, operands, result)
 

@@ -14,6 +14,7 @@ from torchvision.models import convnext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from treeify.packing import refold, unfold
+from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
 from treeify.rules.widened import Widened, widened
 from treeify.storage import narrow
@@ -55,7 +56,7 @@ def pack_frozen_batch_norm(norm: nn.Module, branches: int) -> None:
 def pack_instance_norm_call(call: Call) -> Widened:
     """Instance norms."""
     require_rank(call.input_facts(), type(call.module).__name__)
-    return widened(call)
+    return widened(call, of_channels=True)
 
 
 @rule(*_BATCH_NORMS, *_GROUP_NORMS, *_NORM_ACTS)
@@ -64,9 +65,12 @@ def pack_norm(call: Call) -> Widened:
     norm: Any = call.module
     if getattr(norm, "momentum", 0.0) is None:
         raise Unpackable("momentum=None averages over a counter that each branch has of its own")
-    if any(True for child in norm.children() for _ in (*child.parameters(), *child.buffers())):
-        raise Unpackable("its activation has parameters")
-    return widened(call)
+    if type(norm) in _NORM_ACTS:
+        if type(norm.act) not in ACTIVATIONS:
+            raise Unpackable("its activation is no function of single numbers")
+        if type(norm.drop) not in (nn.Identity, nn.Dropout):
+            raise Unpackable("its dropout draws for several channels at once")
+    return widened(call, of_channels=True)
 
 
 rule(FrozenBatchNorm2d)(widened)

@@ -26,20 +26,26 @@ class Widened(nn.Module):
         module: the packed module in the ensemble, with all `branches` of its level.
         base: the base architecture's module.
         branches: how many branches `module` holds.
+        of_channels: whether what it does depends on how many there are, even without tensors.
     """
 
-    def __init__(self, module: nn.Module, base: nn.Module, branches: int) -> None:
+    def __init__(
+        self, module: nn.Module, base: nn.Module, branches: int, *, of_channels: bool = False
+    ) -> None:
         super().__init__()
         self.module = module
         self.base = base
         self.branches = branches
         self._resized: dict[int, nn.Module] = {}
         self.has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
+        self.of_channels = of_channels
         if self.has_tensors and branches > 1:
             self.resized(1)  # made here, so that compiling a looped level meets no copying
 
     def forward(self, span: Span, x: Tensor, *sizes: Any, **named: Any) -> Any:
         """`[N, G*C, ...]` -> what the module makes of it, for the branches of `span`."""
+        if not self.has_tensors and self.of_channels:
+            return self.resized(span.size)(x, *sizes, **named)
         if span.size == self.branches or not self.has_tensors:
             return self.module(x, *sizes, **named)
         return call_with(self.resized(span.size), self.tensors(span), (x, *sizes), named)
@@ -148,8 +154,12 @@ def swap(tensor: Tensor, dim: int, parents: int, outer: int, inner: int) -> Tens
     return axes.transpose(dim + 1, dim + 2).flatten(dim, dim + 3)
 
 
-def widened(call: Call) -> Widened:
+def widened(call: Call, *, of_channels: bool = False) -> Widened:
     """The packed operation of a module that has a widen rule.
+
+    Args:
+        call: of the module.
+        of_channels: as `Widened` takes it.
 
     Raises:
         Unpackable: its input is not packable, or it reads another tensor too.
@@ -158,7 +168,7 @@ def widened(call: Call) -> Widened:
         raise Unpackable("it reads more than one tensor")
     call.input_facts()
     assert call.module is not None and call.storage is not None
-    return Widened(call.storage, call.module, call.branches)
+    return Widened(call.storage, call.module, call.branches, of_channels=of_channels)
 
 
 def widened_conv(call: Call) -> WidenedConv:

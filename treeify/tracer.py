@@ -22,9 +22,9 @@ from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from treeify import unseen
+from treeify import proxies, unseen
 from treeify.errors import TraceError
-from treeify.functional import IN_PLACE_OPERATORS
+from treeify.proxies import Sized, Value, instances_told
 from treeify.stand_ins import STAND_INS
 from treeify.unseen import (
     StateError,
@@ -38,76 +38,6 @@ from treeify.unseen import (
 
 # How many images what depends on their number is told apart with.
 BATCHES = (2, 3)
-
-
-class _Value(fx.Proxy):
-    """A value whose data are not to be exchanged, and that says that it is a tensor if it is."""
-
-    _is_param = _is_buffer = False  # what torch.nn asks of tensors it has no class for
-
-    def _kind(self) -> type:
-        """What `isinstance(x, torch.Tensor)` looks at."""
-        tracer: Any = self.tracer
-        return Tensor if tracer.makes_tensor(self.node) else type(self)
-
-    __class__ = property(_kind)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "data":
-            raise StateError("it assigns to a tensor's data, which no graph shows")
-        fx.Proxy.__setattr__(self, name, value)
-
-    def __setitem__(self, index: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
-
-
-def _is_value(found: Any) -> bool:
-    """Whether something is a value of the graph, which may call itself a tensor."""
-    return issubclass(type(found), fx.Proxy)
-
-
-def _in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
-    """What `x += y` and the like record: fx itself takes them for `x = x + y`."""
-
-    def change(own: fx.Proxy, other: Any) -> Any:
-        return own.tracer.create_proxy("call_function", operation, (own, other), {})
-
-    return change
-
-
-for _operation in IN_PLACE_OPERATORS:
-    setattr(_Value, f"__{_operation.__name__}__", _in_place(_operation))
-
-
-class _Sized(_Value):
-    """A tensor whose sizes are numbers while tracing, but for those that grow with the batch."""
-
-    def __init__(
-        self, node: fx.Node, tracer: fx.Tracer, small: torch.Size, large: torch.Size
-    ) -> None:
-        super().__init__(node, tracer)
-        self._sizes = tuple(
-            one if one == other else None for one, other in zip(small, large, strict=True)
-        )
-
-    @property
-    def ndim(self) -> int:
-        return len(self._sizes)
-
-    @property
-    def shape(self) -> tuple[Any, ...]:
-        return tuple(self.size(dim) for dim in range(self.ndim))
-
-    def dim(self) -> int:
-        return self.ndim
-
-    def size(self, dim: int | None = None) -> Any:
-        if dim is None:
-            return self.shape
-        known = self._sizes[dim]
-        if known is not None:
-            return known
-        return self.tracer.create_proxy("call_method", "size", (self, dim % self.ndim), {})
 
 
 class Sizes:
@@ -213,7 +143,7 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         found = self._shapes(node) if self._sized else None
-        return _Value(node, self) if found is None else _Sized(node, self, *found)
+        return Value(node, self) if found is None else Sized(node, self, *found)
 
     def makes_tensor(self, node: fx.Node) -> bool:
         """Whether a node's value is a tensor, as far as that can be computed."""
@@ -226,11 +156,8 @@ class _Tracer(fx.Tracer):
         finally:
             self._running = before
 
-    def create_arg(self, a: Any) -> Any:
-        return a.node if _is_value(a) else super().create_arg(a)
-
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        if self._running or _is_value(attr_val) or id(attr_val) in self._fixed:
+        if self._running or id(attr_val) in self._fixed:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -450,7 +377,12 @@ def _try(
     while True:
         ids = {id(private.get_buffer(name)) for name in fixed}
         tracer = _Tracer(leaf_types, unopened, sizes, ids, sized=sized)
-        with sizes.mode(training), _recorded_factories(), closed_functions() as left_out:
+        with (
+            sizes.mode(training),
+            _recorded_factories(),
+            instances_told(),
+            closed_functions() as left_out,
+        ):
             watch = Watch(private)
             try:
                 graph = tracer.trace(private)
@@ -530,7 +462,7 @@ def _untraceable(private: nn.Module, training: bool, failure: Exception) -> Trac
 def _user_line(error: BaseException) -> str:
     """The innermost line of the traceback that belongs neither to torch nor to the tracer."""
     torch_root = str(Path(torch.__file__).parent)
-    own = (__file__, unseen.__file__)
+    own = (__file__, proxies.__file__, unseen.__file__)
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

@@ -57,7 +57,9 @@ def _counts(rows: Sequence[Row]) -> str:
 
 def _totals(rows: Sequence[Row], names: Sequence[str]) -> str:
     converted = [row for row in rows if row.converted]
-    bare = sum(row.how != FULL for row in converted)
+    whole = sum(row.how == FULL for row in converted)
+    bare = sum(row.how == META or bool(row.shallower_splits) for row in converted)
+    fewer = len(converted) - whole - bare
     worst = max((row.worst for row in rows if row.proven and row.worst is not None), default=0.0)
     meta = _by_shapes_only(rows)
     reduced = [row for row in rows if row.proven and str(row.how).startswith(REDUCED)]
@@ -65,7 +67,9 @@ def _totals(rows: Sequence[Row], names: Sequence[str]) -> str:
     versions = sorted({_versions(row) for row in rows})
     lines = [
         f"- **{len(rows)} of {len(names)} names were checked**; of the others nothing is known.",
-        f"- {len(converted)} of the {len(rows)} converted, {bare} of them without weights.",
+        f"- {len(converted)} of the {len(rows)} converted: {whole} as their numbers were checked,"
+        f" {bare} as they are usually built, without weights"
+        + (f"; {fewer} with fewer blocks only, by rows of an older treeify." if fewer else "."),
         f"- {exact + len(reduced)} of the {len(rows)} are proven numerically: {exact} in full,"
         f" {len(reduced)} shallower; {len(meta)} more by shapes only.",
         f"- {sum(row.inner_split is not None and row.failure is None for row in rows)} of them were"

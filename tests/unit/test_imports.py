@@ -25,6 +25,7 @@ LAYERS = (
     "functional",
     "unseen",
     "stand_ins",
+    "proxies",
     "tracer",
     "running",
     "trace",

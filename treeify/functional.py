@@ -26,6 +26,9 @@ IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.ior: operator.or_,
     operator.ixor: operator.xor,
     operator.ipow: operator.pow,
+    operator.imod: operator.mod,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
 }
 
 _RESHAPED = {"view": "reshape", "view_as": "reshape_as"}
@@ -50,6 +53,11 @@ def as_strided(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return value.contiguous().as_strided(*args, **kwargs)
 
 
+def stride(value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`value.stride()` of a tensor without gaps."""
+    return value.contiguous().stride(*args, **kwargs)
+
+
 def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
     """Replace in-place operations on values, since a value may be shared by siblings.
 
@@ -68,7 +76,7 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
         if node.target in IN_PLACE_OPERATORS and (_is_number(target) or _is_put_back(node, target)):
             _make_out_of_place(node)
             continue
-        _check_unread(_looks_into(target), target, node, order)
+        _check_unread(looks_into(target), target, node, order)
         names = [target, *aliases.read_later(target, node, order)]
         _make_out_of_place(node)
         # Later readers of the value itself get the result.
@@ -90,6 +98,8 @@ def reshape_views(graph: fx.Graph) -> None:
             node.kwargs = {_RENAMED.get(key, key): own for key, own in node.kwargs.items()}
         elif node.target in ("as_strided", torch.as_strided):
             node.op, node.target = "call_function", as_strided
+        elif node.target == "stride":
+            node.op, node.target = "call_function", stride
 
 
 def isolate(
@@ -239,19 +249,30 @@ def _in_place_flag(node: fx.Node) -> inspect.BoundArguments | None:
 
 def stems_from_state(node: fx.Node) -> bool:
     """Whether a value is a parameter or buffer, or a view of one."""
-    while _looks_into(node) is not None:
-        node = _looks_into(node)  # type: ignore[assignment]
+    while looks_into(node) is not None:
+        node = looks_into(node)  # type: ignore[assignment]
     return node.op == "get_attr"
 
 
-def _looks_into(node: fx.Node) -> fx.Node | None:
+def looks_into(node: fx.Node) -> fx.Node | None:
     """The value a node is a view of, or gives back after changing it, if any."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
     data = node.target is getattr and node.args[1] == "data"
     gives_back = name in VIEWS or name == "detach" or _says_in_place(name) or data
     is_view = node.op in ("call_method", "call_function") and gives_back
+    if name == "getitem" and not _is_slice(node.args[1]):
+        return None  # what is picked is a copy
     source = node.args[0] if is_view and node.args else None
     return source if isinstance(source, fx.Node) else None
+
+
+def _is_slice(index: Any) -> bool:
+    """Whether an index gives a view: numbers and slices do, tensors and lists of them do not."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return not any(
+        isinstance(part, list | Tensor) or (isinstance(part, fx.Node) and not _is_number(part))
+        for part in parts
+    )
 
 
 def _check_unread(
@@ -273,4 +294,4 @@ def _check_unread(
         if late:
             view = "" if source is changed else f", a view of {source.name}"
             raise TraceError(**shared(node, changed, view, late[0]))
-        source = _looks_into(source)
+        source = looks_into(source)

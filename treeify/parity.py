@@ -162,8 +162,17 @@ def _check_shapes(output: Any, size: int, expected: Any) -> None:
         raise ParityError(f"the output of {size} leaves does not have {size} of them.")
 
 
+def _with_plain_dicts(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _with_plain_dicts(own) for key, own in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(map(_with_plain_dicts, value))
+    return value
+
+
 def _check_structure(actual: Any, expected: Any) -> None:
-    found, wanted = tree_structure(actual), tree_structure(expected)
+    # A graph gives a dict for any kind of it.
+    found, wanted = (tree_structure(_with_plain_dicts(own)) for own in (actual, expected))
     if found != wanted:
         raise ParityError(
             "the tensors are held in another structure.", expected=f"{wanted}", found=f"{found}"

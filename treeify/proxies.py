@@ -13,7 +13,8 @@ from unittest import mock
 import torch
 from torch import Tensor, fx
 
-from treeify.functional import IN_PLACE_OPERATORS
+from treeify.errors import TraceError
+from treeify.functional import IN_PLACE_OPERATORS, looks_into
 from treeify.unseen import StateError
 
 
@@ -26,6 +27,8 @@ class Value(fx.Proxy):
         super().__setattr__(name, value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
+        if looks_into(self.node) is not None:
+            raise TraceError("it sets a part of a view, which changes what the view is of")
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
 
@@ -77,12 +80,13 @@ class Sized(Value):
         return self.tracer.create_proxy("call_method", "size", (self, dim % self.ndim), {})
 
 
+# Packages that would take values for tensors in memory.
+_NOT_TOLD = ("torch", "treeify")
+
+
 @contextmanager
 def instances_told() -> Iterator[None]:
-    """Let `isinstance(x, torch.Tensor)` in a model's code be true of values that are tensors.
-
-    Not in torch's own, which would take them for tensors in memory.
-    """
+    """Let `isinstance(x, torch.Tensor)` in a model's code be true of values that are tensors."""
     original = builtins.isinstance
 
     def told(found: Any, kinds: Any) -> bool:
@@ -90,11 +94,10 @@ def instances_told() -> Iterator[None]:
             return True
         if not issubclass(type(found), Value) or not _asks_for_tensors(kinds):
             return False
-        code = sys._getframe(1)
-        asked = code.f_globals.get("__name__", "").partition(".")[0] != "torch"
-        return (asked or code.f_code.co_name == "is_tensor") and found.tracer.makes_tensor(
-            found.node
-        )
+        frame = sys._getframe(1)
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        asked = package not in _NOT_TOLD or frame.f_code.co_name == "is_tensor"
+        return asked and found.tracer.makes_tensor(found.node)
 
     with mock.patch.object(builtins, "isinstance", told):
         yield

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import random
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
@@ -75,11 +77,15 @@ class Sizes:
 
     def _compute(self, node: fx.Node) -> list[Any]:
         """A node's output at both batch sizes; `NotImplemented` where it cannot be computed."""
+        states = random.getstate(), np.random.get_state()
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
                 return [self._value(node, run) for run in range(len(BATCHES))]
         except Exception:  # whatever a library raises for what the meta device cannot do
             return [NotImplemented] * len(BATCHES)
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
 
     def _value(self, node: fx.Node, run: int) -> Any:
         def known(other: fx.Node) -> Any:

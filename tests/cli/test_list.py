@@ -73,6 +73,7 @@ def test_wildcards_families_and_limits_choose() -> None:
     assert names("timm/resnet18") == ["resnet18"]
     assert names("timm/*18") == ["resnet18"]
     assert names("timm/*") == ["resnet10t", "resnet18"]
+    assert names("t*") == names("*/*") == ["torchvision/resnet18"]
     assert names("torchvision/*") == ["torchvision/resnet18"]
     assert names("--family", "resnet") == ["resnet10t", "resnet18"]
     assert names("--family", "torchvision/*") == ["torchvision/resnet18"]

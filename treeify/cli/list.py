@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,8 +32,8 @@ class _Filter:
     def names(self, row: Row | None, name: str) -> bool:
         """Whether a model's name and family are meant."""
         # timm's names may be given in full, as torchvision's are.
-        full = name if "/" in name else TIMM + name
-        if not any(fnmatchcase(own, self.pattern) for own in (name, full)):
+        full = self.pattern.startswith(TIMM) and not re.search("[/:]", name)
+        if not fnmatchcase(TIMM + name if full else name, self.pattern):
             return False
         if self.family is None:
             return True

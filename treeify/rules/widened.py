@@ -39,7 +39,7 @@ class Widened(nn.Module):
         self._resized: dict[int, nn.Module] = {}
         self.has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
         self.of_channels = of_channels
-        if self.has_tensors and branches > 1:
+        if branches > 1 and (self.has_tensors or of_channels):
             self.resized(1)  # made here, so that compiling a looped level meets no copying
 
     def forward(self, span: Span, x: Tensor, *sizes: Any, **named: Any) -> Any:
@@ -53,9 +53,10 @@ class Widened(nn.Module):
     def resized(self, count: int) -> nn.Module:
         """The base architecture's module, widened for `count` branches; its tensors go unused."""
         if count not in self._resized:
-            self._resized[count] = copy.copy(self.base)
-            self._resized[count]._modules = self.module._modules
-            WIDEN[type(self.base)](self._resized[count], count)
+            made = copy.copy(self.base)
+            made._modules = self.module._modules
+            WIDEN[type(self.base)](made, count)
+            self._resized[count] = made  # whole: another thread may be waiting for it
         part = self._resized[count]
         for name in _LIVE:
             if name in self.module.__dict__:

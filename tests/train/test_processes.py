@@ -92,7 +92,9 @@ def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path) -> Non
     overrides = ["loss.name=mortal:dying"]
     done = runs.run(file, *overrides, "--out", "run", cwd=tmp_path, processes=2)
     assert done.returncode != 0
-    assert "a process of this run died" in done.stdout + done.stderr
+    # torchrun may end the process that is left before that can say so.
+    told = done.stdout + done.stderr
+    assert "a process of this run died" in told or "ChildFailedError" in told
     assert (tmp_path / "run" / "last").resolve().name == state_name(5, 1)
     source = (tmp_path / "mortal.py").read_text()
     (tmp_path / "mortal.py").write_text(source.replace("== 6", "== 99"))

@@ -157,8 +157,35 @@ def free_port() -> int:
     return port
 
 
+def told_apart(*arguments: Any, cwd: Path) -> list[subprocess.CompletedProcess[str]]:
+    """The ends of `treeify train` in two processes that nothing but their own network ends."""
+    port = free_port()
+    started = [
+        subprocess.Popen(
+            command(*arguments),
+            cwd=cwd,
+            env={**environment(), **_ranks(rank, port)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, output)
+        for process, output in zip(started, outputs, strict=True)
+    ]
+
+
 def _take_part(rank: int, port: int, cwd: Path, *arguments: Any) -> None:
-    os.environ |= {
+    os.environ |= _ranks(rank, port)
+    _train(cwd, *arguments)
+
+
+def _ranks(rank: int, port: int) -> dict[str, str]:
+    """What torchrun tells one of two processes."""
+    return {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
@@ -166,7 +193,6 @@ def _take_part(rank: int, port: int, cwd: Path, *arguments: Any) -> None:
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(port),
     }
-    _train(cwd, *arguments)
 
 
 def killed(file: Path, owner: str, name: str, count: int, after: bool) -> int | None:

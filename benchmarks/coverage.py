@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from treeify import coverage
+from treeify import coverage, files
 from treeify.architecture import family, library_names
 from treeify.coverage import FULL, META, REDUCED, Row
 from treeify.sweep import Settings
@@ -139,21 +139,19 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def main(files: Sequence[str]) -> None:
+def main(paths: Sequence[str]) -> None:
     """Put rows into the shipped file, and write the page.
 
     Args:
-        files: of `treeify verify`; rows of other versions or splits than usual are left out.
+        paths: files of `treeify verify`; rows of other versions or splits than usual are left out.
     """
     rows, names = coverage.shipped().newest(), library_names()
-    for file in files:
-        for row in coverage.read(Path(file)).present(ASKED):
+    for path in paths:
+        for row in coverage.read(Path(path)).present(ASKED):
             if row.name in names:
                 rows[row.name] = row
-    if files:
-        draft = coverage.SHIPPED.with_suffix(".draft")
-        draft.write_bytes(coverage.compressed(rows.values()))
-        draft.replace(coverage.SHIPPED)
+    if paths:
+        files.replace_bytes(coverage.SHIPPED, coverage.compressed(rows.values()))
     page = updated(PAGE.read_text(encoding="utf-8"), list(rows.values()), names)
     PAGE.write_text(page, encoding="utf-8")
 

@@ -15,6 +15,11 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
+    """Write a file of text, as `replace_bytes` does."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
     """Write a file.
 
     Raises:
@@ -22,7 +27,7 @@ def replace_text(path: Path, text: str) -> None:
     """
     draft = _draft(path)
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_bytes(content)
         _bring_to_disk(draft)
         draft.replace(path)
         _bring_to_disk(path.parent)

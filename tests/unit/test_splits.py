@@ -8,6 +8,7 @@ import small
 import timm
 import torch
 import torchvision
+from torch import nn
 
 import treeify
 from treeify.api import open_up
@@ -65,6 +66,15 @@ def test_the_inner_point_is_inside_a_module_and_parts_the_macs(resnet: Traced) -
     )
     hne = treeify.hierarchicalize(torchvision.models.resnet18(), [point.name])
     assert hne.leaves == 2
+
+
+def test_the_inner_point_begins_no_stage() -> None:
+    """The second of these two parts the MACs evenly, as no point inside of either does."""
+    stages = [nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))) for _ in range(2)]
+    model = nn.Sequential(nn.Sequential(*stages), nn.Flatten(), nn.Linear(4 * 64, 2))
+    point = inner_point(open_up(model, example_input=torch.zeros(1, 4, 8, 8)))
+    assert point is not None
+    assert point.name in ("0.0.2", "0.1.1")
 
 
 @pytest.mark.parametrize(

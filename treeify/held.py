@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 # What promotes no dtypes by itself, or takes over that of an operand.
 _UNPROMOTED = {
@@ -32,9 +32,9 @@ def held(dtype: torch.dtype) -> Iterator[None]:
         dtype: in which networks are compared.
     """
     with ExitStack() as modes:
-        modes.enter_context(MeanNoise())
         if dtype == torch.float64:
-            modes.enter_context(FullPrecision())
+            modes.enter_context(FullPrecision())  # sees what is left to run, and no mode sees it
+        modes.enter_context(MeanNoise())
         yield
 
 
@@ -46,20 +46,35 @@ class FullPrecision(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(_is_double(own) for own in tree_leaves((args, kwargs))):
+        given = list(_leaves((args, kwargs)))
+        if any(_is(torch.float64, own) for own in given):
             if func is Tensor.float:
                 return args[0].double()
             promotes = getattr(func, "__name__", "") not in _UNPROMOTED
-            args, kwargs = tree_map(partial(_doubled, tensors_too=not promotes), (args, kwargs))
+            doubled = partial(_doubled, tensors_too=not promotes)
+            if any(doubled(own) is not own for own in given):
+                args, kwargs = tree_map(doubled, (args, kwargs))
         return func(*args, **kwargs)
 
 
-def _is_double(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype == torch.float64
+def _leaves(value: Any) -> Iterator[Any]:
+    """What `tree_leaves` gives for the arguments of torch's functions, of which there are many."""
+    if isinstance(value, (tuple, list)):
+        for own in value:
+            yield from _leaves(own)
+    elif isinstance(value, dict):
+        for own in value.values():
+            yield from _leaves(own)
+    else:
+        yield value
+
+
+def _is(dtype: torch.dtype, value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype == dtype
 
 
 def _doubled(value: Any, *, tensors_too: bool) -> Any:
-    if tensors_too and isinstance(value, Tensor) and value.dtype == torch.float32:
+    if tensors_too and _is(torch.float32, value):
         return value.double()
     return torch.float64 if value is torch.float32 else value
 

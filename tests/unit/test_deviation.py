@@ -6,10 +6,11 @@ import math
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import treeify
-from treeify.held import FullPrecision
+from treeify.held import FullPrecision, held
 from treeify.parity import ATOL, RTOL, deviation
 
 INF, NAN = math.inf, math.nan
@@ -83,7 +84,26 @@ def test_in_full_precision_casts_to_float32_are_none() -> None:
         assert x.half().dtype == torch.float16
         assert single.double().dtype == torch.float64
         assert single.to(torch.float32).dtype == single.float().dtype == torch.float32
+        lists = (
+            torch.cat([x, single]),
+            torch.stack(tensors=[single, x]),
+            torch.einsum("i,i", x, single),
+        )
+        assert {made.dtype for made in lists} == {torch.float64}
     assert x.float().dtype == torch.float32
+
+
+def test_draws_are_held_in_full_precision() -> None:
+    x = torch.rand(3, dtype=torch.float64)
+    with held(torch.float64):
+        drawn = torch.rand_like(x, dtype=torch.float32)
+        assert drawn.dtype == torch.float64 and drawn.eq(0.5).all()
+        assert torch.equal(F.dropout(x, 0.5, training=True), x)
+        assert x.clone().bernoulli_(0.25).eq(0.25).all()
+        own = torch.bernoulli(x).float()
+        assert own.dtype == torch.float64 and torch.equal(own, x)
+    with held(torch.float32):
+        assert torch.rand_like(x, dtype=torch.float32).dtype == torch.float32
 
 
 def bytes_in_memory() -> int:

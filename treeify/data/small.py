@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from pydantic import NonNegativeInt, PositiveInt
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch.utils.data import TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
@@ -57,6 +55,10 @@ def digits(
     Raises:
         DataError: the split leaves a side without some of the digits.
     """
+    # Importing it takes over a second, which every command would wait for.
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
     bunch = load_digits()
     if not len(bunch.target_names) <= held_out <= len(bunch.target) - len(bunch.target_names):
         raise DataError(

@@ -35,6 +35,40 @@ _LIBRARY = ("torch", "_operator", "math", "builtins")
 Values = Mapping[fx.Node, Any]
 
 
+class InPlaceError(TraceError):
+    """An in-place operation that no other can stand for.
+
+    Args:
+        node: the operation.
+        texts: as other errors take them.
+    """
+
+    def __init__(self, node: fx.Node, **texts: str) -> None:
+        super().__init__(**texts)
+        self.node = node
+
+
+class ReadLaterError(InPlaceError):
+    """An in-place operation on memory that is read later.
+
+    Args:
+        node: the operation.
+        changed: the value it changes in place.
+        also: what lies in the same memory, as words after a comma.
+        reader: reads it afterwards.
+    """
+
+    def __init__(self, node: fx.Node, changed: fx.Node, also: str, reader: fx.Node) -> None:
+        super().__init__(
+            node,
+            where=f"{node.name} changes {changed.name} in place{also},"
+            f" which {reader.name} reads afterwards.",
+            expected="in-place operations on values of their own",
+            next_step="Use the out-of-place operation, or move both lines into a module of their"
+            " own: it then runs per branch, unopened.",
+        )
+
+
 class Keeper(fx.Interpreter):
     """Runs a graph and keeps every value, so that no two lie in the same place by chance.
 
@@ -70,7 +104,8 @@ class Aliases:
             order: the nodes' places in the graph.
 
         Raises:
-            TraceError: a value overlaps with the one changed, is another one, and is read later.
+            ReadLaterError: a value overlaps with the one changed, is another one, and is read
+                later.
         """
         late = {
             other: readers[0]
@@ -86,7 +121,7 @@ class Aliases:
             if _is_same(values[changed], values[other]):
                 same.append(other)
             elif _overlap(values[changed], values[other]):
-                raise TraceError(**shared(node, changed, f", and {other.name} with it", reader))
+                raise ReadLaterError(node, changed, f", and {other.name} with it", reader)
         return same
 
     def _related(
@@ -124,23 +159,6 @@ class Aliases:
 def is_library(code: Any) -> bool:
     """Whether a function or class is torch's or Python's own."""
     return str(getattr(code, "__module__", "")).partition(".")[0] in _LIBRARY
-
-
-def shared(node: fx.Node, changed: fx.Node, also: str, reader: fx.Node) -> dict[str, str]:
-    """Texts of the error for an operation on memory that is read later.
-
-    Args:
-        node: the operation.
-        changed: the value it changes in place.
-        also: what lies in the same memory, as words after a comma.
-        reader: reads it afterwards.
-    """
-    return {
-        "where": f"{node.name} changes {changed.name} in place{also},"
-        f" which {reader.name} reads afterwards.",
-        "expected": "in-place operations on values of their own",
-        "next_step": "Use the out-of-place operation in the model.",
-    }
 
 
 def _is_same(one: Any, other: Any) -> bool:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map_only
 
-from treeify.aliases import VIEWS, Aliases, shared
-from treeify.errors import TraceError
+from treeify.aliases import VIEWS, Aliases, InPlaceError, ReadLaterError
 
 _COPY = "treeify_copy"
 IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -65,8 +64,8 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
     Updates of buffers stay as they are: those are the model's state.
 
     Raises:
-        TraceError: a view is changed in place and what it looks into is read afterwards, or a part
-            of the changed value is.
+        InPlaceError: an operation has no twin, or a view is changed in place and what it looks into
+            is read afterwards, or a part of the changed value is.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node in graph.nodes:
@@ -114,7 +113,7 @@ def isolate(
         aliases: of the graph's values.
 
     Raises:
-        TraceError: an input, what it is a view of, or a part of it is read again afterwards.
+        ReadLaterError: an input, what it is a view of, or a part of it is read again afterwards.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node, sources in changing.items():
@@ -230,8 +229,9 @@ def _make_out_of_place(node: fx.Node) -> None:
         name = getattr(node.target, "__name__", "")
         twin = getattr(torch, name[:-1], None) or getattr(nn.functional, name[:-1], None)
         if twin is None:
-            raise TraceError(
-                f"{name} changes a value in place and has no out-of-place twin.",
+            raise InPlaceError(
+                node,
+                where=f"{name} changes a value in place and has no out-of-place twin.",
                 next_step="Use the out-of-place operation in the model.",
             )
         node.target = twin
@@ -287,11 +287,11 @@ def _check_unread(
         order: the nodes' places in the graph.
 
     Raises:
-        TraceError: it is.
+        ReadLaterError: it is.
     """
     while source is not None:
         late = [user for user in source.users if order.get(user, -1) > order[node]]
         if late:
             view = "" if source is changed else f", a view of {source.name}"
-            raise TraceError(**shared(node, changed, view, late[0]))
+            raise ReadLaterError(node, changed, view, late[0])
         source = looks_into(source)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
-from treeify.aliases import Aliases
+from treeify.aliases import Aliases, InPlaceError
 from treeify.errors import TraceError
 from treeify.functional import functionalize, isolate, reshape_views
 from treeify.running import Recorder, Running
@@ -137,7 +137,8 @@ def trace(
         leaf_types: module types to keep whole, besides torch's own and those marked so for timm.
 
     Raises:
-        TraceError: the model's own forward cannot be traced; names the line that stopped it.
+        TraceError: the model's own forward cannot be traced; names the line that stopped it, or the
+            operation in place that no other can stand for.
         InputError: the model does not run on the example's shape.
     """
     _require_traceable(model)
@@ -145,21 +146,61 @@ def trace(
         private = _private_copy(model)
         skeleton = _on_meta(private)
         sizes = Sizes(private, skeleton, tuple(example.shape[1:]))
-        graphs, unopened, limits = trace_modes(private, leaf_types, sizes)
-        constants: dict[str, Any] = {}
-        for training, graph in graphs.items():
-            _register_dataclasses(graph)
-            _give_by_position(graph, private)
-            running = Running(private, skeleton, example, training)
-            aliases = Aliases(private, partial(running.values, graph))
-            functionalize(graph, private, aliases)
-            _annotate(graph, running, aliases)
-            reshape_views(graph)
-            _keep_single_images(graph)
-            graph.lint()
-            constants |= _constants(graph, private)
+        unopened: dict[str, str] = {}
+        while True:
+            graphs, limits = trace_modes(private, leaf_types, sizes, unopened)
+            try:
+                for training, graph in graphs.items():
+                    _prepare(graph, Running(private, skeleton, example, training))
+                break
+            except InPlaceError as error:
+                _close_around(error, unopened)
+        constants = {
+            target: value
+            for graph in graphs.values()
+            for target, value in _constants(graph, private).items()
+        }
     shape = tuple(example.shape[1:])
     return Traced(skeleton, graphs, shape, constants, unopened, limits)
+
+
+def _prepare(graph: fx.Graph, running: Running) -> None:
+    """Make a traced graph functional, and annotate its nodes.
+
+    Args:
+        graph: changed in place.
+        running: the model in the graph's mode.
+
+    Raises:
+        InPlaceError: an operation in place that no other can stand for.
+        InputError: the model does not run on the example's shape.
+    """
+    _register_dataclasses(graph)
+    _give_by_position(graph, running.private)
+    aliases = Aliases(running.private, partial(running.values, graph))
+    functionalize(graph, running.private, aliases)
+    _annotate(graph, running, aliases)
+    reshape_views(graph)
+    _keep_single_images(graph)
+    graph.lint()
+
+
+def _close_around(error: InPlaceError, unopened: dict[str, str]) -> None:
+    """Let the innermost module with the operation stay closed: inside of it, it is as it was.
+
+    Args:
+        error: names the operation.
+        unopened: by module, why it stays closed; changed in place.
+
+    Raises:
+        InPlaceError: the given one, if the operation is in the model's own forward.
+    """
+    inside = _enclosing(error.node)
+    if not inside or inside in unopened:
+        raise error
+    for nested in [path for path in unopened if path.startswith(f"{inside}.")]:
+        del unopened[nested]
+    unopened[inside] = str(error).partition("\n")[0]
 
 
 def _keep_single_images(graph: fx.Graph) -> None:
@@ -353,10 +394,14 @@ def _growth(small: Any, large: Any) -> Any:
 
 
 def _scope(node: fx.Node) -> str:
+    return str(node.target) if node.op == "call_module" else _enclosing(node)
+
+
+def _enclosing(node: fx.Node) -> str:
+    """The innermost module whose forward has the node's line; empty for the model itself."""
     stack = node.meta.get("nn_module_stack") or {}
-    if node.op == "call_module":
-        return str(node.target)
-    return str(list(stack.values())[-1][0]) if stack else ""
+    called = node.target if node.op == "call_module" else None
+    return next((str(path) for path, _ in reversed(stack.values()) if path != called), "")
 
 
 def _paths(graph: fx.Graph) -> dict[fx.Node, str]:

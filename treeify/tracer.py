@@ -272,14 +272,23 @@ def _recorded_factories() -> Iterator[None]:
 
 
 def trace_modes(
-    private: nn.Module, leaf_types: frozenset[type[nn.Module]], sizes: Sizes
-) -> tuple[dict[bool, fx.Graph], dict[str, str], Limits]:
-    """Both modes' graphs.
+    private: nn.Module,
+    leaf_types: frozenset[type[nn.Module]],
+    sizes: Sizes,
+    unopened: dict[str, str],
+) -> tuple[dict[bool, fx.Graph], Limits]:
+    """Both modes' graphs, and what they are limited to.
 
-    Also the modules that had to stay closed, in either, with the reason; and what both graphs are
-    limited to.
+    Args:
+        private: the model.
+        leaf_types: module types to keep whole.
+        sizes: answers to what the model asks about sizes.
+        unopened: by module that stays closed, the reason; those that have to, in either mode, are
+            added.
+
+    Raises:
+        TraceError: the model's own forward cannot be traced.
     """
-    unopened: dict[str, str] = {}
     while True:
         before = len(unopened)
         found = {
@@ -293,7 +302,7 @@ def trace_modes(
             one_size = any(own.one_size for own in limits)
             recomputed = any(own.recomputed for own in limits)
             kept = sorted({name for own in limits for name in own.kept})
-            return graphs, unopened, Limits(one_size, tuple(fixed), recomputed, tuple(kept))
+            return graphs, Limits(one_size, tuple(fixed), recomputed, tuple(kept))
 
 
 @dataclass(frozen=True)

@@ -437,6 +437,65 @@ def test_a_part_of_what_is_changed_in_place_must_not_be_read_later(case: str) ->
         treeify.hierarchicalize(Aliasing(case), ["body"], example_input=small.EXAMPLE)
 
 
+class Outer(nn.Module):
+    """Reads what a module in it has changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(4, 4, 1), Doubling())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner[1](x[:, 1:3]).sum(1, keepdim=True) + self.inner[0](x)
+
+
+class Doubling(nn.Module):
+    """Changes its input in place, and says so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mul_(2)
+
+
+class Around(nn.Module):
+    """A module that cannot be made functional, in the midst of others."""
+
+    def __init__(self, odd: nn.Module) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.odd = nn.Sequential(odd)
+        self.head = nn.Conv2d(4, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.odd(self.stem(x))).mean((2, 3))
+
+
+class Overlapping(nn.Module):
+    """Changes a part of what it reads again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        part, rest = x[:, :2], x[:, 1:]
+        part += 1
+        return self.conv(x) + rest.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize("split", ["stem", "odd.0", "head"])
+@pytest.mark.parametrize("odd", [Overlapping, Outer])
+def test_a_module_that_reads_what_it_changed_in_place_stays_closed(
+    odd: type[nn.Module], split: str
+) -> None:
+    torch.manual_seed(0)
+    hne = treeify.hierarchicalize(
+        Around(odd()), [f"{split}:3"], init="perturb", example_input=small.EXAMPLE
+    )
+    assert list(hne.traced.unopened) == ["odd.0"]
+    (note,) = (note for note in hne.conversion.notes if "odd.0" in note)
+    assert "in place" in note and "reads afterwards" in note
+    assert treeify.verify(hne, small.images(2)).worst <= 1
+
+
 class RunningMean(small.SmallNet):
     """Updates a buffer in place, several times in one statement."""
 

@@ -481,8 +481,21 @@ class Overlapping(nn.Module):
         return self.conv(x) + rest.sum(1, keepdim=True)
 
 
+class LateReader(nn.Module):
+    """Reads what a closed module has changed, though nothing about that says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.close = Halving()
+        self.conv = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return self.close(x) * x
+
+
 @pytest.mark.parametrize("split", ["stem", "odd.0", "head"])
-@pytest.mark.parametrize("odd", [Overlapping, Outer])
+@pytest.mark.parametrize("odd", [Overlapping, Outer, LateReader])
 def test_a_module_that_reads_what_it_changed_in_place_stays_closed(
     odd: type[nn.Module], split: str
 ) -> None:

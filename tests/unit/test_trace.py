@@ -494,8 +494,19 @@ class LateReader(nn.Module):
         return self.close(x) * x
 
 
+class Nested(nn.Module):
+    """Reads what a module in it has changed, that stays closed for its own sake already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Overlapping()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x) * x
+
+
 @pytest.mark.parametrize("split", ["stem", "odd.0", "head"])
-@pytest.mark.parametrize("odd", [Overlapping, Outer, LateReader])
+@pytest.mark.parametrize("odd", [Overlapping, Outer, LateReader, Nested])
 def test_a_module_that_reads_what_it_changed_in_place_stays_closed(
     odd: type[nn.Module], split: str
 ) -> None:

@@ -33,7 +33,8 @@ def held(dtype: torch.dtype) -> Iterator[None]:
     """
     with ExitStack() as modes:
         if dtype == torch.float64:
-            modes.enter_context(FullPrecision())  # sees what is left to run, and no mode sees it
+            # Innermost, so that its looking at dtypes goes through no other mode.
+            modes.enter_context(FullPrecision())
         modes.enter_context(MeanNoise())
         yield
 
@@ -51,8 +52,8 @@ class FullPrecision(TorchFunctionMode):
             if func is Tensor.float:
                 return args[0].double()
             promotes = getattr(func, "__name__", "") not in _UNPROMOTED
-            doubled = partial(_doubled, tensors_too=not promotes)
-            if any(doubled(own) is not own for own in given):
+            if any(_is_single(own, tensors_too=not promotes) for own in given):
+                doubled = partial(_doubled, tensors_too=not promotes)
                 args, kwargs = tree_map(doubled, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -73,10 +74,14 @@ def _is(dtype: torch.dtype, value: Any) -> bool:
     return isinstance(value, Tensor) and value.dtype == dtype
 
 
+def _is_single(value: Any, *, tensors_too: bool) -> bool:
+    return value is torch.float32 or (tensors_too and _is(torch.float32, value))
+
+
 def _doubled(value: Any, *, tensors_too: bool) -> Any:
-    if tensors_too and _is(torch.float32, value):
-        return value.double()
-    return torch.float64 if value is torch.float32 else value
+    if not _is_single(value, tensors_too=tensors_too):
+        return value
+    return value.double() if isinstance(value, Tensor) else torch.float64
 
 
 class MeanNoise(TorchFunctionMode):

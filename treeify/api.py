@@ -12,6 +12,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from treeify.architecture import Architecture, example_shape, fingerprint, recognise
+from treeify.copies import hooks_of
 from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import InputError, ModelError
 from treeify.initialize import PERTURBATION, Initialization, branch_seed, initialization
@@ -217,11 +218,7 @@ def _notes(plan: Initialization) -> tuple[str, ...]:
 def hook_notes(base: nn.Module) -> Iterator[str]:
     """Whose hooks are left out, but for torch's own."""
     hooked = [
-        path or "the model itself"
-        for path, module in base.named_modules()
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        for hook in hooks.values()
-        if not str(getattr(hook, "__module__", "")).startswith("torch.")
+        path or "the model itself" for path, module in base.named_modules() if hooks_of(module)
     ]
     if hooked:
-        yield "leaves out the hooks of " + ", ".join(dict.fromkeys(hooked))
+        yield "leaves out the hooks of " + ", ".join(hooked)

@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_map_only
 from treeify.aliases import VIEWS, Aliases, InPlaceError, ReadLaterError
 
 _COPY = "treeify_copy"
+# How fx names tensors that are neither parameters nor buffers, in the model it traces.
+CONSTANT = "_tensor_constant"
 IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
     operator.iadd: operator.add,
     operator.isub: operator.sub,
@@ -55,6 +57,27 @@ def as_strided(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 def stride(value: Tensor, *args: Any, **kwargs: Any) -> Any:
     """`value.stride()` of a tensor without gaps."""
     return value.contiguous().stride(*args, **kwargs)
+
+
+def join_constants(graph: fx.Graph) -> None:
+    """Let all readers of a tensor that `forward` made read one node, so that changes reach them.
+
+    Args:
+        graph: changed in place.
+    """
+    first: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if _is_constant(node):
+            kept = first.setdefault(str(node.target), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
+        elif node.op == "call_method" and node.target == "__setitem__":
+            node.op, node.target = "call_function", operator.setitem
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "get_attr" and str(node.target).startswith(CONSTANT)
 
 
 def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
@@ -251,7 +274,7 @@ def stems_from_state(node: fx.Node) -> bool:
     """Whether a value is a parameter or buffer, or a view of one."""
     while looks_into(node) is not None:
         node = looks_into(node)  # type: ignore[assignment]
-    return node.op == "get_attr"
+    return node.op == "get_attr" and not _is_constant(node)
 
 
 def looks_into(node: fx.Node) -> fx.Node | None:

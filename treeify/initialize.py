@@ -7,10 +7,11 @@ tensors from network `i`, which is drawn with a generator seeded from `(seed, i)
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -160,7 +161,7 @@ def reset(model: nn.Module, seed: int, network: int) -> State:
     fresh = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(branch_seed(seed, network))
-        for module in fresh.modules():
+        for module in reversed(list(fresh.modules())):  # a parent's scheme overrides its layers'
             if _is_stuck(module):
                 for parameter in module.parameters(recurse=False):
                     _perturb(parameter)
@@ -188,9 +189,18 @@ def _is_stuck(module: nn.Module) -> bool:
 def _reset_method(module: nn.Module) -> Callable[[], None] | None:
     for name in ("reset_parameters", "_reset_parameters"):  # MultiheadAttention has the latter
         method = getattr(module, name, None)
-        if callable(method):
+        if callable(method) and _takes_nothing(method):
             return method  # type: ignore[no-any-return]
     return None
+
+
+def _takes_nothing(method: Callable[..., Any]) -> bool:
+    """Whether a method can be called without arguments."""
+    try:
+        inspect.signature(method).bind()
+    except TypeError:
+        return False
+    return True
 
 
 def _perturb(tensor: Tensor) -> Tensor:

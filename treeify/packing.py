@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -103,17 +103,46 @@ def _join_leaves(*parts: Any) -> Any:
 def unpack(value: Any, known: Any, count: int, form: Form = Form.PACKED) -> Branches:
     """Packed, or in the batch -> per branch; views, no copies."""
 
-    def pieces(fact: TensorFacts | None, whole: Any) -> Any:
-        if fact is None:
-            return [whole] * count
-        dim = place(fact, form)
+    def pieces(whole: Tensor, dim: int | None) -> Sequence[Tensor]:
         return whole.unbind(0) if dim is None else _chunks(whole, count, dim)
 
+    return _by_branch(value, known, count, form, pieces)
+
+
+def cut(value: Any, known: Any, count: int, form: Form) -> Branches:
+    """Packed, or in the batch -> the same for each branch alone; views, no copies."""
+
+    def pieces(whole: Tensor, dim: int | None) -> Sequence[Tensor]:
+        return _chunks(whole, count, dim or 0)
+
+    return _by_branch(value, known, count, form, pieces)
+
+
+def _by_branch(
+    value: Any,
+    known: Any,
+    count: int,
+    form: Form,
+    pieces: Callable[[Tensor, int | None], Sequence[Tensor]],
+) -> Branches:
+    """The branches' values.
+
+    Args:
+        value: of all branches.
+        known: the base value's `TensorFacts`, in the value's own structure.
+        count: how many branches.
+        form: the form the value is in.
+        pieces: parts a tensor along the dim of its branches, or where they are stacked.
+    """
+
+    def parted(fact: TensorFacts | None, whole: Any) -> Sequence[Any]:
+        return [whole] * count if fact is None else pieces(whole, place(fact, form))
+
     if isinstance(known, TensorFacts):
-        return Branches(pieces(known, value))
+        return Branches(parted(known, value))
     facts, structure = tree_flatten(known)
     wholes = structure.flatten_up_to(value)
-    columns = [pieces(fact, whole) for fact, whole in zip(facts, wholes, strict=True)]
+    columns = [parted(fact, whole) for fact, whole in zip(facts, wholes, strict=True)]
     return Branches(
         tree_unflatten([column[index] for column in columns], structure) for index in range(count)
     )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import cycle, islice
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class Figures:
 
     Args:
         leaf_eval: leaf logits in evaluation mode, as `hne.execution` is set and in every way to
-            run: packed, looped, and both with layers fused.
+            run: packed, looped, both with layers fused, and packed and looped level by level.
         leaf_train: leaf logits in training mode, batch statistics included, as `hne.execution` is
             set.
         buffers: buffers (running statistics) after that training pass, but for
@@ -328,7 +329,7 @@ def _widened(value: Tensor) -> Tensor:
 
 def _pass(network: nn.Module, x: Tensor, weights: list[Tensor], *, training: bool) -> Any:
     """A network's output and, in training mode, the gradients of a weighted sum of it."""
-    network.train(training).requires_grad_(training)
+    _want_gradients(network.train(training), training)
     with torch.set_grad_enabled(training), held(x.dtype):
         output = network(x)
     if training:
@@ -416,7 +417,7 @@ def _eval_parity(hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor) -> dict[s
         found = (deviation(_select(logits, index), own) for logits in outputs.values())
         leaf = max(leaf, *found)
     whole = outputs[hne.plan(x)]
-    for size in hne.tree.nested_sizes:
+    for size in hne.tree.nested_sizes[:-1]:  # the last is all leaves
         with held(x.dtype), _kept(hne):
             prefix = max(prefix, deviation(hne(x, leaves=size), _first(whole, size)))
     return {"leaf_eval": leaf, "prefix": prefix}
@@ -438,16 +439,24 @@ def _kept(hne: HierarchicalEnsemble) -> Iterator[None]:
 
 
 def _every_plan(hne: HierarchicalEnsemble) -> list[Plan]:
-    """All levels packed and all looped, with and without fused layers."""
+    """All levels packed and all looped, with and without fused layers, and level by level in turn.
+
+    The first level has one branch: the turns of two levels would be no others.
+    """
     levels = hne.tree.levels
-    return [Plan((way,) * levels, fuse=fuse) for way in WAYS for fuse in (False, True)]
+    plans = [Plan((way,) * levels, fuse=fuse) for way in WAYS for fuse in (False, True)]
+    if levels > 2:
+        order = (WAYS, WAYS[::-1])
+        plans += [Plan(tuple(islice(cycle(ways), levels)), fuse=False) for ways in order]
+    return plans
 
 
 @torch.enable_grad()
 def _train_parity(
     hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor, ungraded: list[str]
 ) -> dict[str, float]:
-    hne.train().requires_grad_(True).zero_grad()
+    _want_gradients(hne.train())
+    hne.zero_grad()
     weights: list[Tensor] = []
     leaf = buffers = 0.0
     expected: dict[str, Tensor] = {}
@@ -458,7 +467,8 @@ def _train_parity(
     updated = {name: own.clone() for name, own in hne.named_buffers(remove_duplicate=False)}
     torch.autograd.backward(_scalar(logits, weights))
     for index in range(hne.leaves):
-        network = leaf_of(index).train().requires_grad_(True)
+        network = leaf_of(index).train()
+        _want_gradients(network)
         with held(x.dtype):
             own = network(x)
         leaf = max(leaf, deviation(_select(logits, index), own))
@@ -500,6 +510,14 @@ def _scalar(value: Any, weights: list[Tensor]) -> Tensor:
     return torch.stack(
         [(output * weight).sum() for output, weight in zip(outputs, weights, strict=True)]
     ).sum()
+
+
+def _want_gradients(network: nn.Module, wanted: bool = True) -> None:
+    """Let parameters have gradients or not, but for whole numbers, which can have none."""
+    for parameter in network.parameters():
+        parameter.requires_grad_(
+            wanted and (parameter.is_floating_point() or parameter.is_complex())
+        )
 
 
 def _gradients(network: nn.Module) -> dict[str, Tensor]:

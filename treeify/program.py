@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from treeify.packing import Branches, Form, join, place, unpack
+from treeify.packing import Branches, Form, cut, join, place
 from treeify.storage import cut_once
 from treeify.trace import TensorFacts
 from treeify.tree import Span, Tree
 
 PACKED, LOOPED = "packed", "looped"
 WAYS = (PACKED, LOOPED)
-OUTPUT = "output"
+# A keyword: no value of a graph has such a name.
+OUTPUT = "return"
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Held:
         """One branch's part, dense: operations would otherwise copy it at each reading."""
         if self._parts is None:
             crossing = self.crossing
-            parts = unpack(self.value, crossing.known, self.span.size, crossing.form)
+            parts = cut(self.value, crossing.known, self.span.size, crossing.form)
             self._parts = Branches(tree_map(_dense, part, self.value) for part in parts)
         return self._parts[position]
 
@@ -137,7 +138,8 @@ class Held:
             if fact is None or not fact.batched:
                 return value
             if form is not Form.BATCH:
-                return value.index_select(0, images)
+                stacked = form is Form.PACKED and not fact.folds
+                return value.index_select(int(stacked), images)
             parts = torch.unflatten(value, 0, (self.span.size, value.shape[0] // self.span.size))
             return parts.index_select(1, images).flatten(0, 1)
 

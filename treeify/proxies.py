@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, fx
 
 from treeify.errors import TraceError
-from treeify.functional import IN_PLACE_OPERATORS, looks_into
+from treeify.functional import IN_PLACE_OPERATORS, looks_into, stems_from_state
 from treeify.unseen import StateError
 
 
 class Value(fx.Proxy):
     """A value that may be changed in place, but whose data are not to be exchanged."""
+
+    tracer: Any
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "data":
@@ -27,9 +29,22 @@ class Value(fx.Proxy):
         super().__setattr__(name, value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if looks_into(self.node) is not None:
-            raise TraceError("it sets a part of a view, which changes what the view is of")
+        if looks_into(self.node) is not None and stems_from_state(self.node):
+            raise TraceError("it sets a part of a view of a parameter or buffer")
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    @property
+    def ndim(self) -> Any:
+        """As of a tensor: a number, which does not depend on the images' size."""
+        rank = self.tracer.rank(self.node)
+        return fx.proxy.Attribute(self, "ndim") if rank is None else rank
+
+    def dim(self) -> Any:
+        """As of a tensor."""
+        rank = self.tracer.rank(self.node)
+        if rank is None:
+            return self.tracer.create_proxy("call_method", "dim", (self,), {})
+        return rank
 
 
 def _in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
@@ -57,18 +72,9 @@ class Sized(Value):
         )
 
     @property
-    def ndim(self) -> int:
-        """As of a tensor."""
-        return len(self._sizes)
-
-    @property
     def shape(self) -> tuple[Any, ...]:
         """Numbers, but for dims that grow with the batch."""
-        return tuple(self.size(dim) for dim in range(self.ndim))
-
-    def dim(self) -> int:
-        """As of a tensor."""
-        return self.ndim
+        return tuple(self.size(dim) for dim in range(len(self._sizes)))
 
     def size(self, dim: int | None = None) -> Any:
         """As of a tensor."""
@@ -77,7 +83,7 @@ class Sized(Value):
         known = self._sizes[dim]
         if known is not None:
             return known
-        return self.tracer.create_proxy("call_method", "size", (self, dim % self.ndim), {})
+        return self.tracer.create_proxy("call_method", "size", (self, dim % len(self._sizes)), {})
 
 
 # Packages that would take values for tensors in memory.

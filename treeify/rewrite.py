@@ -172,8 +172,11 @@ class _Rewriter:
         return self._call(level, f"{node.name}_dense", Dense(), (raw,), {})
 
     def _placeholder(self, draft: _Draft, name: str) -> fx.Node:
-        last = [node for node in draft.graph.nodes if node.op == "placeholder"][-1]
-        with draft.graph.inserting_after(last):
+        there = [node for node in draft.graph.nodes if node.op == "placeholder"]
+        taken = {"self", *(str(node.target) for node in there)}  # names of arguments
+        while name in taken:
+            name += "_"
+        with draft.graph.inserting_after(there[-1]):
             return draft.graph.placeholder(name)
 
     def _value(self, node: fx.Node, level: int, form: Form) -> fx.Node:

@@ -8,7 +8,7 @@ ancestors (itself included).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -332,15 +332,45 @@ def _most_even(
 def levels(graph: fx.Graph, names: Sequence[str]) -> dict[fx.Node, int]:
     """Every node's level: the number of splits among its ancestors, itself included.
 
-    A node without ancestors (a parameter, a constant) takes the lowest level that reads it.
+    A node without ancestors (a parameter, a constant) takes the lowest level that reads it; one
+    that nothing reads (`self.scale.data.clamp_(0, 1)`) that of the lowest reader of the same state.
     """
     reach = _Reach(graph)
     masks = [reach.after(name) for name in names]
     level = {
         node: sum(mask >> index & 1 for mask in masks) for index, node in enumerate(reach.nodes)
     }
-    for index in reversed(range(len(reach.nodes))):
-        node = reach.nodes[index]
-        if not reach.rooted >> index & 1 and node.users:
-            level[node] = max(level[node], min(level[user] for user in node.users))
+    free = [node for index, node in enumerate(reach.nodes) if not reach.rooted >> index & 1]
+    unread = _unread(free)
+    for node in reversed(free):
+        if node not in unread:
+            readers = (level[user] for user in node.users if user not in unread)
+            level[node] = min(readers, default=0)
+    read: dict[str, int] = {}
+    for node in free:
+        if node.op == "get_attr" and node not in unread:
+            target = str(node.target)
+            read[target] = min(level[node], read.get(target, level[node]))
+    for node in reversed(free):
+        if node in unread:
+            above = [level[user] for user in node.users]
+            above += [read[target] for target in _state(node) if target in read]
+            level[node] = min(above, default=0)
     return level
+
+
+def _unread(nodes: Sequence[fx.Node]) -> set[fx.Node]:
+    """Of a graph's last nodes and those before them, the ones that no value is computed from."""
+    found: set[fx.Node] = set()
+    for node in reversed(nodes):
+        if node.op != "output" and all(user in found for user in node.users):
+            found.add(node)
+    return found
+
+
+def _state(node: fx.Node) -> Iterator[str]:
+    """Parameters, buffers and constants that a node without other ancestors is computed from."""
+    if node.op == "get_attr":
+        yield str(node.target)
+    for source in node.all_input_nodes:
+        yield from _state(source)

@@ -7,7 +7,6 @@ produces (found by running the graph at two batch sizes on the meta device) and 
 
 from __future__ import annotations
 
-import copy
 import inspect
 import operator
 from collections import Counter
@@ -21,12 +20,16 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import SUPPORTED_NODES, tree_leaves, tree_map
 
 from treeify.aliases import Aliases, InPlaceError
-from treeify.errors import TraceError
-from treeify.functional import functionalize, isolate, reshape_views
+from treeify.copies import on_meta, private_copy, require_own_code
+from treeify.functional import (
+    CONSTANT,
+    functionalize,
+    isolate,
+    join_constants,
+    reshape_views,
+)
 from treeify.running import Recorder, Running
-from treeify.tracer import BATCHES, CONSTANT, Limits, Sizes, trace_modes
-
-_PARAMETER_SOURCES = ("torch.nn.utils",)
+from treeify.tracer import BATCHES, Limits, Sizes, trace_modes
 
 
 @dataclass(frozen=True)
@@ -141,10 +144,10 @@ def trace(
             operation in place that no other can stand for.
         InputError: the model does not run on the example's shape.
     """
-    _require_traceable(model)
+    require_own_code(model)
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        private = _private_copy(model)
-        skeleton = _on_meta(private)
+        private = private_copy(model)
+        skeleton = on_meta(private)
         sizes = Sizes(private, skeleton, tuple(example.shape[1:]))
         unopened: dict[str, str] = {}
         while True:
@@ -177,6 +180,7 @@ def _prepare(graph: fx.Graph, running: Running) -> None:
     """
     _register_dataclasses(graph)
     _give_by_position(graph, running.private)
+    join_constants(graph)
     aliases = Aliases(running.private, partial(running.values, graph))
     functionalize(graph, running.private, aliases)
     _annotate(graph, running, aliases)
@@ -213,46 +217,16 @@ def _keep_single_images(graph: fx.Graph) -> None:
                 node.args = (node.args[0], dims)
 
 
-def _require_traceable(model: nn.Module) -> None:
-    """Refuse what no tracer can make sense of, before it tries."""
-    name = type(model).__name__
-    for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise TraceError(
-                f"{path or 'the model'} is scripted, and shows no code to trace.",
-                expected="modules written in Python",
-                next_step="Give the module that it was scripted from.",
-            )
-        if _calls_another(vars(module).get("forward")):
-            raise TraceError(
-                f"forward of {path or 'the model'} was replaced by a function that calls this very"
-                " model, not a copy of it.",
-                expected="a method: types.MethodType(function, module)",
-                next_step="Or give a module of its own whose forward calls the model.",
-            )
-    try:
-        inspect.signature(model.forward, follow_wrapped=False).bind(None)
-    except TypeError as error:
-        raise TraceError(
-            f"{name} cannot be called with images alone: {error}.",
-            expected="forward(self, images), further arguments with default values",
-            next_step="Give a module whose forward calls the model with all it needs.",
-        ) from error
-
-
-def _calls_another(function: Any) -> bool:
-    """Whether a function closes over a module or its method: copies would share that."""
-    cells = getattr(function, "__closure__", None) or ()
-    held = [cell.cell_contents for cell in cells]
-    return any(isinstance(getattr(own, "__self__", own), nn.Module) for own in held)
-
-
 def _register_dataclasses(graph: fx.Graph) -> None:
     """Let torch look into the dataclasses that the model returns, as it does into dicts."""
     for node in graph.nodes:
         kind = node.target
         if isinstance(kind, type) and is_dataclass(kind) and kind not in SUPPORTED_NODES:
             torch.export.register_dataclass(kind)
+
+
+# The first argument of torch's functions where that is not called `input`.
+_FIRST = {torch.where: "condition", torch.searchsorted: "sorted_sequence"}
 
 
 def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
@@ -264,7 +238,7 @@ def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
             forward = inspect.signature(root.get_submodule(str(node.target)).forward)
             first = next(iter(forward.parameters))
         elif node.op == "call_function" and _is_torchs(node.target):
-            first = "input"  # of all that have one
+            first = _FIRST.get(node.target, "input")
         else:
             continue
         if first in node.kwargs:
@@ -274,45 +248,6 @@ def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
 
 def _is_torchs(function: Any) -> bool:
     return (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch"
-
-
-def _private_copy(model: nn.Module) -> nn.Module:
-    """A copy without the user's hooks: they observe, they are not part of the architecture.
-
-    Raises:
-        TraceError: it cannot be copied, or a hook computes weights.
-    """
-    for path, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__.startswith(_PARAMETER_SOURCES):
-                raise TraceError(
-                    f"a hook of {type(hook).__module__} computes weights of {path or 'the model'}.",
-                    expected="parameters, or parametrizations of them",
-                    next_step="Use torch.nn.utils.parametrizations instead, or make its weights"
-                    " permanent: torch.nn.utils.remove_weight_norm, prune.remove.",
-                )
-    try:
-        private = copy.deepcopy(model)
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} cannot be copied: {error}",
-            expected="a module that copy.deepcopy accepts, since the given model is never modified",
-        ) from error
-    for module in private.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
-            hooks.clear()
-    return private
-
-
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A copy without weights; tensors that are one in the model are one in the copy."""
-    memo: dict[int, Any] = {}
-    for _, tensor in (*model.named_parameters(), *model.named_buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)
 
 
 def _constants(graph: fx.Graph, private: nn.Module) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import operator
 import random
+import sys
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from treeify import proxies, unseen
 from treeify.errors import TraceError
+from treeify.functional import CONSTANT
 from treeify.proxies import Sized, Value, instances_told
 from treeify.stand_ins import STAND_INS
 from treeify.unseen import (
@@ -38,6 +40,7 @@ from treeify.unseen import (
     recomputes,
 )
 
+_T = TypeVar("_T")
 # How many images what depends on their number is told apart with.
 BATCHES = (2, 3)
 
@@ -66,14 +69,23 @@ class Sizes:
 
     def of(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
         """Both shapes of a node's output; None if it is no tensor or cannot be computed."""
+        small, large = self._of(node)
+        if not isinstance(small, Tensor) or small.ndim != large.ndim:
+            return None
+        return small.shape, large.shape
+
+    def count(self, node: fx.Node) -> int | None:
+        """How many tensors a node gives; None if it gives no tuple, or another at each size."""
+        found = {len(own) if isinstance(own, tuple) else None for own in self._of(node)}
+        return found.pop() if len(found) == 1 else None
+
+    def _of(self, node: fx.Node) -> list[Any]:
+        """A node's output at both batch sizes, all those before it being computed."""
         if node not in self._values:
             for other in node.graph.nodes:
                 if other not in self._values:
                     self._values[other] = self._compute(other)
-        small, large = self._values[node]
-        if not isinstance(small, Tensor) or small.ndim != large.ndim:
-            return None
-        return small.shape, large.shape
+        return self._values[node]
 
     def _compute(self, node: fx.Node) -> list[Any]:
         """A node's output at both batch sizes; `NotImplemented` where it cannot be computed."""
@@ -135,6 +147,8 @@ class _Tracer(fx.Tracer):
         self.stopped_in = ""
         # Attributes that values were assigned to, and that held none before.
         self.kept: set[str] = set()
+        # Tensors made while tracing, and how often each had been changed when it was first used.
+        self._made: dict[int, tuple[Tensor, int | None]] = {}
         self.recomputed, self._recomputes = False, recomputes()
 
     def create_args_for_root(
@@ -155,10 +169,24 @@ class _Tracer(fx.Tracer):
         """Whether a node's value is a tensor, as far as that can be computed."""
         return self._shapes(node) is not None
 
+    def rank(self, node: fx.Node) -> int | None:
+        """How many dims a node's value has; None if it is no tensor or cannot be computed."""
+        found = self._shapes(node)
+        return None if found is None else len(found[0])
+
+    def iter(self, obj: Any) -> Iterator[Any]:
+        """A loop over parts that are as many for images of any size."""
+        if not _is_parted(obj.node) or (count := self._computed(obj.node, Sizes.count)) is None:
+            return super().iter(obj)
+        return iter([obj[index] for index in range(count)])
+
     def _shapes(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
+        return self._computed(node, Sizes.of)
+
+    def _computed(self, node: fx.Node, of: Callable[[Sizes, fx.Node], _T]) -> _T:
         self._running, before = True, self._running
         try:
-            return self._sizes.of(node)
+            return of(self._sizes, node)
         finally:
             self._running = before
 
@@ -166,6 +194,13 @@ class _Tracer(fx.Tracer):
         if self._running or id(attr_val) in self._fixed:
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, Tensor):
+            if a.grad_fn is not None:
+                raise TraceError("it takes parameters from a list, which no graph shows")
+            self._made.setdefault(id(a), (a, _changes(a)))
+        return super().create_arg(a)
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
@@ -177,6 +212,8 @@ class _Tracer(fx.Tracer):
     def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **named: Any) -> fx.Node:
         grad, casts = contexts()
         node = super().create_node(kind, target, args, *rest, **named)
+        if any(own.graph is not self.graph for own in node.all_input_nodes):
+            raise TraceError("it reads a value of another pass, as a cache keeps them")
         self.recomputed |= recomputes() and not self._recomputes
         was_grad, were_casts = self._contexts
         # What no gradient would reach may be computed without.
@@ -193,7 +230,13 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         if self._running:
             return forward(*args, **kwargs)
-        path = self.path_of_module(m)
+        try:
+            path = self.path_of_module(m)
+        except NameError:
+            # What forward makes of the model's own modules (`self.layers[:2]`), or of none.
+            if self._has_more(m):
+                raise
+            return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         watch = Watch(m)
@@ -205,9 +248,24 @@ class _Tracer(fx.Tracer):
             raise
         return result
 
+    def _has_more(self, m: nn.Module) -> bool:
+        """Whether a module has parameters or buffers that the traced model has not."""
+        own = {id(tensor) for tensor in (*self.root.parameters(), *self.root.buffers())}
+        return any(id(tensor) not in own for tensor in (*m.parameters(), *m.buffers()))
+
     def check(self, watch: Watch, path: str) -> None:
         """Look at what the module at a path did besides computing."""
         self.kept.update(f"{path}.{key}" if path else key for key in watch.check())
+        if any(_changes(own) != before for own, before in self._made.values()):
+            raise TraceError("it changes a tensor that it has used before, which no graph shows")
+
+
+def _is_parted(node: fx.Node) -> bool:
+    """Whether a value is a tensor in so many parts, or in parts of these sizes."""
+    name = getattr(node.target, "__name__", str(node.target))
+    parts = [*node.args[1:2], *node.kwargs.values()]
+    listed = any(isinstance(own, list | tuple) for own in parts)
+    return name == "chunk" or (name in ("split", "split_with_sizes") and listed)
 
 
 @contextmanager
@@ -241,8 +299,6 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         vars(model).update(found)
 
 
-# How fx names tensors that are neither parameters nor buffers, in the model it traces.
-CONSTANT = "_tensor_constant"
 # They take sizes, and look for no tensor's say in them as other functions do.
 _FACTORIES = (
     *("arange", "empty", "eye", "full", "linspace", "ones", "zeros"),
@@ -342,7 +398,8 @@ class _Stop:
         """What ended it, for the report."""
         if isinstance(self.error, TraceError):
             return str(self.error)
-        return f"{type(self.error).__name__} at {_user_line(self.error)}"
+        where = _user_line(self.error, imported=True)
+        return f"{type(self.error).__name__} at {where}"
 
 
 def _trace_mode(
@@ -474,8 +531,11 @@ def _untraceable(private: nn.Module, training: bool, failure: Exception) -> Trac
     )
 
 
-def _user_line(error: BaseException) -> str:
-    """The innermost line of the traceback that belongs neither to torch nor to the tracer."""
+def _user_line(error: BaseException, *, imported: bool = False) -> str:
+    """The innermost line of the traceback that belongs neither to torch nor to the tracer.
+
+    Its file's whole path, or that below the folder it was imported from: the same on any machine.
+    """
     torch_root = str(Path(torch.__file__).parent)
     own = (__file__, proxies.__file__, unseen.__file__)
     frames = [
@@ -486,4 +546,13 @@ def _user_line(error: BaseException) -> str:
     if not frames:
         return "an unknown line"
     last = frames[-1]
-    return f"{last.filename}:{last.lineno} in {last.name}: {last.line}"
+    file = _below_imports(Path(last.filename)) if imported else last.filename
+    return f"{file}:{last.lineno} in {last.name}: {last.line}"
+
+
+def _below_imports(file: Path) -> Path:
+    """A file's path below the folder it was imported from."""
+    folders = [folder for folder in map(Path, sys.path) if folder in file.parents]
+    if not folders:
+        return file
+    return file.relative_to(max(folders, key=lambda folder: len(folder.parts)))

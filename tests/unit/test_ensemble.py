@@ -6,7 +6,7 @@ import io
 import pytest
 import small
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
@@ -110,6 +110,48 @@ def test_same_seed_same_weights_and_branches_depend_on_nothing_else() -> None:
     wider = small.ensemble(["stage1:3", "stage2:3"], init="fresh", seed=3)
     branches = one.head.weight.shape[0]
     assert torch.equal(wider.head.weight[:branches], one.head.weight)
+
+
+class Constant(nn.Sequential):
+    """Initialises its layer by itself, after the layer did."""
+
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self[0].weight, 0.05)
+
+
+class Asking(nn.Linear):
+    """Cannot initialise itself without being told how."""
+
+    def reset_parameters(self, scale: float = 0.1) -> None:
+        nn.init.constant_(self.weight, scale)
+
+
+class Demanding(nn.Module):
+    """The same, and has no default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 1, 1))
+
+    def reset_parameters(self, scale: float) -> None:
+        nn.init.constant_(self.weight, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def test_a_modules_own_scheme_comes_after_those_of_its_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        Constant(nn.Conv2d(3, 4, 3)), Demanding(), nn.Flatten(), Asking(4 * 36, 2)
+    )
+    hne = treeify.hierarchicalize(model, ["input"], example_input=small.EXAMPLE)
+    for leaf in range(hne.leaves):
+        own = hne.leaf(leaf)
+        assert (own[0][0].weight == 0.05).all()
+        assert own[0][0].bias.std() > 0
+        assert (own[3].weight == 0.1).all()
+    assert any("1" in note and "perturbed by" in note for note in hne.conversion.notes)
 
 
 def test_modules_that_cannot_initialise_themselves_are_named() -> None:

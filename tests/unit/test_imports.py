@@ -24,6 +24,7 @@ LAYERS = (
     "aliases",
     "functional",
     "unseen",
+    "copies",
     "stand_ins",
     "proxies",
     "tracer",

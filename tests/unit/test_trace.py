@@ -1,6 +1,8 @@
 """Tracing: what stops it is named, and what it finds out is right."""
 
 import random
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,6 +90,8 @@ def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() ->
         (reason,) = (own for own in hne.conversion.fallbacks if own.startswith("Flipping: "))
         assert "its inside cannot be traced: " in reason
         assert "if x.mean() > 0:" in reason
+        assert Path(__file__).name in reason
+        assert not any(folder in reason for folder in sys.path if folder)
 
 
 def test_what_is_closed_in_one_mode_is_closed_in_the_other() -> None:

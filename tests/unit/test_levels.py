@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
+from treeify import program
+from treeify.errors import ParityError
+from treeify.packing import Form
+from treeify.program import Crossing, Held
+from treeify.trace import TensorFacts
+from treeify.tree import Span
 
 
 def converted(model: nn.Module, splits: list[str]) -> treeify.HierarchicalEnsemble:
@@ -119,7 +125,7 @@ def test_stacked_values_go_between_packed_and_looped_levels(
     model: type[nn.Module], ways: tuple[str, ...]
 ) -> None:
     torch.manual_seed(0)
-    hne = converted(model(), ["stem", "stage1"]).double().eval()
+    hne = converted(model(), ["stem", "stage2"]).double().eval()
     x = small.images(3).double()
     hne.execution = ways
     assert treeify.verify(hne, x).worst <= 1
@@ -133,15 +139,36 @@ def test_stacked_values_go_between_packed_and_looped_levels(
             assert_close(found[:, leaf], expected)
 
 
+def test_verify_runs_levels_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    hne = converted(Weighted(), ["stem", "stage1"])
+    right = program.cut
+
+    def misplaced(*args: Any) -> Any:
+        """The branches the other way round, which only a looped level under a packed one reads."""
+        return type(parts := right(*args))(reversed(parts))
+
+    monkeypatch.setattr(program, "cut", misplaced)
+    with pytest.raises(ParityError, match="leaf_eval"):
+        treeify.verify(hne, small.images(2))
+
+
 def test_images_leave_a_session_with_the_numbers_that_are_theirs() -> None:
     torch.manual_seed(0)
-    hne = converted(Weighted(), ["stem", "stage1"]).eval()
+    hne = converted(Weighted(), ["stem", "stage2"]).eval()
     x = small.images(4)
     session = hne.session(x)
     session.advance(2)
     session.keep(torch.tensor([1, 3]))
     session.advance(4)
     assert_close(session.logits, hne(x[[1, 3]]).mean(1))
+
+
+def test_images_leave_stacked_values() -> None:
+    known = TensorFacts((2,), batched=True, batch_dim=0)
+    stacked = torch.arange(12.0).view(3, 4)  # 3 branches, one number for each of 4 images
+    held = Held(Crossing(1, Form.PACKED, known, rows=True), Span(0, 3), stacked)
+    assert_close(held.rows(torch.tensor([1, 3])).value, stacked[:, [1, 3]])
 
 
 class Indexed(small.SmallNet):

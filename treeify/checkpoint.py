@@ -25,7 +25,7 @@ from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.execution import AUTO, Tuning
 from treeify.splits import choose
-from treeify.storage import lookup, owner, tensors
+from treeify.storage import lay_out, lookup, owner, tensors
 from treeify.trace import plain_tensors
 
 FORMAT = 1
@@ -114,7 +114,7 @@ def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[st
         for tuning in map(Tuning.from_dict, config.get("tunings", ())):
             hne.tunings[tuning.situation] = tuning
             if tuning.plan.channels_last:
-                hne.to(memory_format=torch.channels_last)
+                lay_out(hne, torch.channels_last)
         for latencies in map(Latencies.from_dict, config.get("latencies", ())):
             hne.latencies[latencies.situation] = latencies
         for budget in map(Budget.from_dict, config.get("budgets", ())):
@@ -240,8 +240,11 @@ def _untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     """The state with each tied tensor once, under its first name."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
+    own = dict(tensors(hne))
     for key in hne.state_dict():
-        tensor = lookup(hne, key)
+        if key not in own:  # the extra state of a module: it is as it was built
+            continue
+        tensor = own[key]
         if id(tensor) not in seen:
             seen.add(id(tensor))
             # safetensors stores a dense row-major tensor, whatever memory format it computes in.

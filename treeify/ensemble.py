@@ -199,7 +199,7 @@ class HierarchicalEnsemble(nn.Module):
 
     def train(self, mode: bool = True) -> HierarchicalEnsemble:
         """Training or evaluation mode, but for modules that the base's own `train` leaves alone."""
-        if mode:
+        if mode or self.training:
             self._fused.forget()
         super().train(mode)
         for path in self._evaluating:
@@ -276,12 +276,14 @@ class HierarchicalEnsemble(nn.Module):
             execution = self._execution
             return tune(self, execution, run, x, loss=loss, repeats=repeats, budget=budget)
         finally:
+            if self.training != modes[self]:
+                self._fused.forget()
             for module, mode in modes.items():
                 module.training = mode
 
     def plan(self, x: Tensor) -> Plan:
         """How an input like `x` runs in the present mode."""
-        plan = self._execution.plan(x, training=self.training)
+        plan = self._execution.plan(x, training=self.training, tuned=not _is_recorded())
         if self.training and self._shared_buffers:
             # The mean of the branches' updates needs all branches at once.
             return replace(plan, ways=(PACKED,) * self.tree.levels)
@@ -547,8 +549,11 @@ class HierarchicalEnsemble(nn.Module):
 
 
 def _is_recorded() -> bool:
-    """Whether the forward pass is being compiled or traced."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    """Whether the forward pass is being compiled, traced or transformed, as by `torch.func`."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    is_dual = torch.autograd.forward_ad._current_level >= 0
+    return is_dual or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _shared_buffers(

@@ -151,19 +151,20 @@ class Execution:
             )
         self.setting = setting if isinstance(setting, str) else ways
 
-    def plan(self, x: Tensor, *, training: bool) -> Plan:
+    def plan(self, x: Tensor, *, training: bool, tuned: bool = True) -> Plan:
         """How an input runs: the setting, with what was tuned for its shape or the nearest batch.
 
         Args:
             x: the input.
             training: whether gradients are wanted.
+            tuned: whether to go by what was tuned.
         """
-        tuned = self._tuned(x, training=training) if self.tunings else None
-        plan = tuned.plan if tuned else Plan((PACKED,) * self.levels)
+        found = self._tuned(x, training=training) if self.tunings and tuned else None
+        plan = found.plan if found else Plan((PACKED,) * self.levels)
         setting = self.setting
         wanted = (setting,) * self.levels if isinstance(setting, str) else setting
         ways = tuple(
-            tuned if own == AUTO else own for own, tuned in zip(wanted, plan.ways, strict=True)
+            best if own == AUTO else own for own, best in zip(wanted, plan.ways, strict=True)
         )
         return replace(plan, ways=ways)
 

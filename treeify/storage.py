@@ -43,7 +43,8 @@ class Slot:
         return packed[index] if self.scalar else narrow(packed, branches, Span(index, index + 1))
 
 
-_CUTS: ContextVar[dict[int, tuple[Tensor, ...]] | None] = ContextVar("cuts", default=None)
+_Cuts = dict[int, tuple[Tensor, tuple[Tensor, ...]]]
+_CUTS: ContextVar[_Cuts | None] = ContextVar("cuts", default=None)
 
 
 @contextmanager
@@ -71,8 +72,9 @@ def narrow(packed: Tensor, branches: int, span: Span) -> Tensor:
     cuts = None if torch.compiler.is_compiling() else _CUTS.get()
     if cuts is not None and span.size == 1 and packed.requires_grad:
         if id(packed) not in cuts:
-            cuts[id(packed)] = packed.chunk(branches)
-        return cuts[id(packed)][span.start]
+            # With the tensor itself: while it is there, no other has its id.
+            cuts[id(packed)] = packed, packed.chunk(branches)
+        return cuts[id(packed)][1][span.start]
     width = packed.shape[0] // branches
     return packed.narrow(0, span.start * width, span.size * width)
 
@@ -81,6 +83,13 @@ def tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer under every name it has, non-persistent buffers included."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def lay_out(module: nn.Module, memory_format: torch.memory_format) -> None:
+    """Give tensors of 4 dims, as images and their weights have, a memory format."""
+    for _, tensor in tensors(module):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
 
 
 def owner(root: nn.Module, key: str) -> tuple[nn.Module, str]:

@@ -163,6 +163,8 @@ def trace(
             for graph in graphs.values()
             for target, value in _constants(graph, private).items()
         }
+    for graph in graphs.values():  # they outlive the tracer and the copies that it ran
+        graph._tracer_cls, graph.owning_module = None, None
     shape = tuple(example.shape[1:])
     return Traced(skeleton, graphs, shape, constants, unopened, limits)
 

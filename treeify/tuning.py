@@ -17,7 +17,7 @@ from treeify import machine
 from treeify.errors import InputError
 from treeify.execution import Execution, Plan, Situation, Tuning
 from treeify.program import LOOPED, PACKED
-from treeify.storage import buffers_kept
+from treeify.storage import buffers_kept, lay_out
 
 _log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class _Contest:
         """Give the parameters the plan's memory format."""
         if plan.channels_last is not None:
             wanted = torch.channels_last if plan.channels_last else torch.contiguous_format
-            self.model.to(memory_format=wanted)
+            lay_out(self.model, wanted)
 
     def _measure(self, plans: list[Plan]) -> int:
         """Record the median time of each plan, measured in turns; rounds there was time for."""

@@ -170,6 +170,48 @@ def test_transposed_convolutions_are_given_their_output_size() -> None:
     assert treeify.verify(hne, small.images()).worst <= 1
 
 
+class Forms(small.SmallNet):
+    """Calls that rules know, in forms that they do not pack; `[N, 3, 8, 8] -> [N, 5]`."""
+
+    def __init__(self, case: str) -> None:
+        super().__init__()
+        self.case = case
+        shapes = {
+            "vector": (8,),
+            "wide bias": (4, 8),
+            "layout": (8, 8, 3, 3),
+            "moved": (8, 8, 3, 3),
+        }
+        self.weight = nn.Parameter(torch.rand(*shapes.get(case, (1, 1, 8))))
+        self.bias = nn.Parameter(torch.rand(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stage2(self.stage1(self.stem(x)))
+        tokens = self.head.weight.mean(0) + x.flatten(2).transpose(1, 2)
+        if self.case == "expand":
+            tokens = tokens + self.weight.expand(size=(tokens.shape[0], -1, -1))
+        elif self.case == "repeat":
+            tokens = tokens + self.weight.repeat(repeats=(tokens.shape[0], 1, 1))
+        elif self.case == "vector":
+            tokens = F.linear(tokens, self.weight)[..., None].expand(-1, -1, 8)
+        elif self.case == "wide bias":
+            tokens = F.linear(tokens, self.weight, self.bias).repeat(1, 1, 2)
+        elif self.case == "layout":
+            weight = self.weight.contiguous(memory_format=torch.channels_last)
+            tokens = F.conv2d(x, weight).flatten(2).transpose(1, 2)
+        else:
+            weight = self.weight.to(memory_format=torch.channels_last)
+            tokens = F.conv2d(x, weight).flatten(2).transpose(1, 2)
+        return self.head(tokens.mean(1))
+
+
+@pytest.mark.parametrize("case", ["expand", "repeat", "vector", "wide bias", "layout", "moved"])
+def test_what_a_rule_does_not_take_runs_per_branch(case: str) -> None:
+    torch.manual_seed(0)
+    hne = converted(Forms(case), ["stage1:3"])
+    assert treeify.verify(hne, small.images(2)).worst <= 1
+
+
 class Noisy(small.SmallNet):
     """Noise from torch, in training or always."""
 

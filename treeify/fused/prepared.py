@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Weights = tuple[Tensor, Tensor | None]
 # Prepared weights kept per layer, as a multiple of the weights themselves: one set for full calls,
@@ -15,6 +17,20 @@ Weights = tuple[Tensor, Tensor | None]
 _KEPT = 4
 # Multiply-accumulates of one branch's product below which plain PyTorch is faster than oneDNN.
 SMALL = 16e6
+
+
+class _FusedSteps:
+    """Steps of optimizers with `fused=True`, which change weights without counting a change."""
+
+    taken = 0
+
+    @classmethod
+    def note(cls, optimizer: Optimizer, *_: Any) -> None:
+        """Count a step that an optimizer has taken."""
+        cls.taken += any(group.get("fused") for group in optimizer.param_groups)
+
+
+register_optimizer_step_post_hook(_FusedSteps.note)
 
 # Held while weights are prepared: several threads may call the same ensemble.
 _PREPARING = threading.RLock()
@@ -35,7 +51,7 @@ class Prepared(nn.Module):
 
     def forget(self) -> None:
         """Drop the prepared weights; they are prepared again when needed."""
-        self._seen: list[tuple[int, int]] = []
+        self._seen: list[Any] = []
         self._setting: Any = None
         self._sources: list[Tensor] = []
         self._folded: Weights | None = None
@@ -61,10 +77,11 @@ class Prepared(nn.Module):
         """
         try:
             found = [table[name] for table, name in self._places]
-            seen = [(tensor.data_ptr(), tensor._version) for tensor in found if tensor is not None]
+            own = [(tensor.data_ptr(), tensor._version) for tensor in found if tensor is not None]
         except (RuntimeError, KeyError):
             # Tensors made in inference mode count no changes; parametrized ones are elsewhere.
             return False
+        seen = [_FusedSteps.taken, *own]
         if seen != self._seen or setting != self._setting:
             with _PREPARING, torch.no_grad():
                 self._folded, self._parts = self.fold(), {}

@@ -84,7 +84,16 @@ def pack_unary(call: Call) -> Direct:
     """One tensor in, the same shape out."""
     if len(call.tensor_arguments()) != 1:
         raise Unpackable("it reads more than one tensor")
+    _require_own_layout(call)
     return Direct(call.node.target)
+
+
+def _require_own_layout(call: Call) -> None:
+    """Refuse memory formats for stacked tensors, which have one dim more than in the base model."""
+    given = (*call.node.args, *call.node.kwargs.values())
+    asked = any(own in (torch.channels_last, torch.channels_last_3d) for own in given)
+    if asked and not all(fact.folds for fact in call.known.tensors):
+        raise Unpackable("it lays out a tensor without a batch")
 
 
 @batch_rule(*_UNARY, pure=True)

@@ -232,7 +232,7 @@ def run_expand(call: Call) -> nn.Module:
     if call.argument(0, "input") not in call.own:
         return Direct(target)
     exact = result.counts_images and len(first.shape) == len(result.shape) and first.shape[own] == 1
-    if target == "expand_as" or not exact:
+    if target == "expand_as" or call.node.kwargs or not exact:
         raise Unpackable("it expands a parameter in another way than to every image")
     return ExpandEach(target, own)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from timm.layers.linear import Linear as TimmLinear
@@ -47,7 +49,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor
     if count == 1:
         return F.linear(x, weight, bias)
     features, outputs = weight.shape[-1], weight.shape[0] // count
-    rows = x.reshape(count, x.shape[:-1].numel() // count, features)
+    rows = x.reshape(count, prod(x.shape[:-1]) // count, features)
     columns = weight.view(count, outputs, features).transpose(1, 2)
     if bias is None:
         product = torch.bmm(rows, columns)
@@ -84,4 +86,7 @@ def run_linear_function(call: Call) -> LinearFunction:
     given = [call.argument(1, "weight"), call.argument(2, "bias")]
     if any(argument is not None and argument not in call.own for argument in given):
         raise Unpackable("its weights are shared")
+    weight, bias = map(call.tensor, given)
+    if weight is None or len(weight.shape) != 2 or (bias and bias.shape != weight.shape[:1]):
+        raise Unpackable("its weight and bias are no [O, I] and [O]")
     return LinearFunction()

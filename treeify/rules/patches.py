@@ -8,6 +8,7 @@ lie: the whole training step of resnet18 at 64x64 becomes 1.5 to 2 times faster
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parents:
         patches = patches.permute(1, 0, 3, 4, 5, 6, 2)
         weight = weight.permute(0, 2, 3, 1)
     shape, inputs = patches.shape[:4], weight.shape[1:].numel()
-    rows, columns = patches.reshape(shape.numel(), inputs), weight.reshape(-1, inputs)
+    rows, columns = patches.reshape(prod(shape), inputs), weight.reshape(-1, inputs)
     product = linear(rows, columns, bias, parents)
     pixels = product.view(*shape, -1).permute(1, 2, 3, 0, 4).flatten(3, 4)
     return pixels.permute(0, 3, 1, 2)

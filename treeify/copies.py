@@ -9,6 +9,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Collection, Iterator
+from functools import _lru_cache_wrapper, partial
 from types import CellType, FunctionType
 from typing import Any
 
@@ -69,8 +70,8 @@ def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> Non
     for name, value in attributes(module).items():
         if any(id(held) in own for leaf in tree_leaves(value) for held in _held(leaf)):
             raise TraceError(
-                f"{name!r} of {path or 'the model'} is a function or weak reference that holds a"
-                " module of this very model: a copy of the model would go on using that one.",
+                f"{name!r} of {path or 'the model'} is a function, cache or weak reference that holds"
+                " a module of this very model: a copy of the model would go on using that one.",
                 expected="methods, and modules as attributes",
                 next_step="Make a lambda a method of its class; hold modules directly.",
             )
@@ -85,9 +86,14 @@ def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> Non
 
 
 def _held(value: Any) -> Iterator[Any]:
-    """Objects that a copy of a function or weak reference shares with it."""
+    """Objects that a copy of a function, a cache of one or a weak reference shares with it."""
     if isinstance(value, weakref.ref):
         yield value()
+    elif isinstance(value, partial):
+        yield from _held(value.func)
+    elif isinstance(value, _lru_cache_wrapper):
+        yield getattr(value.__wrapped__, "__self__", None)
+        yield from _held(value.__wrapped__)
     elif isinstance(value, FunctionType):
         outer = map(_content, value.__closure__ or ())
         given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())

@@ -1,5 +1,6 @@
 """What a copy of a model would share with it or lose is refused, and named."""
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -44,18 +45,23 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
     "a function's default": lambda net: lambda x, stage=net.stage1: stage(x),
     "a function's default by name": lambda net: lambda x, *, stage=net.stage1: stage(x),
     "a method in a function": lambda net: (lambda call: lambda x: call(x))(net.stage1.forward),
+    "a cache of a method": lambda net: functools.cache(net.stage1.forward),
+    "a cache of a function": lambda net: functools.cache(lambda x: net.stage1(x)),
+    "a partial function": lambda net: functools.partial(lambda stage, x: net.stage1(x), None),
     "a list of functions": lambda net: [lambda x: net.stage1(x)],
 }
 
 
 @pytest.mark.parametrize("case", HOLDERS)
 def test_functions_that_hold_the_models_own_modules_are_refused(case: str) -> None:
-    with pytest.raises(TraceError, match=r"'held' of the model is a function .*(?s:.*)method"):
+    with pytest.raises(TraceError, match=r"'held' of the model is a function, .*(?s:.*)method"):
         treeify.hierarchicalize(Holding(HOLDERS[case]), 1, example_input=small.EXAMPLE)
 
 
 def test_weak_references_to_the_models_own_modules_are_refused() -> None:
-    with pytest.raises(TraceError, match=r"'parent' of child is a function or weak reference"):
+    with pytest.raises(
+        TraceError, match=r"'parent' of child is a function, cache or weak reference"
+    ):
         treeify.hierarchicalize(Parent(), 1, example_input=small.EXAMPLE)
 
 

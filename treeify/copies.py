@@ -71,7 +71,7 @@ def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> Non
         if any(id(held) in own for leaf in tree_leaves(value) for held in _held(leaf)):
             raise TraceError(
                 f"{name!r} of {path or 'the model'} is a function, cache or weak reference that"
-                " holds a module of this very model: a copy of the model would go on using that one.",
+                " holds a module of this very model: a copy of it would go on using that module.",
                 expected="methods, and modules as attributes",
                 next_step="Make a lambda a method of its class; hold modules directly.",
             )

@@ -10,11 +10,11 @@ import inspect
 import weakref
 from collections.abc import Collection, Iterator
 from functools import _lru_cache_wrapper, partial
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from treeify.errors import TraceError
@@ -76,6 +76,8 @@ def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> Non
                 next_step="Make a lambda a method of its class; hold modules directly.",
             )
     for hook in hooks_of(module):
+        while isinstance(hook, partial):
+            hook = hook.func
         if any(id(held) in own for held in (getattr(hook, "__self__", None), *_held(hook))):
             raise TraceError(
                 f"a hook of {path or 'the model'} belongs to the model itself, whose outputs may"
@@ -89,8 +91,8 @@ def _held(value: Any) -> Iterator[Any]:
     """Objects that a copy of a function, a cache of one or a weak reference shares with it."""
     if isinstance(value, weakref.ref):
         yield value()
-    elif isinstance(value, partial):
-        yield from _held(value.func)
+    elif isinstance(value, partial | MethodType):
+        yield from _held(value.func if isinstance(value, partial) else value.__func__)
     elif isinstance(value, _lru_cache_wrapper):
         yield getattr(value.__wrapped__, "__self__", None)
         yield from _held(value.__wrapped__)
@@ -136,7 +138,7 @@ def private_copy(model: nn.Module) -> nn.Module:
                 )
     kept = (leaf for own in model.modules() for leaf in tree_leaves(attributes(own)))
     # Activations kept from a pass with gradients, which torch refuses to copy, are left out.
-    memo = {id(own): None for own in kept if getattr(own, "grad_fn", None) is not None}
+    memo = {id(own): None for own in kept if isinstance(own, Tensor) and own.grad_fn is not None}
     try:
         private = copy.deepcopy(model, memo)
     except Exception as error:

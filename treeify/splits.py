@@ -8,7 +8,7 @@ ancestors (itself included).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -368,9 +368,11 @@ def _unread(nodes: Sequence[fx.Node]) -> set[fx.Node]:
     return found
 
 
-def _state(node: fx.Node) -> Iterator[str]:
+def _state(node: fx.Node) -> set[str]:
     """Parameters, buffers and constants that a node without other ancestors is computed from."""
-    if node.op == "get_attr":
-        yield str(node.target)
-    for source in node.all_input_nodes:
-        yield from _state(source)
+    found, left = {node}, [node]
+    while left:
+        more = [source for source in left.pop().all_input_nodes if source not in found]
+        found.update(more)
+        left += more
+    return {str(own.target) for own in found if own.op == "get_attr"}

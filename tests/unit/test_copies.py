@@ -1,6 +1,7 @@
 """What a copy of a model would share with it or lose is refused, and named."""
 
 import functools
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -48,6 +49,7 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
     "a cache of a method": lambda net: functools.cache(net.stage1.forward),
     "a cache of a function": lambda net: functools.cache(lambda x: net.stage1(x)),
     "a partial function": lambda net: functools.partial(lambda stage, x: net.stage1(x), None),
+    "a method made of a function": lambda net: types.MethodType(lambda _, x: net.stage1(x), 0),
     "a list of functions": lambda net: [lambda x: net.stage1(x)],
 }
 
@@ -89,11 +91,15 @@ def test_other_functions_are_not(held: Any) -> None:
 class Watching(small.SmallNet):
     """Answers from what its own hook has kept."""
 
-    def __init__(self, *, bound: bool) -> None:
+    def __init__(self, case: str) -> None:
         super().__init__()
         self.kept: Tensor | None = None
-        hook = self.keep if bound else lambda module, args, out: self.keep(module, args, out)
-        self.stage2.register_forward_hook(hook)
+        hooks = {
+            "bound": self.keep,
+            "function": lambda module, args, out: self.keep(module, args, out),
+            "partial": functools.partial(functools.partial(self.keep)),
+        }
+        self.stage2.register_forward_hook(hooks[case])
         with torch.no_grad():
             self(small.images(1))
 
@@ -106,10 +112,10 @@ class Watching(small.SmallNet):
         return self.head(self.kept.mean((2, 3)))
 
 
-@pytest.mark.parametrize("bound", [True, False])
-def test_a_hook_of_the_models_own_is_refused(bound: bool) -> None:
+@pytest.mark.parametrize("case", ["bound", "function", "partial"])
+def test_a_hook_of_the_models_own_is_refused(case: str) -> None:
     with pytest.raises(TraceError, match=r"a hook of stage2 belongs to the model itself"):
-        treeify.hierarchicalize(Watching(bound=bound), 1, example_input=small.EXAMPLE)
+        treeify.hierarchicalize(Watching(case), 1, example_input=small.EXAMPLE)
 
 
 class Keeping(small.SmallNet):

@@ -65,6 +65,12 @@ CIFAR = (
     Case("HNE_small", lambda: cifar_resnet50(width=0.5), 32, BLOCKS),
     Case("HNE", cifar_resnet50, 32, BLOCKS),
 )
+# As transformers are built for images of that size: 8x8 patches of 4x4 pixels.
+CIFAR_VIT = Case(
+    "vit_tiny at 32x32",
+    partial(timm.create_model, "vit_tiny_patch16_224", img_size=32, patch_size=4, num_classes=10),
+    32,
+)
 IMAGENET = (
     Case("MobileNetV2 HNE", mobilenetv2_hne, 224, ("block2", "block3", "block4", "block5")),
     Case("resnet18", torchvision.models.resnet18, 224),

@@ -129,7 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     common.prepare()
     report = common.Report("inference", COLUMNS, options)
-    for case in (*common.CIFAR, *common.IMAGENET):
+    for case in (*common.CIFAR, common.CIFAR_VIT, *common.IMAGENET):
         measure(report, case, options.batches, options.budget)
     report.show()
 

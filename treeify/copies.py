@@ -91,8 +91,10 @@ def _held(value: Any) -> Iterator[Any]:
     """Objects that a copy of a function, a cache of one or a weak reference shares with it."""
     if isinstance(value, weakref.ref):
         yield value()
-    elif isinstance(value, partial | MethodType):
-        yield from _held(value.func if isinstance(value, partial) else value.__func__)
+    elif isinstance(value, partial):
+        yield from _held(value.func)
+    elif isinstance(value, MethodType):
+        yield from _held(value.__func__)
     elif isinstance(value, _lru_cache_wrapper):
         yield getattr(value.__wrapped__, "__self__", None)
         yield from _held(value.__wrapped__)
@@ -112,13 +114,16 @@ def _content(cell: CellType) -> Any:
 
 def hooks_of(module: nn.Module) -> list[Any]:
     """A module's hooks around its passes, but for torch's own."""
-    tables = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
     return [
         hook
-        for hooks in tables
+        for hooks in _hook_tables(module)
         for hook in hooks.values()
         if not str(getattr(hook, "__module__", "")).startswith("torch.")
     ]
+
+
+def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
 
 
 def private_copy(model: nn.Module) -> nn.Module:
@@ -147,7 +152,7 @@ def private_copy(model: nn.Module) -> nn.Module:
             expected="a module that copy.deepcopy accepts, since the given model is never modified",
         ) from error
     for module in private.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks):
+        for hooks in _hook_tables(module):
             hooks.clear()
     return private
 

@@ -51,7 +51,7 @@ class Prepared(nn.Module):
 
     def forget(self) -> None:
         """Drop the prepared weights; they are prepared again when needed."""
-        self._seen: list[Any] = []
+        self._seen: list[tuple[int, int]] = []
         self._setting: Any = None
         self._sources: list[Tensor] = []
         self._folded: Weights | None = None
@@ -77,11 +77,11 @@ class Prepared(nn.Module):
         """
         try:
             found = [table[name] for table, name in self._places]
-            own = [(tensor.data_ptr(), tensor._version) for tensor in found if tensor is not None]
+            seen = [(tensor.data_ptr(), tensor._version) for tensor in found if tensor is not None]
         except (RuntimeError, KeyError):
             # Tensors made in inference mode count no changes; parametrized ones are elsewhere.
             return False
-        seen = [_FusedSteps.taken, *own]
+        setting = _FusedSteps.taken, setting
         if seen != self._seen or setting != self._setting:
             with _PREPARING, torch.no_grad():
                 self._folded, self._parts = self.fold(), {}

@@ -186,9 +186,9 @@ class Report:
         return asked and (self.options.again or not known)
 
     def add(self, name: str, **values: Any) -> None:
-        """Keep a row and show it."""
+        """Keep a row, in the place of an earlier one, and show it."""
         row = {"row": name, **values, "environment": environment()}
-        self.rows = [own for own in self.rows if own["row"] != name] + [row]
+        self.rows = list(({own["row"]: own for own in self.rows} | {name: row}).values())
         self.file.parent.mkdir(exist_ok=True)
         draft = self.file.with_suffix(".draft")
         draft.write_text(json.dumps({"rows": self.rows}, indent=1) + "\n", encoding="utf-8")

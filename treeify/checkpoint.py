@@ -148,7 +148,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             module of the user's own). Its weights do not matter, and it is not modified.
 
     Returns:
-        The ensemble, in evaluation mode, on the CPU.
+        The ensemble, in evaluation mode, on the CPU. Parameters that did not require gradients when
+        it was saved do not now.
 
     Raises:
         CheckpointError: the directory is missing, damaged, of another format, or does not match its
@@ -178,6 +179,9 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
         ) from error
     _check_fingerprint(path, config, hne)
     _fill(path, hne, weights)
+    if (frozen := config.get("frozen")) is not None:  # earlier saves have none
+        for key, parameter in hne.named_parameters():
+            parameter.requires_grad_(key not in frozen)
     _take_measurements(path, hne, config)
     return hne.eval()
 
@@ -224,6 +228,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
+        "frozen": sorted(key for key, own in hne.named_parameters() if not own.requires_grad),
         **_measurements(hne),
     }
 

@@ -153,10 +153,7 @@ class HierarchicalEnsemble(nn.Module):
         with in_mode(traced.skeleton, training=True):
             self._evaluating = [path for path, own in _named(traced.skeleton) if not own.training]
         self.train(like.training)
-        modules = dict(_named(self))
-        for path, own in _named(like):
-            if path in modules:
-                modules[path].training = own.training
+        _take_modes(self, like)
 
     def fill(self, source: Callable[[int], State], *, by_leaf: bool = False) -> None:
         """Fill the packed tensors, uninitialised so far; see `treeify.initialize.pack_states`."""
@@ -427,7 +424,7 @@ class HierarchicalEnsemble(nn.Module):
         return find(self.latencies, Situation.of(x, training=False), self.plan(x))
 
     def leaf(self, index: int) -> nn.Module:
-        """The untouched base architecture with a copy of one leaf's weights.
+        """The untouched base architecture with a copy of one leaf's weights, in the same modes.
 
         Raises:
             LeafError: the leaf does not exist.
@@ -441,7 +438,9 @@ class HierarchicalEnsemble(nn.Module):
                 if isinstance(base, nn.Parameter):
                     value = nn.Parameter(value, requires_grad=lookup(self, key).requires_grad)
                 memo[id(base)] = value
-        return copy.deepcopy(self._traced.skeleton, memo).train(self.training)
+        leaf = copy.deepcopy(self._traced.skeleton, memo).train(self.training)
+        _take_modes(leaf, self)
+        return leaf
 
     def _branch(self, leaf: int) -> dict[str, Tensor]:
         """Views of one leaf's tensors, under the base model's keys and in its shapes."""
@@ -570,6 +569,14 @@ def _shared_buffers(
 
 def _named(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return list(model.named_modules(remove_duplicate=False))
+
+
+def _take_modes(model: nn.Module, like: nn.Module) -> None:
+    """Put modules in the mode of those of the same path."""
+    modules = dict(_named(model))
+    for path, own in _named(like):
+        if path in modules:
+            modules[path].training = own.training
 
 
 def _notes(shared_buffers: Sequence[str]) -> tuple[str, ...]:

@@ -43,6 +43,24 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     ]
 
 
+def test_frozen_parameters_stay_frozen_and_the_others_free(tmp_path: Path) -> None:
+    def frozen(hne: treeify.HierarchicalEnsemble) -> set[str]:
+        return {key for key, own in hne.named_parameters() if not own.requires_grad}
+
+    hne = _named()
+    hne.get_submodule("stage1").requires_grad_(False)
+    treeify.save(hne, tmp_path / "hne")
+    base = small.build().requires_grad_(False)
+    kept = frozen(treeify.load(tmp_path / "hne"))
+    assert kept
+    assert all(key.startswith("stage1.") for key in kept)
+    assert kept == frozen(hne) == frozen(treeify.load(tmp_path / "hne", base))
+    config = json.loads((tmp_path / "hne" / "config.json").read_text())
+    del config["frozen"]  # as earlier versions saved it
+    (tmp_path / "hne" / "config.json").write_text(json.dumps(config))
+    assert not frozen(treeify.load(tmp_path / "hne"))
+
+
 @pytest.mark.parametrize("named", [True, False])
 def test_numbers_that_no_state_dict_has_come_back(tmp_path: Path, named: bool) -> None:
     torch.manual_seed(3)

@@ -70,6 +70,15 @@ def test_a_leaf_is_the_plain_architecture_with_its_own_copy() -> None:
     assert small.SmallNet().load_state_dict(leaf.state_dict()).missing_keys == []
 
 
+def test_a_leaf_has_the_modes_of_the_modules() -> None:
+    hne = small.ensemble().train()
+    hne.get_submodule("stage1").eval()
+    leaf = hne.leaf(1)
+    assert leaf.training
+    assert leaf.stage2.training
+    assert not any(module.training for module in leaf.stage1.modules())
+
+
 @pytest.mark.parametrize("leaves", [1, 3, 6])
 def test_a_sub_ensemble_holds_what_its_leaves_need(leaves: int) -> None:
     hne = small.ensemble()

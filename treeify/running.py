@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,29 +24,50 @@ from treeify.unseen import StateError, changed_number, numbers_within
 _T = TypeVar("_T")
 
 
-def _batch_norm_macs(
+def _batch_norm_flops(shape: torch.Size, *, training: bool) -> int:
+    """Twice what fvcore counts in evaluation mode, 2 per element; statistics count nothing."""
+    return 0 if training else 4 * shape.numel()
+
+
+def _count_batch_norm(
     shape: torch.Size, *args: Any, out_val: Any = None, out_shape: Any = None
 ) -> int:
-    """Twice what fvcore counts in evaluation mode, 2 per element; statistics count nothing."""
-    training = args[4] if len(args) > 6 else False
-    return 0 if training else 4 * shape.numel()
+    return _batch_norm_flops(shape, training=len(args) > 6 and args[4])
 
 
 # Besides products, batch norms count, as they do for fvcore and so in the paper's figures.
 _COUNTED = {
-    torch.ops.aten.native_batch_norm: _batch_norm_macs,
-    torch.ops.aten._native_batch_norm_legit_no_training: _batch_norm_macs,
+    torch.ops.aten.native_batch_norm: _count_batch_norm,
+    torch.ops.aten._native_batch_norm_legit_no_training: _count_batch_norm,
 }
 
+# What the meta device computes in Python, in milliseconds, and is shaped like its input.
+_ELEMENTWISE = frozenset(
+    {
+        *(torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.mish),
+        *(F.softplus, F.hardtanh, F.hardswish, F.hardsigmoid),
+    }
+)
 
-class _QuickBatchNorms(TorchFunctionMode):
-    """Batch norms on the meta device give an empty tensor: torch's own take milliseconds each."""
+
+class _Shortcuts(TorchFunctionMode):
+    """On the meta device activations and norms give an empty tensor; counts batch norms' FLOPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        x = args[0] if args else kwargs.get("input")
-        if func is F.batch_norm and x.device.type == "meta":
-            return torch.empty_like(x)
+        x = args[0] if args else None
+        if isinstance(x, Tensor) and x.device.type == "meta":
+            if func in _ELEMENTWISE:
+                return x.zero_() if kwargs.get("inplace") else torch.empty_like(x)
+            if func is F.batch_norm:
+                self.flops += _batch_norm_flops(x.shape, training=kwargs["training"])
+                return torch.empty_like(x)
+            if func is F.layer_norm and x.shape[-len(args[1]) :] == tuple(args[1]):
+                return torch.empty_like(x, memory_format=torch.contiguous_format)
         return func(*args, **kwargs)
 
 
@@ -63,11 +84,16 @@ class Recorder(fx.Interpreter):
         self.changing: dict[fx.Node, list[fx.Node]] = {}
         self._root = root
         self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
+        self._shortcuts = _Shortcuts()
 
     def record(self, example: Tensor, *, count: bool) -> None:
         """Run the graph; counting makes it take twice as long."""
-        with self._counter if count else _QuickBatchNorms():
+        with self._counter if count else nullcontext(), self._shortcuts:
             self.run(example)
+
+    @property
+    def _flops(self) -> int:
+        return self._counter.get_total_flops() + self._shortcuts.flops
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a module.
@@ -90,7 +116,7 @@ class Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node as fx does, and note what it gives."""
-        before = self._counter.get_total_flops()
+        before = self._flops
         inputs = {
             source: self.env[source]
             for source in n.all_input_nodes
@@ -101,7 +127,7 @@ class Recorder(fx.Interpreter):
         changed = [own for own, tensor in inputs.items() if _version(tensor) != versions[own]]
         if changed and in_place_target(n, self._root) is None:
             self.changing[n] = changed
-        self.macs[n] = (self._counter.get_total_flops() - before) // 2
+        self.macs[n] = (self._flops - before) // 2
         self.values[n] = tree_map(_shape, value)
         self.others[n] = tree_map(_number, value)
         return value

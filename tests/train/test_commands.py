@@ -27,6 +27,7 @@ SHORT = """\
 extends: whole.yaml
 name: digits_hne
 schedule: {epochs: 1}
+data: {held_out: 1497}
 model: {splits: [block4]}
 """
 

@@ -125,11 +125,7 @@ CASES = (
     Case("MobileNetV3", "lcnet_035"),
     Case("MobileNetV5", "mobilenetv5_base", options={"channel_multiplier": 0.25}, blocks=1),
     Case(
-        "MobileNetV5Encoder",
-        "mobilenetv5_300m_enc",
-        options={"channel_multiplier": 0.1},
-        blocks=1,
-        slow=True,
+        "MobileNetV5Encoder", "mobilenetv5_300m_enc", options={"channel_multiplier": 0.1}, blocks=1
     ),
     Case("MultiScaleVit", "mvitv2_tiny", blocks=1),
     Case("NASNetALarge", "nasnetalarge", options={"stem_size": 24, "num_features": 480}),
@@ -137,7 +133,7 @@ CASES = (
     Case("Nest", "nest_tiny", options={"img_size": 64}, blocks=1),
     Case("NextViT", "nextvit_small", blocks=1),
     Case("NormFreeNet", "test_nfnet", options={"depths": [1, 1, 1]}),
-    Case("PNASNet5Large", "pnasnet5large", slow=True),
+    Case("PNASNet5Large", "pnasnet5large"),
     Case("PoolingVisionTransformer", "pit_ti_224", options={"img_size": 64}),
     Case("PyramidVisionTransformerV2", "pvt_v2_b0", options={"depths": [1, 1, 1, 1]}),
     Case("Qwen3VitClassifier", "qwen3_vit_88m", options={"depth": 2, "img_size": 64}),

@@ -51,10 +51,11 @@ _ELEMENTWISE = frozenset(
 
 
 class _Shortcuts(TorchFunctionMode):
-    """On the meta device activations and norms give an empty tensor; counts batch norms' FLOPs."""
+    """On the meta device activations and norms give an empty tensor; may count FLOPs of norms."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.counting = False
         self.flops = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,7 +65,8 @@ class _Shortcuts(TorchFunctionMode):
             if func in _ELEMENTWISE:
                 return x.zero_() if kwargs.get("inplace") else torch.empty_like(x)
             if func is F.batch_norm:
-                self.flops += _batch_norm_flops(x.shape, training=kwargs["training"])
+                if self.counting:
+                    self.flops += _batch_norm_flops(x.shape, training=kwargs["training"])
                 return torch.empty_like(x)
             if func is F.layer_norm and x.shape[-len(args[1]) :] == tuple(args[1]):
                 return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -88,6 +90,7 @@ class Recorder(fx.Interpreter):
 
     def record(self, example: Tensor, *, count: bool) -> None:
         """Run the graph; counting makes it take twice as long."""
+        self._shortcuts.counting = count
         with self._counter if count else nullcontext(), self._shortcuts:
             self.run(example)
 

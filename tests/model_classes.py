@@ -21,7 +21,6 @@ class Case:
         size: height and width of its images.
         options: what its builder is given besides 10 classes.
         blocks: how many of one shape follow one another at most; the others are left out.
-        slow: it takes over 10 GB or a minute, and none shallower or narrower can be built.
     """
 
     network: str
@@ -29,7 +28,6 @@ class Case:
     size: int = 64
     options: dict[str, Any] = field(default_factory=dict)
     blocks: int | None = None
-    slow: bool = False
 
     @property
     def architecture(self) -> Architecture:
@@ -187,7 +185,7 @@ CASES = (
     Case("MobileNetV2", "torchvision/mobilenet_v2"),
     Case("MobileNetV3", "torchvision/mobilenet_v3_small"),
     Case("SwinTransformer", "torchvision/swin_t", blocks=1),
-    Case("VGG", "torchvision/vgg11", slow=True),
+    Case("VGG", "torchvision/vgg11"),
     Case("EfficientNet", "torchvision/efficientnet_b0"),
     Case("ShuffleNetV2", "torchvision/shufflenet_v2_x0_5"),
     Case("MaxVit", "torchvision/maxvit_t", 224, blocks=1),

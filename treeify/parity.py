@@ -33,6 +33,9 @@ RTOL, ATOL = 1e-4, 1e-5
 # sign.
 _AMPLIFIED = {False: 100.0, True: math.inf}
 
+# About so many elements are compared at once.
+_AT_ONCE = 2**20
+
 _Leaf = Callable[[int], nn.Module]
 _Check = Callable[[HierarchicalEnsemble, _Leaf, Tensor], dict[str, float]]
 
@@ -378,8 +381,13 @@ def deviation(actual: Any, expected: Any) -> float:
         if one.shape != other.shape or one.dtype != other.dtype:
             return float("inf")
         if other.numel() and not torch.equal(one, other):
-            worst = max(worst, _largest(one, other))
+            worst = max(worst, *map(_largest, _pieces(one), _pieces(other)))
     return worst
+
+
+def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor cut along dim 0, so that comparing it needs little memory besides."""
+    return tensor.chunk(-(-tensor.numel() // _AT_ONCE)) if tensor.ndim else (tensor,)
 
 
 def _largest(one: Tensor, other: Tensor) -> float:
@@ -406,6 +414,7 @@ def _eval_parity(hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor) -> dict[s
     leaf = prefix = 0.0
     first = _answer(leaf_of(0), x)
     for plan in dict.fromkeys((hne.plan(x), *_every_plan(hne))):
+        hne.train().eval()  # drops the weights that were prepared for the last plan
         with held(x.dtype), _kept(hne):
             outputs[plan] = hne.run(x, hne.leaves, plan)
         leaf = max(leaf, deviation(_select(outputs[plan], 0), first))
@@ -458,32 +467,40 @@ def _train_parity(
     _want_gradients(hne.train())
     hne.zero_grad()
     weights: list[Tensor] = []
-    leaf = buffers = 0.0
-    expected: dict[str, Tensor] = {}
     with held(x.dtype):
         logits = hne(x)
     # As the forward pass left them: recomputing activations in the backward pass would once more
     # update the statistics of batch norms.
     updated = {name: own.clone() for name, own in hne.named_buffers(remove_duplicate=False)}
     torch.autograd.backward(_scalar(logits, weights))
-    for index in range(hne.leaves):
+    actual = _gradients(hne)
+    found = {"leaf_train": 0.0, "buffers": 0.0, "gradient": 0.0}
+    graded: set[str] = set()
+    expected: dict[str, Tensor] = {}  # where several leaves share a branch
+
+    def compare(index: int) -> None:
         network = leaf_of(index).train()
         _want_gradients(network)
         with held(x.dtype):
             own = network(x)
-        leaf = max(leaf, deviation(_select(logits, index), own))
-        buffers = max(buffers, _buffer_deviation(hne, updated, index, network))
+        found["leaf_train"] = max(found["leaf_train"], deviation(_select(logits, index), own))
+        worst = _buffer_deviation(hne, updated, index, network)
+        found["buffers"] = max(found["buffers"], worst)
         torch.autograd.backward(_scalar(own, [_select(w, index) for w in weights]))
-        _collect(hne, index, network, expected)
-        own_gradient = _own_gradient_deviation(hne, index, network)
-        if max(leaf, buffers, own_gradient) > 1:
-            return {"leaf_train": leaf, "buffers": buffers, "gradient": own_gradient}
-    actual = _gradients(hne)
+        gradients = _gradients(network)
+        graded.update(gradients)
+        worst = _own_gradient_deviation(hne, index, actual, gradients)
+        found["gradient"] = max(found["gradient"], worst)
+        _collect(hne, index, gradients, expected)
+
+    for index in range(hne.leaves):
+        compare(index)  # its network is freed before the next one is made
+        if max(found.values()) > 1:
+            return found
     ungraded += [name for name, _ in hne.named_parameters() if name not in actual]
-    if set(actual) != set(expected):
-        return {"leaf_train": leaf, "buffers": buffers, "gradient": float("inf")}
-    gradient = max((deviation(actual[key], expected[key]) for key in actual), default=0.0)
-    return {"leaf_train": leaf, "buffers": buffers, "gradient": gradient}
+    shared = (deviation(actual[key], expected[key]) for key in expected if key in actual)
+    found["gradient"] = max([found["gradient"], *shared]) if graded == set(actual) else math.inf
+    return found
 
 
 def _select(value: Any, index: int) -> Any:
@@ -529,27 +546,29 @@ def _gradients(network: nn.Module) -> dict[str, Tensor]:
 
 
 def _collect(
-    hne: HierarchicalEnsemble, leaf: int, network: nn.Module, expected: dict[str, Tensor]
+    hne: HierarchicalEnsemble, leaf: int, gradients: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
-    """Add a separate network's gradients to the branches they belong to."""
+    """Add a separate network's gradients to the branches that it shares with others."""
     packed = dict(tensors(hne))
-    for key, gradient in _gradients(network).items():
-        if key not in expected:
-            expected[key] = torch.zeros_like(packed[key])
-        hne.part(key, leaf, expected[key]).add_(gradient)
+    for key, gradient in gradients.items():
+        if hne.branches_of(key) < hne.leaves:
+            if key not in expected:
+                expected[key] = torch.zeros_like(packed[key])
+            hne.part(key, leaf, expected[key]).add_(gradient)
 
 
-def _own_gradient_deviation(hne: HierarchicalEnsemble, leaf: int, network: nn.Module) -> float:
+def _own_gradient_deviation(
+    hne: HierarchicalEnsemble, leaf: int, packed: dict[str, Tensor], gradients: dict[str, Tensor]
+) -> float:
     """Deviation of the gradients of the branches that belong to this leaf alone."""
-    packed = _gradients(hne)
-    return max(
-        (
-            deviation(hne.part(key, leaf, packed[key]), gradient)
-            for key, gradient in _gradients(network).items()
-            if key in packed and hne.branches_of(key) == hne.leaves
-        ),
-        default=0.0,
-    )
+    worst = 0.0
+    for key, gradient in packed.items():
+        if hne.branches_of(key) == hne.leaves:
+            part = hne.part(key, leaf, gradient)
+            # One leaf's network may not use what another's does.
+            own = gradients[key] if key in gradients else torch.zeros_like(part)
+            worst = max(worst, deviation(part, own))
+    return worst
 
 
 def _buffer_deviation(

@@ -298,14 +298,13 @@ def _running(architecture: Architecture, shape: tuple[int, ...]) -> nn.Module | 
 def estimated_bytes(model: nn.Module, leaves: int) -> int:
     """What the check of a model may hold at once.
 
-    Per parameter and leaf: the ensemble in float32, the copy that is trained, its gradients, those
-    expected, and as much again for what fused layers prepare and what the allocator does not give
-    back; beside them one network with gradients. The copy is in float64 if the model has batch
-    norms, under which float32 is often too coarse, and else seldom. Activations are small at the
-    sizes checked.
+    Per parameter and leaf: the ensemble in float32, the copy that is checked, and its gradients or
+    what fused layers prepare; beside them one network with gradients and its weights once more. The
+    copy is in float64 if the model has batch norms, under which float32 is often too coarse, and
+    else seldom. Activations are small at the sizes checked.
     """
     number = 8 if any(isinstance(own, _BatchNorm) for own in model.modules()) else 4
-    return _BASE_BYTES + _parameters(model) * (leaves * (4 + 4 * number) + 2 * number)
+    return _BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
 
 
 def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> HierarchicalEnsemble:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 import zoo
 from torch import nn
 from torch.testing import assert_close
@@ -121,6 +122,59 @@ def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(treeify.HierarchicalEnsemble, "run", broken)
     with pytest.raises(treeify.TreeifyError, match="gradient parity is off"):
         treeify.verify(hne, x)
+
+
+@pytest.mark.parametrize("key", ["stem.0.weight", "stage1.0.weight", "head.weight"])
+def test_a_wrong_gradient_of_one_weight_is_noticed(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last branch alone, whether all leaves share it, some of them, or none."""
+    hne = small.ensemble()
+    run = treeify.HierarchicalEnsemble.run
+
+    def nudge(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.cat([gradient[:-1], gradient[-1:] + 0.01])
+
+    def broken(hne: treeify.HierarchicalEnsemble, *args: Any) -> torch.Tensor:
+        weight = hne.get_parameter(key)
+        if weight.requires_grad:
+            weight.register_hook(nudge)
+        return run(hne, *args)
+
+    monkeypatch.setattr(treeify.HierarchicalEnsemble, "run", broken)
+    with pytest.raises(treeify.TreeifyError, match="gradient parity is off"):
+        treeify.verify(hne, small.images(4))
+
+
+def test_a_missing_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hne = small.ensemble()
+    run = treeify.HierarchicalEnsemble.run
+
+    def broken(hne: treeify.HierarchicalEnsemble, *args: Any) -> torch.Tensor:
+        hne.head.bias.requires_grad_(False)
+        return run(hne, *args)
+
+    monkeypatch.setattr(treeify.HierarchicalEnsemble, "run", broken)
+    with pytest.raises(treeify.TreeifyError, match="gradient parity is off by inf"):
+        treeify.verify(hne, small.images(4))
+
+
+def test_a_gradient_that_one_network_does_not_have_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hne = small.ensemble()
+    leaf = treeify.HierarchicalEnsemble.leaf
+
+    def broken(hne: treeify.HierarchicalEnsemble, index: int) -> Any:
+        network: Any = leaf(hne, index)
+        if index == 1:
+            head = network.head
+            head.forward = lambda x: F.linear(x, head.weight, head.bias.detach())
+        return network
+
+    monkeypatch.setattr(treeify.HierarchicalEnsemble, "leaf", broken)
+    with pytest.raises(treeify.TreeifyError, match="gradient parity is off"):
+        treeify.verify(hne, small.images(4))
 
 
 class Coarse(small.SmallNet):

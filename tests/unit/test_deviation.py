@@ -27,6 +27,14 @@ def test_it_is_the_largest_error_over_its_tolerance(dtype: torch.dtype) -> None:
     assert deviation(expected, expected.clone()) == 0
 
 
+def test_every_element_of_a_large_tensor_counts() -> None:
+    expected = torch.zeros(3000, 1000)
+    for row in (0, 1500, 2999):
+        actual = expected.clone()
+        actual[row, -1] = 3 * ATOL
+        assert deviation(actual, expected) == pytest.approx(3)
+
+
 def test_shapes_and_dtypes_must_be_the_same() -> None:
     x = torch.ones(2, 3)
     assert deviation(x[:1], x) == INF

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from treeify.running import Recorder
 
@@ -116,3 +117,29 @@ def test_layer_norms_give_what_torch_gives(case: str) -> None:
 def test_layer_norms_that_do_not_fit_fail_as_they_do() -> None:
     with pytest.raises(RuntimeError, match="normalized_shape"):
         given(nn.LayerNorm([5, 7], device="meta"), IMAGES.to("meta"))
+
+
+class Operations(TorchDispatchMode):
+    """Notes which operations are computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [*(kind() for kind in ACTIVATIONS), nn.BatchNorm2d(4), nn.LayerNorm(6)],
+    ids=lambda module: type(module).__name__,
+)
+def test_activations_and_norms_are_not_computed(module: nn.Module) -> None:
+    module, x = module.to("meta").eval(), IMAGES.to("meta")
+    with Operations() as computed:
+        given(module, x)
+    assert computed.names == {"empty_like"}

@@ -1,4 +1,4 @@
-"""Functions that libraries keep closed to fx, written so that rules can run their parts packed.
+"""What libraries keep closed to fx, written so that rules can run its parts packed.
 
 `treeify.verify` compares them with the libraries' own, which leaves run.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models.efficientvit_mit import LiteMLA
 from torch import Tensor, fx
 from torchvision.models import swin_transformer
 
@@ -117,8 +119,35 @@ def _shifted_window_attention(
     return join(found, input, window_size, shift_size)
 
 
+@fx.wrap
+def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:
+    """Without a softmax, at least in float32, `[N, heads, T, D]` and a column of ones in `value`.
+
+    The last column of the products is what the others are divided by.
+    """
+    device = query.device.type
+    with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
+        found = query.float() @ (key.float().transpose(-1, -2) @ value.float())
+        return (found[..., :-1] / (found[..., -1:] + eps)).to(value.dtype)
+
+
+def _lite_mla(module: LiteMLA, x: Tensor) -> Tensor:
+    """As timm's, `[N, C, H, W] -> [N, C, H, W]`."""
+    images, _, height, width = x.shape
+    first = module.qkv(x)
+    scales = torch.cat([first, *(scale(first) for scale in module.aggreg)], dim=1)
+    tokens = scales.reshape(images, -1, 3 * module.dim, height * width).transpose(-1, -2)
+    query, key, value = tokens.chunk(3, dim=-1)
+    query, key = module.kernel_func(query), module.kernel_func(key)
+    found = linear_attention(query, key, F.pad(value, (0, 1), value=1.0), module.eps)
+    result: Tensor = module.proj(found.transpose(-1, -2).reshape(images, -1, height, width))
+    return result
+
+
+# Functions, and the forward methods of modules.
 STAND_INS: dict[Any, Callable[..., Any]] = {
     swin_transformer.shifted_window_attention: _shifted_window_attention,
+    LiteMLA.forward: _lite_mla,
 }
-# What of it, and of what stays closed, treats every image by itself.
-OF_EACH_IMAGE = (cut, join, masked, scaled, swin_transformer._patch_merging_pad)
+# What of them, and of what stays closed, treats every image by itself.
+OF_EACH_IMAGE = (cut, join, masked, scaled, linear_attention, swin_transformer._patch_merging_pad)

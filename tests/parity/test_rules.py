@@ -127,6 +127,20 @@ class Routed(nn.Module):
         return self.conv(x, self.router(x.mean((2, 3))).sigmoid())
 
 
+class Tables(nn.Module):
+    """Products with tables of its own, of images held first and in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(6, 5, WIDTH))
+        self.mixing = nn.Parameter(torch.randn(WIDTH, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.einsum("nchw,hkc->nchk", x, self.rows).permute(1, 0, 2, 3)
+        steps = torch.arange(25, dtype=x.dtype).view(5, 5)
+        return torch.einsum("cnhk, cd, kl -> dnhl", x, self.mixing, steps).transpose(0, 1)
+
+
 class Do(nn.Module):
     def __init__(self, function: Callable[[Tensor], Any]) -> None:
         super().__init__()
@@ -180,6 +194,7 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "pixel_shuffle": lambda: nn.PixelShuffle(2),
     "matmul": lambda: Do(lambda x: x @ x.transpose(-2, -1)),
     "einsum": lambda: Do(lambda x: torch.einsum("nchw,ncwv->nhv", x, x)),
+    "einsum_tables": Tables,
     "tokens_linear": lambda: Tokens(nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, 4))),
     "tokens_own_weights": lambda: Tokens(OwnWeights()),
     "tokens_conv": lambda: Tokens(nn.Conv1d(37, 37, 3, padding=1)),

@@ -1,8 +1,9 @@
-"""What stands in for functions that libraries keep closed computes what they do."""
+"""What stands in for what libraries keep closed computes the same."""
 
 import pytest
 import torch
-from torch import Tensor
+from timm.models.efficientvit_mit import LiteMLA
+from torch import Tensor, nn
 from torch.testing import assert_close
 from torchvision.models import SwinTransformer, swin_transformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
@@ -96,3 +97,51 @@ def test_windows_run_packed_and_images_of_any_size_are_taken(second: bool) -> No
     assert not looped & {own.__name__ for own in (*STAND_INS, *OF_EACH_IMAGE)}
     for sides in ((32, 32), (44, 28)):
         assert treeify.verify(hne, torch.rand(2, 3, *sides)).worst <= 1
+
+
+def test_linear_attention_is_timms() -> None:
+    """Gradients too, and under autocast, where it takes full precision."""
+    torch.manual_seed(0)
+    module = LiteMLA(16, 16, scales=(3, 5)).eval()
+    x = torch.randn(2, 16, 5, 7, requires_grad=True)
+    stand_in = STAND_INS[LiteMLA.forward]
+    for kwargs in ({"enabled": False}, {"dtype": torch.bfloat16}):
+        with torch.autocast("cpu", **kwargs):
+            found, expected = stand_in(module, x), module(x)
+        assert found.dtype == expected.dtype
+        assert_close(found, expected)
+        direction = torch.randn_like(expected)
+        inputs = [x, *module.parameters()]
+        gradients = [torch.autograd.grad(out, inputs, direction) for out in (found, expected)]
+        assert_close(*gradients)
+
+
+class Attending(nn.Module):
+    """`[N, 3, 8, 8] -> [N, 16]`."""
+
+    def __init__(self, kind: type[LiteMLA]) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.attention = kind(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention(self.stem(x)).mean((2, 3))
+
+
+class Doubled(LiteMLA):
+    """What it computes is its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super()._attn(x, x, x)
+
+
+@pytest.mark.parametrize("kind", [LiteMLA, Doubled])
+def test_linear_attention_runs_packed(kind: type[LiteMLA]) -> None:
+    torch.manual_seed(0)
+    model = Attending(kind)
+    settle(model)
+    hne = treeify.hierarchicalize(
+        model, ["attention:3"], init="perturb", example_input=torch.zeros(1, 3, 8, 8)
+    )
+    assert hne.conversion.packed_share == 1
+    assert treeify.verify(hne, torch.rand(2, 3, 9, 6)).worst <= 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
+from string import ascii_letters
 from typing import Any
 
 import torch
@@ -81,6 +83,47 @@ def run_attention(call: Call) -> nn.Module:
     return MaskedAttention(mask, result.batch_dim)
 
 
+class EinsumOfBranches(nn.Module):
+    """Products of images with tensors of each branch: one letter more, for the branches.
+
+    Args:
+        sources: the base model's subscripts of each operand.
+        target: those of the result.
+        dims: where each operand holds the batch; None for one value a branch, and -1 for one value
+            for all branches.
+        dim: where the result holds it.
+    """
+
+    def __init__(
+        self, sources: Sequence[str], target: str, dims: Sequence[int | None], dim: int
+    ) -> None:
+        super().__init__()
+        branch = next(
+            letter for letter in ascii_letters if letter not in (*target, *"".join(sources))
+        )
+
+        def with_branch(subscripts: str, at: int | None) -> str:
+            at = at or 0
+            return subscripts if at < 0 else subscripts[:at] + branch + subscripts[at:]
+
+        given = map(with_branch, sources, dims)
+        self.equation = f"{','.join(given)}->{with_branch(target, dim)}"
+        self.dims, self.dim = dims, dim
+
+    def forward(self, span: Span, equation: str, *operands: Tensor) -> Tensor:
+        """`[..., G*N, ...]`, from such operands and `[G, ...]`."""
+        given = [
+            operand if at is None or at < 0 else torch.unflatten(operand, at, (span.size, -1))
+            for operand, at in zip(operands, self.dims, strict=True)
+        ]
+        result: Tensor = torch.einsum(self.equation, *given)
+        return result.flatten(self.dim, self.dim + 1)
+
+    def extra_repr(self) -> str:
+        """The equation that runs."""
+        return self.equation
+
+
 @batch_rule(torch.einsum, first=True)
 def run_einsum(call: Call) -> nn.Module:
     """Products whose subscripts keep the batch in one letter."""
@@ -91,17 +134,24 @@ def run_einsum(call: Call) -> nn.Module:
     result = call.known.value
     if not isinstance(result, TensorFacts) or result.batch_dim is None:
         raise Unpackable("its result has no batch dim")
-    sources, target = equation.replace(" ", "").split("->")
+    left, target = equation.replace(" ", "").split("->")
+    sources = left.split(",")
     letter = target[result.batch_dim]
-    for known, subscripts, argument in zip(operands, sources.split(","), arguments, strict=True):
+    dims: list[int | None] = []
+    for known, subscripts, argument in zip(operands, sources, arguments, strict=True):
         if known is None:
             raise Unpackable("an operand is no single tensor")
         if known.batch_dim is None:
-            if letter in subscripts or argument in call.own:
+            if letter in subscripts:
                 raise Unpackable("an operand has no batch dim")
+            dims.append(None if argument in call.own else -1)
         elif subscripts[known.batch_dim] != letter:
             raise Unpackable("its operands hold the batch in different dims")
-    return Direct(call.node.target)
+        else:
+            dims.append(known.batch_dim)
+    if None not in dims:
+        return Direct(call.node.target)
+    return EinsumOfBranches(sources, target, dims, result.batch_dim)
 
 
 class PackedSelfAttention(nn.Module):

@@ -1,4 +1,4 @@
-"""The measured rows as Markdown: `python benchmarks/tables.py` puts them into the page."""
+"""The measured rows as Markdown: `python benchmarks/tables.py` puts them into the pages."""
 
 from __future__ import annotations
 
@@ -8,8 +8,19 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+_ROOT = Path(__file__).parents[1]
+PAGES = (_ROOT / "docs" / "performance.md", _ROOT / "README.md")
+# What stands in another table's file.
+FILES = {"steps": "anytime", "deadlines": "anytime", "speed": "inference"}
+# The rows of a table that has not all of its file.
+ROWS = {
+    "speed": (
+        *("HNE, batch 1", "HNE, batch 32", "MobileNetV2 HNE, batch 1", "MobileNetV2 HNE, batch 8"),
+        *("resnet18, batch 1", "vit_tiny_patch16_224, batch 1"),
+    ),
+}
 COLUMNS = {
+    "speed": ("macs_ratio", "base", "auto", "E"),
     "inference": (
         *("macs_ratio", "base", "packed", "looped", "auto", "independent", "vmap", "E"),
         *("auto_vs_best", "independent_vs_auto", "vmap_vs_auto", "share_of_product"),
@@ -35,9 +46,9 @@ COLUMNS = {
 def table(name: str) -> str:
     """A benchmark's rows as a Markdown table, in the order of measuring, batches of one by size."""
     columns = COLUMNS[name]
-    file = "anytime" if name in ("steps", "deadlines") else name
-    results = RESULTS / f"{file}.json"
+    results = RESULTS / f"{FILES.get(name, name)}.json"
     rows = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.is_file() else []
+    rows = [row for row in rows if name not in ROWS or row["row"] in ROWS[name]]
     cases = [row["row"].partition(", batch ")[0] for row in rows]
     rows.sort(key=lambda row: _place(row["row"], cases))
     lines = ["| | " + " | ".join(columns) + " |", "|---" + "|---:" * len(columns) + "|"]
@@ -69,4 +80,5 @@ def updated(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(updated(page.read_text(encoding="utf-8")), encoding="utf-8")

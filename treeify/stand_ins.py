@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.models import mvitv2
 from timm.models.efficientvit_mit import LiteMLA
 from torch import Tensor, fx
 from torchvision.models import swin_transformer
@@ -144,6 +145,8 @@ def _lite_mla(module: LiteMLA, x: Tensor) -> Tensor:
     return result
 
 
+# What timm keeps closed for the sake of other tracers.
+OPENED = (mvitv2.reshape_pre_pool, mvitv2.reshape_post_pool, mvitv2.cal_rel_pos_type)
 # Functions, and the forward methods of modules.
 STAND_INS: dict[Any, Callable[..., Any]] = {
     swin_transformer.shifted_window_attention: _shifted_window_attention,

@@ -29,7 +29,7 @@ from treeify import proxies, unseen
 from treeify.errors import TraceError
 from treeify.functional import CONSTANT
 from treeify.proxies import Sized, Value, instances_told
-from treeify.stand_ins import STAND_INS
+from treeify.stand_ins import OPENED, STAND_INS
 from treeify.unseen import (
     StateError,
     Watch,
@@ -132,7 +132,8 @@ class _Tracer(fx.Tracer):
         sized: bool,
     ) -> None:
         timm_fx: Any = timm_registry  # has no annotations
-        functions = tuple(fn for fn in timm_fx.get_notrace_functions() if callable(fn))
+        closed = (own for own in timm_fx.get_notrace_functions() if own not in OPENED)
+        functions = tuple(own for own in closed if callable(own))
         super().__init__(autowrap_functions=functions)
         self.proxy_buffer_attributes = True
         self._fixed = fixed

@@ -127,6 +127,61 @@ class Routed(nn.Module):
         return self.conv(x, self.router(x.mean((2, 3))).sigmoid())
 
 
+class Heads(nn.Module):
+    """Two rows for each image, of half of its channels each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, 2, 6, 6)
+        return self.norm(self.conv(rows)).reshape(-1, 6, 9)
+
+
+class TokenNorm(nn.Module):
+    """A batch norm over all tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.norm = nn.BatchNorm1d(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        return self.norm(x.flatten(0, 1)).reshape_as(x)
+
+
+def replace_parts(x: Tensor) -> Tensor:
+    """Parts of every image by others of it, and by a number."""
+    made = x + 1
+    made[:, 1:, ..., 2:4] = x[:, :3, :, :2]
+    made[:, 0, 1] = 0.5
+    made[..., -1, 0] = x.mean((2, 3))
+    return made
+
+
+class SetsOwn(nn.Module):
+    """Replaces a part of every image by a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = nn.Parameter(torch.randn(6, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + 1
+        x[:, 0] = self.part
+        return x
+
+
+def replace_image(x: Tensor) -> Tensor:
+    """One image by zeros."""
+    x = x + 1
+    x[0] = 0.0
+    return x
+
+
 class Tables(nn.Module):
     """Products with tables of its own, of images held first and in the middle."""
 
@@ -195,6 +250,9 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "matmul": lambda: Do(lambda x: x @ x.transpose(-2, -1)),
     "einsum": lambda: Do(lambda x: torch.einsum("nchw,ncwv->nhv", x, x)),
     "einsum_tables": Tables,
+    "rows_of_heads": Heads,
+    "tokens_batch_norm": lambda: Tokens(TokenNorm()),
+    "set_item": lambda: Do(replace_parts),
     "tokens_linear": lambda: Tokens(nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, 4))),
     "tokens_own_weights": lambda: Tokens(OwnWeights()),
     "tokens_conv": lambda: Tokens(nn.Conv1d(37, 37, 3, padding=1)),
@@ -221,6 +279,8 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "flatten_batch": lambda: Do(lambda x: x.flatten(0, 1)[: x.shape[0]].unflatten(0, (-1, 1))),
     "index_batch": lambda: Do(lambda x: x[torch.tensor([1, 0])]),
     "mean_batch": lambda: Do(lambda x: x - x.mean(0, keepdim=True)),
+    "set_image": lambda: Do(replace_image),
+    "set_own": SetsOwn,
 }
 CASES = {**OPERATIONS, **MOSTLY, **REFUSED}
 

@@ -11,7 +11,7 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 
 from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
-from treeify.rules.widened import widened, widened_conv
+from treeify.rules.widened import OfRows, of_rows, widened, widened_conv
 from treeify.storage import call_with, narrow
 from treeify.tree import Span
 
@@ -40,6 +40,15 @@ def pack_conv(conv: nn.Conv2d, branches: int) -> None:
 
 rule(*_CONVOLUTIONS)(widened_conv)
 rule(*_TRANSPOSED)(widened)
+
+
+@batch_rule(*_CONVOLUTIONS)
+def run_conv(call: Call) -> OfRows:
+    """Convolutions of several rows for each image, such as the heads of attention."""
+    conv: Any = call.module
+    if len(call.batch_facts().shape) != len(conv.kernel_size) + 2:
+        raise Unpackable("its input has no batch dim")
+    return of_rows(call)
 
 
 class PackedCondConv(nn.Module):

@@ -36,7 +36,7 @@ _UNARY: tuple[Any, ...] = (
     *(torch.reciprocal, operator.neg, operator.pos),
     *("relu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "square", "abs", "neg", "clamp"),
     *("clamp_min", "clamp_max", "reciprocal", "contiguous", "clone", "detach", "float", "half"),
-    *("bfloat16", "double", "to", "type"),
+    *("bfloat16", "double", "long", "int", "bool", "to", "type"),
 )
 _BROADCAST: tuple[Any, ...] = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow),

@@ -18,7 +18,8 @@ from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from treeify.rules.elementwise import Direct, call_target
+from treeify.functional import set_item
+from treeify.rules.elementwise import Direct, call_target, require_aligned
 from treeify.rules.registry import Call, Unpackable, batch_rule, widens
 from treeify.rules.shape import SHAPE_READINGS, Item
 from treeify.stand_ins import OF_EACH_IMAGE
@@ -254,6 +255,27 @@ def run_getitem(call: Call) -> nn.Module:
     if _indices(items, len(known.shape))[known.batch_dim] != slice(None):
         raise Unpackable("it indexes the batch")
     return Direct(operator.getitem)
+
+
+@batch_rule(set_item)
+def run_set_item(call: Call) -> Direct:
+    """Parts of every image replaced."""
+    _, index, item = call.node.args
+    known = call.batch_facts()
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(own is Ellipsis or type(own) in (int, slice) for own in items):
+        raise Unpackable("it is told where by more than numbers and slices")
+    by_dim = _indices(items, len(known.shape))
+    assert known.batch_dim is not None
+    if by_dim[known.batch_dim] != slice(None):
+        raise Unpackable("it sets some images")
+    replacement = call.tensor(item)
+    if replacement is not None and replacement.batch_dim is None and item in call.own:
+        raise Unpackable("it sets one value a branch")
+    kept = [dim for dim, own in enumerate(by_dim) if type(own) is slice]
+    shape, at = tuple(known.shape[dim] for dim in kept), kept.index(known.batch_dim)
+    require_aligned([replacement], TensorFacts(shape, at == 0, at))
+    return Direct(set_item)
 
 
 def _indices(items: Sequence[Any], rank: int) -> list[Any]:

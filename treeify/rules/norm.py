@@ -16,7 +16,7 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from treeify.packing import refold, unfold
 from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
-from treeify.rules.widened import Widened, widened
+from treeify.rules.widened import OfRows, Widened, of_rows, widened
 from treeify.storage import narrow
 from treeify.tree import Span
 
@@ -63,14 +63,25 @@ def pack_instance_norm_call(call: Call) -> Widened:
 def pack_norm(call: Call) -> Widened:
     """Batch and group norms."""
     norm: Any = call.module
-    if getattr(norm, "momentum", 0.0) is None:
-        raise Unpackable("momentum=None averages over a counter that each branch has of its own")
+    _require_momentum(norm)
     if type(norm) in _NORM_ACTS:
         if type(norm.act) not in ACTIVATIONS:
             raise Unpackable("its activation is no function of single numbers")
         if type(norm.drop) not in (nn.Identity, nn.Dropout):
             raise Unpackable("its dropout draws for several channels at once")
     return widened(call, of_channels=True)
+
+
+def _require_momentum(norm: nn.Module | None) -> None:
+    if getattr(norm, "momentum", 0.0) is None:
+        raise Unpackable("momentum=None averages over a counter that each branch has of its own")
+
+
+@batch_rule(*_BATCH_NORMS)
+def run_batch_norm(call: Call) -> OfRows:
+    """Batch norms of several rows for each image."""
+    _require_momentum(call.module)
+    return of_rows(call, of_channels=True)
 
 
 rule(FrozenBatchNorm2d)(widened)

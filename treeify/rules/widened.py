@@ -184,3 +184,41 @@ def widened_conv(call: Call) -> WidenedConv:
         raise Unpackable("its input has no batch dim")
     assert call.storage is not None
     return WidenedConv(call.storage, conv, call.branches, call.ratio, known)
+
+
+class OfRows(nn.Module):
+    """Runs a widened module on branches in the batch, where every image has several rows.
+
+    Args:
+        operation: what runs with branches in the channels.
+    """
+
+    def __init__(self, operation: Widened) -> None:
+        super().__init__()
+        self.operation = operation
+
+    def forward(self, span: Span, x: Tensor) -> Tensor:
+        """`[G*R, C, ...] -> [G*R, O, ...]`."""
+        rows = torch.unflatten(x, 0, (span.size, -1)).transpose(0, 1)
+        result = self.operation(span, rows.flatten(1, 2))
+        return torch.unflatten(result, 1, (span.size, -1)).transpose(0, 1).flatten(0, 1)
+
+
+def of_rows(call: Call, *, of_channels: bool = False) -> OfRows:
+    """The operation in the batch of a module that has a widen rule.
+
+    Args:
+        call: of the module.
+        of_channels: as `Widened` takes it.
+
+    Raises:
+        Unpackable: its input does not begin with rows of images, or has one for each: then branches
+            run in the channels.
+    """
+    known = call.batch_facts()
+    if known.batch_dim != 0 or len(known.shape) < 2:
+        raise Unpackable("its input does not begin with the batch")
+    if known.folds:
+        raise Unpackable("its input has one row for each image")
+    assert call.module is not None and call.storage is not None
+    return OfRows(Widened(call.storage, call.module, call.branches, of_channels=of_channels))

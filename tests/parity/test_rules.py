@@ -162,6 +162,53 @@ def replace_parts(x: Tensor) -> Tensor:
     return made
 
 
+class OwnFunctions(nn.Module):
+    """A convolution, norms and bounds with weights that the forward pass reads or computes."""
+
+    def __init__(self, *, standardised: bool) -> None:
+        super().__init__()
+        self.standardised = standardised
+        self.kernel = nn.Parameter(torch.randn(8, 2, 3, 3))
+        self.shift = nn.Parameter(torch.randn(8))
+        self.scales = nn.ParameterList(torch.randn(8) for _ in range(4))
+        self.whole = nn.Parameter(torch.randn(3, 8))
+        self.register_buffer("low", torch.tensor(-0.5))
+        self.register_buffer("high", torch.tensor(1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = self.kernel
+        if self.standardised:
+            kernel = kernel / kernel.std((1, 2, 3), keepdim=True)
+        x = F.conv2d(x, kernel, self.shift, stride=2, padding=1, groups=2)
+        x = F.group_norm(x, 4, self.scales[0], self.scales[1]) + F.group_norm(x, 2)
+        x = torch.clamp(x, self.low, self.high).clamp(None, self.high)
+        x = x.permute(0, 2, 3, 1)
+        x = F.layer_norm(x, (8,), self.scales[2], self.scales[3], 1e-3) + F.layer_norm(
+            x, x.shape[3:]
+        )
+        x = F.layer_norm(x, (3, 8), weight=self.whole)
+        x = F.rms_norm(x, [8], self.scales[0], 1e-3) + F.rms_norm(x, [8], weight=self.scales[1])
+        return x.clamp(self.low)
+
+
+class SharedKernel(nn.Module):
+    """A convolution with weights that no branch has of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, torch.full((WIDTH, 1, 3, 3), 0.1, dtype=x.dtype), groups=WIDTH)
+
+
+class ShiftedNorm(nn.Module):
+    """A norm with a bias alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (6,), None, self.bias)
+
+
 class SetsOwn(nn.Module):
     """Replaces a part of every image by a parameter."""
 
@@ -253,6 +300,11 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "rows_of_heads": Heads,
     "tokens_batch_norm": lambda: Tokens(TokenNorm()),
     "set_item": lambda: Do(replace_parts),
+    "own_functions": lambda: OwnFunctions(standardised=False),
+    "unfold": lambda: Do(lambda x: x.unfold(2, 3, 2).unfold(3, 2, 1)),
+    "repeat_each": lambda: Do(
+        lambda x: (x.repeat_interleave(4, 0) * 2).view(x.shape[0], -1, 4, 6, 6)
+    ),
     "tokens_linear": lambda: Tokens(nn.Sequential(nn.Linear(WIDTH, 8), nn.GELU(), nn.Linear(8, 4))),
     "tokens_own_weights": lambda: Tokens(OwnWeights()),
     "tokens_conv": lambda: Tokens(nn.Conv1d(37, 37, 3, padding=1)),
@@ -264,6 +316,7 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
 # Packed, but for small operations on parameters alone.
 MOSTLY: dict[str, Callable[[], nn.Module]] = {
     "attention_bias": lambda: Tokens(Attend(bias=True, fused=True)),
+    "standardised": lambda: OwnFunctions(standardised=True),
 }
 
 
@@ -281,6 +334,12 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "mean_batch": lambda: Do(lambda x: x - x.mean(0, keepdim=True)),
     "set_image": lambda: Do(replace_image),
     "set_own": SetsOwn,
+    "shared_kernel": SharedKernel,
+    "shifted_norm": ShiftedNorm,
+    "unfold_batch": lambda: Do(lambda x: x.unfold(0, 2, 1)[:1].repeat(x.shape[0], 1, 1, 1, 1)),
+    "repeat_image": lambda: Do(
+        lambda x: x.repeat_interleave(torch.tensor([2, 1, 0])[: x.shape[0]], 0)
+    ),
 }
 CASES = {**OPERATIONS, **MOSTLY, **REFUSED}
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
@@ -49,6 +51,40 @@ def run_conv(call: Call) -> OfRows:
     if len(call.batch_facts().shape) != len(conv.kernel_size) + 2:
         raise Unpackable("its input has no batch dim")
     return of_rows(call)
+
+
+class ConvFunction(nn.Module):
+    """A convolution with weights that the base model reads or computes itself."""
+
+    def __init__(self, target: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.target = target
+
+    def forward(
+        self,
+        span: Span,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        """`[N, G*C, ...]`, `[G, O, I, ...]` and `[G, O]` -> `[N, G*O, ...]`."""
+        bias = None if bias is None else bias.flatten(0, 1)
+        groups *= span.size
+        return self.target(input, weight.flatten(0, 1), bias, stride, padding, dilation, groups)
+
+
+@rule(F.conv1d, F.conv2d, F.conv3d)
+def pack_conv_function(call: Call) -> ConvFunction:
+    """`F.conv2d` and its like with each branch's own weight and bias."""
+    weight, _ = call.own_tensors((1, "weight"), (2, "bias"))
+    if weight is None or len(weight.shape) != len(call.input_facts().shape):
+        raise Unpackable("its input has no batch dim")
+    target: Any = call.node.target
+    return ConvFunction(target)
 
 
 class PackedCondConv(nn.Module):

@@ -36,7 +36,7 @@ _UNARY: tuple[Any, ...] = (
     *(torch.reciprocal, operator.neg, operator.pos),
     *("relu", "sigmoid", "tanh", "exp", "log", "sqrt", "rsqrt", "square", "abs", "neg", "clamp"),
     *("clamp_min", "clamp_max", "reciprocal", "contiguous", "clone", "detach", "float", "half"),
-    *("bfloat16", "double", "long", "int", "bool", "to", "type"),
+    *("bfloat16", "double", "long", "int", "bool", "to", "type", "sin", "cos", "erf"),
 )
 _BROADCAST: tuple[Any, ...] = (
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow),
@@ -79,10 +79,16 @@ def call_target(target: Callable[..., Any] | str, *args: Any, **kwargs: Any) -> 
     return target(*args, **kwargs)
 
 
+# Their bounds may be tensors.
+_BOUNDED = (torch.clamp, "clamp", "clamp_min", "clamp_max")
+
+
 @rule(*_UNARY, pure=True)
-def pack_unary(call: Call) -> Direct:
+def pack_unary(call: Call) -> nn.Module:
     """One tensor in, the same shape out."""
     if len(call.tensor_arguments()) != 1:
+        if call.node.target in _BOUNDED:
+            return pack_broadcast(call)
         raise Unpackable("it reads more than one tensor")
     _require_own_layout(call)
     return Direct(call.node.target)
@@ -97,8 +103,10 @@ def _require_own_layout(call: Call) -> None:
 
 
 @batch_rule(*_UNARY, pure=True)
-def run_unary(call: Call) -> Direct:
+def run_unary(call: Call) -> nn.Module:
     """The same in the batch."""
+    if call.node.target in _BOUNDED and len(call.tensor_arguments()) != 1:
+        return run_broadcast(call)
     call.require_one_tensor()
     return Direct(call.node.target)
 

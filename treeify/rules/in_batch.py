@@ -27,6 +27,7 @@ from treeify.trace import TensorFacts, facts
 from treeify.tree import Span
 
 _ALONG_BATCH = "it works along the batch"
+_REPEATS = (torch.repeat_interleave, "repeat_interleave")
 
 # Where these take the dims they work along; `None` where they would take all of them.
 _DIMS: dict[Any, int] = {
@@ -36,11 +37,11 @@ _DIMS: dict[Any, int] = {
     **dict.fromkeys(("mean", "sum", "amax", "amin", "max", "min", torch.prod, "prod"), 1),
     **dict.fromkeys((torch.std, torch.var, "std", "var", torch.argmax, "argmax"), 1),
     **dict.fromkeys((torch.cumsum, "cumsum", torch.unbind, "unbind", torch.flip, "flip"), 1),
-    **dict.fromkeys((torch.squeeze, "squeeze", torch.select, "select"), 1),
+    **dict.fromkeys((torch.squeeze, "squeeze", torch.select, "select", "unfold"), 1),
     **dict.fromkeys((torch.index_select, "index_select", torch.narrow, "narrow"), 1),
     **dict.fromkeys((torch.norm, "norm", F.normalize, torch.roll, "roll", torch.topk, "topk"), 2),
     **dict.fromkeys((torch.chunk, "chunk", torch.split, "split", torch.tensor_split), 2),
-    **dict.fromkeys((torch.repeat_interleave, "repeat_interleave"), 2),
+    **dict.fromkeys(_REPEATS, 2),
     **dict.fromkeys((torch.cat, torch.concat), 1),
     torch.linalg.norm: 2,
     torch.linalg.vector_norm: 2,
@@ -76,11 +77,20 @@ def run_along_dims(call: Call) -> Direct:
     if target in _TAKES_INDEX and call.argument(2, "index") in call.own:
         raise Unpackable("each branch has an index of its own")
     given = _given_dims(call)
-    if known.batch_dim in _constant_dims(given, len(known.shape)):
+    if known.batch_dim in _constant_dims(given, len(known.shape)) and not _repeats_each(call):
         raise Unpackable(_ALONG_BATCH)
     if any(fact.batch_dim != known.batch_dim for fact in tensors if fact.batch_dim is not None):
         raise Unpackable("its operands hold the batch in different dims")
     return Direct(target)
+
+
+def _repeats_each(call: Call) -> bool:
+    """Whether it puts every image's copies beside it, as many of each."""
+    repeats = call.argument(1, "repeats")
+    number = isinstance(repeats, int) or (
+        isinstance(repeats, fx.Node) and not facts(repeats).tensors
+    )
+    return call.node.target in _REPEATS and number
 
 
 _TAKES_INDEX = (torch.index_select, "index_select")

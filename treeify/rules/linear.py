@@ -83,10 +83,7 @@ def run_linear_function(call: Call) -> LinearFunction:
     known = call.batch_facts()
     if known.batch_dim != 0 or len(known.shape) < 2:
         raise Unpackable("its input does not begin with the batch")
-    given = [call.argument(1, "weight"), call.argument(2, "bias")]
-    if any(argument is not None and argument not in call.own for argument in given):
-        raise Unpackable("its weights are shared")
-    weight, bias = map(call.tensor, given)
+    weight, bias = call.own_tensors((1, "weight"), (2, "bias"))
     if weight is None or len(weight.shape) != 2 or (bias and bias.shape != weight.shape[:1]):
         raise Unpackable("its weight and bias are no [O, I] and [O]")
     return LinearFunction()

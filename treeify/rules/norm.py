@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import norm as timm_norm
 from timm.layers import norm_act as timm_norm_act
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torchvision.models import convnext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
@@ -18,6 +18,7 @@ from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
 from treeify.rules.widened import OfRows, Widened, of_rows, widened
 from treeify.storage import narrow
+from treeify.trace import facts
 from treeify.tree import Span
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -214,3 +215,87 @@ def run_norm(call: Call) -> NormInBatch:
             return F.rms_norm(x, list(shape), weight, norm.eps)
 
     return NormInBatch(call.storage, call.branches, shape, normalise, call.ratio)
+
+
+def _scaled(span: Span, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """`[G*N, ..., D1, ...]` by scales `[G, D1, ...]`."""
+    if weight is None:
+        return x
+    branches = torch.unflatten(x, 0, (span.size, -1))
+    between = [1] * (branches.ndim - weight.ndim)
+    shape = (span.size, *between, *weight.shape[1:])
+    return _affine(branches, weight, bias, shape).flatten(0, 1)
+
+
+class LayerNormFunction(nn.Module):
+    """`F.layer_norm` with scales that the base model reads itself."""
+
+    def forward(
+        self,
+        span: Span,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`[G*N, ..., D1, ...]` and `[G, D1, ...]` -> `[G*N, ..., D1, ...]`."""
+        return _scaled(span, F.layer_norm(input, normalized_shape, eps=eps), weight, bias)
+
+
+class RMSNormFunction(nn.Module):
+    """`F.rms_norm` likewise."""
+
+    def forward(
+        self,
+        span: Span,
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        eps: float | None = None,
+    ) -> Tensor:
+        """`[G*N, ..., D1, ...]` and `[G, D1, ...]` -> `[G*N, ..., D1, ...]`."""
+        return _scaled(span, F.rms_norm(input, list(normalized_shape), eps=eps), weight)
+
+
+@batch_rule(F.layer_norm, F.rms_norm, first=True)
+def run_norm_function(call: Call) -> nn.Module:
+    """Norms over the last dims, with each branch's own weight and bias."""
+    made = LayerNormFunction() if call.node.target is F.layer_norm else RMSNormFunction()
+    places = [(2, "weight"), (3, "bias")][: 2 if isinstance(made, LayerNormFunction) else 1]
+    weight, *bias = call.own_tensors(*places)
+    if weight is None and any(bias):
+        raise Unpackable("it has a bias and no weight")
+    given = call.argument(1, "normalized_shape")
+    shape = facts(given).grows if isinstance(given, fx.Node) else given
+    if not isinstance(shape, Sequence):
+        raise Unpackable("how many dims it works along is not a constant")
+    known = call.batch_facts()
+    if known.batch_dim != 0 or len(shape) >= len(known.shape):
+        raise Unpackable("it normalises over the batch")
+    return made
+
+
+class GroupNormFunction(nn.Module):
+    """`F.group_norm` with scales that the base model reads itself."""
+
+    def forward(
+        self,
+        span: Span,
+        input: Tensor,
+        num_groups: int,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """`[N, G*C, ...]` and `[G, C]` -> `[N, G*C, ...]`."""
+        weight, bias = (None if own is None else own.flatten(0, 1) for own in (weight, bias))
+        return F.group_norm(input, num_groups * span.size, weight, bias, eps)
+
+
+@rule(F.group_norm)
+def pack_group_norm_function(call: Call) -> GroupNormFunction:
+    """`F.group_norm` with each branch's own weight and bias."""
+    call.own_tensors((2, "weight"), (3, "bias"))
+    call.input_facts()
+    return GroupNormFunction()

@@ -91,6 +91,27 @@ class Call:
             raise Unpackable("its input has no batch dim")
         return known
 
+    def own_tensors(self, *places: tuple[int, str]) -> list[TensorFacts | None]:
+        """Facts of arguments of which each branch has its own tensor, `[G, ...]`, or None.
+
+        Args:
+            places: of each argument, its position and name.
+
+        Raises:
+            Unpackable: one is the same for all branches, or has a batch.
+        """
+        found = []
+        for place in places:
+            argument = self.argument(*place)
+            known = self.tensor(argument)
+            if argument is not None:
+                if known is None or argument not in self.own:
+                    raise Unpackable("its weights are shared")
+                if known.batch_dim is not None:
+                    raise Unpackable("its weights have a batch")
+            found.append(known)
+        return found
+
     def require_one_tensor(self) -> TensorFacts:
         """Facts of the only tensor among the arguments, which must have a batch dim.
 

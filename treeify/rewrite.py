@@ -40,6 +40,7 @@ from treeify.rules.registry import (
     is_in_batch_first,
     is_known,
     is_pure,
+    takes_counts,
 )
 from treeify.rules.shape import SHAPE_READINGS
 from treeify.storage import Slot, submodule, tensors
@@ -366,6 +367,8 @@ class _Rewriter:
         if form is Form.BATCH:
             for source in node.all_input_nodes:
                 self._require_images(source)
+                if _any(facts(source).grows) and not takes_counts(call):
+                    raise Unpackable("it computes with the number of images")
             if any(fact.batch_dim is None for fact in facts(node).tensors):
                 raise Unpackable("its result has no batch dim")
         return rule(call)

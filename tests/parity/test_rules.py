@@ -229,6 +229,18 @@ def replace_image(x: Tensor) -> Tensor:
     return x
 
 
+def gram(x: Tensor) -> Tensor:
+    """Products of channels, for which branches are in the batch: `[N, 4, 6, 6] -> [N, 4, 4]`."""
+    return x.flatten(2) @ x.flatten(2).transpose(1, 2)
+
+
+def replace_by_images(x: Tensor) -> Tensor:
+    """A part of every image by how many there are."""
+    x = x + 1
+    x[:, 0] = x.shape[0]
+    return x
+
+
 class Tables(nn.Module):
     """Products with tables of its own, of images held first and in the middle."""
 
@@ -312,6 +324,10 @@ OPERATIONS: dict[str, Callable[[], nn.Module]] = {
     "attention_spelled_out": lambda: Tokens(Attend(bias=True, fused=False)),
     "self_attention": lambda: Tokens(SelfAttention()),
     "windows": Windows,
+    # In the batch a number of images is multiplied by the branches: these leave it.
+    "narrow_by_images": lambda: Do(lambda x: gram(x).narrow(1, x.shape[0], 1)),
+    "index_by_images": lambda: Do(lambda x: gram(x)[:, x.shape[0]]),
+    "roll_by_images": lambda: Do(lambda x: gram(x).roll(x.shape[0], 1)),
 }
 # Packed, but for small operations on parameters alone.
 MOSTLY: dict[str, Callable[[], nn.Module]] = {
@@ -334,6 +350,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "mean_batch": lambda: Do(lambda x: x - x.mean(0, keepdim=True)),
     "set_image": lambda: Do(replace_image),
     "set_own": SetsOwn,
+    "set_images": lambda: Do(replace_by_images),
     "shared_kernel": SharedKernel,
     "shifted_norm": ShiftedNorm,
     "unfold_batch": lambda: Do(lambda x: x.unfold(0, 2, 1)[:1].repeat(x.shape[0], 1, 1, 1, 1)),

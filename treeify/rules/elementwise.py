@@ -11,13 +11,12 @@ import timm.layers.activations as timm_act
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
 
 from treeify.packing import refold, unfold
 from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import widened
 from treeify.storage import lookup, narrow
-from treeify.trace import TensorFacts, facts
+from treeify.trace import TensorFacts
 from treeify.tree import Span
 
 ACTIVATIONS = (
@@ -284,9 +283,6 @@ def run_broadcast(call: Call) -> nn.Module:
     operands = [call.tensor(argument) for argument in call.node.args]
     if not any(known is not None and known.batch_dim is not None for known in operands):
         raise Unpackable("none of its operands has a batch dim")
-    # In the batch that number is multiplied by the branches, as reshapes need it.
-    if any(any(tree_leaves(facts(own).grows)) for own in call.node.all_input_nodes):
-        raise Unpackable("it computes with the number of images")
     _require_number(call, operands)
     require_aligned(operands, result)
     return with_parameters(call, call.node.target, operands, result)

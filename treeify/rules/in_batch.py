@@ -66,7 +66,8 @@ def _constant_dims(given: Any, rank: int) -> tuple[int, ...]:
     return tuple(dim % rank for dim in dims)
 
 
-@batch_rule(*_DIMS, pure=True)
+@batch_rule(*(own for own in _DIMS if own not in _REPEATS), pure=True)
+@batch_rule(*_REPEATS, pure=True, counts=True)
 def run_along_dims(call: Call) -> Direct:
     """Reductions, softmax, cuts and joins along dims other than the batch."""
     target: Any = call.node.target
@@ -168,7 +169,10 @@ def run_stack(call: Call) -> Direct:
     return Direct(call.node.target)
 
 
-@batch_rule("view", "reshape", torch.reshape, "unflatten", torch.unflatten, pure=True)
+_RESHAPES = ("view", "reshape", torch.reshape, "unflatten", torch.unflatten)
+
+
+@batch_rule(*_RESHAPES, pure=True, counts=True)
 def run_reshape(call: Call) -> Direct:
     """Reshapes that leave the order of the images alone."""
     known = call.require_one_tensor()
@@ -225,7 +229,7 @@ class ExpandEach(nn.Module):
         return rest.repeat_interleave(images, self.dim)
 
 
-@batch_rule("expand", "expand_as", "repeat", pure=True)
+@batch_rule("expand", "expand_as", "repeat", pure=True, counts=True)
 def run_expand(call: Call) -> nn.Module:
     """Tokens and masks expanded to the batch."""
     target: Any = call.node.target

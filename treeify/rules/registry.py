@@ -158,6 +158,7 @@ _RULES: dict[Any, Rule] = {}
 _BATCH_RULES: dict[Any, Rule] = {}
 _IN_BATCH_FIRST: dict[Any, Callable[[Call], bool]] = {}
 _PURE: set[Any] = set()
+_COUNTING: set[Any] = set()
 
 
 def widens(*types: type[nn.Module]) -> Callable[[_W], _W]:
@@ -191,7 +192,10 @@ def rule(*targets: Any, pure: bool = False) -> Callable[[_R], _R]:
 
 
 def batch_rule(
-    *targets: Any, pure: bool = False, first: bool | Callable[[Call], bool] = False
+    *targets: Any,
+    pure: bool = False,
+    first: bool | Callable[[Call], bool] = False,
+    counts: bool = False,
 ) -> Callable[[_R], _R]:
     """Register how module types, functions or method names run with branches in the batch.
 
@@ -199,6 +203,8 @@ def batch_rule(
         targets: exact module types, functions, or names of tensor methods.
         pure: the result depends on nothing but the arguments.
         first: whether to prefer this to the packed rule even for packed inputs.
+        counts: whether numbers that grow with the batch are sizes of the result: in the batch they
+            are multiplied by the branches. Without it, calls that read one run per branch.
     """
 
     def register(function: _R) -> _R:
@@ -206,6 +212,8 @@ def batch_rule(
             _claim(_BATCH_RULES, target, function)
         if pure:
             _PURE.update(targets)
+        if counts:
+            _COUNTING.update(targets)
         if first:
             prefers = first if callable(first) else lambda call: True
             _IN_BATCH_FIRST.update(dict.fromkeys(targets, prefers))
@@ -247,6 +255,11 @@ def is_in_batch_first(call: Call) -> bool:
     """Whether a call is better run in the batch, whatever form its inputs are in."""
     prefers = _IN_BATCH_FIRST.get(_key(call.node, call.module))
     return prefers is not None and prefers(call)
+
+
+def takes_counts(call: Call) -> bool:
+    """Whether the batch rule of a call takes numbers that grow with the batch."""
+    return _key(call.node, call.module) in _COUNTING
 
 
 def is_pure(node: fx.Node, module: nn.Module | None) -> bool:

@@ -209,7 +209,7 @@ _THIN = [
 ]
 
 _FULL = [
-    Case("mobilenet_v2", _torchvision("mobilenet_v2"), 64, wide="features.14"),
+    Case("mobilenet_v2", _torchvision("mobilenet_v2"), 64, wide="features.14", slow=("binary",)),
     Case("mobilenet_v3_small", _torchvision("mobilenet_v3_small"), 64, wide="features.9"),
     Case("shufflenet_v2_x0_5", _torchvision("shufflenet_v2_x0_5"), 64, wide="stage4"),
     Case(
@@ -233,7 +233,13 @@ _FULL = [
     Case("mobilenetv2_140", _timm("mobilenetv2_140"), 64, wide="blocks.5", slow=("binary",)),
     Case("efficientnet_lite0", _timm("efficientnet_lite0"), 64, wide="blocks.5", slow=("binary",)),
     Case("ghostnet_100", _timm("ghostnet_100"), 64, wide="blocks.7", slow=("binary",)),
-    Case("hrnet_w18_small", _timm("hrnet_w18_small"), 64, wide="incre_modules", slow=("binary",)),
+    Case(
+        "hrnet_w18_small",
+        _timm("hrnet_w18_small"),
+        64,
+        wide="incre_modules",
+        slow=("binary", "input"),
+    ),
     Case("vit_tiny_patch16_224", _timm("vit_tiny_patch16_224", img_size=32), 32, wide="blocks.8"),
 ]
 

@@ -217,7 +217,7 @@ def run_norm(call: Call) -> NormInBatch:
     return NormInBatch(call.storage, call.branches, shape, normalise, call.ratio)
 
 
-def _scaled(span: Span, x: Tensor, weight: Tensor | None, bias: Tensor | None = None) -> Tensor:
+def _scaled(span: Span, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """`[G*N, ..., D1, ...]` by scales `[G, D1, ...]`."""
     if weight is None:
         return x
@@ -227,8 +227,16 @@ def _scaled(span: Span, x: Tensor, weight: Tensor | None, bias: Tensor | None = 
     return _affine(branches, weight, bias, shape).flatten(0, 1)
 
 
-class LayerNormFunction(nn.Module):
-    """`F.layer_norm` with scales that the base model reads itself."""
+# What follows input, shape and weight.
+_REST: dict[Any, tuple[str, ...]] = {F.layer_norm: ("bias", "eps"), F.rms_norm: ("eps",)}
+
+
+class NormFunction(nn.Module):
+    """`F.layer_norm` or `F.rms_norm` with scales that the base model reads itself."""
+
+    def __init__(self, target: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.target = target
 
     def forward(
         self,
@@ -236,34 +244,20 @@ class LayerNormFunction(nn.Module):
         input: Tensor,
         normalized_shape: Sequence[int],
         weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
+        *rest: Any,
+        **named: Any,
     ) -> Tensor:
         """`[G*N, ..., D1, ...]` and `[G, D1, ...]` -> `[G*N, ..., D1, ...]`."""
-        return _scaled(span, F.layer_norm(input, normalized_shape, eps=eps), weight, bias)
+        options = {**dict(zip(_REST[self.target], rest, strict=False)), **named}
+        bias = options.pop("bias", None)
+        return _scaled(span, self.target(input, list(normalized_shape), **options), weight, bias)
 
 
-class RMSNormFunction(nn.Module):
-    """`F.rms_norm` likewise."""
-
-    def forward(
-        self,
-        span: Span,
-        input: Tensor,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        eps: float | None = None,
-    ) -> Tensor:
-        """`[G*N, ..., D1, ...]` and `[G, D1, ...]` -> `[G*N, ..., D1, ...]`."""
-        return _scaled(span, F.rms_norm(input, list(normalized_shape), eps=eps), weight)
-
-
-@batch_rule(F.layer_norm, F.rms_norm, first=True)
-def run_norm_function(call: Call) -> nn.Module:
+@batch_rule(*_REST, first=True)
+def run_norm_function(call: Call) -> NormFunction:
     """Norms over the last dims, with each branch's own weight and bias."""
-    made = LayerNormFunction() if call.node.target is F.layer_norm else RMSNormFunction()
-    places = [(2, "weight"), (3, "bias")][: 2 if isinstance(made, LayerNormFunction) else 1]
-    weight, *bias = call.own_tensors(*places)
+    target: Any = call.node.target
+    weight, *bias = call.own_tensors((2, "weight"), *[(3, "bias")] * ("bias" in _REST[target]))
     if weight is None and any(bias):
         raise Unpackable("it has a bias and no weight")
     given = call.argument(1, "normalized_shape")
@@ -273,7 +267,7 @@ def run_norm_function(call: Call) -> nn.Module:
     known = call.batch_facts()
     if known.batch_dim != 0 or len(shape) >= len(known.shape):
         raise Unpackable("it normalises over the batch")
-    return made
+    return NormFunction(target)
 
 
 class GroupNormFunction(nn.Module):

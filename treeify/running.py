@@ -9,30 +9,24 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from treeify.aliases import Keeper, Values
 from treeify.errors import InputError
 from treeify.functional import in_place_target, is_own_copy, stems_from_state
+from treeify.shortcuts import Shortcuts, batch_norm_flops
 from treeify.tracer import BATCHES, in_mode
 from treeify.unseen import StateError, changed_number, numbers_within
 
 _T = TypeVar("_T")
 
 
-def _batch_norm_flops(shape: torch.Size, *, training: bool) -> int:
-    """Twice what fvcore counts in evaluation mode, 2 per element; statistics count nothing."""
-    return 0 if training else 4 * shape.numel()
-
-
 def _count_batch_norm(
     shape: torch.Size, *args: Any, out_val: Any = None, out_shape: Any = None
 ) -> int:
-    return _batch_norm_flops(shape, training=len(args) > 6 and args[4])
+    return batch_norm_flops(shape, training=len(args) > 6 and args[4])
 
 
 # Besides products, batch norms count, as they do for fvcore and so in the paper's figures.
@@ -40,37 +34,6 @@ _COUNTED = {
     torch.ops.aten.native_batch_norm: _count_batch_norm,
     torch.ops.aten._native_batch_norm_legit_no_training: _count_batch_norm,
 }
-
-# What the meta device computes in Python, in milliseconds, and is shaped like its input.
-_ELEMENTWISE = frozenset(
-    {
-        *(torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.mish),
-        *(F.softplus, F.hardtanh, F.hardswish, F.hardsigmoid),
-    }
-)
-
-
-class _Shortcuts(TorchFunctionMode):
-    """On the meta device activations and norms give an empty tensor; may count FLOPs of norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counting = False
-        self.flops = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        x = args[0] if args else None
-        if isinstance(x, Tensor) and x.device.type == "meta":
-            if func in _ELEMENTWISE:
-                return x.zero_() if kwargs.get("inplace") else torch.empty_like(x)
-            if func is F.batch_norm:
-                if self.counting:
-                    self.flops += _batch_norm_flops(x.shape, training=kwargs["training"])
-                return torch.empty_like(x)
-            if func is F.layer_norm and x.shape[-len(args[1]) :] == tuple(args[1]):
-                return torch.empty_like(x, memory_format=torch.contiguous_format)
-        return func(*args, **kwargs)
 
 
 class Recorder(fx.Interpreter):
@@ -86,7 +49,7 @@ class Recorder(fx.Interpreter):
         self.changing: dict[fx.Node, list[fx.Node]] = {}
         self._root = root
         self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
-        self._shortcuts = _Shortcuts()
+        self._shortcuts = Shortcuts()
 
     def record(self, example: Tensor, *, count: bool) -> None:
         """Run the graph; counting makes it take twice as long."""

@@ -29,6 +29,7 @@ from treeify import proxies, unseen
 from treeify.errors import TraceError
 from treeify.functional import CONSTANT
 from treeify.proxies import Sized, Value, instances_told
+from treeify.shortcuts import Shortcuts
 from treeify.stand_ins import OPENED, STAND_INS
 from treeify.unseen import (
     StateError,
@@ -91,7 +92,7 @@ class Sizes:
         """A node's output at both batch sizes; `NotImplemented` where it cannot be computed."""
         states = random.getstate(), np.random.get_state()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), Shortcuts():
                 return [self._value(node, run) for run in range(len(BATCHES))]
         except Exception:  # whatever a library raises for what the meta device cannot do
             return [NotImplemented] * len(BATCHES)
@@ -160,6 +161,10 @@ class _Tracer(fx.Tracer):
         def run(root: nn.Module, images: fx.Proxy) -> Any:
             return root.forward(images)  # the instance's own, if it has one
 
+        # fx looks for each tensor among all of them.
+        self._tensors = (*self.root.named_buffers(), *self.root.named_parameters())
+        self._names = {id(own): name for name, own in self._tensors}
+
         return run, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
@@ -194,7 +199,12 @@ class _Tracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         if self._running or id(attr_val) in self._fixed:
             return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
+        name = self._names.get(id(attr_val))
+        if name is None or not isinstance(attr_val, Tensor):  # or made while tracing
+            return super().getattr(attr, attr_val, parameter_proxy_cache)
+        if name not in parameter_proxy_cache:
+            parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+        return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, Tensor):

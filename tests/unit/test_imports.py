@@ -27,6 +27,7 @@ LAYERS = (
     "copies",
     "stand_ins",
     "proxies",
+    "shortcuts",
     "tracer",
     "running",
     "trace",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from itertools import groupby
 
 import torch
 from torch import nn
 
 from treeify.architecture import Architecture, ParametersOnMeta
 
+# A module's class, and its parameters' names and shapes.
+_Shape = tuple[type[nn.Module], tuple[tuple[str, torch.Size], ...]]
 # The builder below, as `Architecture` names it.
 NAME = f"{__name__}:build"
 # The method by which timm's modules compute buffers that no file holds.
@@ -25,8 +26,9 @@ def build(model: str, blocks: int, **options: object) -> nn.Module:
     """A model in which at most some blocks of one shape follow one another.
 
     Where a sequence or list of modules holds more in a row that are of one class and have
-    parameters of the same shapes, those after the first are left out. The full model's weights
-    never take memory; what is left is initialised by its layers.
+    parameters of the same shapes, those after the first are left out; so are further turns of
+    blocks that take turns. The full model's weights never take memory; what is left is initialised
+    by its layers.
 
     Args:
         model: as `Architecture` takes it.
@@ -60,20 +62,31 @@ def _is_sequence(module: nn.Module) -> bool:
 
 
 def _leave_out(sequence: nn.Module, blocks: int) -> None:
-    spare = [
-        name
-        for shape, run in groupby(sequence.named_children(), lambda child: _shape(child[1]))
-        for name, _ in list(run)[blocks:]
-        if shape[1]
-    ]
-    for name in reversed(spare):
+    names = [name for name, _ in sequence.named_children()]
+    shapes = [_shape(child) for child in sequence.children()]
+    for position in reversed(_spare(shapes, blocks)):
         if isinstance(sequence, nn.ModuleList):
-            del sequence[int(name)]  # numbers those that follow anew
+            del sequence[position]  # numbers those that follow anew
         else:
-            delattr(sequence, name)
+            delattr(sequence, names[position])
 
 
-def _shape(module: nn.Module) -> tuple[type[nn.Module], tuple[tuple[str, torch.Size], ...]]:
+def _spare(shapes: list[_Shape], times: int) -> list[int]:
+    """Where there is what has come so many times in a row before, be it one block or some."""
+    left = list(range(len(shapes)))
+    for period in range(1, len(shapes)):
+        start = 0
+        while (end := start + period * (times + 1)) <= len(left):
+            run = [shapes[position] for position in left[start:end]]
+            # What has no weights may be a pooling, on which what follows depends.
+            if run == run[:period] * (times + 1) and all(weights for _, weights in run):
+                del left[end - period : end]
+            else:
+                start += 1
+    return sorted(set(range(len(shapes))) - set(left))
+
+
+def _shape(module: nn.Module) -> _Shape:
     """What blocks of one shape have in common; nothing to leave out where there are no weights."""
     return type(module), tuple((name, own.shape) for name, own in module.named_parameters())
 

@@ -24,6 +24,12 @@ def built(model: str, blocks: int, **options: object) -> nn.Module:
         ("regnetx_004", 1, {"s3": ["b1", "b2"], "s4": ["b1", "b2"]}),
         ("darknet53", 3, {"stages.3.blocks": ["0", "1", "2"], "stages.0.blocks": ["0"]}),
         ("sweep_models:Stacked", 2, {"blocks": ["0", "1", "2", "3"]}),
+        (
+            "repvit_m0_9",
+            2,
+            {"stages.2.blocks": ["0", "1", "2", "3"], "stages.3.blocks": ["0", "1"]},
+        ),
+        ("gcvit_xxtiny", 1, {"stages.2.blocks": ["0", "1"]}),
     ],
 )
 def test_so_many_blocks_of_one_shape_are_left(

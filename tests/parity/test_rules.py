@@ -248,9 +248,10 @@ class Tables(nn.Module):
         super().__init__()
         self.rows = nn.Parameter(torch.randn(6, 5, WIDTH))
         self.mixing = nn.Parameter(torch.randn(WIDTH, 3))
+        self.scale = nn.Parameter(torch.randn(1, WIDTH))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.einsum("nchw,hkc->nchk", x, self.rows).permute(1, 0, 2, 3)
+        x = torch.einsum("nahw,na,hka->nahk", x, self.scale, self.rows).permute(1, 0, 2, 3)
         steps = torch.arange(25, dtype=x.dtype).view(5, 5)
         return torch.einsum("cnhk, cd, kl -> dnhl", x, self.mixing, steps).transpose(0, 1)
 
@@ -353,6 +354,7 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
     "set_images": lambda: Do(replace_by_images),
     "shared_kernel": SharedKernel,
     "shifted_norm": ShiftedNorm,
+    "einsum_images": lambda: Do(lambda x: torch.einsum("nchw,mchw->n", x, x)[:, None]),
     "unfold_batch": lambda: Do(lambda x: x.unfold(0, 2, 1)[:1].repeat(x.shape[0], 1, 1, 1, 1)),
     "repeat_image": lambda: Do(
         lambda x: x.repeat_interleave(torch.tensor([2, 1, 0])[: x.shape[0]], 0)

@@ -142,8 +142,6 @@ def run_einsum(call: Call) -> nn.Module:
         if known is None:
             raise Unpackable("an operand is no single tensor")
         if known.batch_dim is None:
-            if letter in subscripts:
-                raise Unpackable("an operand has no batch dim")
             dims.append(None if argument in call.own else -1)
         elif subscripts[known.batch_dim] != letter:
             raise Unpackable("its operands hold the batch in different dims")

@@ -55,6 +55,7 @@ class Session:
     def __init__(self, program: Program, plan: Plan, x: Tensor, macs: Callable[[int], int]) -> None:
         self._program, self._plan, self._macs = program, plan, macs
         self._device = x.device
+        self._images = len(x)
         self._start = program.start(plan.arrange(x))
         self._kept: dict[int, dict[str, Held]] = {}
         self._leaf_logits: Any = None
@@ -118,14 +119,16 @@ class Session:
         program = self._program
         return all(program.crossings[name].rows for name in program.last_reader)
 
-    def keep(self, images: Tensor) -> None:
+    def keep(self, images: Tensor | Sequence[int]) -> None:
         """Go on with some of the images only.
 
         Args:
-            images: their positions in the present batch, `[M]` integers.
+            images: their positions in the present batch, `[M]` integers, or which of it to keep,
+                `[N]` booleans.
 
         Raises:
-            InputError: the model carries the batch size from level to level; see `droppable`.
+            InputError: it is neither; or the model carries the batch size from level to level, see
+                `droppable`. Nothing has changed then.
         """
         if not self.droppable:
             raise InputError(
@@ -133,13 +136,15 @@ class Session:
                 expected="a model whose values between levels have one row per image",
                 next_step="Run all images and ignore those that are answered.",
             )
+        rows = _rows(torch.as_tensor(images, device=self._device), self._images)
         for level, values in self._kept.items():
-            self._kept[level] = {name: held.rows(images) for name, held in values.items()}
-        self._start = {name: held.rows(images) for name, held in self._start.items()}
+            self._kept[level] = {name: held.rows(rows) for name, held in values.items()}
+        self._start = {name: held.rows(rows) for name, held in self._start.items()}
         if self._leaves:
             self._leaf_logits = tree_map_only(
-                Tensor, lambda logits: logits.index_select(0, images), self._leaf_logits
+                Tensor, lambda logits: logits.index_select(0, rows), self._leaf_logits
             )
+        self._images = len(rows)
 
     @torch.no_grad()
     def advance(self, to: int | None = None) -> Step:
@@ -213,6 +218,26 @@ class Session:
         else:
             # The images are the user's; they are only held on to where a later level reads them.
             self._start = self._program.needed(self._start, 1)
+
+
+def _rows(images: Tensor, batch: int) -> Tensor:
+    """Positions in a batch, `[M]`, from such or from a mask of it."""
+    mask = images.dtype == torch.bool
+    if mask and images.shape == (batch,):
+        return images.nonzero().flatten()
+    whole = not (mask or images.is_floating_point() or images.is_complex())
+    if images.shape == (0,) or (images.ndim == 1 and whole and _within(images, batch)):
+        return images.long()
+    raise InputError(
+        "these are no images of this session's batch.",
+        expected=f"positions from 0 to {batch - 1}, [M] integers, or [{batch}] booleans",
+        found=f"{images.dtype} of shape {tuple(images.shape)}: {images.flatten()[:8].tolist()}",
+        next_step="Positions count from those kept last time; `leaf_logits` has as many rows.",
+    )
+
+
+def _within(positions: Tensor, batch: int) -> bool:
+    return bool(((positions >= 0) & (positions < batch)).all())
 
 
 def mean_over_leaves(leaf_logits: Any) -> Any:

@@ -134,7 +134,7 @@ def answer(
         if not len(open_rows):
             break
         if session.droppable and sure.any():
-            session.keep(torch.nonzero(~sure).flatten())
+            session.keep(~sure)
     assert logits is not None and used is not None
     return Answer(logits, used)
 

@@ -459,6 +459,38 @@ def test_all_images_may_leave() -> None:
     assert session.advance(to=6).logits.shape == (0, small.CLASSES)
 
 
+@pytest.mark.parametrize("leaves", [0, 1])
+def test_images_are_kept_by_a_mask_or_a_list_of_positions(leaves: int) -> None:
+    hne, x = small.ensemble(), small.images(5)
+    mask = torch.tensor([True, False, False, True, True])
+    for images, kept in ((mask, x[mask]), ([4, 0], x[[4, 0]]), (torch.tensor([1]).int(), x[1:2])):
+        session = hne.session(x)
+        if leaves:
+            session.advance(to=leaves)
+        session.keep(images)
+        assert_close(session.advance(to=6).logits, hne.predict(kept).detach())
+        session.keep([])
+        assert session.logits.shape == (0, small.CLASSES)
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        *(torch.ones(4).bool(), torch.ones(6).bool(), torch.ones(5, 1).bool()),
+        *([5], [-1], [0.5], [[0, 1]], torch.tensor(0), torch.zeros(5), torch.zeros(0, 2)),
+    ],
+    ids=str,
+)
+def test_what_names_no_images_is_refused_and_changes_nothing(images: Any) -> None:
+    hne, x = small.ensemble(), small.images(6)
+    session = hne.session(x)
+    session.advance(to=1)
+    session.keep(range(5))
+    with pytest.raises(InputError, match=r"from 0 to 4, \[M\] integers, or \[5\] booleans"):
+        session.keep(images)
+    assert_close(session.advance(to=6).logits, hne.predict(x[:5]).detach())
+
+
 class CountsImages(small.SmallNet):
     def forward(self, x: Tensor) -> Tensor:
         x = self.stem(x)

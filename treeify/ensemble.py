@@ -191,7 +191,7 @@ class HierarchicalEnsemble(nn.Module):
         """
         count = self.leaves if leaves is None else leaves
         self.tree.check_size(count)
-        self._check_input(x)
+        self.check_input(x)
         return self.run(x, count, self.plan(x))
 
     def train(self, mode: bool = True) -> HierarchicalEnsemble:
@@ -265,7 +265,7 @@ class HierarchicalEnsemble(nn.Module):
         Raises:
             InputError: the input does not fit the model, or has no images.
         """
-        self._check_input(x)
+        self.check_input(x)
         modes = {module: module.training for module in self.modules()}
         self.train(self.training if training is None else training)
         try:
@@ -362,7 +362,7 @@ class HierarchicalEnsemble(nn.Module):
         Raises:
             InputError: the input does not fit, or the ensemble is in training mode.
         """
-        self._check_input(x)
+        self.check_input(x)
         if self.training:
             raise InputError(
                 "anytime inference needs running statistics, not those of the batch.",
@@ -529,7 +529,12 @@ class HierarchicalEnsemble(nn.Module):
         """The tree and the splits."""
         return f"{self.leaves} leaves, splits {', '.join(self._splits.specs) or 'none'}"
 
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Refuse what cannot be images for this model.
+
+        Raises:
+            InputError: it is no `[N, C, H, W]` with the model's channels, or its only size.
+        """
         example = self._traced.example
         fixed = len(example) if self._traced.limits.one_size else 1
         if (

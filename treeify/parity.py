@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import cycle, islice
+from itertools import cycle, islice, repeat
 from typing import Any
 
 import torch
@@ -44,8 +44,9 @@ _Check = Callable[[HierarchicalEnsemble, _Leaf, Tensor], dict[str, float]]
 class Figures:
     """Largest deviations found, as multiples of the tolerance: at most 1 passes.
 
-    An element may deviate by `1e-5 + 1e-4 * |expected|`, where expected is the value of the
-    untouched base architecture.
+    An element may deviate by `1e-5 * s + 1e-4 * |expected|`, where expected is the value of the
+    untouched base architecture. The scale `s` is 1, or the largest expected value of the output or
+    of all gradients where that is smaller: else networks whose logits vanish would always pass.
 
     Args:
         leaf_eval: leaf logits in evaluation mode, as `hne.execution` is set and in every way to
@@ -82,6 +83,9 @@ class Figures:
 def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
     """Check leaf, prefix and gradient parity against the untouched base architecture.
 
+    Fresh weights hide mistakes, so where there are some a copy is checked too in which they have
+    values as training gives them: see `settle` and `fit_statistics`. Of fresh weights themselves
+    only evaluation mode is checked. Trained weights stay as they are.
     Random draws are held at their mean (see `held.MeanNoise`): they differ in the ensemble and in
     the separate networks.
 
@@ -97,15 +101,19 @@ def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
         InputError: the input does not fit the model.
     """
     ungraded: list[str] = []
+    hne.check_input(x)
     with torch.random.fork_rng(devices=[]):
-        evaluated, eval_dtype = _decide(_eval_parity, hne, x, training=False)
-        train_parity = partial(_train_parity, ungraded=ungraded)
-        trained, train_dtype = _decide(train_parity, hne, x, training=True)
+        evaluated = [_decide(_eval_parity, hne, x, training=False)]
+        with _at_work(hne, x) as checked:
+            if checked is not hne:
+                evaluated.append(_decide(_eval_parity, checked, x, training=False))
+            train_parity = partial(_train_parity, ungraded=ungraded)
+            trained, train_dtype = _decide(train_parity, checked, x, training=True)
     return Figures(
-        **evaluated,
+        **{name: max(found[name] for found, _ in evaluated) for name in ("leaf_eval", "prefix")},
         **trained,
         ungraded=tuple(dict.fromkeys(ungraded)),
-        dtypes={"eval": eval_dtype, "train": train_dtype},
+        dtypes={"eval": max(dtype for _, dtype in evaluated), "train": train_dtype},
     )
 
 
@@ -191,8 +199,22 @@ def _shapes(value: Any) -> list[tuple[int, ...]]:
     return [tuple(tensor.shape) for tensor in _tensors(value)]
 
 
+@contextmanager
+def _at_work(hne: HierarchicalEnsemble, x: Tensor) -> Iterator[HierarchicalEnsemble]:
+    """The ensemble, or a copy of it where fresh weights would hide mistakes."""
+    idle = _idle(hne)
+    if not idle:
+        yield hne
+        return
+    with _copied(hne) as own:
+        settle(own)
+        if any(name.endswith("running_var") for name, _ in idle):
+            fit_statistics(own, x)
+        yield own
+
+
 def settle(model: nn.Module) -> None:
-    """Give buffers and zero-initialised weights values that matter, as training would.
+    """Give fresh statistics and zero-initialised weights values that matter, as training would.
 
     A fresh network hides mistakes: running means of 0, variances and scales of 1, and last scales
     of residual branches of 0, under which whole branches vanish from the output.
@@ -201,15 +223,30 @@ def settle(model: nn.Module) -> None:
         model: changed in place, from torch's random state.
     """
     with torch.no_grad():
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            if not tensor.is_floating_point():
-                continue
+        for name, tensor in _idle(model):
             if name.endswith("running_var"):
                 tensor.uniform_(0.5, 1.5)
             elif name.endswith("running_mean"):
                 tensor.normal_(0, 0.1)
-            elif isinstance(tensor, nn.Parameter) and tensor.std(correction=0) == 0:
+            else:
                 tensor.add_(torch.empty_like(tensor).uniform_(0.1, 0.3))
+
+
+def _idle(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and running statistics of one value throughout; if they have one alone, 0 or 1."""
+    statistics = ("running_mean", "running_var")
+    tensors = (
+        *model.named_parameters(),
+        *((name, own) for name, own in model.named_buffers() if name.endswith(statistics)),
+    )
+    return [
+        (name, own)
+        for name, own in tensors
+        if own.is_floating_point()
+        and own.numel()
+        and (low := own.min()) == own.max()
+        and (own.numel() > 1 or low in (0, 1))
+    ]
 
 
 def fit_statistics(model: nn.Module, images: Tensor) -> None:
@@ -287,7 +324,8 @@ def _decide(
         )
     raise ParityError(
         f"{text}.",
-        expected=f"at most {ATOL} + {RTOL} * |value of the untouched base architecture|",
+        expected=f"at most {ATOL} + {RTOL} * |value of the untouched base architecture|, the first"
+        " times the largest of them where that is below 1",
         next_step="This is a bug in treeify: please report the model's name and the splits"
         f" ({hne.extra_repr()}).",
     )
@@ -296,10 +334,17 @@ def _decide(
 def _on_a_copy(
     check: _Check, hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor
 ) -> dict[str, float]:
-    """Run a check on a copy of the ensemble in the images' precision, and free its memory."""
+    """Run a check on a copy of the ensemble in the images' precision."""
+    with _copied(hne) as own:
+        return check(own.double() if x.dtype == torch.float64 else own, leaf_of, x)
+
+
+@contextmanager
+def _copied(hne: HierarchicalEnsemble) -> Iterator[HierarchicalEnsemble]:
+    """A copy whose memory is freed in the end."""
     own = copy.deepcopy(hne)
     try:
-        return check(own.double() if x.dtype == torch.float64 else own, leaf_of, x)
+        yield own
     finally:
         # Graphs refer to themselves: what they hold would stay through the next check.
         own.train().to("meta")
@@ -311,7 +356,8 @@ def _is_random(leaf_of: _Leaf, x: Tensor, *, training: bool) -> bool:
     Gradients alone are random where activations are recomputed: no draw is held in backward passes.
     """
     weights: list[Tensor] = []
-    return deviation(*(_pass(leaf_of(0), x, weights, training=training) for _ in range(2))) > 1
+    passes = (_pass(leaf_of(0), x, weights, training=training) for _ in range(2))
+    return _deviation_of_passes(*passes) > 1
 
 
 def _rounding(network: nn.Module, x: Tensor, *, training: bool) -> float:
@@ -323,14 +369,22 @@ def _rounding(network: nn.Module, x: Tensor, *, training: bool) -> float:
     expected = _pass(copy.deepcopy(network).double(), x.double(), weights, training=training)
     weights = [own.to(x.dtype) for own in weights]
     found = _pass(network, x, weights, training=training)
-    return deviation(tree_map_only(Tensor, _widened, found), expected)
+    return _deviation_of_passes(tree_map_only(Tensor, _widened, found), expected)
+
+
+def _deviation_of_passes(actual: tuple[Any, Any], expected: tuple[Any, Any]) -> float:
+    """Of outputs and of gradients, each by their own scale."""
+    pairs = zip(actual, expected, strict=True)
+    return max(deviation(one, other, scale_of(other)) for one, other in pairs)
 
 
 def _widened(value: Tensor) -> Tensor:
     return value.double() if value.is_floating_point() else value
 
 
-def _pass(network: nn.Module, x: Tensor, weights: list[Tensor], *, training: bool) -> Any:
+def _pass(
+    network: nn.Module, x: Tensor, weights: list[Tensor], *, training: bool
+) -> tuple[Any, dict[str, Tensor]]:
     """A network's output and, in training mode, the gradients of a weighted sum of it."""
     _want_gradients(network.train(training), training)
     with torch.set_grad_enabled(training), held(x.dtype):
@@ -365,10 +419,15 @@ def _check_rounding(network: nn.Module, x: Tensor, rough: float, *, training: bo
         )
 
 
-def deviation(actual: Any, expected: Any) -> float:
+def deviation(actual: Any, expected: Any, scale: float = 1.0) -> float:
     """Largest deviation of any element, in multiples of the tolerance.
 
     Infinite for nan, and where shapes or dtypes differ.
+
+    Args:
+        actual: a tensor, or tensors in tuples, lists or dictionaries.
+        expected: the same of the base architecture.
+        scale: what the absolute part of the tolerance is multiplied by; see `scale_of`.
 
     Raises:
         ParityError: the tensors are held in tuples, lists or dictionaries of another structure.
@@ -381,7 +440,7 @@ def deviation(actual: Any, expected: Any) -> float:
         if one.shape != other.shape or one.dtype != other.dtype:
             return float("inf")
         if other.numel() and not torch.equal(one, other):
-            worst = max(worst, *map(_largest, _pieces(one), _pieces(other)))
+            worst = max(worst, *map(_largest, _pieces(one), _pieces(other), repeat(scale)))
     return worst
 
 
@@ -390,14 +449,21 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.chunk(-(-tensor.numel() // _AT_ONCE)) if tensor.ndim else (tensor,)
 
 
-def _largest(one: Tensor, other: Tensor) -> float:
+def scale_of(expected: Any) -> float:
+    """The largest value of some tensors together, at most 1; 1 where all are 0."""
+    values = [own for own in _tensors(expected) if own.is_floating_point() or own.is_complex()]
+    largest = max((own.detach().abs().max().item() for own in values if own.numel()), default=0.0)
+    return min(1.0, largest) or 1.0
+
+
+def _largest(one: Tensor, other: Tensor, scale: float) -> float:
     """The largest of the elements' deviations."""
     one, other = one.detach(), other.detach()
     if one.is_complex() or other.is_complex():
         one, other = (torch.view_as_real(own.to(torch.complex128)) for own in (one, other))
     if other.dtype not in (torch.float32, torch.float64):
         one, other = one.double(), other.double()
-    tolerance = other.abs().mul_(RTOL).add_(ATOL)
+    tolerance = other.abs().mul_(RTOL).add_(ATOL * scale)
     error = (one - other).abs_().div_(tolerance)
     largest = error.max().item()
     if math.isfinite(largest):
@@ -417,18 +483,21 @@ def _eval_parity(hne: HierarchicalEnsemble, leaf_of: _Leaf, x: Tensor) -> dict[s
         hne.train().eval()  # drops the weights that were prepared for the last plan
         with held(x.dtype), _kept(hne):
             outputs[plan] = hne.run(x, hne.leaves, plan)
-        leaf = max(leaf, deviation(_select(outputs[plan], 0), first))
+        leaf = max(leaf, deviation(_select(outputs[plan], 0), first, scale_of(first)))
     # Rounding that one leaf shows already, the others need not confirm: see `_decide`.
     if leaf > 1:
         return {"leaf_eval": leaf}
     for index in range(1, hne.leaves):
         own = _answer(leaf_of(index), x)
-        found = (deviation(_select(logits, index), own) for logits in outputs.values())
+        scale = scale_of(own)
+        found = (deviation(_select(logits, index), own, scale) for logits in outputs.values())
         leaf = max(leaf, *found)
     whole = outputs[hne.plan(x)]
     for size in hne.tree.nested_sizes[:-1]:  # the last is all leaves
         with held(x.dtype), _kept(hne):
-            prefix = max(prefix, deviation(hne(x, leaves=size), _first(whole, size)))
+            answers = hne(x, leaves=size)
+        first = _first(whole, size)
+        prefix = max(prefix, deviation(answers, first, scale_of(first)))
     return {"leaf_eval": leaf, "prefix": prefix}
 
 
@@ -477,19 +546,22 @@ def _train_parity(
     found = {"leaf_train": 0.0, "buffers": 0.0, "gradient": 0.0}
     graded: set[str] = set()
     expected: dict[str, Tensor] = {}  # where several leaves share a branch
+    scales: list[float] = []
 
     def compare(index: int) -> None:
         network = leaf_of(index).train()
         _want_gradients(network)
         with held(x.dtype):
             own = network(x)
-        found["leaf_train"] = max(found["leaf_train"], deviation(_select(logits, index), own))
+        worst = deviation(_select(logits, index), own, scale_of(own))
+        found["leaf_train"] = max(found["leaf_train"], worst)
         worst = _buffer_deviation(hne, updated, index, network)
         found["buffers"] = max(found["buffers"], worst)
         torch.autograd.backward(_scalar(own, [_select(w, index) for w in weights]))
         gradients = _gradients(network)
         graded.update(gradients)
-        worst = _own_gradient_deviation(hne, index, actual, gradients)
+        scales.append(scale_of(gradients))
+        worst = _own_gradient_deviation(hne, index, actual, gradients, scales[-1])
         found["gradient"] = max(found["gradient"], worst)
         _collect(hne, index, gradients, expected)
 
@@ -498,7 +570,9 @@ def _train_parity(
         if max(found.values()) > 1:
             return found
     ungraded += [name for name, _ in hne.named_parameters() if name not in actual]
-    shared = (deviation(actual[key], expected[key]) for key in expected if key in actual)
+    shared = (
+        deviation(actual[key], expected[key], max(scales)) for key in expected if key in actual
+    )
     found["gradient"] = max([found["gradient"], *shared]) if graded == set(actual) else math.inf
     return found
 
@@ -558,7 +632,11 @@ def _collect(
 
 
 def _own_gradient_deviation(
-    hne: HierarchicalEnsemble, leaf: int, packed: dict[str, Tensor], gradients: dict[str, Tensor]
+    hne: HierarchicalEnsemble,
+    leaf: int,
+    packed: dict[str, Tensor],
+    gradients: dict[str, Tensor],
+    scale: float,
 ) -> float:
     """Deviation of the gradients of the branches that belong to this leaf alone."""
     worst = 0.0
@@ -567,7 +645,7 @@ def _own_gradient_deviation(
             part = hne.part(key, leaf, gradient)
             # One leaf's network may not use what another's does.
             own = gradients[key] if key in gradients else torch.zeros_like(part)
-            worst = max(worst, deviation(part, own))
+            worst = max(worst, deviation(part, own, scale))
     return worst
 
 

@@ -28,7 +28,15 @@ from treeify.ensemble import HierarchicalEnsemble
 from treeify.errors import ModelError, ParityError, SplitError
 from treeify.held import held
 from treeify.initialize import State, initialization
-from treeify.parity import deviation, fit_statistics, settle, verify, verify_outputs, verify_shapes
+from treeify.parity import (
+    deviation,
+    fit_statistics,
+    scale_of,
+    settle,
+    verify,
+    verify_outputs,
+    verify_shapes,
+)
 from treeify.splits import choose, inner_point, listed, parse
 from treeify.storage import modes_kept
 from treeify.trace import Traced
@@ -224,7 +232,8 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
             next_step="This is a bug in treeify: please report the model's name.",
         )
     with modes_kept(hne), torch.no_grad(), held(x.dtype):
-        found = deviation(loaded(x), hne.eval()(x))
+        expected = hne.eval()(x)
+        found = deviation(loaded(x), expected, scale_of(expected))
     if not found <= 1:
         raise ParityError(
             f"logits after save and load are off by {found:.3g} times the tolerance.",

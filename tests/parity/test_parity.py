@@ -1,12 +1,14 @@
 """Invariants 1 to 5 over the zoo: real backbones and odd ones, three tree shapes."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import small
 import torch
 import torch.nn.functional as F
+import torchvision
 import zoo
 from torch import nn
 from torch.testing import assert_close
@@ -104,6 +106,83 @@ def test_a_wrong_weight_is_noticed() -> None:
     broken.__class__ = Swapped
     with pytest.raises(treeify.TreeifyError, match="parity is off"):
         treeify.verify(broken, x)
+
+
+# What a fresh network may have, behind which its first stage leaves hardly a trace.
+FRESH: dict[str, Callable[[small.SmallNet], object]] = {
+    "a head of zeros": lambda model: nn.init.zeros_(model.head.weight),
+    "a last scale of zeros": lambda model: nn.init.zeros_(model.stage1[1].weight),  # type: ignore[arg-type]
+    "small logits": lambda model: (model.head.weight.mul_(1e-7), model.head.bias.zero_()),
+    "nothing": lambda model: None,
+}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("fresh", FRESH)
+def test_fresh_weights_hide_no_mistake(fresh: str, training: bool) -> None:
+    torch.manual_seed(0)
+    model, x = small.SmallNet(), small.images(3)
+    with torch.no_grad():
+        FRESH[fresh](model)
+    hne = treeify.hierarchicalize(
+        model, ["stage1", "stage2:3"], init="copy", example_input=small.EXAMPLE
+    )
+    before = _state(hne)
+    assert treeify.verify(hne, x).worst <= 1
+    for name, value in _state(hne).items():
+        assert torch.equal(value, before[name]), name
+
+    def mistaken(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output.flip(-1) if module.training == training else output
+
+    hne.get_submodule("stage1.2").register_forward_hook(mistaken)
+    with pytest.raises(treeify.TreeifyError, match="parity is off by"):
+        treeify.verify(hne, x)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["mobilenet_v3_small", "efficientnet_b0"])
+def test_logits_that_vanish_in_evaluation_mode_hide_no_mistake(name: str) -> None:
+    """Fresh statistics leave them 1e-10 and less: anything was within 1e-5 of that."""
+    torch.manual_seed(0)
+    x = torch.rand(2, 3, 64, 64)
+    hne = treeify.hierarchicalize(torchvision.models.get_model(name), 1, example_input=x)
+    assert hne.eval()(x).abs().max() < 1e-8
+    assert treeify.parity.verify_outputs(hne, x) <= 1
+    assert treeify.verify(hne, x).worst <= 1
+    last = [own for own in hne.modules() if isinstance(own, nn.Conv2d)][-1]
+    last.register_forward_hook(lambda module, _, out: out if module.training else 1.01 * out)
+    for check in (treeify.parity.verify_outputs, treeify.verify):
+        with pytest.raises(treeify.TreeifyError, match="leaf_eval parity is off by"):
+            check(hne, x)
+
+
+def test_weights_are_checked_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy with other weights besides, if some are fresh."""
+    hne, x = small.ensemble(), small.images()
+    treeify.parity.settle(hne)
+    seen: list[Any] = []
+    find = treeify.parity.deviation
+
+    def watched(actual: Any, expected: Any, scale: float = 1.0) -> float:
+        seen.append(expected)
+        return find(actual, expected, scale)
+
+    def outputs() -> int:
+        """How many different answers of the first leaf others were held against."""
+        seen.clear()
+        assert treeify.verify(hne, x).worst <= 1
+        own = hne.leaf(0).eval()(x)
+        assert torch.equal(seen[0], own)
+        shaped = [one for one in seen if isinstance(one, torch.Tensor) and one.shape == own.shape]
+        return len({tuple(one.flatten().tolist()) for one in shaped})
+
+    monkeypatch.setattr("treeify.parity.deviation", watched)
+    of_leaves = 2 * hne.leaves  # in both modes
+    assert outputs() == of_leaves
+    with torch.no_grad():
+        hne.get_parameter("head.bias").fill_(0.7)  # as fresh as zeros
+    assert outputs() == of_leaves + hne.leaves
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import treeify
 from treeify.held import FullPrecision, held
-from treeify.parity import ATOL, RTOL, deviation
+from treeify.parity import ATOL, RTOL, deviation, scale_of
 
 INF, NAN = math.inf, math.nan
 
@@ -33,6 +33,19 @@ def test_every_element_of_a_large_tensor_counts() -> None:
         actual = expected.clone()
         actual[row, -1] = 3 * ATOL
         assert deviation(actual, expected) == pytest.approx(3)
+
+
+def test_small_values_have_a_smaller_tolerance() -> None:
+    """By the largest of all tensors together: one that is 0 but for rounding is no scale."""
+    expected = {"logits": torch.tensor([1e-3, -4e-3]), "rest": torch.tensor([1e-12]), "name": "x"}
+    assert scale_of(expected) == pytest.approx(4e-3)
+    actual = {**expected, "rest": torch.tensor([2e-8])}
+    found = deviation(actual, expected, scale_of(expected))
+    assert found == pytest.approx(2e-8 / (4e-3 * ATOL), rel=1e-3)
+    assert deviation(actual, expected) == pytest.approx(2e-8 / ATOL, rel=1e-3)
+    for large in (torch.tensor([0.5, 9.0]), torch.zeros(3), torch.zeros(0), torch.tensor([NAN])):
+        assert scale_of(large) == 1
+    assert scale_of((torch.tensor([0.25j]), torch.tensor([7]), None)) == 0.25
 
 
 def test_shapes_and_dtypes_must_be_the_same() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -59,6 +60,7 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
         save_file({**_untied(hne), **_unlisted(hne)}, drafts[0], metadata={"identity": identity})
         config = {"identity": identity, **_config(hne)}
         drafts[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(drafts[1], drafts[0])  # safetensors lets nobody else read its files
         for draft, name in zip(drafts, (WEIGHTS, CONFIG), strict=True):
             draft.replace(path / name)
     except (OSError, SafetensorError) as error:

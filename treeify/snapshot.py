@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
     save_file(tensors, directory / TENSORS)
     text = json.dumps(plain, indent=1, allow_nan=True) + "\n"
     (directory / VALUES).write_text(text, encoding="utf-8")
+    shutil.copymode(directory / VALUES, directory / TENSORS)  # safetensors lets nobody else read it
 
 
 def read_state(directory: Path) -> dict[str, Any]:

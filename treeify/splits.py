@@ -188,6 +188,11 @@ def listed(splits: int | str | Sequence[str]) -> int | list[str]:
         raise SplitError(f"splits={splits!r} is not a number of splits.", expected="0 or more")
     if isinstance(splits, int):
         return splits
+    if not isinstance(splits, Sequence) or not all(isinstance(spec, str) for spec in splits):
+        raise SplitError(
+            f"splits={splits!r} is neither a number nor a list of names.",
+            expected="a number such as 2, or names such as ['layer3', 'layer4:4']",
+        )
     fanouts = [fanout for _, fanout in map(parse, splits)]
     Tree(tuple(fanout for fanout in fanouts if fanout is not None))
     return list(splits)
@@ -235,6 +240,12 @@ def _mask(traced: Traced, reach: _Reach, name: str, training: bool) -> int:
     mask = reach.after(name)
     if mask:
         return mask
+    if closed := _closed_around(traced, reach.nodes, name):
+        reason = f": {why}" if (why := traced.unopened.get(closed)) else ""
+        raise SplitError(
+            f"split {name!r} is inside of {closed!r}, which runs as one call{reason}.",
+            expected=f"{closed!r}, or a module outside of it",
+        )
     known = [point.name for point in split_points(traced)]
     all_names = _names(reach.nodes)
     similar = nearest(name, all_names)
@@ -247,6 +258,16 @@ def _mask(traced: Traced, reach: _Reach, name: str, training: bool) -> int:
         + f", or {INPUT!r}",
         next_step="List every split point with its MACs: treeify splits NAME",
     )
+
+
+def _closed_around(traced: Traced, nodes: Iterable[fx.Node], name: str) -> str | None:
+    """The module that is one call of the graph and holds the one of a name."""
+    if name not in dict(traced.skeleton.named_modules()):
+        return None
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    parts = name.split(".")
+    outer = (".".join(parts[:count]) for count in range(1, len(parts)))
+    return next((path for path in outer if path in called), None)
 
 
 def _check_order(earlier: str, outer: int, later: str, inner: int) -> None:

@@ -1,14 +1,17 @@
 """`treeify convert` and `treeify splits`: what they show, write and refuse."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from runner import run
+from typer.testing import CliRunner
 
 import treeify
 from treeify.architecture import Architecture
+from treeify.cli.app import app
 from treeify.initialize import branch_seed
 
 SMALL = ["torchvision/squeezenet1_1", "--num-classes", "4", "--input-size", "32"]
@@ -36,6 +39,16 @@ def test_convert_shows_what_it_did_and_writes_what_load_reads() -> None:
     hne = treeify.load("made")
     assert hne.tree.fanouts == (2, 2)
     assert hne(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 4)
+
+
+def test_numbers_of_split_points_are_whole_in_narrow_terminals() -> None:
+    name = ["torchvision/squeezenet1_1", "--input-size", "224"]
+    narrow = CliRunner(env={"COLUMNS": "60", "NO_COLOR": "1"}).invoke(app, ["splits", *name])
+    wide = run("splits", *name)
+    numbers = re.findall(r"[\d,]{7,}", wide.stdout)
+    assert len(numbers) > 20
+    assert re.findall(r"[\d,]{7,}", narrow.stdout) == numbers
+    assert "…" not in narrow.stdout
 
 
 def test_json_holds_the_same_and_nothing_else_is_printed() -> None:

@@ -11,6 +11,7 @@ import torch
 
 import treeify
 from treeify.errors import CheckpointError
+from treeify.snapshot import TENSORS, write_state
 
 
 def _named(**kwargs: object) -> treeify.HierarchicalEnsemble:
@@ -84,6 +85,15 @@ def test_a_base_model_in_another_precision(tmp_path: Path, dtype: torch.dtype) -
     treeify.save(hne, tmp_path / "hne")
     x = small.images().to(dtype)
     assert torch.equal(treeify.load(tmp_path / "hne", model)(x), hne(x))
+
+
+def test_files_may_be_read_by_whom_others_of_yours_may(tmp_path: Path) -> None:
+    ordinary = tmp_path / "ordinary"
+    ordinary.touch()
+    treeify.save(_named(), tmp_path / "hne")
+    write_state(tmp_path, {"step": torch.zeros(2)})
+    for path in (*(tmp_path / "hne").iterdir(), tmp_path / TENSORS):
+        assert path.stat().st_mode == ordinary.stat().st_mode, path
 
 
 def test_a_loaded_ensemble_lives_apart_from_its_file(saved: Path) -> None:

@@ -129,11 +129,51 @@ def test_named_splits(
         (["layer2:many"], "a fanout that is not a number"),
         (-1, "not a number of splits"),
         (1000, "no 1000 split points"),
+        (None, "splits=None is neither a number nor a list of names"),
+        ([4], r"splits=\[4\] is neither"),
+        (2.0, "is neither"),
     ],
 )
 def test_splits_that_cannot_be(resnet: Traced, splits: object, message: str) -> None:
     with pytest.raises(SplitError, match=message):
         choose(resnet, splits)  # type: ignore[arg-type]
+
+
+class Deciding(nn.Module):
+    """What it does depends on values, so that it stays closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 3, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("outer", "name", "message"),
+    [
+        (Deciding(), "0.inner.0", r"'0.inner.0' is inside of '0', which runs as one call: "),
+        (
+            nn.MultiheadAttention(4, 2, batch_first=True),
+            "0.out_proj",
+            r"is inside of '0', which runs as one call\.",
+        ),
+        (Deciding(), "0.iner", "names no module of"),
+    ],
+)
+def test_inside_of_a_closed_module_there_is_no_split(
+    outer: nn.Module, name: str, message: str
+) -> None:
+    class Attending(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = x.flatten(2)
+            found = self[0](tokens, tokens, tokens)[0] if name == "0.out_proj" else self[0](x)
+            return self[1](found.flatten(1))  # type: ignore[no-any-return]
+
+    traced = open_up(Attending(outer, nn.Linear(12, 2)), example_input=torch.zeros(1, 3, 2, 2))
+    with pytest.raises(SplitError, match=message):
+        choose(traced, [name])
 
 
 def test_a_fanout_below_two(resnet: Traced) -> None:

@@ -52,9 +52,9 @@ def splits(
         title=f"{base.architecture} at {' x '.join(map(str, base.example.shape[1:]))}",
         caption="MACs per image; live: tensors that cross the split",
     )
-    table.add_column("split", no_wrap=True)
+    table.add_column("split", overflow="fold")
     for heading in ("MACs before", "MACs after", "share after", "live"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for point in points:
         total = point.macs_before + point.macs_after
         share = f"{point.macs_after / total:.1%}" if total else "-"

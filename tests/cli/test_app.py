@@ -101,6 +101,17 @@ def test_the_installed_command(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
+def test_a_clone_beside_a_script_does_not_hide_the_package(tmp_path: Path) -> None:
+    """A directory of its name is a namespace package, which an editable install must come before."""
+    (tmp_path / "treeify").mkdir()
+    script = tmp_path / "script.py"
+    script.write_text("import treeify\nprint(treeify.__file__)\n")
+    result = subprocess.run(
+        [sys.executable, script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert Path(result.stdout.strip()).name == "__init__.py"
+
+
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Gets an entry whenever the allocator would be tuned; `splits` does nothing."""

@@ -102,7 +102,7 @@ def test_the_installed_command(tmp_path: Path) -> None:
 
 
 def test_a_clone_beside_a_script_does_not_hide_the_package(tmp_path: Path) -> None:
-    """A directory of its name is a namespace package, which an editable install must come before."""
+    """Such a directory is a namespace package, before which an editable install has to come."""
     (tmp_path / "treeify").mkdir()
     script = tmp_path / "script.py"
     script.write_text("import treeify\nprint(treeify.__file__)\n")

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from runner import run
-from typer.testing import CliRunner
 
 import treeify
 from treeify.architecture import Architecture
-from treeify.cli.app import app
 from treeify.initialize import branch_seed
 
 SMALL = ["torchvision/squeezenet1_1", "--num-classes", "4", "--input-size", "32"]
@@ -43,8 +41,7 @@ def test_convert_shows_what_it_did_and_writes_what_load_reads() -> None:
 
 def test_numbers_of_split_points_are_whole_in_narrow_terminals() -> None:
     name = ["torchvision/squeezenet1_1", "--input-size", "224"]
-    narrow = CliRunner(env={"COLUMNS": "60", "NO_COLOR": "1"}).invoke(app, ["splits", *name])
-    wide = run("splits", *name)
+    narrow, wide = run("splits", *name, columns=60), run("splits", *name)
     numbers = re.findall(r"[\d,]{7,}", wide.stdout)
     assert len(numbers) > 20
     assert re.findall(r"[\d,]{7,}", narrow.stdout) == numbers

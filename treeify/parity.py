@@ -101,7 +101,6 @@ def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
         InputError: the input does not fit the model.
     """
     ungraded: list[str] = []
-    hne.check_input(x)
     with torch.random.fork_rng(devices=[]):
         evaluated = [_decide(_eval_parity, hne, x, training=False)]
         with _at_work(hne, x) as checked:
@@ -293,9 +292,11 @@ def _decide(
         training: the mode that is checked.
 
     Raises:
+        InputError: the images do not fit the model.
         ParityError: a figure exceeds 1 in float64 too, the model's own values are random, or the
             precision it was given in is off by more than its rounding explains.
     """
+    hne.check_input(x)
     text, rough = "", 0.0
     if x.dtype != torch.float64:
         found = _on_a_copy(check, hne, hne.leaf, x)

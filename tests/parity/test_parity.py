@@ -165,6 +165,12 @@ def test_logits_that_vanish_in_evaluation_mode_hide_no_mistake(name: str, splits
             check(hne, x)
 
 
+@pytest.mark.parametrize("check", [treeify.verify, treeify.parity.verify_outputs])
+def test_what_are_no_images_for_the_model_is_refused(check: Callable[..., object]) -> None:
+    with pytest.raises(treeify.TreeifyError, match="the input does not fit the model"):
+        check(small.ensemble(), torch.zeros(2, 1, 8, 8))
+
+
 def test_weights_are_checked_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy with other weights besides, if some are fresh."""
     hne, x = small.ensemble(), small.images()

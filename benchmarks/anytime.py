@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 import treeify
-from treeify import machine
-from treeify.deadline import Pace, advance_until
+from treeify.anytime.deadline import Pace, advance_until
+from treeify.engine import timing
 
 CASES = (*common.CIFAR, common.IMAGENET[0])
 BATCHES = (1, 8, 32)
@@ -74,8 +74,8 @@ def latencies(report: common.Report, case: common.Case, count: int, budget: floa
         "one_call": lambda: hne.predict(x),
     }
     with torch.no_grad():
-        times = machine.alternate(actions, x.device, repeats=101, budget=budget)
-    typical = machine.medians(times)
+        times = timing.alternate(actions, x.device, repeats=101, budget=budget)
+    typical = timing.medians(times)
     report.add(
         row,
         **{name: common.milliseconds(own) for name, own in times.items()},
@@ -168,7 +168,7 @@ def main() -> None:
             latencies(report, case, count, options.budget)
         deadlines(report, case, options.budget, state="idle", load=False)
         deadlines(report, case, options.budget, state="one core busy", load=True)
-        with machine.threads(1):
+        with timing.threads(1):
             state = "one core busy, one thread"
             deadlines(report, case, options.budget, state=state, load=True)
     report.show()

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import treeify
-from treeify import machine
+from treeify.engine import timing
 from treeify.models import cifar_resnet50, mobilenetv2_hne
 
 RESULTS = Path(__file__).parent / "results"
@@ -98,7 +98,7 @@ def environment() -> dict[str, Any]:
     commit = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS}")
     return {
-        "machine": machine.describe(torch.device("cpu")),
+        "machine": timing.describe(torch.device("cpu")),
         "torchvision": torchvision.__version__,
         "timm": timm.__version__,
         "treeify": treeify.__version__,
@@ -138,7 +138,7 @@ def product() -> Callable[[], Tensor]:
     return lambda: left @ right
 
 
-def columns(times: machine.Times, ratio: float, macs: int) -> dict[str, Any]:
+def columns(times: timing.Times, ratio: float, macs: int) -> dict[str, Any]:
     """What every comparison of `base`, `packed`, `looped`, `auto` and `product` reports.
 
     Args:
@@ -146,7 +146,7 @@ def columns(times: machine.Times, ratio: float, macs: int) -> dict[str, Any]:
         ratio: MACs of the ensemble over the base model's.
         macs: multiply-accumulates of the ensemble in one round.
     """
-    typical = machine.medians(times)
+    typical = timing.medians(times)
     peak = _SIDE**3 / typical["product"]
     return {
         "macs_ratio": ratio,

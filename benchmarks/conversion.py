@@ -32,7 +32,7 @@ def child(task: str, name: str) -> dict[str, float]:
     import torch
 
     import treeify
-    from treeify.api import open_up, resolve
+    from treeify.conversion.api import open_up, resolve
 
     torch.set_num_threads(2)
     # The libraries that a first model imports are no part of the cost.

@@ -1,6 +1,6 @@
 """The page on coverage, from rows of `treeify verify`.
 
-python benchmarks/coverage.py                     # the page again, from the rows treeify ships
+python benchmarks/coverage.py                    # the page again, from the rows treeify ships
 python benchmarks/coverage.py coverage-*.jsonl    # first put these rows among them
 """
 
@@ -12,10 +12,11 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from treeify import coverage, files
-from treeify.architecture import family, library_names
-from treeify.coverage import FULL, META, REDUCED, Row
-from treeify.sweep import Settings
+from treeify import files
+from treeify.models.architecture import family, library_names
+from treeify.parity import results
+from treeify.parity.results import FULL, META, REDUCED, Row
+from treeify.parity.sweep import Settings
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 ASKED = Settings().splits
@@ -145,13 +146,13 @@ def main(paths: Sequence[str]) -> None:
     Args:
         paths: files of `treeify verify`; rows of other versions or splits than usual are left out.
     """
-    rows, names = coverage.shipped().newest(), library_names()
+    rows, names = results.shipped().newest(), library_names()
     for path in paths:
-        for row in coverage.read(Path(path)).present(ASKED):
+        for row in results.read(Path(path)).present(ASKED):
             if row.name in names:
                 rows[row.name] = row
     if paths:
-        files.replace_bytes(coverage.SHIPPED, coverage.compressed(rows.values()))
+        files.replace_bytes(results.SHIPPED, results.compressed(rows.values()))
     page = updated(PAGE.read_text(encoding="utf-8"), list(rows.values()), names)
     PAGE.write_text(page, encoding="utf-8")
 

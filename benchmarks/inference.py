@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from treeify import machine
-from treeify.sweep import is_out_of_memory
+from treeify.engine import timing
+from treeify.parity.sweep import is_out_of_memory
 
 BATCHES = (1, 8, 32, 128)
 # Bytes that the process may take when `vmap` runs in it.
@@ -54,10 +54,10 @@ def timed_vmap(networks: list[nn.Module], x: Tensor) -> list[float] | None:
     resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
     try:
         mapped = stacked(networks)
-        first = machine.timed(lambda: mapped(x), x.device)
+        first = timing.timed(lambda: mapped(x), x.device)
         if first > LONG:
             return [first]
-        return machine.alternate({"vmap": lambda: mapped(x)}, x.device, repeats=5)["vmap"]
+        return timing.alternate({"vmap": lambda: mapped(x)}, x.device, repeats=5)["vmap"]
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -96,16 +96,16 @@ def measure(
             "product": common.product(),
         }
         with torch.inference_mode():
-            times = machine.alternate(actions, x.device, repeats=21, budget=budget)
+            times = timing.alternate(actions, x.device, repeats=21, budget=budget)
             others: dict[str, Callable[[], Any]] = {
                 "base again": actions["base"],
                 "independent": lambda x=x: independent(networks, x),  # type: ignore[misc]
             }
             least = 2 if count > 8 else 3
-            times |= machine.alternate(others, x.device, repeats=7, budget=budget / 2, least=least)
+            times |= timing.alternate(others, x.device, repeats=7, budget=budget / 2, least=least)
             if (mapped := timed_vmap(networks, x)) is not None:
                 times["vmap"] = mapped
-        typical = machine.medians(times)
+        typical = timing.medians(times)
         hne.execution = "auto"
         report.add(
             row,

@@ -25,11 +25,12 @@ import torchvision
 from torch import Tensor
 
 import treeify
-from treeify import losses, machine
-from treeify.execution import Plan
-from treeify.fused import FusedConv, FusedLinear, conv
-from treeify.packing import children, pack, unpack
-from treeify.program import LOOPED, PACKED, Walk
+from treeify import losses
+from treeify.engine import timing
+from treeify.engine.forms import children, pack, unpack
+from treeify.engine.plan import Plan
+from treeify.engine.program import LOOPED, PACKED, Walk
+from treeify.fusion import FusedConv, FusedLinear, conv
 from treeify.rules import patches
 
 SMALL, LARGE = common.CIFAR
@@ -132,13 +133,13 @@ def compare(
     budget: float,
 ) -> None:
     """One row of `with` and `without`."""
-    times = machine.alternate(actions, torch.device("cpu"), repeats=21, budget=budget)
+    times = timing.alternate(actions, torch.device("cpu"), repeats=21, budget=budget)
     add(report, row, times)
 
 
-def add(report: common.Report, row: str, times: machine.Times) -> None:
+def add(report: common.Report, row: str, times: timing.Times) -> None:
     """Keep the row."""
-    typical = machine.medians(times)
+    typical = timing.medians(times)
     report.add(
         row,
         **{name: common.milliseconds(own) for name, own in times.items()},
@@ -254,7 +255,7 @@ def child(setting: str, count: int, training: bool) -> None:
     hne.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plan = Plan((PACKED,) * hne.tree.levels, channels_last=True, fuse=not training)
     run = action(hne, LARGE.images(count), plan, nullcontext)
-    times = machine.alternate({"": run}, torch.device("cpu"), repeats=5, budget=20, least=2)
+    times = timing.alternate({"": run}, torch.device("cpu"), repeats=5, budget=20, least=2)
     sys.stdout.write(json.dumps(times[""]) + "\n")
 
 
@@ -265,7 +266,7 @@ def allocator(report: common.Report) -> None:
         row = f"memory kept by the allocator: {LARGE.name}, {PACKED}, {kind}, batch {count}"
         if not report.wanted(row):
             continue
-        times: machine.Times = {"with": [], "without": []}
+        times: timing.Times = {"with": [], "without": []}
         for _ in range(3):
             for setting, found in times.items():
                 command = [sys.executable, __file__, "--child", setting, str(count), str(training)]

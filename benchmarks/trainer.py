@@ -25,13 +25,13 @@ import torch
 from PIL import Image
 
 from treeify import losses
-from treeify.batches import Batch, Order, training_loader
 from treeify.data.small import CIFAR100
 from treeify.data.source import Data, Transformed, augmentation, prepare
-from treeify.progress import Epoch, Plan, Reporter, Step
-from treeify.recipe import Recipe
-from treeify.recipe_file import load_recipe
-from treeify.trainer import train
+from treeify.training.events import Epoch, Plan, Reporter, Step
+from treeify.training.loaders import Batch, Order, training_loader
+from treeify.training.recipe import Recipe
+from treeify.training.recipe_file import load_recipe
+from treeify.training.trainer import train
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 COLUMNS = ("trainer", "bare", "overhead_%", "waiting_%", "workers")
@@ -138,7 +138,7 @@ def measure(report: common.Report, name: str, file: str, length: int, workers: i
     beside = recipe.model_copy(update={"workers": workers})
     bare, waiting = Bare(alone), Waiting()
     with tempfile.TemporaryDirectory() as folder:
-        with mock.patch("treeify.trainer.training_loader", bare.loader):
+        with mock.patch("treeify.training.trainer.training_loader", bare.loader):
             train(alone, out=Path(folder) / "bare", reporter=bare)
         train(beside, out=Path(folder) / "waiting", reporter=waiting)
     # The first step warms both up.

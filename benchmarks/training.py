@@ -16,7 +16,8 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from treeify import losses, machine
+from treeify import losses
+from treeify.engine import timing
 
 BATCHES = (8, 128)
 CASES = (*common.CIFAR, common.Case("resnet18", torchvision.models.resnet18, 64))
@@ -63,7 +64,7 @@ def measure(report: common.Report, case: common.Case, budget: float) -> None:
             **{name: way(name) for name in ("packed", "looped", "auto")},
             "product": common.product(),
         }
-        times = machine.alternate(actions, x.device, repeats=15, budget=budget)
+        times = timing.alternate(actions, x.device, repeats=15, budget=budget)
         hne.execution = "auto"
         report.add(
             row,

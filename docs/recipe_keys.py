@@ -13,7 +13,7 @@ from typing import Any
 
 from treeify import losses
 from treeify.data import source
-from treeify.recipe import Recipe, Section, section_in
+from treeify.training.recipe import Recipe, Section, section_in
 
 PAGE = Path(__file__).with_name("recipes.md")
 BEGIN, END = "<!-- keys -->\n", "\n## Data sets\n"

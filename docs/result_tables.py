@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from treeify.ablation import cells, table
+from treeify.training.ablation import cells, table
 
 FOLDER = Path(__file__).with_name("results")
 MARK = re.compile(r"(<!-- (\S+\.jsonl?) (.+?) -->\n)(?:\n\|[^\n]*(?:\n\|[^\n]*)*\n)?")

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
-from treeify.execution import Plan
+from treeify.engine.plan import Plan
 
 WAYS = ("packed", "looped")
 Ensemble = treeify.HierarchicalEnsemble

@@ -7,8 +7,8 @@ Found by building every name on the meta device; `test_classes.py` holds it agai
 from dataclasses import dataclass, field
 from typing import Any
 
-from treeify import shallower
-from treeify.architecture import Architecture
+from treeify.models import shallow
+from treeify.models.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Case:
     def architecture(self) -> Architecture:
         """What builds it, with 10 classes."""
         whole = Architecture(self.name, {"num_classes": 10, **self.options})
-        return whole if self.blocks is None else shallower.cut(whole, self.blocks)
+        return whole if self.blocks is None else shallow.cut(whole, self.blocks)
 
     @property
     def library(self) -> str:

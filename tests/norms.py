@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from treeify.sync import synced_batch_norm
+from treeify.training.sync_batch_norm import synced_batch_norm
 
 
 def of_a_share(rank: int, port: int, results: Path) -> None:

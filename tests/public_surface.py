@@ -1,4 +1,4 @@
-"""What users write and read, as text: names with signatures, commands with options, keys of recipes.
+"""What users write and read, as text: names with signatures, commands, keys of recipes.
 
 `python tests/public_surface.py` writes `public_surface.txt` again after a change on purpose, so
 that its diff shows it.
@@ -16,7 +16,7 @@ import typer
 
 import treeify
 from treeify.cli.app import COMMANDS, app, load_command
-from treeify.recipe import Recipe, Section, section_in
+from treeify.training.recipe import Recipe, Section, section_in
 
 FILE = Path(__file__).with_suffix(".txt")
 

@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from treeify.cli.app import main
-from treeify.recipe import Recipe
-from treeify.recipe_file import dump_recipe, load_recipe
+from treeify.training.recipe import Recipe
+from treeify.training.recipe_file import dump_recipe, load_recipe
 
 RECIPE = """\
 name: tiny
@@ -128,7 +128,7 @@ def run(*arguments: Any, cwd: Path, **options: Any) -> subprocess.CompletedProce
 def forked(target: Callable[..., None], *args: Any) -> BaseProcess:
     """A process forked off a server that has imported everything; it begins in a second."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["treeify.trainer"])
+    context.set_forkserver_preload(["treeify.training.trainer"])
     process = context.Process(target=target, args=args)
     process.start()
     return process

@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 import treeify
 from treeify.cli.saved import checkpoint_in
-from treeify.execution import Situation
-from treeify.recipe_file import load_recipe
-from treeify.trainer import train
+from treeify.engine.plan import Situation
+from treeify.training.recipe_file import load_recipe
+from treeify.training.trainer import train
 
 SAVED = Path(__file__).with_name("saved")
 

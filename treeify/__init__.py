@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from treeify import losses
-    from treeify.allocator import tune_allocator
-    from treeify.api import hierarchicalize, pack
-    from treeify.checkpoint import load, save
-    from treeify.ensemble import HierarchicalEnsemble
+    from treeify.conversion.api import hierarchicalize, pack
+    from treeify.conversion.checkpoint import load, save
+    from treeify.conversion.ensemble import HierarchicalEnsemble
+    from treeify.engine.allocator import tune_allocator
     from treeify.errors import TreeifyError
-    from treeify.parity import verify
+    from treeify.parity.verify import verify
     from treeify.tree import Tree
 
 __version__ = version("treeify")
@@ -51,15 +51,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "HierarchicalEnsemble": "ensemble",
+    "HierarchicalEnsemble": "conversion.ensemble",
     "Tree": "tree",
     "TreeifyError": "errors",
-    "hierarchicalize": "api",
-    "load": "checkpoint",
-    "pack": "api",
-    "save": "checkpoint",
-    "tune_allocator": "allocator",
-    "verify": "parity",
+    "hierarchicalize": "conversion.api",
+    "load": "conversion.checkpoint",
+    "pack": "conversion.api",
+    "save": "conversion.checkpoint",
+    "tune_allocator": "engine.allocator",
+    "verify": "parity.verify",
 }
 
 

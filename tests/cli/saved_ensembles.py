@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import treeify
-from treeify.architecture import Architecture
+from treeify.models.architecture import Architecture
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "digits_hne.yaml"
 

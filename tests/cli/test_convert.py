@@ -9,8 +9,8 @@ import torch
 from runner import run
 
 import treeify
-from treeify.architecture import Architecture
-from treeify.initialize import branch_seed
+from treeify.conversion.initialize import branch_seed
+from treeify.models.architecture import Architecture
 
 SMALL = ["torchvision/squeezenet1_1", "--num-classes", "4", "--input-size", "32"]
 

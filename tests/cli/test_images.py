@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from treeify.cli.images import preparation, read
 from treeify.data import CIFAR10, digits, image_folder
 from treeify.errors import DataError, InputError
-from treeify.recipe_file import dump_recipe, load_recipe
+from treeify.training.recipe_file import dump_recipe, load_recipe
 
 
 def config(name: str | None = None, shape: tuple[int, ...] = (3, 64, 64)) -> dict[str, Any]:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from runner import run
 
-from treeify import coverage
-from treeify.architecture import library_names
-from treeify.coverage import Row
+from treeify.models.architecture import library_names
+from treeify.parity import results
+from treeify.parity.results import Row
 
 NAMES = ["resnet10t", "resnet18", "swin_tiny", "torchvision/resnet18"]
 
@@ -19,7 +19,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Four models in the libraries: one without a row, one that does not convert."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("treeify.cli.list.library_names", lambda: NAMES)
-    monkeypatch.setattr("treeify.coverage.SHIPPED", tmp_path / "none")
+    monkeypatch.setattr("treeify.parity.results.SHIPPED", tmp_path / "none")
     numbers: dict[str, Any] = {"how": "full", "deviations": {"prefix": 0.1}}
     for name, fields in {
         "resnet18": {
@@ -38,8 +38,8 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "how": "meta",
         },
     }.items():
-        row = Row(name=name, versions=coverage.versions(), asked="2", **fields)
-        coverage.append(Path("rows.jsonl"), row)
+        row = Row(name=name, versions=results.versions(), asked="2", **fields)
+        results.append(Path("rows.jsonl"), row)
 
 
 def listed(*words: str) -> dict[str, Any]:
@@ -109,10 +109,10 @@ def test_without_any_data_the_names_are_listed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_rows_of_other_libraries_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    older = {**coverage.versions(), "timm": "0.1"}
+    older = {**results.versions(), "timm": "0.1"}
     for name in ("resnet10t", "resnet_gone", "my_package:net"):
         fields: dict[str, Any] = {"family": "resnet", "packed_share": 1.0, "how": "full"}
-        coverage.append(Path("rows.jsonl"), Row(name=name, versions=older, asked="2", **fields))
+        results.append(Path("rows.jsonl"), Row(name=name, versions=older, asked="2", **fields))
     found = listed("*e*")
     assert "my_package:net" in [model["name"] for model in found["models"]]
     assert found["not_installed"] == ["resnet_gone"]

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from runner import run
 
-from treeify import coverage
-from treeify.coverage import Row
+from treeify.parity import results
+from treeify.parity.results import Row
 
 TINY, OTHER = "sweep_models:tiny", "sweep_models:another"
 
@@ -17,8 +17,8 @@ def in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def written(name: str, **fields: object) -> None:
-    row = Row(name=name, versions=coverage.versions(), asked="2", **fields)
-    coverage.append(Path("coverage.jsonl"), row)
+    row = Row(name=name, versions=results.versions(), asked="2", **fields)
+    results.append(Path("coverage.jsonl"), row)
 
 
 def test_models_pass_once_and_are_skipped_then() -> None:
@@ -64,7 +64,7 @@ def test_splits_can_be_named_and_a_shard_taken() -> None:
         *("verify", TINY, OTHER, "--shard", "2/2", "--splits", "second:3", "--output", "own.jsonl")
     )
     assert result.exit_code == 0, result.output
-    (row,) = coverage.read(Path("own.jsonl")).rows
+    (row,) = results.read(Path("own.jsonl")).rows
     assert (row.name, row.splits, row.fanouts) == (OTHER, ("second:3",), (3,))
 
 
@@ -76,9 +76,9 @@ def test_a_shard_without_models_says_so() -> None:
 
 
 def test_rows_of_other_versions_prove_nothing() -> None:
-    versions = {**coverage.versions(), "timm": "0.1"}
+    versions = {**results.versions(), "timm": "0.1"}
     numbers = {"how": "full", "packed_share": 1.0, "deviations": {"prefix": 0.1}}
-    coverage.append(Path("coverage.jsonl"), Row(name=TINY, versions=versions, asked="2", **numbers))
+    results.append(Path("coverage.jsonl"), Row(name=TINY, versions=versions, asked="2", **numbers))
     written(TINY, how="meta", packed_share=1.0)
     result = run("verify", TINY)
     assert "All 1 converted, 0 proven; only shapes were checked of" in result.stdout

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from treeify import coverage
-from treeify.architecture import library_names
+from treeify.models.architecture import library_names
+from treeify.parity import results
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -78,12 +78,12 @@ def test_the_pages_of_results_show_the_raw_metrics() -> None:
 
 def test_the_coverage_page_shows_the_rows() -> None:
     generator = runpy.run_path(str(ROOT / "benchmarks" / "coverage.py"))
-    rows = list(coverage.shipped().newest().values())
+    rows = list(results.shipped().newest().values())
     page = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
     assert rows
     libraries = ("timm", "torchvision")
     counted = {tuple(row.versions[library] for library in libraries) for row in rows}
-    if counted != {tuple(coverage.versions()[library] for library in libraries)}:
+    if counted != {tuple(results.versions()[library] for library in libraries)}:
         pytest.skip(f"the names of {libraries} were counted under {counted}")
     assert generator["updated"](page, rows, library_names()) == page, (
         "run python benchmarks/coverage.py"

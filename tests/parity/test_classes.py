@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import treeify
-from treeify import coverage
-from treeify.parity import settle
+from treeify.parity import results
+from treeify.parity.verify import settle
 
 # One class in so many is run by default, all of them on CI.
 _BY_DEFAULT = 8
@@ -40,6 +40,6 @@ def test_a_model_of_every_class_is_exactly_right(case: model_classes.Case) -> No
 def test_no_class_is_left_out() -> None:
     """As far as the rows that treeify ships know classes."""
     known = {(case.library, case.network) for case in model_classes.CASES}
-    for row in coverage.shipped().newest().values():
+    for row in results.shipped().newest().values():
         library = "torchvision" if row.name.startswith("torchvision/") else "timm"
         assert (library, row.network) in known, row.name

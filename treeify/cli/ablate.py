@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify import files
-from treeify.ablation import Planned, ablate, load_grid, plan, results, table
 from treeify.cli.train import INTERRUPTED
 from treeify.errors import RecipeError
-from treeify.processes import leave
-from treeify.progress import Epoch, Reporter
+from treeify.training.ablation import Planned, ablate, load_grid, plan, results, table
+from treeify.training.distributed import leave
+from treeify.training.events import Epoch, Reporter
 
 
 def run_grid(

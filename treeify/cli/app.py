@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from treeify.allocator import tune_allocator
+from treeify.engine.allocator import tune_allocator
 from treeify.errors import TreeifyError
 
 BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130

@@ -9,7 +9,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from treeify.architecture import Architecture, example_shape, recognise, resized
+from treeify.models.architecture import Architecture, example_shape, recognise, resized
 
 Name = Annotated[
     str,

@@ -12,18 +12,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify import checkpoint
+from treeify.anytime.deadline import Latencies
 from treeify.cli import quantities
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.thresholds import Halves
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
-from treeify.deadline import Latencies
-from treeify.ensemble import HierarchicalEnsemble
+from treeify.engine.plan import Tuning
 from treeify.errors import CheckpointError, DataError, InputError
-from treeify.execution import Tuning
-from treeify.processes import resolve_device
-from treeify.recipe import DataRecipe
-from treeify.trainer import check_classes
+from treeify.training.distributed import resolve_device
+from treeify.training.recipe import DataRecipe
+from treeify.training.trainer import check_classes
 
 
 def calibrate(

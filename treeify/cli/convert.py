@@ -11,14 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify import checkpoint
-from treeify.api import hierarchicalize
 from treeify.cli.base_model import BaseModel, InputSize, Name, NumClasses, base_model
-from treeify.cost import Cost, base_cost, costs
-from treeify.ensemble import HierarchicalEnsemble
+from treeify.conversion import checkpoint
+from treeify.conversion.api import hierarchicalize
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.initialize import initialization
 from treeify.errors import InputError
-from treeify.initialize import initialization
-from treeify.parity import Figures, verify
+from treeify.evaluation.cost import Cost, base_cost, costs
+from treeify.parity.verify import Figures, verify
 
 
 def convert(

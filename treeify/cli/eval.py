@@ -12,15 +12,17 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from treeify import checkpoint, files, machine
-from treeify.batches import held_out_loader, noting
+from treeify import files
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.scores import as_csv, score_rows, score_table
-from treeify.ensemble import HierarchicalEnsemble
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.engine import timing
 from treeify.errors import DataError
-from treeify.metrics import measure
-from treeify.processes import resolve_device
-from treeify.trainer import check_classes
+from treeify.evaluation.metrics import measure
+from treeify.training.distributed import resolve_device
+from treeify.training.loaders import held_out_loader, noting
+from treeify.training.trainer import check_classes
 
 _LATENCY = 3.0  # seconds for all sizes together
 
@@ -90,7 +92,7 @@ def evaluate(
             "skipped": sorted(skipped),
             "scores": rows,
             "leaf_accuracy": single,
-            "machine": machine.describe(next(hne.parameters()).device) if latency else None,
+            "machine": timing.describe(next(hne.parameters()).device) if latency else None,
         }
         typer.echo(json.dumps(found, indent=2))
         return
@@ -102,7 +104,7 @@ def evaluate(
     if skipped:
         console.print(f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
     if latency:
-        where = machine.describe(next(hne.parameters()).device)
+        where = timing.describe(next(hne.parameters()).device)
         console.print(f"ms: one image, {where}.", soft_wrap=True, highlight=False)
 
 
@@ -120,5 +122,5 @@ def _seconds(hne: HierarchicalEnsemble, x: Tensor) -> dict[int, float]:
     """How long an answer of every nested size takes for one image, [1, C, H, W]."""
     hne.eval()
     actions = {str(size): partial(hne.predict, x, leaves=size) for size in hne.tree.nested_sizes}
-    times = machine.alternate(actions, x.device, repeats=51, budget=_LATENCY)
-    return {int(size): typical for size, typical in machine.medians(times).items()}
+    times = timing.alternate(actions, x.device, repeats=51, budget=_LATENCY)
+    return {int(size): typical for size, typical in timing.medians(times).items()}

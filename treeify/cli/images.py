@@ -17,10 +17,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from treeify import data
-from treeify.architecture import TIMM, TORCHVISION, Architecture
 from treeify.cli.saved import recipe_of
 from treeify.errors import DataError, InputError
-from treeify.recipe_file import load_recipe
+from treeify.models.architecture import TIMM, TORCHVISION, Architecture
+from treeify.training.recipe_file import load_recipe
 
 # How Pillow names pixels with so many channels.
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}

@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify import coverage
-from treeify.architecture import TIMM, family, library_names
 from treeify.cli import quantities
-from treeify.coverage import Row
+from treeify.models.architecture import TIMM, family, library_names
+from treeify.parity import results
+from treeify.parity.results import Row
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def list_models(
         None if max_params is None else quantities.count(max_params, "--max-params"),
         None if max_macs is None else quantities.count(max_macs, "--max-macs"),
     )
-    rows = (coverage.shipped() if file is None else coverage.read(file)).newest()
+    rows = (results.shipped() if file is None else results.read(file)).newest()
     installed = library_names()
     # Whether a user's own function is still there, only calling it would tell.
     known = dict.fromkeys([*installed, *sorted(name for name in rows if ":" in name)])
@@ -173,7 +173,7 @@ def _summary(
 
 
 def _of_other_versions(shown: dict[str, Row | None], gone: list[str]) -> Iterator[str]:
-    present = coverage.versions()
+    present = results.versions()
     others = [row for row in shown.values() if row is not None and row.versions != present]
     if others:
         found = {f"{key} {number}" for row in others for key, number in row.versions.items()}

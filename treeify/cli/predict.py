@@ -18,17 +18,17 @@ from rich.text import Text
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
-from treeify import checkpoint
+from treeify.anytime.confidence import Budget, answer, thresholds_for
+from treeify.anytime.deadline import Latencies, advance_until, find
 from treeify.cli import images as image_files
 from treeify.cli import quantities
 from treeify.cli.saved import checkpoint_in, recipe_of
 from treeify.cli.watched import Watched
-from treeify.confidence import Budget, answer, thresholds_for
-from treeify.deadline import Latencies, advance_until, find
-from treeify.ensemble import HierarchicalEnsemble
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.engine.plan import Situation
 from treeify.errors import CheckpointError, DataError, InputError
-from treeify.execution import Situation
-from treeify.processes import resolve_device
+from treeify.training.distributed import resolve_device
 
 
 def predict(

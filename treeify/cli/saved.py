@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from treeify import checkpoint
+from treeify.conversion import checkpoint
 from treeify.errors import RecipeError
-from treeify.recipe import DataRecipe
-from treeify.recipe_file import data_recipe, load_recipe
-from treeify.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, measured
+from treeify.training.recipe import DataRecipe
+from treeify.training.recipe_file import data_recipe, load_recipe
+from treeify.training.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, measured
 
 
 def checkpoint_in(directory: Path) -> Path:

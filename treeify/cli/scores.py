@@ -11,9 +11,9 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
-from treeify.cost import costs
-from treeify.ensemble import HierarchicalEnsemble
-from treeify.metrics import Score
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.evaluation.cost import costs
+from treeify.evaluation.metrics import Score
 
 # Keys of a row, their headings and formats.
 _COLUMNS = {

@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.api import open_up
 from treeify.cli.base_model import InputSize, Name, NumClasses, base_model
-from treeify.splits import split_points
+from treeify.conversion.api import open_up
+from treeify.conversion.splits import split_points
 
 
 def splits(

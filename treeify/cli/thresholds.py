@@ -9,11 +9,11 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from treeify.batches import Batch, held_out_loader, noting
-from treeify.confidence import Budget, budget
+from treeify.anytime.confidence import Budget, budget
+from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
-from treeify.ensemble import HierarchicalEnsemble
 from treeify.losses import nested_logits
+from treeify.training.loaders import Batch, held_out_loader, noting
 
 _IMAGES_AT_ONCE = 128
 

@@ -21,10 +21,10 @@ from rich.progress import (
 
 from treeify.cli.scores import score_rows, score_table
 from treeify.errors import RecipeError
-from treeify.processes import leave
-from treeify.progress import Epoch, Plan, Reporter, Result, Step
-from treeify.recipe_file import load_recipe
-from treeify.trainer import train as run_training
+from treeify.training.distributed import leave
+from treeify.training.events import Epoch, Plan, Reporter, Result, Step
+from treeify.training.recipe_file import load_recipe
+from treeify.training.trainer import train as run_training
 
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 

@@ -12,13 +12,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from treeify import coverage
-from treeify.architecture import TIMM, check_names, library_names
 from treeify.cli import quantities
-from treeify.coverage import META, Row
+from treeify.conversion.splits import listed
 from treeify.errors import InputError
-from treeify.splits import listed
-from treeify.sweep import Settings, shard, sweep, todo
+from treeify.models.architecture import TIMM, check_names, library_names
+from treeify.parity import results
+from treeify.parity.results import META, Row
+from treeify.parity.sweep import Settings, shard, sweep, todo
 
 FAILED = 1
 
@@ -96,16 +96,16 @@ def verify(
     if not wanted:
         _print(console, f"Shard {part} has no models: there are fewer of them than shards.")
         return
-    known = coverage.read(output) if output.exists() else coverage.Coverage(())
+    known = results.read(output) if output.exists() else results.Coverage(())
     left = todo(wanted, known, settings, retry=retry)
     if known.damaged:
         _print(console, f"Lines of {output} that were cut off, and are ignored: {known.damaged}")
     if len(left) < len(wanted):
         _print(console, f"{len(wanted) - len(left)} of {len(wanted)} are in {output} already.")
     if left:
-        coverage.check_writable(output)
+        results.check_writable(output)
     _check(console, left, output, settings)
-    found = coverage.read(output) if output.exists() else coverage.Coverage(())
+    found = results.read(output) if output.exists() else results.Coverage(())
     if failed := todo(wanted, found, settings, retry=True):
         _print(console, f"{len(failed)} of {len(wanted)} failed: {', '.join(failed)}")
         sys.exit(FAILED)

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from treeify.anytime import Step
+from treeify.anytime.session import Step
 
 
 @dataclass(frozen=True)

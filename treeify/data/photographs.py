@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
-from treeify.architecture import TIMM, TORCHVISION
 from treeify.data.source import (
     IMAGENET,
     Data,
@@ -27,6 +26,7 @@ from treeify.data.source import (
 )
 from treeify.data.tars import folders_in
 from treeify.errors import DataError
+from treeify.models.architecture import TIMM, TORCHVISION
 from treeify.registry import Share
 
 

@@ -1,4 +1,7 @@
-"""Rules: how operations run on packed branches, one family per file. Importing registers all."""
+"""A call of the base graph comes in; out goes the module that runs it on all branches, or why none.
+
+Rules are registered in one table, one family of operations per file; importing registers all.
+"""
 
 from treeify.rules import (
     attention,
@@ -12,7 +15,7 @@ from treeify.rules import (
     shape,
 )
 from treeify.rules.elementwise import Direct
-from treeify.rules.registry import (
+from treeify.rules.table import (
     WIDEN,
     Call,
     Unpackable,

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from treeify.engine.packed_tensors import narrow
 from treeify.rules.elementwise import Direct, require_aligned, with_parameters
 from treeify.rules.linear import linear
-from treeify.rules.registry import Call, Unpackable, batch_rule
-from treeify.storage import narrow
-from treeify.trace import TensorFacts
+from treeify.rules.table import Call, Unpackable, batch_rule
+from treeify.tracing.trace import TensorFacts
 from treeify.tree import Span
 
 

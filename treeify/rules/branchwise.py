@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from treeify.aliases import is_library
-from treeify.packing import Branches, Form, pick
+from treeify.engine.forms import Branches, Form, pick
+from treeify.engine.packed_tensors import Slot, call_assigning, lookup, narrow, owner
 from treeify.rules.elementwise import call_target
-from treeify.storage import Slot, call_assigning, lookup, narrow, owner
+from treeify.tracing.aliasing import is_library
 from treeify.tree import Span
 
 

@@ -12,9 +12,9 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 
-from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
+from treeify.engine.packed_tensors import call_with, narrow
+from treeify.rules.table import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import OfRows, of_rows, widened, widened_conv
-from treeify.storage import call_with, narrow
 from treeify.tree import Span
 
 # timm's padded and weight-standardised convolutions treat every output channel by itself, so they

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from treeify.rules.elementwise import Direct
-from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
+from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
 from treeify.rules.widened import Widened, widened
 from treeify.tree import Span
 

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from treeify.packing import refold, unfold
-from treeify.rules.registry import Call, Unpackable, batch_rule, rule, widens
+from treeify.engine.forms import refold, unfold
+from treeify.engine.packed_tensors import lookup, narrow
+from treeify.rules.table import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import widened
-from treeify.storage import lookup, narrow
-from treeify.trace import TensorFacts
+from treeify.tracing.trace import TensorFacts
 from treeify.tree import Span
 
 ACTIVATIONS = (

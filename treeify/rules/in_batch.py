@@ -18,12 +18,12 @@ from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
-from treeify.functional import set_item
 from treeify.rules.elementwise import Direct, call_target, require_aligned
-from treeify.rules.registry import Call, Unpackable, batch_rule, widens
 from treeify.rules.shape import SHAPE_READINGS, Item
-from treeify.stand_ins import OF_EACH_IMAGE
-from treeify.trace import TensorFacts, facts
+from treeify.rules.table import Call, Unpackable, batch_rule, widens
+from treeify.tracing.functionalize import set_item
+from treeify.tracing.replacements import OF_EACH_IMAGE
+from treeify.tracing.trace import TensorFacts, facts
 from treeify.tree import Span
 
 _ALONG_BATCH = "it works along the batch"

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 
-from treeify.rules.registry import Call, Unpackable, batch_rule
-from treeify.storage import narrow
+from treeify.engine.packed_tensors import narrow
+from treeify.rules.table import Call, Unpackable, batch_rule
 from treeify.tree import Span
 
 

@@ -13,12 +13,12 @@ from torch import Tensor, fx, nn
 from torchvision.models import convnext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from treeify.packing import refold, unfold
+from treeify.engine.forms import refold, unfold
+from treeify.engine.packed_tensors import narrow
 from treeify.rules.elementwise import ACTIVATIONS
-from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
+from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
 from treeify.rules.widened import OfRows, Widened, of_rows, widened
-from treeify.storage import narrow
-from treeify.trace import facts
+from treeify.tracing.trace import facts
 from treeify.tree import Span
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

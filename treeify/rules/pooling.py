@@ -11,7 +11,7 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from treeify.rules.elementwise import Direct
-from treeify.rules.registry import Call, Unpackable, batch_rule, require_rank, rule, widens
+from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
 from treeify.rules.widened import Widened, widened
 
 _MODULES = (

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treeify.packing import read_once
+from treeify.engine.forms import read_once
+from treeify.engine.packed_tensors import call_with, narrow
 from treeify.rules import patches
-from treeify.rules.registry import WIDEN, Call, Unpackable
-from treeify.storage import call_with, narrow
-from treeify.trace import TensorFacts
+from treeify.rules.table import WIDEN, Call, Unpackable
+from treeify.tracing.trace import TensorFacts
 from treeify.tree import Span
 
 # What users change on a module after it was made.

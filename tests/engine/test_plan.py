@@ -1,0 +1,316 @@
+"""However levels run, packed, looped or both, it is the same computation."""
+
+import copy
+import json
+from collections.abc import Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import small
+import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+import treeify
+from treeify.engine import timing
+from treeify.engine.plan import Plan, Situation, Tuning
+from treeify.engine.program import Held, Walk
+from treeify.errors import InputError
+from treeify.tree import Span
+
+WAYS = ("packed", "looped")
+FOUR_LEVELS = ["stem.2", "stage1:3", "stage2"]
+EVERY_MIX = list(product(WAYS, repeat=4))
+
+
+def _tuning(
+    x: Tensor, ways: Sequence[str], *, training: bool = False, place: str | None = None
+) -> Tuning:
+    here = Situation.of(x, training=training)
+    situation = Situation(training, here.shape, here.dtype, place or here.machine)
+    return Tuning(situation, Plan(tuple(ways), channels_last=True, fuse=not training), {"a": 0.5})
+
+
+def _keep(hne: treeify.HierarchicalEnsemble, *tunings: Tuning) -> None:
+    hne.tunings.update({tuning.situation: tuning for tuning in tunings})
+
+
+def _without_dropout(hne: treeify.HierarchicalEnsemble) -> treeify.HierarchicalEnsemble:
+    for module in hne.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return hne
+
+
+def _training_step(
+    hne: treeify.HierarchicalEnsemble,
+    x: Tensor,
+    execution: str | Sequence[str],
+    leaves: int | None = None,
+) -> dict[str, Tensor]:
+    """Logits, gradients and buffers of a step on a copy."""
+    hne = copy.deepcopy(hne).train()
+    hne.execution = execution
+    logits = hne(x, leaves=leaves)
+    weights = torch.arange(logits.numel(), dtype=logits.dtype).reshape(logits.shape).cos()
+    (logits * weights).sum().backward()
+    gradients = {
+        f"gradient {name}": parameter.grad
+        for name, parameter in hne.named_parameters()
+        if parameter.grad is not None
+    }
+    return {"logits": logits.detach(), **gradients, **dict(hne.named_buffers())}
+
+
+class Grouped(nn.Module):
+    """Grouped, depthwise and plain convolutions and linear layers right after splits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.grouped = nn.Conv2d(8, 16, 3, padding=1, groups=4)
+        self.depthwise = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.norm = nn.BatchNorm2d(16)
+        self.slope = nn.PReLU(16)
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.slope(self.norm(self.depthwise(self.grouped(self.stem(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+def _grouped() -> treeify.HierarchicalEnsemble:
+    torch.manual_seed(0)
+    splits = ["grouped:3", "depthwise", "head"]
+    return treeify.hierarchicalize(
+        Grouped(), splits, init="perturb", example_input=small.EXAMPLE
+    ).eval()
+
+
+@pytest.mark.parametrize(
+    "setting", ["packed", "looped", "auto", ("packed", "auto", "looped"), ["auto"] * 3]
+)
+def test_the_setting_is_what_was_set(setting: str | Sequence[str]) -> None:
+    hne = small.ensemble()
+    assert hne.execution == "auto"
+    hne.execution = setting
+    assert hne.execution == (setting if isinstance(setting, str) else tuple(setting))
+    asked = (setting,) * 3 if isinstance(setting, str) else setting
+    assert hne.plan(small.images()).ways == tuple(
+        "packed" if way == "auto" else way for way in asked
+    )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["loop", "Packed", "", (), ("packed",), ("packed",) * 4, ("packed", "looped", "x"), 3, None],
+)
+def test_a_setting_that_is_no_way_to_run_changes_nothing(setting: object) -> None:
+    hne = small.ensemble()
+    hne.execution = ("packed", "looped", "auto")
+    with pytest.raises(InputError, match="one of them for each of the 3 levels"):
+        hne.execution = setting  # type: ignore[assignment]
+    assert hne.execution == ("packed", "looped", "auto")
+
+
+@torch.no_grad()
+def test_every_mix_of_ways_gives_the_same_logits() -> None:
+    hne, x = small.ensemble(FOUR_LEVELS).double(), small.images().double()
+    expected = hne(x)
+    for ways in EVERY_MIX:
+        hne.execution = ways
+        assert_close(hne(x), expected, msg=str(ways))
+        for leaves in (1, 5, 7, 11):
+            assert_close(hne(x, leaves=leaves), expected[:, :leaves], msg=f"{ways} {leaves}")
+
+
+@pytest.mark.parametrize("leaves", [None, 7])
+def test_every_mix_of_ways_trains_the_same(leaves: int | None) -> None:
+    hne = _without_dropout(small.ensemble(FOUR_LEVELS)).double()
+    x = small.images(3).double()
+    expected = _training_step(hne, x, "packed", leaves)
+    for ways in EVERY_MIX:
+        found = _training_step(hne, x, ways, leaves)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(found[key], value, msg=f"{ways} {key}")
+
+
+@pytest.mark.parametrize("leaves", [1, 5, 8, 11, 12])
+def test_groups_after_splits_train_the_same_looped(leaves: int) -> None:
+    hne, x = _grouped().double(), small.images(3).double()
+    expected = _training_step(hne, x, "packed", leaves)
+    for ways in (("looped",) * 4, ("packed", "looped", "packed", "looped")):
+        found = _training_step(hne, x, ways, leaves)
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_close(found[key], value, msg=f"{ways} {key}")
+
+
+def test_looped_training_equals_separate_networks() -> None:
+    hne = _grouped()
+    hne.execution = "looped"
+    assert treeify.verify(hne, small.images(3)).worst <= 1
+
+
+def test_looped_dropout_draws_a_mask_for_every_branch() -> None:
+    hne = small.ensemble(init="copy").train()
+    hne.execution = "looped"
+    torch.manual_seed(0)
+    logits = hne(small.images(8))
+    for one, other in ((0, 1), (0, 3), (2, 5)):
+        assert not torch.equal(logits[:, one], logits[:, other])
+
+
+@pytest.mark.parametrize("execution", WAYS)
+def test_options_of_a_packed_module_hold_however_it_runs(execution: str) -> None:
+    hne = _without_dropout(small.ensemble()).train()
+    norm = hne.get_submodule("stage1.1")
+    assert isinstance(norm, nn.BatchNorm2d)
+    norm.momentum = 1.0
+    norm.eps = 0.5
+    reference = hne.leaf(0)
+    reference.stage2[1].p = 0.0
+    reference.stage1[1].momentum, reference.stage1[1].eps = 1.0, 0.5
+    hne.execution = execution
+    x = small.images(4)
+    assert_close(hne(x)[:, 0], reference(x))
+    assert_close(norm.running_mean[:8], reference.stage1[1].running_mean)
+
+
+def test_a_frozen_norm_stays_frozen_looped() -> None:
+    hne = _without_dropout(small.ensemble()).train()
+    norm = hne.get_submodule("stage1.1").eval()
+    before = norm.running_mean.clone()
+    x = small.images(4)
+    expected = hne(x)
+    hne.execution = "looped"
+    assert_close(hne(x), expected)
+    assert torch.equal(norm.running_mean, before)
+
+
+def test_frozen_parameters_get_no_gradient_looped() -> None:
+    hne = small.ensemble().train()
+    hne.get_submodule("stage1").requires_grad_(False)
+    hne.execution = "looped"
+    hne(small.images()).sum().backward()
+    graded = {name for name, parameter in hne.named_parameters() if parameter.grad is not None}
+    assert graded == {n for n, _ in hne.named_parameters() if not n.startswith("stage1")}
+
+
+@pytest.mark.thorough
+# Part of a level computes with views of parameters, and the compiler looks for their .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_looped_compiles() -> None:
+    hne, x = _without_dropout(small.ensemble()), small.images()
+    hne.execution = ("packed", "packed", "looped")
+    compiled = torch.compile(hne, backend="aot_eager", fullgraph=True)
+    assert_close(compiled(x), hne(x))
+    hne.train()
+    compiled(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in hne.parameters())
+
+
+@pytest.mark.parametrize("execution", WAYS)
+def test_no_images_give_no_logits(execution: str) -> None:
+    hne = small.ensemble()
+    hne.execution = execution
+    assert hne(small.images(0)).shape == (0, 6, small.CLASSES)
+
+
+def test_buffers_shared_by_levels_train_packed() -> None:
+    class Shared(small.SmallNet):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem[1](self.stage1(self.stem(x)))
+            return self.head(self.stage2(x).mean((2, 3)))
+
+    hne = treeify.hierarchicalize(Shared(), ["stage1", "stage2"], example_input=small.EXAMPLE)
+    hne.execution = "looped"
+    x = small.images()
+    assert hne.shared_buffers
+    assert hne.train().plan(x).ways == ("packed",) * 3
+    assert hne.eval().plan(x).ways == ("looped",) * 3
+
+
+def test_a_plan_is_the_one_tuned_for_the_shape() -> None:
+    hne, x = small.ensemble(), small.images(4)
+    tuned = _tuning(x, ("packed", "looped", "looped"))
+    _keep(hne, tuned)
+    assert hne.plan(x) == tuned.plan
+    assert hne.train().plan(x) == Plan(("packed",) * 3)
+
+
+@pytest.mark.parametrize(("count", "nearest"), [(0, 1), (1, 1), (3, 1), (5, 16), (300, 16)])
+def test_other_batches_run_like_the_nearest(count: int, nearest: int) -> None:
+    hne = small.ensemble()
+    plans = {1: ("packed",) * 3, 16: ("looped",) * 3}
+    _keep(hne, *(_tuning(small.images(n), ways) for n, ways in plans.items()))
+    assert hne.plan(small.images(count)).ways == plans[nearest]
+
+
+def test_tunings_for_something_else_are_left_alone() -> None:
+    hne, x = small.ensemble(), small.images(4)
+    ways = ("looped",) * 3
+    _keep(
+        hne,
+        _tuning(x, ways, place="another machine"),
+        _tuning(x, ways, training=True),
+        _tuning(x.double(), ways),
+        _tuning(torch.zeros(4, 3, 16, 16), ways),
+    )
+    assert hne.plan(x) == Plan(("packed",) * 3)
+
+
+def test_the_setting_overrides_what_was_tuned_level_by_level() -> None:
+    hne, x = small.ensemble(), small.images(4)
+    _keep(hne, _tuning(x, ("packed", "looped", "looped")))
+    hne.execution = ("looped", "auto", "packed")
+    assert hne.plan(x) == Plan(("looped", "looped", "packed"), channels_last=True, fuse=True)
+    hne.execution = "packed"
+    assert hne.plan(x).ways == ("packed",) * 3
+
+
+@pytest.mark.parametrize("channels_last", [True, False, None])
+def test_a_plan_lays_out_images(channels_last: bool | None) -> None:
+    x = small.images()
+    arranged = Plan(("packed",), channels_last).arrange(x)
+    assert torch.equal(arranged, x)
+    assert arranged.is_contiguous(memory_format=torch.channels_last) is (channels_last is True)
+    features = x.flatten(1)
+    assert Plan(("packed",), channels_last).arrange(features) is features
+
+
+@pytest.mark.parametrize("channels_last", [True, False, None])
+def test_measurements_survive_json(channels_last: bool | None) -> None:
+    x = small.images()
+    plan = Plan(("packed", "looped"), channels_last, fuse=True)
+    tuning = Tuning(Situation.of(x, training=True), plan, {str(plan): 0.1, "other": 2.0})
+    again = Tuning.from_dict(json.loads(json.dumps(tuning.to_dict())))
+    assert again == tuning
+    assert {again.situation: again} == {tuning.situation: tuning}
+    assert hash(again.plan) == hash(plan)
+
+
+def test_situations_name_the_machine() -> None:
+    x = small.images()
+    situation = Situation.of(x, training=False)
+    assert situation.machine == timing.describe(x.device)
+    assert torch.__version__ in situation.machine
+    assert str(situation) == "inference, 2x3x8x8 float32"
+    assert str(Plan(("packed", "looped"), True, True)) == "packed looped, channels_last, fused"
+
+
+def test_consecutive_looped_levels_are_walked_depth_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    hne = small.ensemble(["stem", "stage1", "stage2"])
+    calls: list[tuple[int, int]] = []
+    call = Walk._call
+
+    def recorded(walk: Walk, level: int, span: Span, held: dict[str, Held]) -> Any:
+        calls.append((level, span.start))
+        return call(walk, level, span, held)
+
+    monkeypatch.setattr(Walk, "_call", recorded)
+    hne.execution = ["packed", "looped", "looped", "packed"]
+    hne(small.images())
+    assert calls == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (2, 2), (2, 3), (3, 0)]

@@ -1,0 +1,274 @@
+"""Anytime inference: leaves added step by step, from the activations cached at the splits.
+
+After `n` leaves at most one branch per level is computed but not complete, since leaves are
+numbered depth-first. The values that its children will read are all that is kept between steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from treeify.engine import timing
+from treeify.engine.forms import Form, join
+from treeify.engine.plan import Plan
+from treeify.engine.program import PACKED, Held, Program, Walk
+from treeify.errors import InputError, LeafError
+from treeify.tree import Span
+
+
+@dataclass(frozen=True)
+class Step:
+    """An answer on the way.
+
+    Args:
+        leaves: how many leaves it averages.
+        logits: their mean, `[N, K]`.
+        elapsed: seconds of computing since the session began.
+        macs: multiply-accumulates per image since the session began.
+    """
+
+    leaves: int
+    logits: Any
+    elapsed: float
+    macs: int
+
+
+class Session:
+    """Anytime inference on one batch that can be stopped and resumed; made by `hne.session`.
+
+    Nothing is computed twice: all steps together cost the MACs of one call. Between steps a session
+    holds the leaf logits so far and, per level, the values of at most one branch.
+
+    Args:
+        program: the segments, in evaluation mode.
+        plan: how they run.
+        x: images, `[N, C, H, W]`.
+        macs: MACs per image of the first `n` leaves.
+    """
+
+    def __init__(self, program: Program, plan: Plan, x: Tensor, macs: Callable[[int], int]) -> None:
+        self._program, self._plan, self._macs = program, plan, macs
+        self._device = x.device
+        self._images = len(x)
+        self._start = program.start(plan.arrange(x))
+        self._kept: dict[int, dict[str, Held]] = {}
+        self._leaf_logits: Any = None
+        self._leaves = 0
+        self._elapsed = 0.0
+
+    @property
+    def leaves(self) -> int:
+        """How many leaves are computed."""
+        return self._leaves
+
+    @property
+    def done(self) -> bool:
+        """Whether all leaves are computed."""
+        return self._leaves == self._program.tree.leaves
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds spent computing; the time between steps does not count."""
+        return self._elapsed
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates per image so far."""
+        return self._macs(self._leaves) if self._leaves else 0
+
+    @property
+    def leaf_logits(self) -> Any:
+        """Logits of every leaf so far, `[N, leaves, K]`.
+
+        Raises:
+            LeafError: no leaf is computed yet.
+        """
+        if not self._leaves:
+            raise LeafError("no leaf is computed yet.", next_step="Call session.advance() first.")
+        return self._leaf_logits
+
+    @property
+    def logits(self) -> Any:
+        """The present answer, the mean over the leaves so far: `[N, K]`.
+
+        Raises:
+            LeafError: no leaf is computed yet.
+        """
+        return mean_over_leaves(self.leaf_logits)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory of the activations kept for the next steps."""
+        tensors = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for values in self._kept.values()
+            for held in values.values()
+            for tensor in held.tensors()
+        }
+        return sum(tensors.values())
+
+    @property
+    def droppable(self) -> bool:
+        """Whether images can leave the batch: no value between levels mixes or counts them."""
+        program = self._program
+        return all(program.crossings[name].rows for name in program.last_reader)
+
+    def keep(self, images: Tensor | Sequence[int]) -> None:
+        """Go on with some of the images only.
+
+        Args:
+            images: their positions in the present batch, `[M]` integers, or which of it to keep,
+                `[N]` booleans.
+
+        Raises:
+            InputError: it is neither; or the model carries the batch size from level to level, see
+                `droppable`. Nothing has changed then.
+        """
+        if not self.droppable:
+            raise InputError(
+                "images cannot leave this session's batch.",
+                expected="a model whose values between levels have one row per image",
+                next_step="Run all images and ignore those that are answered.",
+            )
+        rows = _rows(torch.as_tensor(images, device=self._device), self._images)
+        for level, values in self._kept.items():
+            self._kept[level] = {name: held.rows(rows) for name, held in values.items()}
+        self._start = {name: held.rows(rows) for name, held in self._start.items()}
+        if self._leaves:
+            self._leaf_logits = tree_map_only(
+                Tensor, lambda logits: logits.index_select(0, rows), self._leaf_logits
+            )
+        self._images = len(rows)
+
+    @torch.no_grad()
+    def advance(self, to: int | None = None) -> Step:
+        """Add leaves.
+
+        Args:
+            to: how many leaves to reach; the next nested size if not given.
+
+        Returns:
+            The answer with these leaves.
+
+        Raises:
+            LeafError: all leaves are computed, or there are not that many, or more are already.
+        """
+        to = self._next_size() if to is None else to
+        self._program.tree.check_size(to)
+        if to < self._leaves:
+            raise LeafError(
+                f"{self._leaves} leaves are computed already, {to} were asked for.",
+                expected=f"a size from {self._leaves} to {self._program.tree.leaves}",
+                next_step="Ask for smaller sizes first, or start another session.",
+            )
+        self._elapsed += timing.timed(lambda: self._compute(to), self._device)
+        return Step(self._leaves, self.logits, self._elapsed, self.macs)
+
+    def _next_size(self) -> int:
+        sizes = [size for size in self._program.tree.nested_sizes if size > self._leaves]
+        if not sizes:
+            raise LeafError(
+                f"all {self._leaves} leaves are computed.",
+                next_step="Ask session.done before advancing.",
+            )
+        return sizes[0]
+
+    def _compute(self, to: int) -> None:
+        program, tree = self._program, self._program.tree
+        pieces = tree.pieces(Span(self._leaves, to))
+        if len(pieces) > 1 and all(way == PACKED for way in self._plan.ways):
+            self._compute_at_once(Span(self._leaves, to))
+            return
+        for level, leaves in pieces:
+            held = dict(self._start)
+            for above in range(level):
+                held |= self._kept[above]
+            walk = Walk(program, self._plan.ways, leaves.stop)
+            logits = walk.descend(level, leaves, program.needed(held, level))
+            self._keep(walk, leaves.stop)
+            self._take(logits, leaves)
+
+    def _compute_at_once(self, leaves: Span) -> None:
+        """One call per level rather than one per piece and level: fewer calls, the same MACs."""
+        walk = Walk(self._program, self._plan.ways, leaves.stop)
+        logits = walk.extend(leaves, self._start, self._kept)
+        self._keep(walk, leaves.stop)
+        self._take(logits, leaves)
+
+    def _keep(self, walk: Walk, stop: int) -> None:
+        """Take over what a walk kept, and let go of what belongs to completed branches."""
+        self._kept |= walk.kept
+        for level in list(self._kept):
+            if stop % self._program.tree.leaves_below(level) == 0:
+                del self._kept[level]
+
+    def _take(self, logits: Any, leaves: Span) -> None:
+        if self._leaves:
+            logits = join([self._leaf_logits, logits], Form.LEAVES, None)
+        self._leaf_logits = logits
+        self._leaves = leaves.stop
+        if self.done:
+            self._start = {}
+        else:
+            # The images are the user's; they are only held on to where a later level reads them.
+            self._start = self._program.needed(self._start, 1)
+
+
+def _rows(images: Tensor, batch: int) -> Tensor:
+    """Positions in a batch, `[M]`, from such or from a mask of it."""
+    mask = images.dtype == torch.bool
+    if mask and images.shape == (batch,):
+        return images.nonzero().flatten()
+    whole = not (mask or images.is_floating_point() or images.is_complex())
+    if images.shape == (0,) or (images.ndim == 1 and whole and _within(images, batch)):
+        return images.long()
+    raise InputError(
+        "these are no images of this session's batch.",
+        expected=f"positions from 0 to {batch - 1}, [M] integers, or [{batch}] booleans",
+        found=f"{images.dtype} of shape {tuple(images.shape)}: {images.flatten()[:8].tolist()}",
+        next_step="Positions count from those kept last time; `leaf_logits` has as many rows.",
+    )
+
+
+def _within(positions: Tensor, batch: int) -> bool:
+    return bool(((positions >= 0) & (positions < batch)).all())
+
+
+def mean_over_leaves(leaf_logits: Any) -> Any:
+    """The ensemble's answer, `[N, leaves, K] -> [N, K]`, in the output's structure.
+
+    Of integers and truth values, such as classes, the one that most leaves give.
+
+    Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
+    """
+    return tree_map_only(Tensor, _mean, leaf_logits)
+
+
+def _mean(leaf_logits: Tensor) -> Tensor:
+    dim = min(1, leaf_logits.ndim - 1)
+    if leaf_logits.is_floating_point() or leaf_logits.is_complex():
+        return leaf_logits.mean(dim)
+    return leaf_logits.long().mode(dim).values.to(leaf_logits.dtype)
+
+
+def steps(session: Session, sizes: Sequence[int]) -> Iterator[Step]:
+    """Advance a session through sizes, one answer each.
+
+    Yields:
+        The answer at every size.
+
+    Raises:
+        LeafError: the sizes do not increase.
+    """
+    for size in sizes:
+        if size == session.leaves:
+            raise LeafError(
+                f"{size} leaves are asked for twice.", expected=f"increasing sizes, not {sizes}"
+            )
+        yield session.advance(to=size)

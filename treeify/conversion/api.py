@@ -1,0 +1,224 @@
+"""The way from a model to an ensemble: trace, choose splits, convert, initialise."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.initialize import PERTURBATION, Initialization, branch_seed, initialization
+from treeify.conversion.splits import Splits, choose, listed, parse
+from treeify.engine.packed_tensors import tensors
+from treeify.errors import InputError, ModelError
+from treeify.models.architecture import Architecture, example_shape, fingerprint, recognise
+from treeify.rules import leaf_types
+from treeify.tracing.model_copy import hooks_of
+from treeify.tracing.trace import Traced, plain_tensors, trace
+from treeify.tree import fanouts_for
+
+_log = logging.getLogger(__name__)
+
+
+def hierarchicalize(
+    model: nn.Module | str | Architecture,
+    splits: int | str | Sequence[str] = 4,
+    fanout: int = 2,
+    init: str = "fresh",
+    seed: int = 0,
+    example_input: Tensor | None = None,
+) -> HierarchicalEnsemble:
+    """Turn a classifier into a tree of networks that share their early layers.
+
+    Args:
+        model: traceable classifier, `[N, C, H, W] float -> [N, K]` logits, not modified; or a
+            name: timm's (`mobilenetv2_140`), `torchvision/resnet50` or `package.module:function`.
+        splits: how many splits, chosen so that the levels' MACs are even (logged at level INFO, and
+            in `hne.conversion`); or names of modules from input to output, with a fanout if it
+            differs (`["layer2", "layer3:16"]`); `"input"` splits before the first operation; `[]`
+            is the base model itself.
+        fanout: children per split that names none, at least 2.
+        init: `fresh`: every branch its own initialisation by the architecture's own scheme;
+            `copy`: every leaf equals the model; `perturb`: copy plus seeded noise of 0.1 times
+            each tensor's root mean square, leaf 0 exact.
+        seed: of everything random; same seed, same weights.
+        example_input: an input of the size the model expects, `[N, C, H, W]`; found by itself for
+            timm's and torchvision's models, else `[1, 3, 224, 224]`.
+
+    Returns:
+        An ensemble mapping `[N, C, H, W]` to leaf logits `[N, L, K]`, L the product of the fanouts.
+
+    Raises:
+        ModelError: the name is unknown.
+        SplitError: a split is unknown, repeated or out of order, or a fanout below 2.
+        TraceError: the model cannot be traced; names the line that stopped it.
+        InputError: the model does not run on the example input, or init is unknown.
+
+    Source: Ruiz & Verbeek, AAAI 2021, section 3.
+    """
+    base, architecture = resolve(model, seed)
+    named = architecture is not None
+    # Only fresh weights and a reload need to build the model again: look for a builder then.
+    architecture = architecture or recognise(base)
+    traced = open_up(base, architecture, example_input)
+    chosen = choose(traced, splits, fanout)
+    _log.info("splits: %s", ", ".join(chosen.specs) or "none")
+    plan = initialization(base, architecture, init, seed, is_first=named)
+    hne = HierarchicalEnsemble(
+        traced, chosen, base, architecture, (*_notes(plan), *hook_notes(base))
+    )
+    del base  # its memory, if it was built here, serves the branches
+    hne.fill(plan.sources)
+    return hne
+
+
+def resolve(
+    model: nn.Module | str | Architecture, seed: int = 0
+) -> tuple[nn.Module, Architecture | None]:
+    """A base model and, where it was given by name, how to build it.
+
+    Raises:
+        ModelError: the name is unknown, or what is given is no model.
+    """
+    if isinstance(model, nn.Module):
+        return unwrapped(model), None
+    if not isinstance(model, str | Architecture):
+        raise ModelError(
+            f"{model!r} is no model.",
+            expected="an nn.Module, or a name: 'resnet50' (timm), 'torchvision/resnet50',"
+            " 'package.module:function'",
+        )
+    architecture = Architecture(model) if isinstance(model, str) else model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(branch_seed(seed, 0))
+        return architecture.build(), architecture
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of what `torch.compile` and data parallelism put around it."""
+    while True:
+        if isinstance(model, nn.DataParallel | DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, OptimizedModule):
+            model = model._orig_mod
+        else:
+            return model
+
+
+def open_up(
+    base: nn.Module, architecture: Architecture | None = None, example_input: Tensor | None = None
+) -> Traced:
+    """Trace a base model on an example of the size it expects.
+
+    Raises:
+        TraceError: it cannot be traced.
+        InputError: it does not run on the example.
+    """
+    if example_input is None:
+        example_input = blank_image(base, example_shape(base, architecture))
+    if example_input.ndim < 2:
+        raise InputError(
+            "example_input is no batch.",
+            expected="a tensor of shape [N, C, H, W]",
+            found=f"shape {tuple(example_input.shape)}",
+        )
+    return trace(base, example_input, leaf_types())
+
+
+def blank_image(base: nn.Module, shape: Sequence[int]) -> Tensor:
+    """A blank image, `[1, C, H, W]`, in the precision of the model's parameters."""
+    dtypes = (own.dtype for own in base.parameters() if own.is_floating_point())
+    return torch.zeros(1, *shape, dtype=next(dtypes, torch.float32))
+
+
+def pack(
+    models: Sequence[nn.Module],
+    splits: int | str | Sequence[str] = 4,
+    example_input: Tensor | None = None,
+) -> HierarchicalEnsemble:
+    """Pack `L` trained base models of one architecture into an ensemble.
+
+    Leaf `i` takes its own branches from model `i`; a shared branch comes from the first below.
+
+    Args:
+        models: as many as the tree has leaves, in depth-first order. Not modified.
+        splits: as in `hierarchicalize`; splits without a fanout share the one that fits.
+        example_input: as in `hierarchicalize`.
+
+    Raises:
+        ModelError: the models differ in architecture, or in a tensor that is neither a parameter
+            nor a buffer.
+        SplitError: no fanouts give as many leaves as there are models, or a split is wrong.
+        TraceError: the models cannot be traced.
+    """
+    if not models:
+        raise ModelError("there are no models to pack.", expected="one model per leaf")
+    models = [unwrapped(model) for model in models]
+    first = models[0]
+    _check_alike(models)
+    architecture = recognise(first)
+    traced = open_up(first, architecture, example_input)
+    _check_constants(models, plain_tensors(traced))
+    chosen = _splits_for(traced, splits, len(models))
+    hne = HierarchicalEnsemble(traced, chosen, first, architecture, tuple(hook_notes(first)))
+    hne.fill(lambda network: dict(tensors(models[network])), by_leaf=True)
+    return hne
+
+
+def _check_alike(models: Sequence[nn.Module]) -> None:
+    wanted = fingerprint(models[0])
+    for index, model in enumerate(models):
+        if fingerprint(model) != wanted:
+            raise ModelError(
+                f"model {index} is not built like model 0.",
+                expected=f"{type(models[0]).__name__} with the same layers, widths and options",
+                found=type(model).__name__,
+            )
+
+
+def _check_constants(models: Sequence[nn.Module], known: Mapping[str, Tensor]) -> None:
+    """Tensors that are neither parameters nor buffers are one for all leaves."""
+    for index, model in enumerate(models):
+        for name, own in known.items():
+            found = operator.attrgetter(name)(model)
+            if found.shape != own.shape or not torch.equal(found.to(own), own):
+                raise ModelError(
+                    f"{name!r} of model {index} differs from that of model 0, and is neither a"
+                    " parameter nor a buffer: leaves cannot have one each.",
+                    next_step="Make it a buffer: self.register_buffer(name, tensor).",
+                )
+
+
+def _splits_for(traced: Traced, splits: int | str | Sequence[str], leaves: int) -> Splits:
+    wanted = listed(splits)
+    if isinstance(wanted, int):
+        fanouts = fanouts_for(leaves, [None] * wanted)
+        names = choose(traced, wanted).names
+    else:
+        named = [parse(spec) for spec in wanted]
+        names = tuple(name for name, _ in named)
+        fanouts = fanouts_for(leaves, [own for _, own in named])
+    return choose(traced, [f"{name}:{own}" for name, own in zip(names, fanouts, strict=True)])
+
+
+def _notes(plan: Initialization) -> tuple[str, ...]:
+    if not plan.perturbed:
+        return ()
+    return (
+        f"perturbed by {PERTURBATION} times their root mean square, since they cannot initialise"
+        f" themselves again: {', '.join(plan.perturbed)}",
+    )
+
+
+def hook_notes(base: nn.Module) -> Iterator[str]:
+    """Whose hooks are left out, but for torch's own."""
+    hooked = [
+        path or "the model itself" for path, module in base.named_modules() if hooks_of(module)
+    ]
+    if hooked:
+        yield "leaves out the hooks of " + ", ".join(hooked)

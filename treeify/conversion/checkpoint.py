@@ -1,0 +1,348 @@
+"""Saving and loading ensembles: weights as safetensors, everything else as JSON, never pickle."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from treeify import files
+from treeify.anytime.confidence import Budget
+from treeify.anytime.deadline import Latencies
+from treeify.conversion.api import blank_image, hook_notes, open_up, resolve
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.splits import choose
+from treeify.engine.packed_tensors import lay_out, lookup, owner, tensors
+from treeify.engine.plan import AUTO, Tuning
+from treeify.errors import CheckpointError, TreeifyError
+from treeify.models.architecture import Architecture, fingerprint, recognise
+from treeify.tracing.trace import plain_tensors
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_PACKAGES = ("torch", "torchvision", "timm")
+# Before the names of what no state dict has; no module's path has a space.
+_BUFFER, _CONSTANT = "buffer ", "constant "
+
+
+def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write an ensemble to a directory that `load` reads.
+
+    Each file is complete before it takes its final name, so an interrupted save never damages an
+    earlier one. Other files in the directory stay.
+
+    Args:
+        hne: the ensemble.
+        path: a new or empty directory.
+        overwrite: also write where the directory has files already.
+
+    Raises:
+        CheckpointError: the directory is not empty, or cannot be written.
+    """
+    path = Path(path)
+    check_writable(path, overwrite=overwrite)
+    identity = uuid.uuid4().hex
+    made = not path.exists()
+    drafts = [path / f"{name}.{identity}" for name in (WEIGHTS, CONFIG)]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file({**_untied(hne), **_unlisted(hne)}, drafts[0], metadata={"identity": identity})
+        config = {"identity": identity, **_config(hne)}
+        drafts[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        shutil.copymode(drafts[1], drafts[0])  # safetensors lets nobody else read its files
+        for draft, name in zip(drafts, (WEIGHTS, CONFIG), strict=True):
+            draft.replace(path / name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}", next_step="Nothing was saved there."
+        ) from error
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
+        if made and path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
+    """Write what was measured (tunings, latencies, budgets) beside weights saved before.
+
+    Args:
+        hne: the ensemble that was saved there, or loaded from there.
+        path: its directory.
+
+    Raises:
+        CheckpointError: the directory holds no such ensemble, or cannot be written.
+    """
+    path = Path(path)
+    config = read_config(path)
+    now = _config(hne)
+    if any(config[key] != now[key] for key in ("fingerprint", "splits")):
+        raise CheckpointError(
+            f"{path} holds another ensemble.", expected="the one that was measured"
+        )
+    text = json.dumps({**config, **_measurements(hne)}, indent=2) + "\n"
+    try:
+        files.replace_text(path / CONFIG, text)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}", next_step="It is as it was."
+        ) from error
+
+
+def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
+    execution = hne.execution
+    return {
+        "execution": execution if isinstance(execution, str) else list(execution),
+        "tunings": [tuning.to_dict() for tuning in hne.tunings.values()],
+        "latencies": [latencies.to_dict() for latencies in hne.latencies.values()],
+        "budgets": [budget.to_dict() for budget in hne.budgets.values()],
+    }
+
+
+def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[str, Any]) -> None:
+    try:
+        hne.execution = config.get("execution", AUTO)
+        for tuning in map(Tuning.from_dict, config.get("tunings", ())):
+            hne.tunings[tuning.situation] = tuning
+            if tuning.plan.channels_last:
+                lay_out(hne, torch.channels_last)
+        for latencies in map(Latencies.from_dict, config.get("latencies", ())):
+            hne.latencies[latencies.situation] = latencies
+        for budget in map(Budget.from_dict, config.get("budgets", ())):
+            hne.budgets[budget.target_macs] = budget
+    except (KeyError, TypeError, ValueError, TreeifyError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG}: the measurements are damaged: {error!r}",
+            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
+            " (treeify calibrate).",
+        ) from error
+
+
+def check_writable(path: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError unless a checkpoint may be written to `path`."""
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"{path} is a file.", expected="a directory, new or empty")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        raise CheckpointError(
+            f"{path} is not empty.",
+            expected="a new or empty directory",
+            next_step="Choose another one, or pass --overwrite (overwrite=True).",
+        )
+
+
+def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemble:
+    """Read an ensemble that `save` wrote.
+
+    Args:
+        path: the directory.
+        model: the base model, where treeify cannot build it by itself (an ensemble made from a
+            module of the user's own). Its weights do not matter, and it is not modified.
+
+    Returns:
+        The ensemble, in evaluation mode, on the CPU. Parameters that did not require gradients when
+        it was saved do not now.
+
+    Raises:
+        CheckpointError: the directory is missing, damaged, of another format, or does not match its
+            configuration.
+    """
+    path = Path(path)
+    config = read_config(path)
+    weights, identity = _read_weights(path / WEIGHTS)
+    if identity != config["identity"]:
+        raise CheckpointError(
+            f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
+            next_step="Save the ensemble again.",
+        )
+    given = _architecture(path, config) if model is None else model
+    try:
+        base, architecture = resolve(given)
+        base = _with_constants(base, weights)
+        architecture = architecture or recognise(base)
+        traced = open_up(base, architecture, blank_image(base, config["example"]))
+        chosen = choose(traced, config["splits"])
+        hne = HierarchicalEnsemble(traced, chosen, base, architecture, tuple(hook_notes(base)))
+        hne.fill(lambda network: dict(tensors(base)))
+    except TreeifyError as error:
+        raise CheckpointError(
+            f"{path}: its base model no longer converts as recorded: {error}",
+            expected=f"the versions it was saved with: {_versions_text(config)}",
+        ) from error
+    _check_fingerprint(path, config, hne)
+    _fill(path, hne, weights)
+    if (frozen := config.get("frozen")) is not None:  # earlier saves have none
+        for key, parameter in hne.named_parameters():
+            parameter.requires_grad_(key not in frozen)
+    _take_measurements(path, hne, config)
+    return hne.eval()
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration in a checkpoint directory.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another format.
+    """
+    file = path / CONFIG
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} holds no ensemble.",
+            expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
+            found="no such directory" if not path.is_dir() else f"no {CONFIG}",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(
+            f"{file} is of another format.",
+            expected=f"format {FORMAT} (treeify {version('treeify')})",
+            found=f"format {found}",
+            next_step="Load it with the treeify version that wrote it.",
+        )
+    wanted = ("identity", "architecture", "fingerprint", "splits", "example", "versions")
+    missing = [key for key in wanted if key not in config]
+    if missing:
+        raise CheckpointError(f"{file} is incomplete.", expected=f"the keys {', '.join(missing)}")
+    return config
+
+
+def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
+    architecture = hne.architecture
+    return {
+        "format": FORMAT,
+        "treeify": version("treeify"),
+        "versions": _versions(),
+        "architecture": None if architecture is None else architecture.to_dict(),
+        "fingerprint": fingerprint(hne.skeleton),
+        "splits": list(hne.conversion.splits.specs),
+        "example": list(hne.example),
+        "frozen": sorted(key for key, own in hne.named_parameters() if not own.requires_grad),
+        **_measurements(hne),
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {package: version(package) for package in _PACKAGES}
+
+
+def _versions_text(config: Mapping[str, Any]) -> str:
+    return ", ".join(f"{package} {number}" for package, number in config["versions"].items())
+
+
+def _untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
+    """The state with each tied tensor once, under its first name."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    own = dict(tensors(hne))
+    for key in hne.state_dict():
+        if key not in own:  # the extra state of a module: it is as it was built
+            continue
+        tensor = own[key]
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            # safetensors stores a dense row-major tensor, whatever memory format it computes in.
+            state[key] = tensor.detach().cpu().contiguous()
+    return state
+
+
+def _unlisted(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
+    """What no state dict has, and no builder makes again.
+
+    Of a model of the user's own, buffers that are not persistent; and attributes that are tensors,
+    but no parameters and no buffers. The user may have drawn them.
+    """
+    found = {_CONSTANT + key: own for key, own in plain_tensors(hne.traced).items()}
+    if hne.architecture is None or ":" in hne.architecture.name:
+        listed = hne.state_dict().keys()
+        found |= {_BUFFER + key: own for key, own in hne.named_buffers() if key not in listed}
+    # Copies: safetensors refuses tensors that share memory.
+    return {key: own.detach().cpu().contiguous().clone() for key, own in found.items()}
+
+
+def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+    """The base model with its plain tensors as they were, which are taken out of the weights."""
+    names = [key for key in weights if key.startswith(_CONSTANT)]
+    if not names:
+        return base
+    base = copy.deepcopy(base)
+    for key in names:
+        value = weights.pop(key)
+        # Another model is told by its fingerprint.
+        with suppress(AttributeError):
+            holder, name = owner(base, key.removeprefix(_CONSTANT))
+            setattr(holder, name, value)
+    return base
+
+
+def _read_weights(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            names = reader.keys()
+            metadata = reader.metadata() or {}
+            return {name: reader.get_tensor(name) for name in names}, metadata.get("identity")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{file} is missing, truncated or damaged: {error}",
+            next_step="Copy it again from where it was saved.",
+        ) from error
+
+
+def _architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
+    if config["architecture"] is None:
+        raise CheckpointError(
+            f"{path} was made from a module of the user's own, which treeify cannot build.",
+            expected="that base model beside the directory",
+            next_step="Load it with treeify.load(path, model=...), or convert it by name"
+            " ('package.module:function') to have the name saved.",
+        )
+    return Architecture.from_dict(config["architecture"])
+
+
+def _check_fingerprint(path: Path, config: Mapping[str, Any], hne: HierarchicalEnsemble) -> None:
+    # Fingerprints are comparable under the same library versions; under others shapes decide.
+    if config["versions"] == _versions() and config["fingerprint"] != fingerprint(hne.skeleton):
+        raise CheckpointError(
+            f"{path}: the base model differs from the one that was saved.",
+            expected="the same layers, widths and options",
+            found=f"{type(hne.skeleton).__name__} built from {hne.architecture or 'model='}",
+        )
+
+
+@torch.no_grad()
+def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> None:
+    buffers = dict(hne.named_buffers())
+    for key in [key for key in weights if key.startswith(_BUFFER)]:
+        value = weights.pop(key).clone()
+        if (buffer := buffers.get(key.removeprefix(_BUFFER))) is not None:
+            buffer.data = value
+    wanted = _untied(hne)
+    for key in sorted(wanted.keys() ^ weights.keys()):
+        raise CheckpointError(
+            f"{path}: the weights do not match the configuration.",
+            expected=f"a tensor {key!r}" if key in wanted else f"no tensor {key!r}",
+            found=f"{len(weights)} tensors where the model has {len(wanted)}",
+        )
+    for key, tensor in weights.items():
+        packed = lookup(hne, key)
+        if packed.shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: the weights do not match the configuration.",
+                expected=f"{key!r} of shape {tuple(packed.shape)}",
+                found=f"shape {tuple(tensor.shape)}",
+            )
+        # A copy: what safetensors returns is mapped from the file, which may be replaced later.
+        packed.data = tensor.clone()

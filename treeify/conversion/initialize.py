@@ -1,0 +1,214 @@
+"""Where the branches' first weights come from: fresh, copied or perturbed.
+
+Branch initialisation depends only on `(seed, level, branch)`: branch `i` of every level takes its
+tensors from network `i`, which is drawn with a generator seeded from `(seed, i)`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from treeify.engine.packed_tensors import Slot, lookup, narrow, tensors
+from treeify.errors import InputError
+from treeify.seeds import seed_of
+from treeify.tree import Span, Tree
+
+INITS = ("fresh", "copy", "perturb")
+
+# Noise of `init="perturb"`, relative to the root mean square of the tensor it is added to.
+PERTURBATION = 0.1
+
+State = Mapping[str, Tensor]
+
+
+class Buildable(Protocol):
+    """Something that builds a base model with the random state as it stands."""
+
+    def build(self) -> nn.Module:
+        """A base model with its architecture's own initialisation."""
+
+
+@dataclass(frozen=True)
+class Initialization:
+    """How the branches were initialised.
+
+    Args:
+        scheme: fresh, copy or perturb.
+        seed: the seed of everything random.
+        perturbed: modules that could not re-initialise themselves and were perturbed instead.
+        sources: one state for each network; network `i` gives branch `i` of every level.
+    """
+
+    scheme: str
+    seed: int
+    perturbed: tuple[str, ...]
+    sources: Callable[[int], State] = field(repr=False, compare=False)
+
+
+def initialization(
+    model: nn.Module,
+    architecture: Buildable | None,
+    scheme: str,
+    seed: int,
+    *,
+    is_first: bool = False,
+) -> Initialization:
+    """Plan the branches' first weights.
+
+    Args:
+        model: the base model. Not modified.
+        architecture: builds the base model again, if that is known.
+        scheme: `fresh`: every branch by the architecture's own scheme (by building it again, or
+            by its modules' `reset_parameters`); `copy`: every branch equals the model; `perturb`: a
+            copy plus noise of `PERTURBATION` times each tensor's root mean square, leaf 0 exact.
+        seed: makes it reproducible.
+        is_first: the model was built with the seed of network 0, and so is that network.
+
+    Raises:
+        InputError: the scheme is unknown.
+    """
+    if scheme == "copy":
+        own = dict(tensors(model))
+        return Initialization(scheme, seed, (), lambda network: own)
+    if scheme == "perturb":
+        return Initialization(scheme, seed, (), lambda network: perturbed(model, seed, network))
+    if scheme != "fresh":
+        raise InputError(f"init={scheme!r} is unknown.", expected=f"one of {', '.join(INITS)}")
+    if architecture is not None:
+        ready = [dict(tensors(model))] if is_first else []
+
+        def source(network: int) -> State:
+            # Given away, so that its memory serves the next networks.
+            if network == 0 and ready:
+                return ready.pop()
+            return built(architecture, seed, network)
+
+        return Initialization(scheme, seed, (), source)
+    stuck = tuple(name for name, module in model.named_modules() if _is_stuck(module))
+    return Initialization(scheme, seed, stuck, lambda network: reset(model, seed, network))
+
+
+@torch.no_grad()
+def pack_states(
+    root: nn.Module,
+    layout: Iterable[Slot],
+    tree: Tree,
+    source: Callable[[int], State],
+    *,
+    by_leaf: bool = False,
+) -> None:
+    """Fill an ensemble's packed tensors from `L` networks; two states are held at a time.
+
+    Args:
+        root: the ensemble.
+        layout: the slot of every tensor.
+        tree: its tree.
+        source: the tensors of network `i`.
+        by_leaf: network `i` is leaf `i`, so a shared branch comes from the first leaf below it;
+            else network `i` gives branch `i` of every level that has one.
+    """
+    slots = list(layout)
+
+    def fill(network: int, state: State) -> None:
+        for slot in slots:
+            branches = tree.branches[slot.level]
+            branch, rest = divmod(network, tree.leaves_below(slot.level) if by_leaf else 1)
+            if rest == 0 and branch < branches:
+                part = narrow(lookup(root, slot.key), branches, Span(branch, branch + 1))
+                part.copy_(state[slot.key])
+
+    inference = torch.is_inference_mode_enabled()  # like no_grad, it holds for one thread only
+
+    def fill_beside(network: int, state: State) -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            fill(network, state)
+
+    # Building a network keeps one core busy, copying it another.
+    with ThreadPoolExecutor(1) as copier:
+        copied = None
+        for network in range(tree.leaves):
+            state = source(network)
+            if copied is not None:
+                copied.result()
+            copied = copier.submit(fill_beside, network, state)
+            del state  # or it would be held while the next but one is built
+        if copied is not None:
+            copied.result()
+
+
+def branch_seed(seed: int, network: int) -> int:
+    """A seed for one network, far from every other's."""
+    return seed_of("treeify", seed, network) >> 1
+
+
+def built(architecture: Buildable, seed: int, network: int) -> State:
+    """The tensors of a newly built base model."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(branch_seed(seed, network))
+        return dict(tensors(architecture.build()))
+
+
+def reset(model: nn.Module, seed: int, network: int) -> State:
+    """The tensors of a copy whose modules re-initialised themselves, the others perturbed."""
+    fresh = copy.deepcopy(model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(branch_seed(seed, network))
+        for module in reversed(list(fresh.modules())):  # a parent's scheme overrides its layers'
+            if _is_stuck(module):
+                for parameter in module.parameters(recurse=False):
+                    _perturb(parameter)
+            elif (again := _reset_method(module)) is not None:
+                again()
+    return dict(tensors(fresh))
+
+
+def perturbed(model: nn.Module, seed: int, network: int) -> State:
+    """The model's tensors with noise on its parameters; network 0 is exact."""
+    if network == 0:
+        return dict(tensors(model))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(branch_seed(seed, network))
+        noisy = {id(own): _perturb(own.detach().clone()) for own in model.parameters()}
+    return {name: noisy.get(id(own), own) for name, own in tensors(model)}
+
+
+def _is_stuck(module: nn.Module) -> bool:
+    """Whether a module has parameters of its own and no way to initialise them again."""
+    own = any(True for _ in module.parameters(recurse=False))
+    return own and _reset_method(module) is None
+
+
+def _reset_method(module: nn.Module) -> Callable[[], None] | None:
+    for name in ("reset_parameters", "_reset_parameters"):  # MultiheadAttention has the latter
+        method = getattr(module, name, None)
+        if callable(method) and _takes_nothing(method):
+            return method  # type: ignore[no-any-return]
+    return None
+
+
+def _takes_nothing(method: Callable[..., Any]) -> bool:
+    """Whether a method can be called without arguments."""
+    try:
+        inspect.signature(method).bind()
+    except TypeError:
+        return False
+    return True
+
+
+def _perturb(tensor: Tensor) -> Tensor:
+    """Add noise in place."""
+    if tensor.is_complex():
+        _perturb(torch.view_as_real(tensor))
+    elif tensor.is_floating_point():
+        size = tensor.square().mean().sqrt() * PERTURBATION
+        noise = torch.randn(tensor.shape, dtype=torch.float32)
+        tensor.add_(noise.to(tensor.device, tensor.dtype) * size)
+    return tensor

@@ -1,0 +1,183 @@
+"""How the levels of an ensemble run: set by the user, or chosen by measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from treeify.engine import timing
+from treeify.engine.program import PACKED, WAYS
+from treeify.errors import InputError
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How inputs of one shape run.
+
+    Args:
+        ways: `packed` or `looped`, per level.
+        channels_last: whether images, and so activations, are laid out `[N, H, W, C]` in memory;
+            None leaves images as they are given.
+        fuse: whether layers take in what follows them; only ever without gradients.
+    """
+
+    ways: tuple[str, ...]
+    channels_last: bool | None = None
+    fuse: bool = False
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """What `dataclasses.asdict` gave."""
+        return cls(**{**values, "ways": tuple(values["ways"])})
+
+    def arrange(self, x: Tensor) -> Tensor:
+        """The input in the plan's memory format."""
+        if x.ndim != 4 or self.channels_last is None:
+            return x
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        return x.contiguous(memory_format=layout)
+
+    def __str__(self) -> str:
+        """One line, e.g. `packed packed looped, channels_last, fused`."""
+        options = [
+            *(["channels_last"] if self.channels_last else []),
+            *(["fused"] if self.fuse else []),
+        ]
+        return ", ".join([" ".join(self.ways), *options])
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a plan was chosen for.
+
+    Args:
+        training: a training step (forward and backward), or inference.
+        shape: of the input, `(N, C, H, W)`.
+        dtype: of the input.
+        machine: what it was measured on.
+    """
+
+    training: bool
+    shape: tuple[int, ...]
+    dtype: str
+    machine: str
+
+    @classmethod
+    def of(cls, x: Tensor, *, training: bool) -> Situation:
+        """The situation of an input on this machine."""
+        return cls(training, tuple(x.shape), str(x.dtype), timing.describe(x.device))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Situation:
+        """What `dataclasses.asdict` gave."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
+
+    def __str__(self) -> str:
+        """One line."""
+        mode = "training step" if self.training else "inference"
+        size = "x".join(map(str, self.shape))
+        return f"{mode}, {size} {self.dtype.removeprefix('torch.')}"
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured for one situation, and the plan it led to.
+
+    Args:
+        situation: the shape, mode and machine.
+        plan: the fastest plan found.
+        seconds: median time of every plan tried, by its name.
+    """
+
+    situation: Situation
+    plan: Plan
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Tuning:
+        """What `to_dict` wrote."""
+        situation, plan = values["situation"], values["plan"]
+        return cls(Situation.from_dict(situation), Plan.from_dict(plan), dict(values["seconds"]))
+
+    def __str__(self) -> str:
+        """The choice and what it was chosen from, fastest first."""
+        rows = sorted(self.seconds.items(), key=lambda row: row[1])
+        lines = [f"{self.situation}: {self.plan}"]
+        return "\n".join([*lines, *(f"  {1000 * t:10.2f} ms  {name}" for name, t in rows)])
+
+
+class Execution:
+    """An ensemble's setting and its tuned plans.
+
+    Args:
+        levels: how many levels the ensemble has.
+    """
+
+    def __init__(self, levels: int) -> None:
+        self.levels = levels
+        self.setting: str | tuple[str, ...] = AUTO
+        self.tunings: dict[Situation, Tuning] = {}
+
+    def set(self, setting: str | Sequence[str]) -> None:
+        """Choose how levels run.
+
+        Args:
+            setting: `packed`, `looped` or `auto` for all levels, or one of them for each.
+
+        Raises:
+            InputError: a word is unknown, or their number is not that of the levels.
+        """
+        ways: tuple[Any, ...] = ()
+        if isinstance(setting, str):
+            ways = (setting,) * self.levels
+        elif isinstance(setting, Sequence):
+            ways = tuple(setting)
+        if len(ways) != self.levels or any(way not in (AUTO, *WAYS) for way in ways):
+            raise InputError(
+                f"execution={setting!r} is no way to run.",
+                expected=f"'{AUTO}', '{WAYS[0]}' or '{WAYS[1]}', or one of them for each of the"
+                f" {self.levels} levels",
+            )
+        self.setting = setting if isinstance(setting, str) else ways
+
+    def plan(self, x: Tensor, *, training: bool, tuned: bool = True) -> Plan:
+        """How an input runs: the setting, with what was tuned for its shape or the nearest batch.
+
+        Args:
+            x: the input.
+            training: whether gradients are wanted.
+            tuned: whether to go by what was tuned.
+        """
+        found = self._tuned(x, training=training) if self.tunings and tuned else None
+        plan = found.plan if found else Plan((PACKED,) * self.levels)
+        setting = self.setting
+        wanted = (setting,) * self.levels if isinstance(setting, str) else setting
+        ways = tuple(
+            best if own == AUTO else own for own, best in zip(wanted, plan.ways, strict=True)
+        )
+        return replace(plan, ways=ways)
+
+    def _tuned(self, x: Tensor, *, training: bool) -> Tuning | None:
+        now = Situation.of(x, training=training)
+        if now in self.tunings:
+            return self.tunings[now]
+        alike = [
+            tuning
+            for known, tuning in self.tunings.items()
+            if replace(known, shape=now.shape) == now and known.shape[1:] == now.shape[1:]
+        ]
+        batch = max(1, now.shape[0])
+        return min(
+            alike, key=lambda tuning: abs(log(tuning.situation.shape[0] / batch)), default=None
+        )

@@ -1,0 +1,186 @@
+"""Choosing how an ensemble runs by measuring it, for one input shape, mode and machine."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from treeify.engine import timing
+from treeify.engine.packed_tensors import buffers_kept, lay_out
+from treeify.engine.plan import Execution, Plan, Situation, Tuning
+from treeify.engine.program import LOOPED, PACKED
+from treeify.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+# A challenger this much slower in its first round is not measured again.
+_HOPELESS = 1.3
+# A change of one level must gain this much, since each is measured with noise; and this much where
+# there was time for one or two rounds only.
+_GAIN = 0.98
+_GAIN_OF_FEW = 0.93
+
+
+def tune(
+    model: nn.Module,
+    execution: Execution,
+    run: Callable[[Plan], Any],
+    x: Tensor,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    repeats: int = 7,
+    budget: float = 10.0,
+) -> Tuning:
+    """Measure the ways to run an ensemble, in its present mode, and keep the fastest.
+
+    All levels packed and all looped are measured in both memory formats; from the fastest, every
+    level is tried the other way, and the outcome has to win against the fastest once more.
+    Inference is measured without gradients and with batch norms folded; a training step is forward
+    and backward.
+
+    Args:
+        model: the ensemble. Its parameters take the chosen memory format; values, gradients,
+            buffers and the random state stay as they are.
+        execution: keeps the choice.
+        run: gives the leaves' logits of `x` by a plan.
+        x: images, `[N, C, H, W]`.
+        loss: of the logits; by default their mean square.
+        repeats: rounds of each comparison, of which medians are compared.
+        budget: seconds of each comparison; after it no further round begins.
+
+    Raises:
+        InputError: there are no images.
+    """
+    if x.numel() == 0:
+        raise InputError("there is nothing to measure.", expected="at least one image")
+    contest = _Contest(model, execution.levels, run, x, loss or _mean_square, repeats, budget)
+    # Parameters laid out anew in inference mode could never be trained again.
+    quiet = _undisturbed(model) if model.training else torch.no_grad()
+    with torch.inference_mode(False), quiet, buffers_kept(model):
+        plan = contest.run()
+    tuning = Tuning(Situation.of(x, training=model.training), plan, contest.seconds)
+    execution.tunings[tuning.situation] = tuning
+    _log.info("%s", tuning)
+    return tuning
+
+
+def _mean_square(logits: Any) -> Tensor:
+    outputs = [own for own in tree_leaves(logits) if isinstance(own, Tensor) and own.requires_grad]
+    return torch.stack([output.square().mean() for output in outputs]).sum()
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Put gradients and the random state back after training steps."""
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    for parameter in gradients:
+        parameter.grad = None
+    with torch.random.fork_rng(), torch.enable_grad():
+        try:
+            yield
+        finally:
+            for parameter, gradient in gradients.items():
+                parameter.grad = gradient
+
+
+class _Contest:
+    """Plans measured against one another."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        levels: int,
+        run: Callable[[Plan], Any],
+        x: Tensor,
+        loss: Callable[[Any], Tensor],
+        repeats: int,
+        budget: float,
+    ) -> None:
+        self.model, self.levels, self.run_plan = model, levels, run
+        self.x, self.loss, self.repeats, self.budget = x, loss, repeats, budget
+        self.seconds: dict[str, float] = {}
+
+    def run(self) -> Plan:
+        formats = (True, False) if self.x.ndim == 4 else (None,)
+        uniform = best = min((self._best_uniform(layout) for layout in formats), key=self._time)
+        self._lay_out(best)
+        for level in range(1, self.levels):
+            best = self._challenge(best, level)
+        # Several wins by a little may be luck: together they must win again.
+        return uniform if best == uniform else self._better(uniform, best)
+
+    def _time(self, plan: Plan) -> float:
+        return self.seconds[str(plan)]
+
+    def _best_uniform(self, channels_last: bool | None) -> Plan:
+        """All levels packed or all looped, whichever is faster."""
+        fuse = not self.model.training
+        plans = [Plan((way,) * self.levels, channels_last, fuse) for way in (PACKED, LOOPED)]
+        self._lay_out(plans[0])
+        self._measure(plans)
+        return min(plans, key=self._time)
+
+    def _challenge(self, best: Plan, level: int) -> Plan:
+        """The better of a plan and the same with one level the other way."""
+        ways = list(best.ways)
+        ways[level] = LOOPED if ways[level] == PACKED else PACKED
+        other = replace(best, ways=tuple(ways))
+        before = self._time(best)
+        better = self._better(best, other)
+        if better == best:
+            self.seconds[str(best)] = min(before, self._time(best))
+        return better
+
+    def _better(self, best: Plan, other: Plan) -> Plan:
+        """The other plan if it is faster by enough, measured in turns."""
+        gain = _GAIN if self._measure([best, other]) > 2 else _GAIN_OF_FEW
+        return other if self._time(other) < gain * self._time(best) else best
+
+    def _lay_out(self, plan: Plan) -> None:
+        """Give the parameters the plan's memory format."""
+        if plan.channels_last is not None:
+            wanted = torch.channels_last if plan.channels_last else torch.contiguous_format
+            lay_out(self.model, wanted)
+
+    def _measure(self, plans: list[Plan]) -> int:
+        """Record the median time of each plan, measured in turns; rounds there was time for."""
+        device = self.x.device
+        actions = {str(plan): self._action(plan) for plan in plans}
+        rounds = timing.alternate(actions, device, repeats=1, warm_up=False)
+        # The first calls only warm up, unless they are too long to be made twice.
+        if sum(times[0] for times in rounds.values()) < self.budget:
+            rounds = timing.alternate(actions, device, repeats=1, warm_up=False)
+        fastest = min(times[0] for times in rounds.values())
+        promising = {
+            name: actions[name] for name, times in rounds.items() if times[0] <= _HOPELESS * fastest
+        }
+        if len(promising) > 1:
+            further = timing.alternate(
+                *(promising, device),
+                repeats=self.repeats - 1,
+                budget=self.budget - sum(times[0] for times in rounds.values()),
+                least=0,
+                warm_up=False,
+            )
+            for name, times in further.items():
+                rounds[name] += times
+        self.seconds |= {name: median(times) for name, times in rounds.items()}
+        return max(map(len, rounds.values()))
+
+    def _action(self, plan: Plan) -> Callable[[], None]:
+        def infer() -> None:
+            self.run_plan(plan)
+
+        def step() -> None:
+            self.loss(self.run_plan(plan)).backward()  # type: ignore[no-untyped-call]
+            self.model.zero_grad()
+
+        return step if self.model.training else infer

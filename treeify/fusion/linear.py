@@ -1,0 +1,76 @@
+"""Linear layers with the activation that follows them fused in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from treeify.engine.packed_tensors import narrow
+from treeify.fusion.overwrite import Activation
+from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, takes_onednn
+from treeify.rules.linear import PackedLinear
+from treeify.tree import Span
+
+
+class FusedLinear(Prepared):
+    """A linear layer with the activation that follows it.
+
+    A single branch runs by oneDNN, with weights laid out once and the activation in the same pass.
+    Several branches stay one batched product, whose weights need no copy.
+
+    Args:
+        linear: the layer as the segment calls it: a `PackedLinear`, or at level 0 the ensemble's
+            own module.
+        activation: applied last; None for none.
+    """
+
+    def __init__(self, linear: nn.Module, activation: Activation | None) -> None:
+        packed = linear if isinstance(linear, PackedLinear) else None
+        own: Any = linear if packed is None else packed.storage
+        super().__init__([(own, ("weight", "bias"))])
+        # In tuples: looking up a registered submodule costs as much as a small operation.
+        self.operations: tuple[Any] = (linear,)
+        self._own: tuple[Any] = (own,)
+        self.activation = activation
+        self.branches = 1 if packed is None else packed.branches
+        self.takes_span = packed is not None
+        self.has_onednn = has_onednn()
+
+    def forward(self, span: Span, x: Tensor) -> Tensor:
+        """`[G*N, ..., I] -> [G*N, ..., O]`."""
+        if self.has_onednn and span.size == 1 and takes_onednn(x) and self.refresh():
+            outputs = self._own[0].weight.shape[0] // self.branches
+            if x.numel() * outputs >= SMALL:
+                return self._onednn(span, x)
+        linear, activation = self.operations[0], self.activation
+        result: Tensor = linear(span, x) if self.takes_span else linear(x)
+        return result if activation is None else activation.apply(result)
+
+    def _onednn(self, span: Span, x: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        weight, bias = self.kept((span, rows), self._prepare)
+        multiply = torch.ops.mkldnn._linear_pointwise.default
+        activation = self.activation
+        if activation is not None and activation.name:
+            ending = (activation.name, activation.scalars, activation.algorithm)
+            result: Tensor = multiply(x, weight, bias, *ending)
+            return result
+        result = multiply(x, weight, bias, "none", [], "")
+        return result if activation is None else activation.apply(result)
+
+    def _prepare(self, weight: Tensor, bias: Tensor | None, span: Span, rows: int) -> Weights:
+        """One branch's weight and bias, laid out for that many rows."""
+        weight = narrow(weight, self.branches, span).contiguous()
+        bias = None if bias is None else narrow(bias, self.branches, span)
+        return torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
+
+    def fold(self) -> Weights:
+        """The layer's own."""
+        own = self._own[0]
+        return own.weight.detach(), None if own.bias is None else own.bias.detach()
+
+    def extra_repr(self) -> str:
+        """What was fused, for printing a segment."""
+        return type(self.operations[0]).__name__

@@ -1,0 +1,124 @@
+"""Models with fewer blocks than their builders would make, for checks in little memory."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import nn
+
+from treeify.models.architecture import Architecture, ParametersOnMeta
+
+# A module's class, and its parameters' names and shapes.
+_Shape = tuple[type[nn.Module], tuple[tuple[str, torch.Size], ...]]
+# The builder below, as `Architecture` names it.
+NAME = f"{__name__}:build"
+# The method by which timm's modules compute buffers that no file holds.
+_COMPUTE_BUFFERS = "init_non_persistent_buffers"
+
+
+def cut(architecture: Architecture, blocks: int) -> Architecture:
+    """What builds a model with at most some blocks of one shape in a row; see `build`."""
+    return Architecture(NAME, {"model": architecture.name, "blocks": blocks, **architecture.kwargs})
+
+
+def build(model: str, blocks: int, **options: object) -> nn.Module:
+    """A model in which at most some blocks of one shape follow one another.
+
+    Where a sequence or list of modules holds more in a row that are of one class and have
+    parameters of the same shapes, those after the first are left out; so are further turns of
+    blocks that take turns. The full model's weights never take memory; what is left is initialised
+    by its layers.
+
+    Args:
+        model: as `Architecture` takes it.
+        blocks: of one shape, at least 1.
+        **options: what the model's builder is given.
+
+    Returns:
+        The model, in training mode. It may not run: a forward can count on its blocks.
+
+    Raises:
+        ModelError: the model cannot be built.
+    """
+    architecture = Architecture(model, options)
+    with ParametersOnMeta():
+        shallower = architecture.build()
+    if not all(map(_computes_buffers, shallower.modules())):
+        shallower = architecture.build()  # their values come from its constructor
+    for module in list(shallower.modules()):
+        if _is_sequence(module):
+            _leave_out(module, blocks)
+    _materialize(shallower)
+    return shallower
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Whether a module's forward goes through its children in order, whatever their number."""
+    if isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return True
+    # As timm's regnets do: blocks b1, b2, ... and nothing else.
+    return len({re.sub(r"\d+$", "", name) for name, _ in module.named_children()}) == 1
+
+
+def _leave_out(sequence: nn.Module, blocks: int) -> None:
+    names = [name for name, _ in sequence.named_children()]
+    shapes = [_shape(child) for child in sequence.children()]
+    for position in reversed(_spare(shapes, blocks)):
+        if isinstance(sequence, nn.ModuleList):
+            del sequence[position]  # numbers those that follow anew
+        else:
+            delattr(sequence, names[position])
+
+
+def _spare(shapes: list[_Shape], times: int) -> list[int]:
+    """Where there is what has come so many times in a row before, be it one block or some."""
+    left = list(range(len(shapes)))
+    for period in range(1, len(shapes)):
+        start = 0
+        while (end := start + period * (times + 1)) <= len(left):
+            run = [shapes[position] for position in left[start:end]]
+            # What has no weights may be a pooling, on which what follows depends.
+            if run == run[:period] * (times + 1) and all(weights for _, weights in run):
+                del left[end - period : end]
+            else:
+                start += 1
+    return sorted(set(range(len(shapes))) - set(left))
+
+
+def _shape(module: nn.Module) -> _Shape:
+    """What blocks of one shape have in common; nothing to leave out where there are no weights."""
+    return type(module), tuple((name, own.shape) for name, own in module.named_parameters())
+
+
+def _meta_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: own for key, own in module.named_buffers(recurse=False) if own.is_meta}
+
+
+def _computes_buffers(module: nn.Module) -> bool:
+    """Whether a module can compute what buffers it has on the meta device, as timm's can."""
+    missing = _meta_buffers(module)
+    has_method = callable(getattr(module, _COMPUTE_BUFFERS, None))
+    return not missing or (has_method and missing.keys() <= module._non_persistent_buffers_set)
+
+
+def _materialize(model: nn.Module) -> None:
+    """Give what is on the meta device memory and values: its layer's own, or small noise."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        missing = [(key, own) for key, own in module.named_parameters(recurse=False) if own.is_meta]
+        for key, own in missing:
+            if own not in made:
+                values = torch.empty(own.shape, dtype=own.dtype).normal_(0, 0.02)
+                made[own] = nn.Parameter(values, own.requires_grad)
+            module.register_parameter(key, made[own])
+        reset = getattr(module, "reset_parameters", None)
+        if missing and callable(reset):
+            reset()
+    if any(own.is_meta for own in model.parameters()):
+        return  # a skeleton is being built: under its mode nothing took memory
+    for module in model.modules():
+        if buffers := _meta_buffers(module):
+            for key, buffer in buffers.items():
+                setattr(module, key, torch.empty_like(buffer, device="cpu"))
+            getattr(module, _COMPUTE_BUFFERS)()

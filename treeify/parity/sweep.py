@@ -1,0 +1,256 @@
+"""Many models checked one after the other, each in a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from treeify.errors import InputError
+from treeify.parity import results
+from treeify.parity.results import FULL, META, Coverage, Row
+from treeify.parity.zoo_check import prove
+
+_DONE = "done"
+_OUT_OF_MEMORY = "out of memory"
+_LONGEST_REASON = 600
+# What libraries say where they do not raise MemoryError.
+_SHORTAGE = "can(no|')t (allocate memory|start new thread)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked of every model.
+
+    Args:
+        splits: as `hierarchicalize` takes them, as text.
+        memory: bytes a check may use. It decides which models are checked in full, and a process
+            gets no more where the system can refuse (Linux). One that asks for more is started
+            again as if there were less: shallower, or without weights.
+        time_limit: seconds a model may take; None is no limit.
+    """
+
+    splits: str = "2"
+    memory: int = 8 * 10**9
+    time_limit: float | None = None
+
+
+def shard(names: Sequence[str], part: int, parts: int) -> list[str]:
+    """Every `parts`-th name from the `part`-th on: neighbours are alike and cost alike.
+
+    Args:
+        names: all of them, in the same order for every shard.
+        part: from 1 to `parts`.
+        parts: how many shards there are.
+
+    Raises:
+        InputError: there is no such shard.
+    """
+    if not 1 <= part <= parts:
+        raise InputError(
+            f"there is no shard {part}/{parts}.", expected="K/N with K from 1 to N, e.g. 3/8"
+        )
+    return list(names[part - 1 :: parts])
+
+
+def todo(
+    names: Sequence[str], known: Coverage, settings: Settings, *, retry: bool = False
+) -> list[str]:
+    """The names that are still to be checked under the present versions, in order.
+
+    Those are names without a row of these splits, and models that were not checked in full for
+    want of memory, if there is more of it now.
+
+    Args:
+        names: of the models.
+        known: the rows there are.
+        settings: what is asked of every model.
+        retry: those too whose row says that the check failed.
+    """
+    done = {
+        row.name
+        for row in known.present(settings.splits)
+        if not (retry and row.failure) and not _could_be_fuller(row, settings.memory)
+    }
+    return [name for name in names if name not in done]
+
+
+def _could_be_fuller(row: Row, memory: int) -> bool:
+    checked = row.failure is None and row.how != FULL
+    return checked and row.memory is not None and row.memory < memory
+
+
+def sweep(names: Sequence[str], output: Path, settings: Settings) -> Iterator[Row]:
+    """Check models, and append a row for each to a file before going on.
+
+    A model that crashes its process, runs out of memory or of time has a row that says so. What a
+    sweep was doing when it was interrupted leaves no row.
+
+    Args:
+        names: of the models.
+        output: the file of JSON lines, made if need be.
+        settings: what is asked of every model.
+
+    Yields:
+        Each row, once it is in the file.
+
+    Raises:
+        DataError: the file cannot be written.
+    """
+    known = results.versions()
+    for name in names:
+        start = time.monotonic()
+        found = _within_memory(name, settings)
+        found["seconds"] = round(time.monotonic() - start, 2)
+        row = Row(name=name, versions=known, asked=settings.splits, **found)
+        results.append(output, row)
+        yield row
+
+
+def _within_memory(name: str, settings: Settings) -> dict[str, Any]:
+    """Fields of the model's row, of the fullest check that does not run out of memory."""
+    end = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
+    for exhausted in itertools.count():
+        found = _in_own_process(name, settings, exhausted, end)
+        again = str(found.get("failure")).startswith(_OUT_OF_MEMORY)
+        if not again or found.get("how") in (None, META) or time.monotonic() > end:
+            break
+    return found
+
+
+def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -> dict[str, Any]:
+    """Fields of the model's row, but for the fullest checks so many of which ran out of memory.
+
+    Args:
+        name: of the model.
+        settings: what is asked of every model.
+        exhausted: how many of the fullest checks are not done again.
+        end: when it must have ended, by `time.monotonic`.
+    """
+    # A server that has imported everything and does nothing else forks them off.
+    context: Any = multiprocessing.get_context(
+        "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    )
+    if context.get_start_method() == "forkserver":
+        context.set_forkserver_preload(["treeify.parity.sweep"])
+    ours, theirs = context.Pipe()
+    found: dict[str, Any] = {}
+    # What the process leaves behind if it is ended is here, and goes.
+    with tempfile.TemporaryDirectory(prefix="treeify-") as scratch:
+        args = (theirs, name, settings, exhausted, Path.cwd(), scratch)
+        process = context.Process(target=_check, args=args, daemon=True)
+        process.start()
+        theirs.close()
+        try:
+            if _listen(ours, found, end):
+                process.join()
+                failure = _death(process.exitcode)
+            else:
+                failure = f"stopped after the time limit of {settings.time_limit:g} s"
+        finally:
+            process.kill()
+            process.join()
+            ours.close()
+    return found if found.pop(_DONE, False) else {**found, "failure": failure}
+
+
+def _listen(connection: Connection, found: dict[str, Any], end: float) -> bool:
+    """Collect what a process tells until it ends; whether it does so in time."""
+    with contextlib.suppress(EOFError, ConnectionResetError):
+        while connection.poll(None if end == math.inf else max(0.0, end - time.monotonic())):
+            found |= connection.recv()
+        return False
+    return True
+
+
+def _death(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"its process ended by itself with code {code}"
+    text = f"its process was ended by {signal.Signals(-code).name}"
+    if -code == signal.SIGKILL:
+        return f"{_OUT_OF_MEMORY}: {text}, as the system does then"
+    return text
+
+
+def _check(
+    connection: Connection,
+    name: str,
+    settings: Settings,
+    exhausted: int,
+    here: Path,
+    scratch: str,
+) -> None:
+    """What the process does: tell the row's fields one after the other."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this one
+    threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
+    warnings.simplefilter("ignore")
+    _limit_memory(settings.memory)
+    os.chdir(here)
+    tempfile.tempdir = scratch
+
+    def tell(**fields: Any) -> None:
+        connection.send(fields)
+
+    try:
+        prove(name, settings.splits, settings.memory, tell, exhausted)
+    except Exception as error:
+        tell(failure=_reason(error, settings.memory))
+    tell(peak_memory=_peak_memory(), done=True)
+
+
+def _end_with_parent(connection: Connection) -> None:
+    """Nothing is ever sent to this process: its end of the pipe speaks when the parent is gone."""
+    with contextlib.suppress(EOFError, OSError):
+        connection.recv()
+    os._exit(1)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch could not get the memory it asked for."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError) or re.search(_SHORTAGE, str(cause), re.IGNORECASE):
+            return True
+        cause = cause.__cause__
+    return False
+
+
+def _reason(error: Exception, memory: int) -> str:
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    if is_out_of_memory(error):
+        return f"{_OUT_OF_MEMORY}: more than the {results.gigabytes(memory)} it may use"
+    return f"{type(error).__name__}: {text}"[:_LONGEST_REASON]
+
+
+def _limit_memory(size: int) -> None:
+    """Let allocations fail that would exceed a size, where the system can."""
+    if sys.platform == "linux":
+        import resource
+
+        resource.setrlimit(
+            resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1])
+        )
+
+
+def _peak_memory() -> int | None:
+    """Bytes of memory this process held at most; None where the system does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)

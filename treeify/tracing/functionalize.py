@@ -1,0 +1,320 @@
+"""In-place operations of a graph replaced by others: a value may be shared by siblings."""
+
+from __future__ import annotations
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map_only
+
+from treeify.tracing.aliasing import VIEWS, Aliases, InPlaceError, ReadLaterError
+
+_COPY = "treeify_copy"
+# How fx names tensors that are neither parameters nor buffers, in the model it traces.
+CONSTANT = "_tensor_constant"
+IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.iand: operator.and_,
+    operator.ior: operator.or_,
+    operator.ixor: operator.xor,
+    operator.ipow: operator.pow,
+    operator.imod: operator.mod,
+    operator.ilshift: operator.lshift,
+    operator.irshift: operator.rshift,
+}
+
+_RESHAPED = {"view": "reshape", "view_as": "reshape_as"}
+_RENAMED = {"size": "shape"}
+
+
+def set_item(value: Tensor, index: Any, item: Any) -> Tensor:
+    """`value[index] = item` on a copy."""
+    result = value.clone()
+    result[index] = item
+    return result
+
+
+def call_on_copy(method: str, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An in-place method without an out-of-place twin, run on a copy."""
+    result: Tensor = getattr(value.clone(), method)(*args, **kwargs)
+    return result
+
+
+def as_strided(value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`torch.as_strided` of a tensor without gaps, which its strides are meant for."""
+    return value.contiguous().as_strided(*args, **kwargs)
+
+
+def stride(value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`value.stride()` of a tensor without gaps."""
+    return value.contiguous().stride(*args, **kwargs)
+
+
+def join_constants(graph: fx.Graph) -> None:
+    """Let all readers of a tensor that `forward` made read one node, so that changes reach them.
+
+    Args:
+        graph: changed in place.
+    """
+    first: dict[str, fx.Node] = {}
+    for node in graph.nodes:
+        if _is_constant(node):
+            kept = first.setdefault(str(node.target), node)
+            if kept is not node:
+                node.replace_all_uses_with(kept)
+                graph.erase_node(node)
+        elif node.op == "call_method" and node.target == "__setitem__":
+            node.op, node.target = "call_function", operator.setitem
+
+
+def _is_constant(node: fx.Node) -> bool:
+    return node.op == "get_attr" and str(node.target).startswith(CONSTANT)
+
+
+def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
+    """Replace in-place operations on values, since a value may be shared by siblings.
+
+    Later readers of the changed value read the result instead, whatever name they know it by.
+    Updates of buffers stay as they are: those are the model's state.
+
+    Raises:
+        InPlaceError: an operation has no twin, or a view is changed in place and what it looks into
+            is read afterwards, or a part of the changed value is.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        target = in_place_target(node, root)
+        if target is None or stems_from_state(target):
+            continue
+        if node.target in IN_PLACE_OPERATORS and (_is_number(target) or _is_put_back(node, target)):
+            _make_out_of_place(node)
+            continue
+        _check_unread(looks_into(target), target, node, order)
+        names = [target, *aliases.read_later(target, node, order)]
+        _make_out_of_place(node)
+        # Later readers of the value itself get the result.
+        for name in names:
+            for reader in list(name.users):
+                if order[reader] > order[node]:
+                    reader.replace_input_with(name, node)
+
+
+def reshape_views(graph: fx.Graph) -> None:
+    """Let views be copies where memory is laid out in another way than in the base model.
+
+    Args:
+        graph: functional, so that nothing is changed through a view any more.
+    """
+    for node in graph.nodes:
+        if node.op == "call_method" and node.target in _RESHAPED and not _needs_view(node):
+            node.target = _RESHAPED[node.target]
+            node.kwargs = {_RENAMED.get(key, key): own for key, own in node.kwargs.items()}
+        elif node.target in ("as_strided", torch.as_strided):
+            node.op, node.target = "call_function", as_strided
+        elif node.target == "stride":
+            node.op, node.target = "call_function", stride
+
+
+def isolate(
+    graph: fx.Graph, changing: Mapping[fx.Node, Sequence[fx.Node]], aliases: Aliases
+) -> None:
+    """Give calls that change their inputs, though nothing about them says so, copies of these.
+
+    Args:
+        graph: changed in place.
+        changing: by functions whose inside was not traced, or modules that stayed closed: the
+            inputs they change.
+        aliases: of the graph's values.
+
+    Raises:
+        ReadLaterError: an input, what it is a view of, or a part of it is read again afterwards.
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node, sources in changing.items():
+        for source in sources:
+            _check_unread(source, source, node, order)
+            for other in aliases.read_later(source, node, order):
+                _check_unread(other, source, node, order)
+        if node.op == "call_function":
+            node.target = _on_copies(node.target)
+            continue
+        for source in sources:
+            with graph.inserting_before(node):
+                copied = graph.call_method("clone", (source,))
+            copied.meta = {**node.meta, _COPY: True}
+            node.replace_input_with(source, copied)
+
+
+def is_own_copy(node: fx.Node) -> bool:
+    """Whether a value was made to be changed."""
+    return _COPY in node.meta
+
+
+def _needs_view(node: fx.Node) -> bool:
+    """Whether a view shows the same bits as another dtype, or is one of the model's state."""
+    first, *rest = node.args
+    given = [own for own in (*rest, *node.kwargs.values()) if not isinstance(own, int)]
+    if isinstance(first, fx.Node) and stems_from_state(first):
+        return True
+    return any(isinstance(own, torch.dtype) or _reads_dtype(own) for own in given)
+
+
+def _reads_dtype(value: Any) -> bool:
+    is_getattr = isinstance(value, fx.Node) and value.target is getattr
+    return is_getattr and value.args[1] == "dtype"
+
+
+def _on_copies(function: Any) -> Callable[..., Any]:
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        own = tree_map_only(Tensor, torch.clone, (args, kwargs))
+        return function(*own[0], **own[1])
+
+    return call
+
+
+def in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The value a node changes in place, as its name or flag says, if any."""
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    if not isinstance(first, fx.Node):
+        return None
+    if node.op == "call_module":
+        in_place = getattr(root.get_submodule(str(node.target)), "inplace", False)
+    elif node.op == "call_method":
+        in_place = _says_in_place(str(node.target))
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = (
+            node.target in IN_PLACE_OPERATORS
+            or node.target is operator.setitem
+            or _in_place_flag(node) is not None
+            or _says_in_place(name)
+        )
+    else:
+        in_place = False
+    return first if in_place else None
+
+
+def _is_number(value: fx.Node) -> bool:
+    """Whether a value is a size or computed from sizes, which `n += 1` leaves as they are."""
+    if value.op == "call_method":
+        return value.target in ("size", "dim", "numel", "nelement", "item")
+    if value.op != "call_function":
+        return False
+    if value.target is getattr:
+        return value.args[1] in ("shape", "ndim")
+    computes = getattr(value.target, "__module__", "") in ("_operator", "math", "builtins")
+    return computes and all(map(_is_number, value.all_input_nodes))
+
+
+def _is_put_back(node: fx.Node, part: fx.Node) -> bool:
+    """Whether the operation is that of `x[index] += y`, which sets the part of `x` afterwards."""
+    last = next(reversed(node.users), None)
+    return (
+        part.target is operator.getitem
+        and last is not None
+        and last.target is operator.setitem
+        and last.args == (*part.args, node)
+    )
+
+
+def _says_in_place(name: str) -> bool:
+    """Whether a function or method is named as torch names those that change their first input."""
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _make_out_of_place(node: fx.Node) -> None:
+    if node.op == "call_module":
+        return  # the rewriter runs modules with their `inplace` flag off
+    if node.op == "call_method":
+        name = str(node.target)
+        if hasattr(torch.Tensor, name[:-1]):
+            node.target = name[:-1]
+        else:
+            node.op, node.target, node.args = "call_function", call_on_copy, (name, *node.args)
+    elif node.target is operator.setitem:
+        node.target = set_item
+    elif node.target in IN_PLACE_OPERATORS:
+        node.target = IN_PLACE_OPERATORS[node.target]
+    elif (call := _in_place_flag(node)) is not None:
+        call.arguments["inplace"] = False
+        node.args, node.kwargs = call.args, call.kwargs
+    else:
+        name = getattr(node.target, "__name__", "")
+        twin = getattr(torch, name[:-1], None) or getattr(nn.functional, name[:-1], None)
+        if twin is None:
+            raise InPlaceError(
+                node,
+                where=f"{name} changes a value in place and has no out-of-place twin.",
+                next_step="Use the out-of-place operation in the model.",
+            )
+        node.target = twin
+
+
+def _in_place_flag(node: fx.Node) -> inspect.BoundArguments | None:
+    """The call's bound arguments if it sets `inplace=True`."""
+    try:
+        signature = inspect.signature(node.target)  # type: ignore[arg-type]
+        call = signature.bind(*node.args, **node.kwargs)
+    except (TypeError, ValueError):  # builtins have no signature, and no such flag
+        return None
+    return call if call.arguments.get("inplace") is True else None
+
+
+def stems_from_state(node: fx.Node) -> bool:
+    """Whether a value is a parameter or buffer, or a view of one."""
+    while looks_into(node) is not None:
+        node = looks_into(node)  # type: ignore[assignment]
+    return node.op == "get_attr" and not _is_constant(node)
+
+
+def looks_into(node: fx.Node) -> fx.Node | None:
+    """The value a node is a view of, or gives back after changing it, if any."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    data = node.target is getattr and node.args[1] == "data"
+    gives_back = name in VIEWS or name == "detach" or _says_in_place(name) or data
+    is_view = node.op in ("call_method", "call_function") and gives_back
+    if name == "getitem" and not _is_slice(node.args[1]):
+        return None  # what is picked is a copy
+    source = node.args[0] if is_view and node.args else None
+    return source if isinstance(source, fx.Node) else None
+
+
+def _is_slice(index: Any) -> bool:
+    """Whether an index gives a view: numbers and slices do, tensors and lists of them do not."""
+    parts = index if isinstance(index, tuple) else (index,)
+    return not any(
+        isinstance(part, list | Tensor) or (isinstance(part, fx.Node) and not _is_number(part))
+        for part in parts
+    )
+
+
+def _check_unread(
+    source: fx.Node | None, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
+) -> None:
+    """Refuse to change what is read later.
+
+    Args:
+        source: that must not be read later, nor whatever it is a view of.
+        changed: the value that `node` changes in place.
+        node: the call.
+        order: the nodes' places in the graph.
+
+    Raises:
+        ReadLaterError: it is.
+    """
+    while source is not None:
+        late = [user for user in source.users if order.get(user, -1) > order[node]]
+        if late:
+            view = "" if source is changed else f", a view of {source.name}"
+            raise ReadLaterError(node, changed, view, late[0])
+        source = looks_into(source)

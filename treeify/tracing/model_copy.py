@@ -1,0 +1,168 @@
+"""The copies of a model that everything is done to, and what such a copy could not be right with.
+
+The given model itself is never modified.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Collection, Iterator
+from functools import _lru_cache_wrapper, partial
+from types import CellType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from treeify.errors import TraceError
+from treeify.tracing.side_effects import attributes
+
+_PARAMETER_SOURCES = ("torch.nn.utils",)
+
+
+def require_own_code(model: nn.Module) -> None:
+    """Refuse a model of which a copy would show no code, or run that of the model itself.
+
+    Raises:
+        TraceError: it is scripted, needs more than images, or has functions, weak references or
+            hooks that a copy would share with it or lose.
+    """
+    own = {id(module) for module in model.modules()}
+    for path, module in model.named_modules():
+        _require_own_code(path, module, own)
+    try:
+        inspect.signature(model.forward, follow_wrapped=False).bind(None)
+    except TypeError as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be called with images alone: {error}.",
+            expected="forward(self, images), further arguments with default values",
+            next_step="Give a module whose forward calls the model with all it needs.",
+        ) from error
+
+
+def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> None:
+    """The same for one of its modules.
+
+    Args:
+        path: of the module; empty for the model itself.
+        module: it.
+        own: ids of all modules of the model.
+
+    Raises:
+        TraceError: see `require_own_code`.
+    """
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TraceError(
+            f"{path or 'the model'} is scripted, and shows no code to trace.",
+            expected="modules written in Python",
+            next_step="Give the module that it was scripted from.",
+        )
+    if any(isinstance(held, nn.Module) for held in _held(vars(module).get("forward"))):
+        raise TraceError(
+            f"forward of {path or 'the model'} was replaced by a function that calls this very"
+            " model, not a copy of it.",
+            expected="a method: types.MethodType(function, module)",
+            next_step="Or give a module of its own whose forward calls the model.",
+        )
+    for name, value in attributes(module).items():
+        if any(id(held) in own for leaf in tree_leaves(value) for held in _held(leaf)):
+            raise TraceError(
+                f"{name!r} of {path or 'the model'} is a function, cache or weak reference that"
+                " holds a module of this very model: a copy of it would go on using that module.",
+                expected="methods, and modules as attributes",
+                next_step="Make a lambda a method of its class; hold modules directly.",
+            )
+    for hook in hooks_of(module):
+        while isinstance(hook, partial):
+            hook = hook.func
+        if any(id(held) in own for held in (getattr(hook, "__self__", None), *_held(hook))):
+            raise TraceError(
+                f"a hook of {path or 'the model'} belongs to the model itself, whose outputs may"
+                " depend on it.",
+                expected="hooks that observe: they are left out",
+                next_step="Do in forward what it does, or remove it first: handle.remove().",
+            )
+
+
+def _held(value: Any) -> Iterator[Any]:
+    """Objects that a copy of a function, a cache of one or a weak reference shares with it."""
+    if isinstance(value, weakref.ref):
+        yield value()
+    elif isinstance(value, partial):
+        yield from _held(value.func)
+    elif isinstance(value, MethodType):
+        yield from _held(value.__func__)
+    elif isinstance(value, _lru_cache_wrapper):
+        yield getattr(value.__wrapped__, "__self__", None)
+        yield from _held(value.__wrapped__)
+    elif isinstance(value, FunctionType):
+        outer = map(_content, value.__closure__ or ())
+        given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        for own in (*outer, *given):
+            yield getattr(own, "__self__", own)
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # a name that has no value yet
+        return None
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """A module's hooks around its passes, but for torch's own."""
+    return [
+        hook
+        for hooks in _hook_tables(module)
+        for hook in hooks.values()
+        if not str(getattr(hook, "__module__", "")).startswith("torch.")
+    ]
+
+
+def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+
+
+def private_copy(model: nn.Module) -> nn.Module:
+    """A copy without the user's hooks: they observe, they are not part of the architecture.
+
+    Raises:
+        TraceError: it cannot be copied, or a hook computes weights.
+    """
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if type(hook).__module__.startswith(_PARAMETER_SOURCES):
+                raise TraceError(
+                    f"a hook of {type(hook).__module__} computes weights of {path or 'the model'}.",
+                    expected="parameters, or parametrizations of them",
+                    next_step="Use torch.nn.utils.parametrizations instead, or make its weights"
+                    " permanent: torch.nn.utils.remove_weight_norm, prune.remove.",
+                )
+    kept = (leaf for own in model.modules() for leaf in tree_leaves(attributes(own)))
+    # Activations kept from a pass with gradients, which torch refuses to copy, are left out.
+    memo = {id(own): None for own in kept if isinstance(own, Tensor) and own.grad_fn is not None}
+    try:
+        private = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be copied: {error}",
+            expected="a module that copy.deepcopy accepts, since the given model is never modified",
+        ) from error
+    for module in private.modules():
+        for hooks in _hook_tables(module):
+            hooks.clear()
+    return private
+
+
+def on_meta(model: nn.Module) -> nn.Module:
+    """A copy without weights; tensors that are one in the model are one in the copy."""
+    memo: dict[int, Any] = {}
+    for _, tensor in (*model.named_parameters(), *model.named_buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)

@@ -1,0 +1,4 @@
+"""A recipe comes in; out goes a run directory with the trained ensemble, whatever interrupts it.
+
+Call `train`; what a run writes is read through `RunDirectory` alone.
+"""

@@ -1,0 +1,237 @@
+"""Grids of recipes: every variant with several seeds, trained where that is not done yet.
+
+A grid is a file:
+
+    name: table1
+    recipe: ../digits_hne.yaml        # of all variants, relative to the file
+    overrides: [schedule.epochs=20]   # of all variants
+    seeds: 5
+    variants:
+      L_I: [loss.name=independent]
+      L_HD: [loss.name=hierarchical_distillation]
+      other: {recipe: ../other.yaml, overrides: [optimizer.lr=0.05]}
+
+Its runs are ordinary ones, in a directory each.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+from pydantic import Field, PositiveInt, ValidationError
+
+from treeify.errors import RecipeError
+from treeify.training.events import Reporter
+from treeify.training.recipe import Recipe, Section
+from treeify.training.recipe_file import load_recipe
+from treeify.training.run_directory import (
+    ENVIRONMENT,
+    LAST,
+    RunDirectory,
+    check_same,
+    is_run,
+    state_name,
+)
+from treeify.training.trainer import train
+
+
+class Variant(Section):
+    """A row of the table.
+
+    Args:
+        recipe: of this variant, instead of the grid's.
+        overrides: after the grid's.
+    """
+
+    recipe: str | None = None
+    overrides: list[str] = Field(default=[])
+
+
+class Grid(Section):
+    """What is compared.
+
+    Args:
+        name: of the grid; its runs are in `runs/NAME` unless told otherwise.
+        recipe: of the variants, relative to the file.
+        overrides: of all variants.
+        seeds: how many, from 0.
+        variants: by the name of their row.
+    """
+
+    name: str = Field(pattern=r"^\w[\w.-]*$")
+    recipe: str
+    overrides: list[str] = Field(default=[])
+    seeds: PositiveInt = 1
+    variants: dict[str, list[str] | Variant] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a grid.
+
+    Args:
+        variant: its row.
+        seed: of the run.
+        recipe: what is trained.
+        directory: where.
+    """
+
+    variant: str
+    seed: int
+    recipe: Recipe
+    directory: Path
+
+
+def load_grid(path: Path) -> Grid:
+    """Read and check a grid; nothing is built.
+
+    Raises:
+        RecipeError: the file cannot be read or does not describe a grid.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return Grid.model_validate(values)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"grid {str(path)!r} cannot be read.", found=str(error)) from error
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, found['loc'])) or 'the grid'}: {found['msg']}"
+            for found in error.errors()
+        ]
+        raise RecipeError(
+            "\n  ".join([f"grid {str(path)!r} is not one.", *problems]),
+            expected="name, recipe, variants (name: [overrides]), and perhaps overrides and seeds",
+        ) from error
+
+
+def plan(path: Path, out: Path, seeds: int | None = None) -> list[Planned]:
+    """Every run of a grid, its recipe checked.
+
+    Args:
+        path: of the grid's file.
+        out: directory of the runs.
+        seeds: instead of the grid's.
+
+    Raises:
+        RecipeError: the grid or one of its recipes is wrong.
+    """
+    grid = load_grid(path)
+    runs = []
+    for name, variant in grid.variants.items():
+        own = variant if isinstance(variant, Variant) else Variant(overrides=variant)
+        file = path.parent / (own.recipe or grid.recipe)
+        for seed in range(grid.seeds if seeds is None else seeds):
+            recipe = load_recipe(file, [*grid.overrides, *own.overrides, f"seed={seed}"])
+            runs.append(Planned(name, seed, recipe, out / name / f"seed{seed}"))
+    return runs
+
+
+def last_line(run: Planned) -> dict[str, Any] | None:
+    """A finished run's last epoch; None if it has not finished.
+
+    Raises:
+        CheckpointError: the directory holds another recipe's run.
+    """
+    if not is_run(run.directory):
+        return None
+    directory = RunDirectory(run.directory)
+    check_same(directory, run.recipe)
+    lines, last = directory.metrics(), run.directory / LAST
+    epochs = run.recipe.schedule.epochs
+    if not lines or lines[-1]["epoch"] != epochs:
+        return None
+    # Killed between the last line and the last state, it has not finished.
+    saved = last.resolve().name == state_name(lines[-1]["step"], epochs)
+    return lines[-1] if saved else None
+
+
+def ablate(
+    runs: Sequence[Planned],
+    *,
+    started: Callable[[Planned], Reporter] = lambda run: Reporter(),
+) -> bool:
+    """Train what is left of a grid; a run that was stopped goes on.
+
+    Args:
+        runs: see `plan`.
+        started: told each run before it begins; its reporter hears how it goes.
+
+    Returns:
+        Whether all runs have finished; Ctrl-C stops in between.
+
+    Raises:
+        CheckpointError: a run's directory holds another recipe's run.
+    """
+    for run in runs:
+        if last_line(run) is not None:
+            continue
+        begun = run.directory if is_run(run.directory) else None
+        fresh = None if begun else run.directory
+        if train(run.recipe, out=fresh, resume=begun, reporter=started(run)).interrupted:
+            return False
+    return True
+
+
+def results(runs: Sequence[Planned]) -> list[dict[str, Any]]:
+    """Every finished run's last epoch, with what it was run with, ready for JSON.
+
+    Raises:
+        CheckpointError: a run's directory holds another recipe's run.
+    """
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        if (line := last_line(run)) is not None:
+            environment = json.loads((run.directory / ENVIRONMENT).read_text(encoding="utf-8"))
+            versions = {key: environment[key] for key in ("versions", "commit", "threads")}
+            rows.append({"variant": run.variant, "seed": run.seed, **line, **versions})
+    return rows
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table.
+
+    Args:
+        mean: over seeds.
+        deviation: standard deviation over seeds (divided by one less), None for one seed.
+    """
+
+    mean: float
+    deviation: float | None
+
+    def __str__(self) -> str:
+        """With one digit more than one image of a thousand is worth."""
+        spread = "" if self.deviation is None else f" ±{self.deviation:.2f}"
+        return f"{self.mean:.2f}{spread}"
+
+
+def cells(values: Sequence[float]) -> Cell:
+    """The mean and spread of some seeds."""
+    return Cell(mean(values), stdev(values) if len(values) > 1 else None)
+
+
+def table(
+    results: Sequence[Mapping[str, Any]], part: str = "held_out", score: str = "accuracy"
+) -> dict[str, dict[int, Cell]]:
+    """Rows of a table like the paper's Table 1: by variant and number of leaves.
+
+    Args:
+        results: of the finished runs.
+        part: `held_out` or `train`.
+        score: a field of `treeify.evaluation.metrics.Score`.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in results:
+        for own in row[part]:
+            sizes = found.setdefault(row["variant"], {})
+            sizes.setdefault(own["leaves"], []).append(own[score])
+    return {
+        variant: {leaves: cells(values) for leaves, values in row.items()}
+        for variant, row in found.items()
+    }

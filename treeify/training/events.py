@@ -1,0 +1,131 @@
+"""What a training run tells while it goes on, and what is left of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.data import Data
+from treeify.evaluation.metrics import Score
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step, as reported.
+
+    Args:
+        epoch: it belongs to, from 1.
+        step: number in its epoch, from 1.
+        loss: of its batch.
+        accuracy: of all leaves on this epoch's training images, in percent; of this process. Small
+            batches are counted several at a time; not a number before the first are.
+        lr: learning rate it used.
+    """
+
+    epoch: int
+    step: int
+    loss: float
+    accuracy: float
+    lr: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One finished epoch, as reported and as written to `metrics.jsonl`.
+
+    Args:
+        epoch: its number, from 1.
+        step: training steps since the start of the run.
+        seconds: time for training and evaluation; since the last resumption, if there was one.
+        waiting: share of the training time spent waiting for images.
+        loss: mean training loss.
+        train: scores on the augmented training images while training, one per nested size.
+        held_out: scores on the held-out images afterwards, one per nested size.
+        skipped: images that could not be read, so far.
+    """
+
+    epoch: int
+    step: int
+    seconds: float
+    waiting: float
+    loss: float
+    train: tuple[Score, ...]
+    held_out: tuple[Score, ...]
+    skipped: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is about to do, as reported.
+
+    Args:
+        directory: where the run is written.
+        hne: the ensemble to be trained.
+        data: what it is trained on.
+        epochs: how many.
+        steps: training steps per epoch.
+        device: where the ensemble is.
+        processes: how many share the work.
+        done: training steps that an earlier part of the run has done.
+    """
+
+    directory: Path
+    hne: HierarchicalEnsemble
+    data: Data
+    epochs: int
+    steps: int
+    device: torch.device
+    processes: int
+    done: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run left behind.
+
+    Args:
+        plan: what it set out to do.
+        last: the last finished epoch, None if none was.
+        interrupted: Ctrl-C or a SIGTERM stopped it early; `last/` holds the state it stopped in.
+    """
+
+    plan: Plan
+    last: Epoch | None
+    interrupted: bool
+
+
+class Reporter:
+    """Hears how a run goes, in the main process; does nothing unless a subclass does."""
+
+    def started(self, plan: Plan) -> None:
+        """The first step is next."""
+
+    def stepped(self, step: Step) -> None:
+        """A training step is done."""
+
+    def finished_epoch(self, epoch: Epoch) -> None:
+        """An epoch is trained, measured and saved."""
+
+    def warned(self, message: str) -> None:
+        """Something is wrong, but the run goes on."""
+
+
+def flat(epoch: Epoch) -> dict[str, float]:
+    """What trackers are told, e.g. `held_out/accuracy/16`."""
+    found = {"loss": epoch.loss, "seconds": epoch.seconds, "waiting": epoch.waiting}
+    for part in ("train", "held_out"):
+        for score in getattr(epoch, part):
+            figures = asdict(score)
+            leaves = figures.pop("leaves")
+            found |= {f"{part}/{name}/{leaves}": value for name, value in figures.items()}
+    return found
+
+
+def read_epoch(row: dict[str, Any]) -> Epoch:
+    """A line of `metrics.jsonl`."""
+    scores = {part: tuple(Score(**own) for own in row[part]) for part in ("train", "held_out")}
+    return Epoch(**{**row, **scores})

@@ -1,0 +1,125 @@
+"""What training makes small: the recipe's loss on mixed images, and the distance to a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from torch import Tensor, nn
+
+from treeify import losses
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.models.architecture import Architecture
+from treeify.training.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
+from treeify.training.run_directory import measured
+
+
+class Objective:
+    """The recipe's loss, and its teacher's, at any time of the run.
+
+    Args:
+        recipe: its loss and teacher.
+        hne: the ensemble to be trained, for its tree and dtype.
+        device: where the teacher runs.
+    """
+
+    def __init__(self, recipe: Recipe, hne: HierarchicalEnsemble, device: torch.device) -> None:
+        self.tree, self.recipe = hne.tree, recipe.loss
+        self.loss = _loss(recipe.loss)
+        self.teacher: Callable[[Tensor], Tensor] | None = None
+        self.weight = self.temperature = 0.0
+        if recipe.teacher is not None:
+            self.teacher = load_teacher(recipe.teacher, next(hne.parameters()), device)
+            self.weight, self.temperature = recipe.teacher.weight, recipe.teacher.temperature
+
+    def __call__(self, logits: Tensor, target: Tensor, images: Tensor, epoch: float) -> Tensor:
+        """A scalar.
+
+        Args:
+            logits: of every leaf, [N, L, K].
+            target: classes, [N], or their shares, [N, K].
+            images: [N, C, H, W], for the teacher.
+            epoch: how many are behind, for options that move.
+        """
+        ramps = {key: ramp.at(epoch) for key, ramp in self.recipe.ramps.items()}
+        loss = self.loss(logits, target, self.tree, **ramps)
+        if self.teacher is not None:
+            answers = self.teacher(images)
+            distilled = losses.from_teacher(
+                logits, answers, self.tree, temperature=self.temperature
+            )
+            loss = loss + self.weight * distilled
+        return loss
+
+
+def _loss(recipe: LossRecipe) -> Callable[..., Tensor]:
+    function = losses.get(recipe.name)
+    if not isinstance(function, type):
+        return partial(function, **recipe.options)
+    if not recipe.ramps:
+        once: Callable[..., Tensor] = function(**recipe.options)
+        return once
+
+    def call(*args: Any, **ramps: Any) -> Tensor:
+        found: Tensor = function(**{**recipe.options, **ramps})(*args)
+        return found
+
+    return call
+
+
+def load_teacher(
+    recipe: TeacherRecipe, like: Tensor, device: torch.device
+) -> Callable[[Tensor], Tensor]:
+    """A classifier's answers, `[N, C, H, W] -> [N, K]`.
+
+    Args:
+        recipe: which one.
+        like: gives its dtype.
+        device: where it runs.
+
+    Raises:
+        ModelError: there is no such model, or its weights cannot be had.
+        CheckpointError: the directory holds no ensemble.
+    """
+    path = Path(recipe.name)
+    if path.is_dir():
+        teacher: nn.Module = checkpoint.load(measured(path))
+    else:
+        teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
+    teacher.to(device, like.dtype).eval().requires_grad_(False)
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            logits: Tensor = teacher(images)
+        return logits.mean(1) if isinstance(teacher, HierarchicalEnsemble) else logits
+
+    return answer
+
+
+def mixing(recipe: MixRecipe, classes: int) -> Mixup:
+    """Timm's mixup and CutMix as the recipe has them."""
+    return Mixup(  # type: ignore[no-untyped-call]
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        prob=recipe.prob if recipe.mixup or recipe.cutmix else 0.0,
+        switch_prob=recipe.switch_prob,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=classes,
+    )
+
+
+def mixed(mix: Mixup, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Mixed images and the shares of their classes; the last of an odd number stays as it is."""
+    even = len(images) // 2 * 2
+    smooth: Tensor = mixup_target(target, mix.num_classes, 1.0, mix.label_smoothing)  # type: ignore[no-untyped-call]
+    smooth = smooth.to(images.dtype)
+    if even:
+        images, labels = images.clone(), smooth.clone()
+        images[:even], labels[:even] = mix(images[:even].clone(), target[:even])
+        return images, labels
+    return images, smooth

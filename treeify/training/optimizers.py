@@ -1,0 +1,79 @@
+"""timm's optimizers and learning-rate schedules, made and taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+
+from treeify.errors import RecipeError
+from treeify.training.recipe import OptimizerRecipe, ScheduleRecipe
+
+
+def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimizer of all of a model's parameters.
+
+    Raises:
+        RecipeError: timm does not take these options.
+    """
+    create = cast("Callable[..., torch.optim.Optimizer]", create_optimizer_v2)
+    try:
+        return create(
+            model,
+            rule.name,
+            lr=rule.lr,
+            weight_decay=rule.weight_decay,
+            momentum=rule.momentum,
+            filter_bias_and_bn=rule.filter_bias_and_bn,
+            layer_decay=rule.layer_decay,
+            **rule.options,
+        )
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise RecipeError(
+            f"optimizer {rule.name!r} cannot be made: {error}",
+            expected="options that timm.optim.create_optimizer_v2 takes for it",
+        ) from error
+
+
+def scheduler(
+    schedule: ScheduleRecipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> Any:
+    """Timm's scheduler, told every step; the rate is a function of the step's number alone.
+
+    Raises:
+        RecipeError: timm does not take these options.
+    """
+    create = cast("Callable[..., Any]", create_scheduler_v2)
+    try:
+        made, _ = create(
+            optimizer,
+            schedule.name,
+            num_epochs=schedule.epochs,
+            warmup_epochs=schedule.warmup_epochs,
+            warmup_lr=schedule.warmup_lr,
+            min_lr=schedule.min_lr,
+            step_on_epochs=False,
+            updates_per_epoch=steps_per_epoch,
+            **schedule.options,
+        )
+    except (TypeError, ValueError, AssertionError) as error:
+        raise RecipeError(
+            f"schedule {schedule.name!r} cannot be made: {error}",
+            expected="options that timm.scheduler.create_scheduler_v2 takes",
+        ) from error
+    return made
+
+
+def laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """An optimizer's state in the parameters' memory formats, in which it was computed."""
+    parameters = [own for group in optimizer.param_groups for own in group["params"]]
+    for index, values in state["state"].items():
+        for key, value in values.items():
+            like = parameters[int(index)]
+            if isinstance(value, Tensor) and value.shape == like.shape:
+                values[key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+    return state

@@ -1,0 +1,321 @@
+"""Recipe files: YAML, extended and overridden, with every problem reported at once.
+
+Unknown keys, wrong types and impossible values are reported with their key path, their line and
+the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from treeify.errors import RecipeError, nearest
+from treeify.training.recipe import DataRecipe, Named, Recipe, Section, section_in
+
+KeyPath = tuple[str, ...]
+
+
+def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; nothing is built.
+
+    Args:
+        path: YAML file. `extends: other.yaml`, relative to the file, takes over what it leaves out.
+        overrides: `key.path=value`, the value in YAML, e.g. `optimizer.lr=3e-2`. Naming another
+            loss or data set than the file (`loss.name=independent`) leaves the file's options for
+            the old one behind.
+
+    Returns:
+        The recipe with every default filled in.
+
+    Raises:
+        RecipeError: the file cannot be read, or something in it or in the overrides is wrong; all
+            problems are listed.
+    """
+    values, origins, problems = _read(Path(path), ())
+    problems += _override(values, origins, overrides)
+    return _validate(Recipe, values, origins, problems, f"recipe {str(path)!r}")
+
+
+def data_recipe(options: Sequence[str]) -> DataRecipe:
+    """A data set and its options from `key=value` words.
+
+    Args:
+        options: `name=...` and options of that data set, the values in YAML.
+
+    Returns:
+        The section a recipe would have.
+
+    Raises:
+        RecipeError: a key is unknown or a value wrong; all problems are listed.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[KeyPath, str] = {}
+    problems = _override(values, origins, options)
+    return _validate(DataRecipe, values, origins, problems, "the data set")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal one."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def _read(
+    path: Path, below: tuple[Path, ...]
+) -> tuple[dict[str, Any], dict[KeyPath, str], list[str]]:
+    """A file's values on top of those it extends, where every key stands, and what is wrong."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"recipe {str(path)!r} cannot be read.",
+            expected="a YAML file",
+            found=f"{error}" + (f", extended by {str(below[-1])!r}" if below else ""),
+        ) from error
+    values, lines, repeated = _parse(text, str(path))
+    where = f" of {path.name}" if below else ""
+    origins = {key: f"line {line}{where}" for key, line in lines.items()}
+    problems = [
+        f"{_shown(key, origins)}: the key is there twice, first in line {line}"
+        for key, line in repeated
+    ]
+    extended = values.pop("extends", None)
+    if extended is None:
+        return values, origins, problems
+    if not isinstance(extended, str):
+        problems.append(f"extends should be the path of a recipe; found {extended!r}")
+        return values, origins, problems
+    other = path.parent / extended
+    line = (*below, path)
+    if any(other.resolve() == file.resolve() for file in line):
+        raise RecipeError(
+            f"recipe {str(other)!r} extends itself.",
+            found=" extends ".join(str(file) for file in (*line, other)),
+        )
+    base, base_origins, base_problems = _read(other, line)
+    return _on_top(base, values), base_origins | origins, base_problems + problems
+
+
+def _on_top(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values over those they extend; another loss or data set brings its own options."""
+    merged = dict(base)
+    for key, value in values.items():
+        known = merged.get(key)
+        if isinstance(known, dict) and isinstance(value, dict):
+            same = value.get("name", known.get("name")) == known.get("name")
+            value = _on_top(known, value) if same or not _is_named(key) else value
+        merged[key] = value
+    return merged
+
+
+def _is_named(section: str) -> bool:
+    field = Recipe.model_fields.get(section)
+    held = None if field is None else section_in(field.annotation)
+    return held is not None and issubclass(held, Named)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without surprises in numbers: `1e-4` is one, as in YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _parse(
+    text: str, path: str
+) -> tuple[dict[str, Any], dict[KeyPath, int], list[tuple[KeyPath, int]]]:
+    """A YAML mapping, the line of every key in it, and repeated keys with their first line."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        values = None if node is None else loader.construct_document(node)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"recipe {path!r} is not valid YAML.", found=str(error).replace("\n", "\n  ")
+        ) from error
+    if node is None or not isinstance(values, dict):
+        raise RecipeError(
+            f"recipe {path!r} holds no keys.",
+            expected="a YAML mapping, e.g. 'name: digits'",
+            found=f"{values!r}",
+        )
+    lines: dict[KeyPath, int] = {}
+    repeated = []
+    for key, line in _keys(node):
+        if key in lines:
+            repeated.append((key, lines[key]))
+        lines[key] = line
+    return values, lines, repeated
+
+
+def _keys(root: yaml.Node) -> Iterator[tuple[KeyPath, int]]:
+    """Path and line of every key below a node; aliases are followed once."""
+    waiting: list[tuple[yaml.Node, KeyPath]] = [(root, ())]
+    seen: set[int] = set()
+    while waiting:
+        node, path = waiting.pop(0)
+        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        for key, value in node.value:
+            inner = (*path, str(key.value))
+            yield inner, key.start_mark.line + 1
+            waiting.append((value, inner))
+
+
+def _override(
+    values: dict[str, Any], origins: dict[KeyPath, str], overrides: Sequence[str]
+) -> list[str]:
+    """Write overrides into the values; return what is wrong with them."""
+    problems = []
+    parsed: list[tuple[KeyPath, Any]] = []
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        path = tuple(key.strip().split("."))
+        if not equals or not all(path):
+            problems.append(f"{override!r} is not of the form key.path=value")
+            continue
+        try:
+            parsed.append((path, yaml.load(text, _Loader)))
+        except yaml.YAMLError as error:
+            problems.append(f"the value of {override!r} is not valid YAML: {error}")
+            continue
+        for depth in range(1, len(path)):
+            origins.setdefault(path[:depth], "command line")
+        origins[path] = "command line"
+    for path, value in parsed:
+        if path[1:] == ("name",) and _get(values, path) != value:
+            _forget_options(values, path[0])
+    for path, value in parsed:
+        problems += _set(values, path, value)
+    return problems
+
+
+def _forget_options(values: dict[str, Any], section: str) -> None:
+    if _is_named(section):
+        values[section] = {}
+
+
+def _set(values: dict[str, Any], path: KeyPath, value: object) -> list[str]:
+    for depth, part in enumerate(path[:-1], start=1):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            return [f"{'.'.join(path)} cannot be set: {'.'.join(path[:depth])} is {values!r}"]
+    values[path[-1]] = value
+    return []
+
+
+def _get(values: object, path: KeyPath) -> object:
+    for part in path:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+S = TypeVar("S", bound=Section)
+
+
+def _validate(
+    section: type[S],
+    values: dict[str, Any],
+    origins: Mapping[KeyPath, str],
+    problems: list[str],
+    what: str,
+) -> S:
+    try:
+        checked = section.model_validate(values)
+    except ValidationError as error:
+        problems = problems + _problems(section, values, origins, error.errors())
+    if problems:
+        count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise RecipeError("\n  ".join([f"{what} has {count}.", *problems]))
+    return checked
+
+
+def _problems(
+    section: type[Section],
+    values: dict[str, Any],
+    origins: Mapping[KeyPath, str],
+    errors: Sequence[ErrorDetails],
+) -> list[str]:
+    """One line per key that is wrong; the alternatives of a union share a line."""
+    by_key: dict[KeyPath, list[ErrorDetails]] = {}
+    for error in errors:
+        by_key.setdefault(_key_path(error, values), []).append(error)
+    lines = []
+    for key, found in by_key.items():
+        kind = found[0]["type"]
+        if kind == "extra_forbidden":
+            text = f"unknown key{_suggestion(section, key, values)}"
+        elif kind == "missing":
+            text = "required key is missing"
+        else:
+            # pydantic's messages begin "Input should be ...", "String should match ...".
+            wanted = dict.fromkeys(re.sub(r"^\w+ should ", "", error["msg"]) for error in found)
+            text = f"should {' or '.join(wanted)}; found {found[0]['input']!r}"
+        lines.append(f"{_shown(key, origins)}: {text}")
+    return lines
+
+
+def _key_path(error: ErrorDetails, values: object) -> KeyPath:
+    """The error's location without the names pydantic adds for the members of a union."""
+    path: list[str] = []
+    for part in error["loc"]:
+        try:
+            values = values[part]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            if error["type"] != "missing":
+                break
+        path.append(str(part))
+    return tuple(path)
+
+
+def _suggestion(section: type[Section], key: KeyPath, values: object) -> str:
+    siblings = _valid_keys(section, key[:-1], values)
+    if close := nearest(key[-1], siblings, count=1):
+        return f", did you mean {close}?"
+    elsewhere = [".".join(path) for path in _all_keys(section, values) if path[-1] == key[-1]]
+    if elsewhere:
+        return f", did you mean {elsewhere[0]!r}?"
+    return f"; valid here: {', '.join(siblings)}"
+
+
+def _valid_keys(section: type[Section], path: KeyPath, values: object) -> list[str]:
+    annotation: Any = section
+    for part in path:
+        annotation, values = _below(annotation, part), _get(values, (part,))
+    inner = section_in(annotation)
+    return inner.keys(values) if inner else []
+
+
+def _below(annotation: Any, key: str) -> Any:
+    section = section_in(annotation)
+    if section is not None:
+        field = section.model_fields.get(key)
+        return field.annotation if field else None
+    return get_args(annotation)[1] if get_origin(annotation) is dict else None
+
+
+def _all_keys(section: type[Section], values: object, path: KeyPath = ()) -> Iterator[KeyPath]:
+    for key in section.keys(values):
+        yield (*path, key)
+        field = section.model_fields.get(key)
+        inner = section_in(field.annotation) if field else None
+        if inner is not None:
+            yield from _all_keys(inner, _get(values, (key,)), (*path, key))
+
+
+def _shown(key: KeyPath, origins: Mapping[KeyPath, str]) -> str:
+    """A key path with the line it, or the nearest key above it, stands in."""
+    above = [key[:depth] for depth in range(len(key), 0, -1)]
+    origin = next((origins[path] for path in above if path in origins), None)
+    shown = ".".join(key) or "the recipe"
+    return f"{shown} ({origin})" if origin else shown

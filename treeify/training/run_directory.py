@@ -1,0 +1,385 @@
+"""The directory a training run leaves behind.
+
+    recipe.yaml        the recipe with every default filled in
+    environment.json   versions, machine and commit
+    metrics.jsonl      one line per finished epoch
+    checkpoints/       step-00000360-epoch-0015, ...: ensembles `treeify.load` reads, with the
+                       trainer's state beside them (`trainer.json`, `trainer.safetensors`) and, if
+                       the recipe has a moving average, the averaged ensemble in `ema/`
+    last, best         links to two of them
+
+`last` is the newest state, `best` the epoch with the highest held-out accuracy of all leaves:
+chosen on the held-out images, so its own accuracy on them is a little flattering.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from treeify import files
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.errors import CheckpointError
+from treeify.training import state_file
+from treeify.training.recipe import Recipe
+from treeify.training.recipe_file import dump_recipe, load_recipe
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
+STATES, LAST, BEST, EMA = "checkpoints", "last", "best", "ema"
+CHECKPOINTS = (LAST, BEST)
+RUN_FILES = (RECIPE, ENVIRONMENT, METRICS, STATES, *CHECKPOINTS)
+PACKAGES = ("treeify", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+
+# What a run may go on with otherwise than it began; none of it changes the weights.
+_FREE = ("out", "workers", "trackers", "checkpoints", "skip_corrupt")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state of a run.
+
+    Args:
+        hne: the ensemble as it was.
+        state: the trainer's, see `treeify.training.trainer`.
+        ema: the averaged ensemble, if there is one.
+    """
+
+    hne: HierarchicalEnsemble
+    state: dict[str, Any]
+    ema: HierarchicalEnsemble | None
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Writes and reads the files of one run.
+
+    Args:
+        path: an existing directory without files of another run.
+    """
+
+    path: Path
+
+    def describe(self, recipe: Recipe, device: torch.device) -> None:
+        """Write what is run and where."""
+        text = json.dumps(environment(device), indent=2) + "\n"
+        with self._writing():
+            files.replace_text(self.path / RECIPE, dump_recipe(recipe))
+            files.replace_text(self.path / ENVIRONMENT, text)
+
+    def append_metrics(self, epoch: DataclassInstance) -> None:
+        """Add a line to `metrics.jsonl`."""
+        with self._writing():
+            files.append_line(self.path / METRICS, json.dumps(asdict(epoch)))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; one that was cut off is not among them."""
+        file = self.path / METRICS
+        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(ValueError):
+            found.extend(map(json.loads, lines))
+        return found
+
+    def save(
+        self,
+        hne: HierarchicalEnsemble,
+        ema: HierarchicalEnsemble | None,
+        state: Mapping[str, Any],
+        *,
+        keep: int,
+    ) -> None:
+        """Write a checkpoint whole, point `last` and `best` to theirs, and remove older ones.
+
+        Args:
+            hne: the ensemble.
+            ema: the averaged ensemble.
+            state: the trainer's; `step` and `epochs` name it, `best` names the best so far.
+            keep: how many of the newest stay, besides the best.
+
+        Raises:
+            CheckpointError: it cannot be written; the earlier ones are as they were.
+        """
+
+        def write(draft: Path) -> None:
+            checkpoint.save(hne, draft, overwrite=True)
+            state_file.write_state(draft, state)
+            if ema is not None:
+                checkpoint.save(ema, draft / EMA)
+
+        final = self.path / STATES / state_name(state["step"], state["epochs"])
+        with self._writing():
+            files.publish(final, write)
+            self._point(final, state)
+        for old in self._states()[:-keep]:
+            if old.name != state["best"]:
+                shutil.rmtree(old)
+
+    def _point(self, path: Path, state: Mapping[str, Any]) -> None:
+        files.point(self.path / LAST, path)
+        if state["best"] is not None and (best := path.with_name(state["best"])).is_dir():
+            files.point(self.path / BEST, best)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn what keeps a file from being written into one message."""
+        try:
+            yield
+        except (OSError, SafetensorError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{self.path} cannot be written: {error}",
+                expected="room on the disk and the right to write",
+                next_step=f"What was there is as it was. {self.describe_last()}",
+            ) from error
+
+    def _states(self) -> list[Path]:
+        """Checkpoints, the oldest first."""
+        return sorted((self.path / STATES).glob("step-*"))
+
+    def newest(self, warn: Callable[[str], None]) -> Path | None:
+        """The newest whole state; None if there was none yet. For one process only.
+
+        Metrics written after it and what killed writers left behind are removed; damaged states are
+        renamed.
+
+        Args:
+            warn: told about states that are damaged.
+
+        Raises:
+            CheckpointError: every state is damaged, or one cannot be read.
+        """
+        states = self._states()
+        for folder, names in (
+            (self.path, "|".join(map(re.escape, RUN_FILES))),
+            (self.path / STATES, r"step-\d+-epoch-\d+"),
+        ):
+            for draft in files.drafts(folder, names):
+                files.remove(draft)
+        for path in reversed(states):
+            try:
+                state = _whole(path)
+            except _DAMAGE as problem:  # noqa: PERF203 - a few states at most
+                other = files.unused(path.with_name(f"damaged-{path.name}"))
+                path.rename(other)
+                warn(f"{path} is damaged, it is {other.name} now: {problem}")
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+            else:
+                with self._writing():
+                    self._point(path, state)
+                self._forget_after(state["epochs"])
+                return path
+        if states:
+            raise CheckpointError(
+                f"every state of {self.path} is damaged.",
+                found=", ".join(path.name for path in states),
+                next_step="Begin another run: leave --resume out, or copy a state back.",
+            )
+        self._forget_after(0)
+        return None
+
+    def _forget_after(self, epochs: int) -> None:
+        rows = [json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= epochs]
+        with self._writing():
+            files.replace_text(self.path / METRICS, "".join(rows))
+
+    def describe_last(self) -> str:
+        """Where the run can go on from, for messages."""
+        if not (self.path / LAST).exists():
+            return "Nothing was saved yet."
+        return (
+            f"{str(self.path / LAST)!r} holds the last state; go on from it with"
+            f" treeify train {self.path / RECIPE} --resume {self.path}"
+        )
+
+
+def measured(path: Path) -> Path:
+    """The ensemble that a run's last scores are of, or the directory of an ensemble itself.
+
+    Args:
+        path: a run, one of its checkpoints, or an ensemble.
+    """
+    path = path / LAST if (path / LAST).is_dir() else path
+    return path / EMA if (path / EMA).is_dir() else path
+
+
+def state_name(step: int, epochs: int) -> str:
+    """Of a checkpoint after so many steps and finished epochs."""
+    return f"step-{step:08d}-epoch-{epochs:04d}"
+
+
+def load_state(path: Path) -> Saved:
+    """A checkpoint that is whole.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    ema = checkpoint.load(path / EMA) if (path / EMA).is_dir() else None
+    return Saved(checkpoint.load(path), state_file.read_state(path), ema)
+
+
+# What reading a damaged state's files says; files that are whole but must not be read say else.
+_DAMAGE = (CheckpointError, FileNotFoundError, ValueError, SafetensorError)
+
+
+def _whole(path: Path) -> dict[str, Any]:
+    """The trainer's part of a state, once all its files are known to be whole."""
+    for ensemble in [path, *([path / EMA] if (path / EMA).is_dir() else [])]:
+        json.loads((ensemble / checkpoint.CONFIG).read_text(encoding="utf-8"))
+        with safe_open(ensemble / checkpoint.WEIGHTS, "pt"):  # it notices what is cut off
+            pass
+    return state_file.read_state(path)
+
+
+@contextlib.contextmanager
+def locked(directory: RunDirectory) -> Iterator[None]:
+    """Keep other processes from training in the same directory.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    if fcntl is None:  # Windows has other means; nothing is checked there
+        yield
+        return
+    with (directory.path / RECIPE).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise CheckpointError(
+                f"another process trains in {str(directory.path)!r}.",
+                next_step="Wait for it or stop it, then try again.",
+            ) from error
+        yield
+
+
+def check_same(directory: RunDirectory, recipe: Recipe) -> None:
+    """Raise unless a directory holds a run of this recipe.
+
+    Raises:
+        CheckpointError: it holds no run.
+        RecipeError: the run's recipe cannot be read.
+    """
+    file = directory.path / RECIPE
+    if not file.is_file():
+        raise CheckpointError(
+            f"{str(directory.path)!r} holds no run.",
+            expected=f"a directory with {RECIPE}, as treeify train makes it",
+        )
+    own, other = (_flat(found.model_dump()) for found in (recipe, load_recipe(file)))
+    differing = [
+        f"{key}: {own.get(key)!r}, the run has {other.get(key)!r}"
+        for key in sorted(own.keys() | other.keys())
+        if own.get(key) != other.get(key) and key.split(".")[0] not in _FREE
+    ]
+    if differing:
+        raise CheckpointError(
+            f"{str(directory.path)!r} holds a run of another recipe.",
+            expected="the same recipe and overrides as when it began",
+            found="\n    ".join(differing),
+            next_step=f"Go on with it as it began: treeify train {file} --resume {directory.path}",
+        )
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = isinstance(value, Mapping) and value
+        found |= _flat(value, f"{above}{key}.") if inner else {f"{above}{key}": value}
+    return found
+
+
+def check_free(path: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError unless a run may be written to `path`."""
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.is_dir() and overwrite:
+        if is_run(path) or not any((path / name).exists() for name in RUN_FILES):
+            return
+        raise CheckpointError(
+            f"{str(path)!r} holds no run, but files that a run would replace.",
+            found=", ".join(name for name in RUN_FILES if (path / name).exists()),
+            next_step="Give another --out.",
+        )
+    if path.exists():
+        raise CheckpointError(
+            f"run directory {str(path)!r} is taken.",
+            expected="a directory that is new or empty",
+            next_step="Give another --out, or --overwrite to replace the run in it.",
+        )
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory holds a run."""
+    return all((path / name).is_file() for name in (RECIPE, ENVIRONMENT))
+
+
+def make(path: Path) -> RunDirectory:
+    """The directory, made if need be, without an earlier run's files; other files stay."""
+    path.mkdir(parents=True, exist_ok=True)
+    if is_run(path):
+        for name in RUN_FILES:
+            files.remove(path / name)
+    return RunDirectory(path)
+
+
+def new_path(name: str) -> Path:
+    """`runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is not there yet."""
+    return files.unused(Path("runs") / name)
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a run depends on besides its recipe, ready for JSON."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": _commit(),
+        "argv": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit this code was run from, `-dirty` if it was changed; None outside a repository."""
+    here = Path(__file__)
+    git = partial(subprocess.run, cwd=here.parent, capture_output=True, text=True, check=True)
+    try:
+        git(["git", "ls-files", "--error-unmatch", here.name])  # not some repository around us
+        return str(git(["git", "describe", "--always", "--dirty", "--abbrev=40"]).stdout.strip())
+    except (OSError, subprocess.CalledProcessError):
+        return None

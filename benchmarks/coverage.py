@@ -1,6 +1,6 @@
 """The page on coverage, from rows of `treeify verify`.
 
-python benchmarks/coverage.py                    # the page again, from the rows treeify ships
+python benchmarks/coverage.py                     # the page again, from the rows treeify ships
 python benchmarks/coverage.py coverage-*.jsonl    # first put these rows among them
 """
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
-from treeify.engine.packed_tensors import buffers_kept
+from treeify.engine.packed_tensors import preserve_buffers
 from treeify.errors import TraceError
 
 
@@ -73,7 +73,7 @@ def test_a_tensor_made_in_forward_is_made_anew_in_every_pass(
     hne = treeify.hierarchicalize(base, splits, init="perturb", example_input=small.EXAMPLE)
     assert treeify.verify(hne, x).worst <= 1
     hne.train()
-    with buffers_kept(hne):
+    with preserve_buffers(hne):
         for _ in range(2):  # a graph that outlived its pass would be gone through again
             torch.stack([own.sum() for own in outputs(hne(x))]).sum().backward()
     hne.eval(), base.eval()

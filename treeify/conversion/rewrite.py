@@ -342,7 +342,7 @@ class _Rewriter:
     def _candidates(self, node: fx.Node, call: Call) -> list[tuple[Form, _Find]]:
         """The forms to try, the better one first: the one that needs less copying."""
         packed, in_batch = (Form.PACKED, find), (Form.BATCH, find_in_batch)
-        inputs = [source for source in node.all_input_nodes if source in call.own]
+        inputs = [source for source in node.all_input_nodes if source in call.varying]
         forms = {self.forms[source] for source in inputs if _has_batch(source)}
         batch_first = is_in_batch_first(call) or (Form.BATCH in forms and Form.PACKED not in forms)
         return [in_batch, packed] if batch_first else [packed, in_batch]

@@ -58,7 +58,7 @@ def place(fact: TensorFacts, form: Form) -> int | None:
     """The dim along which a tensor's branches are concatenated; None if they are stacked."""
     if form is Form.BATCH:
         return fact.batch_dim
-    return 1 if fact.folds else None
+    return 1 if fact.branch_dim == 1 else None
 
 
 def pack(branches: Branches, known: Any, form: Form = Form.PACKED) -> Any:
@@ -234,7 +234,7 @@ class Convert(nn.Module):
 
 def channels_to_batch(x: Tensor, count: int) -> Tensor:
     """`[N, G*C, ...] -> [G*N, C, ...]`, images with channels last staying so."""
-    parts = unfold(x, count)
+    parts = split_branches(x, count)
     if not _has_channels_last(x):
         return parts.transpose(0, 1).flatten(0, 1)
     return parts.permute(1, 0, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)
@@ -303,12 +303,12 @@ class Leaves(nn.Module):
         return tree_map(separate, self.known, value)
 
 
-def unfold(packed: Tensor, count: int) -> Tensor:
+def split_branches(packed: Tensor, count: int) -> Tensor:
     """`[N, G*C, ...] -> [N, G, C, ...]`, a view."""
     # Not -1: that cannot be told for a batch of no images.
     return torch.unflatten(packed, 1, (count, packed.shape[1] // count))
 
 
-def refold(unfolded: Tensor) -> Tensor:
+def merge_branches(x: Tensor) -> Tensor:
     """`[N, G, C, ...] -> [N, G*C, ...]`."""
-    return unfolded.flatten(1, 2)
+    return x.flatten(1, 2)

@@ -159,7 +159,7 @@ def call_assigning(
 
 
 @contextmanager
-def buffers_kept(module: nn.Module) -> Iterator[None]:
+def preserve_buffers(module: nn.Module) -> Iterator[None]:
     """Put a module's buffers and their values back, whatever took their place."""
     kept = [
         (own._buffers, name, buffer, buffer.clone())
@@ -176,7 +176,7 @@ def buffers_kept(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def modes_kept(module: nn.Module) -> Iterator[None]:
+def preserve_modes(module: nn.Module) -> Iterator[None]:
     """Put each submodule's mode, training or evaluation, back."""
     kept = [(own, own.training) for own in module.modules()]
     try:

@@ -138,7 +138,7 @@ class Held:
             if fact is None or not fact.batched:
                 return value
             if form is not Form.BATCH:
-                stacked = form is Form.PACKED and not fact.folds
+                stacked = form is Form.PACKED and fact.branch_dim != 1
                 return value.index_select(int(stacked), images)
             parts = torch.unflatten(value, 0, (self.span.size, value.shape[0] // self.span.size))
             return parts.index_select(1, images).flatten(0, 1)

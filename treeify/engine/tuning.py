@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from treeify.engine import timing
-from treeify.engine.packed_tensors import buffers_kept, lay_out
+from treeify.engine.packed_tensors import preserve_buffers, lay_out
 from treeify.engine.plan import Execution, Plan, Situation, Tuning
 from treeify.engine.program import LOOPED, PACKED
 from treeify.errors import InputError
@@ -64,7 +64,7 @@ def tune(
     contest = _Contest(model, execution.levels, run, x, loss or _mean_square, repeats, budget)
     # Parameters laid out anew in inference mode could never be trained again.
     quiet = _undisturbed(model) if model.training else torch.no_grad()
-    with torch.inference_mode(False), quiet, buffers_kept(model):
+    with torch.inference_mode(False), quiet, preserve_buffers(model):
         plan = contest.run()
     tuning = Tuning(Situation.of(x, training=model.training), plan, contest.seconds)
     execution.tunings[tuning.situation] = tuning

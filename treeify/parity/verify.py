@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.engine.packed_tensors import buffers_kept, modes_kept, tensors
+from treeify.engine.packed_tensors import preserve_buffers, preserve_modes, tensors
 from treeify.engine.plan import Plan
 from treeify.engine.program import WAYS
 from treeify.errors import ParityError
@@ -142,7 +142,7 @@ def verify_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
     Raises:
         ParityError: a leaf's output has another shape.
     """
-    with modes_kept(hne):
+    with preserve_modes(hne):
         for training in (False, True):
             hne.train(training)
             expected = hne.leaf(0)(x)
@@ -264,7 +264,7 @@ def fit_statistics(model: nn.Module, images: Tensor) -> None:
     momenta = [own.momentum for own in norms]
     for own in norms:
         own.momentum = 1.0  # this batch's statistics, whole
-    with modes_kept(model), torch.no_grad(), held(images.dtype):
+    with preserve_modes(model), torch.no_grad(), held(images.dtype):
         model.train()(images)
     for own, momentum in zip(norms, momenta, strict=True):
         own.momentum = momentum
@@ -511,7 +511,7 @@ def _answer(network: nn.Module, x: Tensor) -> Any:
 def _kept(hne: HierarchicalEnsemble) -> Iterator[None]:
     """Undo what a run leaves behind in the state: updated buffers, exchanged data of weights."""
     weights = [(parameter, parameter.data) for parameter in hne.parameters()]
-    with buffers_kept(hne):
+    with preserve_buffers(hne):
         yield
     for parameter, data in weights:
         parameter.data = data

@@ -25,7 +25,7 @@ from treeify.conversion.api import hierarchicalize, open_up
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import State, initialization
 from treeify.conversion.splits import choose, inner_point, listed, parse
-from treeify.engine.packed_tensors import modes_kept
+from treeify.engine.packed_tensors import preserve_modes
 from treeify.errors import ModelError, ParityError, SplitError
 from treeify.models import shallow
 from treeify.models.architecture import Architecture, example_shape, family, resized, skeleton
@@ -232,7 +232,7 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
             expected="the same tensors",
             next_step="This is a bug in treeify: please report the model's name.",
         )
-    with modes_kept(hne), torch.no_grad(), held(x.dtype):
+    with preserve_modes(hne), torch.no_grad(), held(x.dtype):
         expected = hne.eval()(x)
         found = deviation(loaded(x), expected, scale_of(expected))
     if not found <= 1:

@@ -22,7 +22,7 @@ from treeify.tree import Span
 @batch_rule(torch.matmul, operator.matmul, "matmul", torch.bmm, "bmm", pure=True, first=True)
 def run_product(call: Call) -> nn.Module:
     """Products of every image's matrices, with each other or with a matrix of each branch."""
-    result = call.known.value
+    result = call.facts.value
     if not isinstance(result, TensorFacts) or result.batch_dim is None:
         raise Unpackable("its result has no batch dim")
     if len(call.node.args) != 2:
@@ -64,7 +64,7 @@ class MaskedAttention(nn.Module):
 @batch_rule(F.scaled_dot_product_attention, first=True)
 def run_attention(call: Call) -> nn.Module:
     """Attention of every image to itself."""
-    result = call.known.value
+    result = call.facts.value
     if not isinstance(result, TensorFacts) or result.batch_dim is None:
         raise Unpackable("its result has no batch dim")
     if result.batch_dim > len(result.shape) - 3:
@@ -76,7 +76,7 @@ def run_attention(call: Call) -> nn.Module:
     mask_argument = call.argument(3, "attn_mask")
     mask = call.tensor(mask_argument)
     require_aligned([*operands, mask], result)
-    if mask is None or mask.batch_dim is not None or mask_argument not in call.own:
+    if mask is None or mask.batch_dim is not None or mask_argument not in call.varying:
         return Direct(call.node.target)
     if len(call.node.args) not in (0, 3) and len(call.node.args) < 4:
         raise Unpackable("its arguments are given in an unusual way")
@@ -131,7 +131,7 @@ def run_einsum(call: Call) -> nn.Module:
     operands = [call.tensor(argument) for argument in arguments]
     if not isinstance(equation, str) or "." in equation or "->" not in equation:
         raise Unpackable("its equation is not spelled out")
-    result = call.known.value
+    result = call.facts.value
     if not isinstance(result, TensorFacts) or result.batch_dim is None:
         raise Unpackable("its result has no batch dim")
     left, target = equation.replace(" ", "").split("->")
@@ -142,7 +142,7 @@ def run_einsum(call: Call) -> nn.Module:
         if known is None:
             raise Unpackable("an operand is no single tensor")
         if known.batch_dim is None:
-            dims.append(None if argument in call.own else -1)
+            dims.append(None if argument in call.varying else -1)
         elif subscripts[known.batch_dim] != letter:
             raise Unpackable("its operands hold the batch in different dims")
         else:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from treeify.engine.forms import refold, unfold
+from treeify.engine.forms import merge_branches, split_branches
 from treeify.engine.packed_tensors import lookup, narrow
 from treeify.rules.table import Call, Unpackable, batch_rule, rule, widens
 from treeify.rules.widened import widened
@@ -97,7 +97,7 @@ def _require_own_layout(call: Call) -> None:
     """Refuse memory formats for stacked tensors, which have one dim more than in the base model."""
     given = (*call.node.args, *call.node.kwargs.values())
     asked = any(own in (torch.channels_last, torch.channels_last_3d) for own in given)
-    if asked and not all(fact.folds for fact in call.known.tensors):
+    if asked and not all(fact.branch_dim == 1 for fact in call.facts.tensors):
         raise Unpackable("it lays out a tensor without a batch")
 
 
@@ -126,7 +126,7 @@ class Broadcast(nn.Module):
         target: the operation.
         operands: facts of the positional arguments; None for what is no tensor.
         rank: rank of the base model's result.
-        folds: whether the result is packed into dim 1 (else stacked in dim 0).
+        branch_dim: of the result: 1 where it is packed, 0 where branches are stacked.
         shared: for each positional argument, whether it is one value for all branches.
     """
 
@@ -136,11 +136,12 @@ class Broadcast(nn.Module):
         operands: tuple[TensorFacts | None, ...],
         rank: int,
         *,
-        folds: bool,
+        branch_dim: int,
         shared: tuple[bool, ...],
     ) -> None:
         super().__init__()
-        self.target, self.operands, self.rank, self.folds = target, operands, rank, folds
+        self.target, self.operands, self.rank = target, operands, rank
+        self.branch_dim = branch_dim
         self.shared = shared
 
     def forward(self, span: Span, *args: Any, **kwargs: Any) -> Tensor:
@@ -151,19 +152,21 @@ class Broadcast(nn.Module):
         ]
         aligned = _as_numbers(aligned, self.operands)
         result: Tensor = call_target(self.target, *aligned, **kwargs)
-        return refold(result) if self.folds else result
+        return merge_branches(result) if self.branch_dim == 1 else result
 
     def _align(self, arg: Any, known: TensorFacts | None, count: int, *, shared: bool) -> Any:
         if known is None:
             return arg
         if shared and not known.shape:
             return arg[0]
-        if known.folds:
-            return unfold(arg, count)
+        if known.branch_dim == 1:
+            return split_branches(arg, count)
         missing = [1] * (self.rank - len(known.shape))
         base = (*missing, *arg.shape[1:])
         # A value without a batch broadcasts over it: its place at dim 0 goes to the branches.
-        return arg.reshape(1, count, *base[1:]) if self.folds else arg.reshape(count, *base)
+        return (
+            arg.reshape(1, count, *base[1:]) if self.branch_dim == 1 else arg.reshape(count, *base)
+        )
 
 
 def _as_numbers(values: list[Any], operands: Sequence[TensorFacts | None]) -> list[Any]:
@@ -191,7 +194,7 @@ def _require_number(call: Call, operands: Sequence[TensorFacts | None]) -> None:
     """Raise Unpackable if a mask is filled with numbers that differ between branches."""
     if call.node.target == "masked_fill":
         for argument, known in zip(call.node.args[1:], operands[1:], strict=True):
-            if known is not None and not known.shape and argument in call.own:
+            if known is not None and not known.shape and argument in call.varying:
                 raise Unpackable("it takes one number to fill in")
 
 
@@ -201,28 +204,28 @@ def pack_broadcast(call: Call) -> nn.Module:
     operands = tuple(call.tensor(arg) for arg in call.node.args)
     if any(isinstance(value, fx.Node) for value in call.node.kwargs.values()):
         raise Unpackable("an operand is given by keyword")
-    if not isinstance(call.known.value, TensorFacts):
+    if not isinstance(call.facts.value, TensorFacts):
         raise Unpackable("its result is no tensor")
-    result = call.known.value
+    result = call.facts.value
     _require_number(call, operands)
     found = [known for known in operands if known is not None]
-    if all(known.folds and known.shape[1] == result.shape[1] for known in found) and (
+    if all(known.branch_dim == 1 and known.shape[1] == result.shape[1] for known in found) and (
         {len(known.shape) for known in found} == {len(result.shape)}
     ):
         return Direct(call.node.target)
     for known in found:
         fits = len(known.shape) < len(result.shape) or (known.shape or (1,))[0] == 1
         same_rank = len(known.shape) == len(result.shape)
-        if (result.folds and not (known.folds and same_rank) and not fits) or (
-            known.folds and not (same_rank and result.folds)
+        if (result.branch_dim == 1 and not (known.branch_dim == 1 and same_rank) and not fits) or (
+            known.branch_dim == 1 and not (same_rank and result.branch_dim == 1)
         ):
             raise Unpackable("its operands broadcast across the batch")
     return Broadcast(
         call.node.target,
         operands,
         len(result.shape),
-        folds=result.folds,
-        shared=tuple(argument not in call.own for argument in call.node.args),
+        branch_dim=result.branch_dim,
+        shared=tuple(argument not in call.varying for argument in call.node.args),
     )
 
 
@@ -275,7 +278,7 @@ class BroadcastInBatch(nn.Module):
 @batch_rule(*_BROADCAST, pure=True)
 def run_broadcast(call: Call) -> nn.Module:
     """Element-wise operations in the batch, with scalars, constants and parameters."""
-    result = call.known.value
+    result = call.facts.value
     if not isinstance(result, TensorFacts) or result.batch_dim is None:
         raise Unpackable("its result has no batch dim")
     if any(call.tensor(value) for value in call.node.kwargs.values()):
@@ -307,7 +310,7 @@ def with_parameters(
     call: Call, target: Any, operands: Sequence[TensorFacts | None], result: TensorFacts
 ) -> nn.Module:
     """The operation in the batch, as it stands where no operand is a parameter of each branch."""
-    own = [argument in call.own for argument in call.node.args]
+    own = [argument in call.varying for argument in call.node.args]
     pairs = list(zip(operands, own, strict=True))
     if not any(known is not None and known.batch_dim is None and mine for known, mine in pairs):
         return Direct(call.node.target)

@@ -75,7 +75,7 @@ def run_along_dims(call: Call) -> Direct:
     known = tensors[0] if tensors else call.batch_facts()
     if any(fact.batch_dim is None for fact in tensors[: 1 if target in _TAKES_INDEX else None]):
         raise Unpackable("an operand has no batch dim")
-    if target in _TAKES_INDEX and call.argument(2, "index") in call.own:
+    if target in _TAKES_INDEX and call.argument(2, "index") in call.varying:
         raise Unpackable("each branch has an index of its own")
     given = _given_dims(call)
     if known.batch_dim in _constant_dims(given, len(known.shape)) and not _repeats_each(call):
@@ -118,7 +118,7 @@ _REARRANGEMENTS = (
 def _puts_channels_last(call: Call) -> bool:
     """Whether channels become features: linear layers and norms will follow."""
     node: Any = call.node
-    before, after = call.tensor(call.argument(0, "input")), call.known.value
+    before, after = call.tensor(call.argument(0, "input")), call.facts.value
     if before is None or not isinstance(after, TensorFacts):
         return False
     if not before.batched or not after.batched or len(before.shape) not in (3, 4):
@@ -154,7 +154,7 @@ _WINDOWS = ("window_reverse", "window_reverse_nchw", "grid_reverse", "grid_rever
 @batch_rule(*OF_EACH_IMAGE, pure=True)
 def run_windows(call: Call) -> Direct:
     """Windows of every image, cut or put together again."""
-    found, after = call.tensor_arguments(), call.known.value
+    found, after = call.tensor_arguments(), call.facts.value
     if not isinstance(after, TensorFacts) or any(own.batch_dim != 0 for own in (*found, after)):
         raise Unpackable("its input does not begin with the batch")
     return Direct(call.node.target)
@@ -178,7 +178,7 @@ def run_reshape(call: Call) -> Direct:
     known = call.require_one_tensor()
     if any(isinstance(arg, torch.dtype) for arg in call.node.args[1:]):
         raise Unpackable("it is given no plain shape")
-    _require_kept_order(known, call.known.value)
+    _require_kept_order(known, call.facts.value)
     return Direct(call.node.target)
 
 
@@ -191,7 +191,7 @@ def run_reshape_as(call: Call) -> Direct:
     known = call.batch_facts()
     if any(fact.batch_dim is None for fact in call.tensor_arguments()):
         raise Unpackable("an operand has no batch dim")
-    _require_kept_order(known, call.known.value)
+    _require_kept_order(known, call.facts.value)
     return Direct(call.node.target)
 
 
@@ -234,7 +234,7 @@ def run_expand(call: Call) -> nn.Module:
     """Tokens and masks expanded to the batch."""
     target: Any = call.node.target
     first = call.tensor(call.argument(0, "input"))
-    result = call.known.value
+    result = call.facts.value
     if first is None or not isinstance(result, TensorFacts) or result.batch_dim is None:
         raise Unpackable("its result has no batch dim")
     from_right = len(result.shape) - result.batch_dim
@@ -244,7 +244,7 @@ def run_expand(call: Call) -> nn.Module:
         if not kept:
             raise Unpackable("it repeats the batch")
         return Direct(target)
-    if call.argument(0, "input") not in call.own:
+    if call.argument(0, "input") not in call.varying:
         return Direct(target)
     exact = result.counts_images and len(first.shape) == len(result.shape) and first.shape[own] == 1
     if target == "expand_as" or call.node.kwargs or not exact:
@@ -264,7 +264,7 @@ def run_getitem(call: Call) -> nn.Module:
         raise Unpackable("its input has no batch dim")
     items = list(index) if isinstance(index, tuple) else [index]
     nodes = [item for item in items if isinstance(item, fx.Node)]
-    if any(item in call.own and facts(item).tensors for item in nodes):
+    if any(item in call.varying and facts(item).tensors for item in nodes):
         raise Unpackable("its index differs from branch to branch")
     if _indices(items, len(known.shape))[known.batch_dim] != slice(None):
         raise Unpackable("it indexes the batch")
@@ -284,7 +284,7 @@ def run_set_item(call: Call) -> Direct:
     if by_dim[known.batch_dim] != slice(None):
         raise Unpackable("it sets some images")
     replacement = call.tensor(item)
-    if replacement is not None and replacement.batch_dim is None and item in call.own:
+    if replacement is not None and replacement.batch_dim is None and item in call.varying:
         raise Unpackable("it sets one value a branch")
     kept = [dim for dim, own in enumerate(by_dim) if type(own) is slice]
     shape, at = tuple(known.shape[dim] for dim in kept), kept.index(known.batch_dim)
@@ -330,7 +330,7 @@ class ShapeInBatch(nn.Module):
 def run_shape_reading(call: Call) -> nn.Module:
     """Reading a size, rank or dtype: the same for all branches."""
     known = call.batch_facts()
-    if call.known.tensors:
+    if call.facts.tensors:
         return _attribute(call)
     assert known.batch_dim is not None
     return ShapeInBatch(call.node.target, known.batch_dim)
@@ -360,5 +360,5 @@ def run_module_along_dim(call: Call) -> Direct:
 @batch_rule(nn.Flatten, nn.Unflatten, pure=True)
 def run_reshape_module(call: Call) -> Direct:
     """Modules that reshape."""
-    _require_kept_order(call.batch_facts(), call.known.value)
+    _require_kept_order(call.batch_facts(), call.facts.value)
     return Direct(call.storage)  # type: ignore[arg-type]

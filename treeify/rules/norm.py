@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torchvision.models import convnext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from treeify.engine.forms import refold, unfold
+from treeify.engine.forms import merge_branches, split_branches
 from treeify.engine.packed_tensors import narrow
 from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
@@ -108,10 +108,10 @@ class PackedLayerNorm(nn.Module):
             channels = (x.shape[1],)
             x = F.layer_norm(x.movedim(1, -1), channels, weight, bias, self.eps)
             return x.movedim(-1, 1)
-        x = unfold(x, span.size).movedim(2, -1)
+        x = split_branches(x, span.size).movedim(2, -1)
         x = F.layer_norm(x, x.shape[-1:], eps=self.eps)
         shape = (span.size, *[1] * (x.ndim - 3), x.shape[-1])
-        return refold(_affine(x, weight, bias, shape).movedim(-1, 2))
+        return merge_branches(_affine(x, weight, bias, shape).movedim(-1, 2))
 
 
 _AFFINE = ("weight", "bias")

@@ -38,8 +38,8 @@ _SPATIAL: tuple[Any, ...] = (torch.mean, torch.sum, torch.amax, torch.amin)
 _SPATIAL_METHODS = ("mean", "sum", "amax", "amin")
 
 
-class Folded(nn.Module):
-    """Runs an operation with the branches folded into the batch: `[N*G, C, ...]`.
+class ToBatch(nn.Module):
+    """Runs an operation with the branches in the batch: `[N*G, C, ...]`.
 
     Right for anything that treats every image by itself, whatever it does to the other dims.
     """
@@ -51,8 +51,8 @@ class Folded(nn.Module):
     def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
         """The packed result."""
         count = span.size
-        folded = tree_map(lambda leaf: _to_batch(leaf, count), (args, kwargs))
-        result = call_target(self.target, *folded[0], **folded[1])
+        in_batch = tree_map(lambda leaf: _to_batch(leaf, count), (args, kwargs))
+        result = call_target(self.target, *in_batch[0], **in_batch[1])
         return tree_map(lambda leaf: _from_batch(leaf, count), result)
 
     def extra_repr(self) -> str:
@@ -84,9 +84,9 @@ def _dims(call: Call, position: int, name: str) -> tuple[int, ...] | None:
 
 
 @rule(*_FOLDABLE, pure=True)
-def pack_folded(call: Call) -> nn.Module:
+def pack_in_batch(call: Call) -> nn.Module:
     """Reductions, concatenations, transpositions, products: anything image by image."""
-    call.require_folds()
+    call.require_channels()
     target: Any = call.node.target
     if target in _ALONG:
         _require_within_image(call, *_ALONG[target])
@@ -96,7 +96,7 @@ def pack_folded(call: Call) -> nn.Module:
             return Direct(target)
     if target in (torch.cat, torch.concat):
         return _concatenation(call, target)
-    return Folded(target)
+    return ToBatch(target)
 
 
 def _require_within_image(call: Call, position: int, default: int | None) -> None:
@@ -123,7 +123,7 @@ class ConcatenateChannels(nn.Module):
 
 def _concatenation(call: Call, target: Any) -> nn.Module:
     dim = call.argument(1, "dim", call.node.kwargs.get("axis", 0))
-    rank = len(call.known.tensors[0].shape)
+    rank = len(call.facts.tensors[0].shape)
     if not isinstance(dim, int):
         raise Unpackable("its dim is not a constant")
     return ConcatenateChannels() if dim % rank == 1 else Direct(target)
@@ -135,14 +135,14 @@ def pack_rearrangement(module: nn.Module, branches: int) -> None:
 
 
 @rule(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, nn.Softmax, nn.GLU, pure=True)
-def pack_folded_module(call: Call) -> Folded:
+def pack_module_in_batch(call: Call) -> ToBatch:
     """Modules that work image by image."""
-    call.require_folds()
+    call.require_channels()
     dim = getattr(call.module, "dim", 1)
     if not isinstance(dim, int) or dim % len(call.input_facts().shape) == 0:
         raise Unpackable("it works along the batch")
     assert call.storage is not None
-    return Folded(call.storage)
+    return ToBatch(call.storage)
 
 
 class Reshape(nn.Module):
@@ -161,7 +161,7 @@ class Reshape(nn.Module):
 def pack_reshape(call: Call) -> Reshape:
     """Reshapes that keep dim 0."""
     call.input_facts()
-    call.require_folds()
+    call.require_channels()
     if call.node.kwargs or any(
         isinstance(arg, torch.dtype) or call.tensor(arg) for arg in call.node.args[1:]
     ):
@@ -178,7 +178,7 @@ def pack_flatten_storage(flatten: nn.Flatten, branches: int) -> None:
 def pack_flatten_module(call: Call) -> nn.Module:
     """`nn.Flatten`, which leaves the batch alone unless told otherwise."""
     flatten: Any = call.module
-    call.require_folds()
+    call.require_channels()
     if flatten.start_dim % len(call.input_facts().shape) == 0:
         raise Unpackable("it flattens the batch")
     return widened(call)
@@ -187,7 +187,7 @@ def pack_flatten_module(call: Call) -> nn.Module:
 @rule("flatten", torch.flatten, pure=True)
 def pack_flatten(call: Call) -> Direct:
     """Flattening from dim 1 or later is branch-major already."""
-    call.require_folds()
+    call.require_channels()
     start = call.argument(1, "start_dim", 0)
     if not isinstance(start, int) or start % len(call.input_facts().shape) == 0:
         raise Unpackable("it flattens the batch")
@@ -219,7 +219,7 @@ class BaseShape(nn.Module):
 def pack_shape_reading(call: Call) -> BaseShape:
     """Reading a size, rank or dtype: the same for all branches."""
     call.input_facts()
-    if call.known.tensors:
+    if call.facts.tensors:
         raise Unpackable("it reads a tensor attribute")
     return BaseShape(call.node.target)
 
@@ -240,11 +240,11 @@ def pack_getitem(call: Call) -> nn.Module:
     known = call.tensor(source)
     if known is None:
         return Item()
-    call.require_folds()
+    call.require_channels()
     first = index[0] if isinstance(index, tuple) and index else index
     if not (first is Ellipsis or first == slice(None)):
         raise Unpackable("it indexes the batch")
-    return Folded(operator.getitem)
+    return ToBatch(operator.getitem)
 
 
 pure(torch.arange, torch.zeros, torch.ones, torch.full, torch.linspace, torch.meshgrid)

@@ -35,7 +35,7 @@ class Call:
         storage: for a module call, the module that holds its packed tensors.
         branches: branches `G` of the call's level.
         ratio: branches here for each branch of the first argument's level.
-        own: arguments that differ from branch to branch; the others are one value for all.
+        varying: arguments that differ from branch to branch; the others are one value for all.
     """
 
     node: fx.Node
@@ -43,10 +43,10 @@ class Call:
     storage: nn.Module | None
     branches: int
     ratio: int
-    own: Set[fx.Node] = frozenset()
+    varying: Set[fx.Node] = frozenset()
 
     @property
-    def known(self) -> Facts:
+    def facts(self) -> Facts:
         """Facts of the call's result."""
         return facts(self.node)
 
@@ -70,7 +70,7 @@ class Call:
             Unpackable: it is not a tensor with the batch at dim 0 and a dim 1.
         """
         known = self.tensor(self.argument(0, "input"))
-        if known is None or not known.folds:
+        if known is None or known.branch_dim != 1:
             raise Unpackable("its input has no batch at dim 0")
         return known
 
@@ -105,7 +105,7 @@ class Call:
             argument = self.argument(*place)
             known = self.tensor(argument)
             if argument is not None:
-                if known is None or argument not in self.own:
+                if known is None or argument not in self.varying:
                     raise Unpackable("its weights are shared")
                 if known.batch_dim is not None:
                     raise Unpackable("its weights have a batch")
@@ -122,11 +122,11 @@ class Call:
             raise Unpackable("it reads more than one tensor")
         return self.batch_facts()
 
-    def require_folds(self) -> None:
+    def require_channels(self) -> None:
         """Raise Unpackable unless every tensor in and out has the batch at dim 0 and a dim 1."""
-        if not all(known.folds for known in self.tensor_arguments()):
+        if not all(known.branch_dim == 1 for known in self.tensor_arguments()):
             raise Unpackable("an argument has no batch at dim 0")
-        if not self.known.tensors or not all(known.folds for known in self.known.tensors):
+        if not self.facts.tensors or not all(known.branch_dim == 1 for known in self.facts.tensors):
             raise Unpackable("its result has no batch at dim 0")
 
 

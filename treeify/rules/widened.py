@@ -149,7 +149,7 @@ class WidenedConv(Widened):
 
 
 def swap(tensor: Tensor, dim: int, parents: int, outer: int, inner: int) -> Tensor:
-    """Exchange two of the axes folded into `dim`: `(parents, outer, inner, rest)`."""
+    """Exchange two of the axes that lie in `dim`: `(parents, outer, inner, rest)`."""
     rest = tensor.shape[dim] // (parents * outer * inner)
     axes = torch.unflatten(tensor, dim, (parents, outer, inner, rest))
     return axes.transpose(dim + 1, dim + 2).flatten(dim, dim + 3)
@@ -218,7 +218,7 @@ def of_rows(call: Call, *, of_channels: bool = False) -> OfRows:
     known = call.batch_facts()
     if known.batch_dim != 0 or len(known.shape) < 2:
         raise Unpackable("its input does not begin with the batch")
-    if known.folds:
+    if known.branch_dim == 1:
         raise Unpackable("its input has one row for each image")
     assert call.module is not None and call.storage is not None
     return OfRows(Widened(call.storage, call.module, call.branches, of_channels=of_channels))

@@ -48,9 +48,9 @@ class TensorFacts:
     batch_dim: int | None = None
 
     @property
-    def folds(self) -> bool:
-        """Whether branches ride in dim 1 (`[N, G*C, ...]`), not in a new dim 0 (`[G, ...]`)."""
-        return self.batched and len(self.shape) >= 2
+    def branch_dim(self) -> int:
+        """The dim in which branches ride: 1 (`[N, G*C, ...]`), or a new dim 0 (`[G, ...]`)."""
+        return 1 if self.batched and len(self.shape) >= 2 else 0
 
     @property
     def counts_images(self) -> bool:

@@ -219,7 +219,7 @@ def compiled(hne: treeify.HierarchicalEnsemble, plan: Plan, x: Tensor) -> Callab
 
     def run() -> None:
         with torch.no_grad():
-            whole.run(plan.arrange(x), treeify.tree.Span(0, hne.leaves), plan.ways)
+            whole.run(plan.arrange(x), treeify.tree.Span(0, hne.leaves), plan.execution)
 
     return run
 

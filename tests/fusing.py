@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import treeify
 from treeify.engine.plan import Plan
 
-WAYS = ("packed", "looped")
+EXECUTIONS = ("packed", "looped")
 Ensemble = treeify.HierarchicalEnsemble
 
 
@@ -43,7 +43,7 @@ def assert_fused_equals(hne: Ensemble, x: Tensor | None = None) -> None:
     x = small.images(3) if x is None else x
     given = x.clone()
     expected = run(hne, x, fuse=False)
-    for way in WAYS:
+    for way in EXECUTIONS:
         for leaves in (1, hne.leaves - 1, hne.leaves, hne.leaves):
             found = run(hne, x, fuse=True, way=way, leaves=leaves)
             assert_close(found, expected[:, :leaves], rtol=1e-4, atol=1e-5)

@@ -404,7 +404,7 @@ def test_models_with_several_outputs(way: str) -> None:
             assert_close(found["pair"], tuple(part.detach() for part in value["pair"]))
     session = hne.session(x)
     session.advance(to=1)
-    session.keep(torch.tensor([1]))
+    session.select(torch.tensor([1]))
     session.advance(to=4)
     assert_close(session.logits["pair"][1], hne.predict(x[1:])["pair"][1].detach())
 
@@ -437,7 +437,7 @@ def test_kept_images_go_on_as_if_alone(model: type[nn.Module], way: str, data: A
             st.lists(st.integers(0, len(present) - 1), min_size=1, max_size=5, unique=True)
         )
         images = torch.tensor(chosen)
-        session.keep(images)
+        session.select(images)
         present = present[images]
         if session.leaves:
             assert len(session.logits) == len(present)
@@ -455,7 +455,7 @@ def _kept_model(model: type[nn.Module]) -> Ensemble:
 def test_all_images_may_leave() -> None:
     session = small.ensemble().session(small.images())
     session.advance(to=1)
-    session.keep(torch.zeros(0, dtype=torch.long))
+    session.select(torch.zeros(0, dtype=torch.long))
     assert session.advance(to=6).logits.shape == (0, small.CLASSES)
 
 
@@ -467,9 +467,9 @@ def test_images_are_kept_by_a_mask_or_a_list_of_positions(leaves: int) -> None:
         session = hne.session(x)
         if leaves:
             session.advance(to=leaves)
-        session.keep(images)
+        session.select(images)
         assert_close(session.advance(to=6).logits, hne.predict(kept).detach())
-        session.keep([])
+        session.select([])
         assert session.logits.shape == (0, small.CLASSES)
 
 
@@ -485,9 +485,9 @@ def test_what_names_no_images_is_refused_and_changes_nothing(images: Any) -> Non
     hne, x = small.ensemble(), small.images(6)
     session = hne.session(x)
     session.advance(to=1)
-    session.keep(range(5))
+    session.select(range(5))
     with pytest.raises(InputError, match=r"from 0 to 4, \[M\] integers, or \[5\] booleans"):
-        session.keep(images)
+        session.select(images)
     assert_close(session.advance(to=6).logits, hne.predict(x[:5]).detach())
 
 
@@ -524,7 +524,7 @@ def test_images_cannot_leave_where_a_value_counts_or_mixes_them(model: type[nn.M
     session.advance(to=1)
     assert not session.droppable
     with pytest.raises(InputError, match="cannot leave"):
-        session.keep(torch.tensor([0]))
+        session.select(torch.tensor([0]))
     session.advance(to=4)
     expected = hne.predict(x)
     found = session.logits

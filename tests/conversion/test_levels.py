@@ -159,7 +159,7 @@ def test_images_leave_a_session_with_the_numbers_that_are_theirs() -> None:
     x = small.images(4)
     session = hne.session(x)
     session.advance(2)
-    session.keep(torch.tensor([1, 3]))
+    session.select(torch.tensor([1, 3]))
     session.advance(4)
     assert_close(session.logits, hne(x[[1, 3]]).mean(1))
 

@@ -53,7 +53,7 @@ def test_prepared_weights_follow_fused_optimizers(kind: Callable[..., Any]) -> N
     optimizer = kind(hne.parameters(), lr=0.1, fused=True)
     for _ in range(2):
         with torch.no_grad():
-            assert_close(hne.run(x, 4, FUSED), hne.run(x, 4, Plan(FUSED.ways)))
+            assert_close(hne.run(x, 4, FUSED), hne.run(x, 4, Plan(FUSED.execution)))
         hne(x).square().mean().backward()
         optimizer.step()
 
@@ -66,7 +66,7 @@ def test_prepared_weights_are_forgotten_when_training_ends_after_a_tuning_for_in
         parameter.data.mul_(1.5)
     hne.eval()
     with torch.no_grad():
-        assert_close(hne.run(x, 4, FUSED), hne.run(x, 4, Plan(FUSED.ways)))
+        assert_close(hne.run(x, 4, FUSED), hne.run(x, 4, Plan(FUSED.execution)))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own formulas
@@ -79,7 +79,7 @@ def test_forward_derivatives_are_those_of_the_plain_plan() -> None:
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, direction)
             other = torch.autograd.forward_ad.unpack_dual(hne.run(dual, 4, FUSED)).tangent
-    plain = hne.run(x.requires_grad_(), 4, Plan(FUSED.ways))
+    plain = hne.run(x.requires_grad_(), 4, Plan(FUSED.execution))
     weights = torch.ones_like(plain, requires_grad=True)
     (gradient,) = torch.autograd.grad(plain, x, weights, create_graph=True)
     (expected,) = torch.autograd.grad(gradient, weights, direction)  # twice backward is forward
@@ -104,7 +104,7 @@ def test_tuned_ensembles_can_be_transformed() -> None:
     hne = converted(small.SmallNet())
     x = small.images(3)
     expected = hne(x)
-    tune_as(hne, x[:1], Plan(FUSED.ways, channels_last=True, fuse=True))
+    tune_as(hne, x[:1], Plan(FUSED.execution, channels_last=True, fuse=True))
     with torch.no_grad():
         assert_close(torch.func.vmap(lambda image: hne(image[None])[0])(x), expected)
         assert_close(torch.compile(hne, fullgraph=True, backend="eager")(x), expected)
@@ -141,7 +141,7 @@ def test_models_with_weights_of_five_dims_are_tuned(tmp_path: Path) -> None:
     expected = hne(x)
     hne.tune(x, repeats=1)
     assert_close(hne(x), expected)
-    tune_as(hne, x, Plan(FUSED.ways, channels_last=True))
+    tune_as(hne, x, Plan(FUSED.execution, channels_last=True))
     treeify.save(hne, tmp_path / "deep")
     again = treeify.load(tmp_path / "deep", model=Deep())
     assert_close(again(x), expected)

@@ -1,7 +1,6 @@
 """However levels run, packed, looped or both, it is the same computation."""
 
 import copy
-import json
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -14,14 +13,14 @@ from torch.testing import assert_close
 
 import treeify
 from treeify.engine import timing
-from treeify.engine.plan import Plan, Situation, Tuning
+from treeify.engine.plan import TUNING, Plan, Situation, Tuning
 from treeify.engine.program import Held, Walk
 from treeify.errors import InputError
 from treeify.tree import Span
 
-WAYS = ("packed", "looped")
+EXECUTIONS = ("packed", "looped")
 FOUR_LEVELS = ["stem.2", "stage1:3", "stage2"]
-EVERY_MIX = list(product(WAYS, repeat=4))
+EVERY_MIX = list(product(EXECUTIONS, repeat=4))
 
 
 def _tuning(
@@ -97,7 +96,7 @@ def test_the_setting_is_what_was_set(setting: str | Sequence[str]) -> None:
     hne.execution = setting
     assert hne.execution == (setting if isinstance(setting, str) else tuple(setting))
     asked = (setting,) * 3 if isinstance(setting, str) else setting
-    assert hne.plan(small.images()).ways == tuple(
+    assert hne.plan(small.images()).execution == tuple(
         "packed" if way == "auto" else way for way in asked
     )
 
@@ -163,7 +162,7 @@ def test_looped_dropout_draws_a_mask_for_every_branch() -> None:
         assert not torch.equal(logits[:, one], logits[:, other])
 
 
-@pytest.mark.parametrize("execution", WAYS)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_options_of_a_packed_module_hold_however_it_runs(execution: str) -> None:
     hne = _without_dropout(small.ensemble()).train()
     norm = hne.get_submodule("stage1.1")
@@ -212,7 +211,7 @@ def test_looped_compiles() -> None:
     assert all(parameter.grad is not None for parameter in hne.parameters())
 
 
-@pytest.mark.parametrize("execution", WAYS)
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_no_images_give_no_logits(execution: str) -> None:
     hne = small.ensemble()
     hne.execution = execution
@@ -229,8 +228,8 @@ def test_buffers_shared_by_levels_train_packed() -> None:
     hne.execution = "looped"
     x = small.images()
     assert hne.shared_buffers
-    assert hne.train().plan(x).ways == ("packed",) * 3
-    assert hne.eval().plan(x).ways == ("looped",) * 3
+    assert hne.train().plan(x).execution == ("packed",) * 3
+    assert hne.eval().plan(x).execution == ("looped",) * 3
 
 
 def test_a_plan_is_the_one_tuned_for_the_shape() -> None:
@@ -246,7 +245,7 @@ def test_other_batches_run_like_the_nearest(count: int, nearest: int) -> None:
     hne = small.ensemble()
     plans = {1: ("packed",) * 3, 16: ("looped",) * 3}
     _keep(hne, *(_tuning(small.images(n), ways) for n, ways in plans.items()))
-    assert hne.plan(small.images(count)).ways == plans[nearest]
+    assert hne.plan(small.images(count)).execution == plans[nearest]
 
 
 def test_tunings_for_something_else_are_left_alone() -> None:
@@ -268,7 +267,7 @@ def test_the_setting_overrides_what_was_tuned_level_by_level() -> None:
     hne.execution = ("looped", "auto", "packed")
     assert hne.plan(x) == Plan(("looped", "looped", "packed"), channels_last=True, fuse=True)
     hne.execution = "packed"
-    assert hne.plan(x).ways == ("packed",) * 3
+    assert hne.plan(x).execution == ("packed",) * 3
 
 
 @pytest.mark.parametrize("channels_last", [True, False, None])
@@ -286,7 +285,7 @@ def test_measurements_survive_json(channels_last: bool | None) -> None:
     x = small.images()
     plan = Plan(("packed", "looped"), channels_last, fuse=True)
     tuning = Tuning(Situation.of(x, training=True), plan, {str(plan): 0.1, "other": 2.0})
-    again = Tuning.from_dict(json.loads(json.dumps(tuning.to_dict())))
+    again = TUNING.validate_json(TUNING.dump_json(tuning, by_alias=True))
     assert again == tuning
     assert {again.situation: again} == {tuning.situation: tuning}
     assert hash(again.plan) == hash(plan)

@@ -65,7 +65,7 @@ TARGETS = [
 
 def _distance(plan: Plan, target: Plan) -> float:
     """Seconds by how many levels, and whether the memory format, differ; level 0 has one branch."""
-    levels = sum(a != b for a, b in zip(plan.ways[1:], target.ways[1:], strict=True))
+    levels = sum(a != b for a, b in zip(plan.execution[1:], target.execution[1:], strict=True))
     return 1 + levels + 5 * (plan.channels_last != target.channels_last)
 
 
@@ -106,9 +106,9 @@ def test_the_choice_is_kept_and_used(clock: Callable) -> None:
 
 def test_hopeless_plans_are_timed_once(clock: Callable) -> None:
     hne = small.ensemble()
-    timed = clock(lambda plan: 1 + 99 * ("looped" in plan.ways))
+    timed = clock(lambda plan: 1 + 99 * ("looped" in plan.execution))
     hne.tune(small.images(), repeats=4)
-    looped = [plan for plan in timed if "looped" in plan.ways]
+    looped = [plan for plan in timed if "looped" in plan.execution]
     assert len(looped) == len(set(looped))
 
 
@@ -119,13 +119,13 @@ def test_levels_that_only_seemed_faster_do_not_win(clock: Callable) -> None:
 
     def seconds(plan: Plan) -> float:
         seen.append(plan)
-        if len(set(plan.ways[1:])) == 1:
-            return 1.0 if plan.ways[1] == "packed" else 1.2
+        if len(set(plan.execution[1:])) == 1:
+            return 1.0 if plan.execution[1] == "packed" else 1.2
         return 0.9 if seen.count(plan) == 1 else 1.1
 
     clock(seconds)
     tuning = hne.tune(small.images(), repeats=1)
-    assert tuning.plan.ways == ("packed",) * 3
+    assert tuning.plan.execution == ("packed",) * 3
     assert len(set(seen)) > 4  # the mixed ones were tried
 
 
@@ -145,8 +145,12 @@ def test_no_round_begins_after_the_budget_of_a_comparison(
 def test_few_rounds_have_to_show_a_larger_gain(repeats: int, wins: bool, clock: Callable) -> None:
     hne = small.ensemble()
     target = Plan(("packed", "packed", "looped"), channels_last=True)
-    clock(lambda plan: 0.95 if plan.ways == target.ways else 1.0 + plan.ways.count("looped"))
-    assert (hne.tune(small.images(), repeats=repeats).plan.ways == target.ways) is wins
+    clock(
+        lambda plan: (
+            0.95 if plan.execution == target.execution else 1.0 + plan.execution.count("looped")
+        )
+    )
+    assert (hne.tune(small.images(), repeats=repeats).plan.execution == target.execution) is wins
 
 
 @pytest.mark.parametrize("training", [False, True, None])

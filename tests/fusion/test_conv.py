@@ -7,7 +7,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
-from fusing import WAYS, Ensemble, assert_fused_equals, fused_modules, run, settle
+from fusing import EXECUTIONS, Ensemble, assert_fused_equals, fused_modules, run, settle
 from timm.layers import BatchNormAct2d
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
@@ -371,11 +371,12 @@ CHANGES = [
 def test_folded_weights_follow_the_weights(change: Callable[[Ensemble], None]) -> None:
     hne, x = ensemble(), small.images()
     before = {
-        way: [run(hne, x, fuse=True, way=way, leaves=leaves) for leaves in (6, 4)] for way in WAYS
+        way: [run(hne, x, fuse=True, way=way, leaves=leaves) for leaves in (6, 4)]
+        for way in EXECUTIONS
     }
     change(hne)
     assert not hne.training
-    for way in WAYS:
+    for way in EXECUTIONS:
         for old in before[way]:
             leaves = old.shape[1]
             found = run(hne, x, fuse=True, way=way, leaves=leaves)
@@ -460,7 +461,7 @@ def test_in_training_mode_nothing_is_fused() -> None:
     assert not torch.equal(hne.get_submodule("stem.1").running_mean, means)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", EXECUTIONS)
 def test_inference_mode(way: str) -> None:
     hne, x = ensemble(), small.images()
     expected = run(hne, x, fuse=False)
@@ -500,7 +501,7 @@ def test_tensors_made_in_inference_mode(changed: str) -> None:
 def test_batches_dtypes_and_memory_formats(count: int, dtype: torch.dtype, onednn: bool) -> None:
     stages = [nn.Sequential(conv(), nn.BatchNorm2d(WIDTH), nn.ReLU()), nn.Conv2d(WIDTH, WIDTH, 1)]
     hne, x = convert(Net(*stages)).to(dtype), small.images(count).to(dtype)
-    for way in WAYS:
+    for way in EXECUTIONS:
         expected = torch.cat([hne.leaf(n)(x)[:, None].detach() for n in range(4)], dim=1)
         for channels_last in (None, True, False):
             with torch.backends.mkldnn.flags(enabled=onednn):

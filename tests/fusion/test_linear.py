@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import small
 import torch
-from fusing import WAYS, Ensemble, assert_fused_equals, fused_modules, run, settle
+from fusing import EXECUTIONS, Ensemble, assert_fused_equals, fused_modules, run, settle
 from timm.layers import DropPath
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
@@ -202,10 +202,10 @@ CHANGES = (_in_place, _step, _load, _replace, _assign_data, _write_data)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 def test_prepared_weights_follow_the_weights(change: Callable[[Ensemble], None]) -> None:
     hne, x = ensemble(), small.images()
-    before = {way: run(hne, x, fuse=True, way=way) for way in WAYS}
+    before = {way: run(hne, x, fuse=True, way=way) for way in EXECUTIONS}
     assert kept(hne)
     change(hne)
-    for way in WAYS:
+    for way in EXECUTIONS:
         found = run(hne, x, fuse=True, way=way)
         assert not torch.allclose(found, before[way], rtol=1e-3)
         assert_close(found, run(hne, x, fuse=False), rtol=1e-4, atol=1e-5)
@@ -251,7 +251,7 @@ def test_small_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_run_plainly(dtype: torch.dtype, count: int) -> None:
     hne, x = ensemble().to(dtype), small.images(count).to(dtype)
-    for way in WAYS:
+    for way in EXECUTIONS:
         found = run(hne, x, fuse=True, way=way)
         exact = {"rtol": 0.05, "atol": 0.05} if dtype is torch.bfloat16 else {}
         assert_close(found, run(hne, x, fuse=False), **exact)

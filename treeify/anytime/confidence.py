@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from treeify.anytime.session import Session, Step
+from treeify.anytime.session import Answer, Session
 from treeify.errors import InputError
 
 
-class Answer(NamedTuple):
+class Prediction(NamedTuple):
     """What a batch was answered.
 
     Args:
@@ -95,8 +95,8 @@ def answer(
     sizes: Sequence[int],
     thresholds: Sequence[float],
     *,
-    watch: Callable[[Step, Tensor], None] = lambda step, images: None,
-) -> Answer:
+    watch: Callable[[Answer, Tensor], None] = lambda step, images: None,
+) -> Prediction:
     """Advance a session until every image is confident; sure images leave the batch.
 
     Args:
@@ -134,9 +134,9 @@ def answer(
         if not len(open_rows):
             break
         if session.droppable and sure.any():
-            session.keep(~sure)
+            session.select(~sure)
     assert logits is not None and used is not None
-    return Answer(logits, used)
+    return Prediction(logits, used)
 
 
 def thresholds_for(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median, quantiles
 from typing import Any
 
-from treeify.anytime.session import Session, Step
-from treeify.engine.plan import Plan, Situation
+from treeify.anytime.session import Answer, Session
+from treeify.engine.plan import PLAN, SITUATION, Plan, Situation
 from treeify.errors import InputError
 
 # From how many leaves to how many.
@@ -64,8 +64,8 @@ class Latencies:
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
-            "situation": asdict(self.situation),
-            "plan": asdict(self.plan),
+            "situation": SITUATION.dump_python(self.situation, mode="json"),
+            "plan": PLAN.dump_python(self.plan, mode="json", by_alias=True),
             "sizes": list(self.sizes),
             "transitions": [
                 {
@@ -85,8 +85,8 @@ class Latencies:
         """What `to_dict` wrote."""
         rows = {(row["from"], row["to"]): row for row in values["transitions"]}
         return cls(
-            Situation.from_dict(values["situation"]),
-            Plan.from_dict(values["plan"]),
+            SITUATION.validate_python(values["situation"]),
+            PLAN.validate_python(values["plan"]),
             sizes=tuple(values["sizes"]),
             typical={key: row["typical"] for key, row in rows.items()},
             slow={key: row["slow"] for key, row in rows.items()},
@@ -276,7 +276,7 @@ def advance_until(
     begin: float,
     *,
     pace: Pace | None = None,
-    watch: Callable[[Step], None] = lambda step: None,
+    watch: Callable[[Answer], None] = lambda step: None,
 ) -> None:
     """Go straight to the largest size forecast to end in time, then on while the next one fits.
 

@@ -23,7 +23,7 @@ from treeify.tree import Span
 
 
 @dataclass(frozen=True)
-class Step:
+class Answer:
     """An answer on the way.
 
     Args:
@@ -119,7 +119,7 @@ class Session:
         program = self._program
         return all(program.crossings[name].rows for name in program.last_reader)
 
-    def keep(self, images: Tensor | Sequence[int]) -> None:
+    def select(self, images: Tensor | Sequence[int]) -> None:
         """Go on with some of the images only.
 
         Args:
@@ -147,7 +147,7 @@ class Session:
         self._images = len(rows)
 
     @torch.no_grad()
-    def advance(self, to: int | None = None) -> Step:
+    def advance(self, to: int | None = None) -> Answer:
         """Add leaves.
 
         Args:
@@ -168,7 +168,7 @@ class Session:
                 next_step="Ask for smaller sizes first, or start another session.",
             )
         self._elapsed += timing.timed(lambda: self._compute(to), self._device)
-        return Step(self._leaves, self.logits, self._elapsed, self.macs)
+        return Answer(self._leaves, self.logits, self._elapsed, self.macs)
 
     def _next_size(self) -> int:
         sizes = [size for size in self._program.tree.nested_sizes if size > self._leaves]
@@ -182,21 +182,21 @@ class Session:
     def _compute(self, to: int) -> None:
         program, tree = self._program, self._program.tree
         pieces = tree.pieces(Span(self._leaves, to))
-        if len(pieces) > 1 and all(way == PACKED for way in self._plan.ways):
+        if len(pieces) > 1 and all(way == PACKED for way in self._plan.execution):
             self._compute_at_once(Span(self._leaves, to))
             return
         for level, leaves in pieces:
             held = dict(self._start)
             for above in range(level):
                 held |= self._kept[above]
-            walk = Walk(program, self._plan.ways, leaves.stop)
+            walk = Walk(program, self._plan.execution, leaves.stop)
             logits = walk.descend(level, leaves, program.needed(held, level))
             self._keep(walk, leaves.stop)
             self._take(logits, leaves)
 
     def _compute_at_once(self, leaves: Span) -> None:
         """One call per level rather than one per piece and level: fewer calls, the same MACs."""
-        walk = Walk(self._program, self._plan.ways, leaves.stop)
+        walk = Walk(self._program, self._plan.execution, leaves.stop)
         logits = walk.extend(leaves, self._start, self._kept)
         self._keep(walk, leaves.stop)
         self._take(logits, leaves)
@@ -257,7 +257,7 @@ def _mean(leaf_logits: Tensor) -> Tensor:
     return leaf_logits.long().mode(dim).values.to(leaf_logits.dtype)
 
 
-def steps(session: Session, sizes: Sequence[int]) -> Iterator[Step]:
+def steps(session: Session, sizes: Sequence[int]) -> Iterator[Answer]:
     """Advance a session through sizes, one answer each.
 
     Yields:

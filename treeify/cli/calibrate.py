@@ -19,7 +19,7 @@ from treeify.cli.thresholds import Halves
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
-from treeify.engine.plan import Tuning
+from treeify.engine.plan import TUNING, Tuning
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.training.distributed import resolve_device
 from treeify.training.recipe import DataRecipe
@@ -97,7 +97,7 @@ def calibrate(
         with console.status("tuning"):
             tuning = hne.tune(x)
         console.print(_tuning_table(tuning))
-        found["tuning"] = tuning.to_dict()
+        found["tuning"] = TUNING.dump_python(tuning, mode="json", by_alias=True)
     with console.status("measuring latencies"):
         latencies = hne.calibrate(x, repeats=repeats)
     console.print(_latency_table(hne, latencies))

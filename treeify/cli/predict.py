@@ -244,7 +244,7 @@ class _Call:
         return session.logits.shape[1]
 
     def run(self, show: Callable[[Watched], None] = lambda watched: None) -> None:
-        """Answer, remembering every step."""
+        """Prediction, remembering every step."""
         hne, limit, images = self.hne, self.limit, len(self.x)
         latencies = None if limit.deadline is None else self._latencies()
         begin = time.perf_counter()

@@ -10,7 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from treeify.anytime.session import Step
+from treeify.anytime.session import Answer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Told:
         images: the positions in the batch of the images that took part, `[M]`.
     """
 
-    step: Step
+    step: Answer
     seconds: float
     images: Tensor
 
@@ -58,7 +58,7 @@ class Watched:
         self._images = torch.arange(images)
         self.told: list[Told] = []
 
-    def take(self, step: Step, images: Tensor | None = None) -> None:
+    def take(self, step: Answer, images: Tensor | None = None) -> None:
         """Remember a step that has just ended, and show it.
 
         Args:

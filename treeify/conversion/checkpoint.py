@@ -24,7 +24,7 @@ from treeify.conversion.api import blank_image, hook_notes, open_up, resolve
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.splits import choose
 from treeify.engine.packed_tensors import lay_out, lookup, owner, tensors
-from treeify.engine.plan import AUTO, Tuning
+from treeify.engine.plan import AUTO, TUNING
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture, fingerprint, recognise
 from treeify.tracing.trace import plain_tensors
@@ -104,7 +104,10 @@ def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
     execution = hne.execution
     return {
         "execution": execution if isinstance(execution, str) else list(execution),
-        "tunings": [tuning.to_dict() for tuning in hne.tunings.values()],
+        "tunings": [
+            TUNING.dump_python(tuning, mode="json", by_alias=True)
+            for tuning in hne.tunings.values()
+        ],
         "latencies": [latencies.to_dict() for latencies in hne.latencies.values()],
         "budgets": [budget.to_dict() for budget in hne.budgets.values()],
     }
@@ -113,7 +116,7 @@ def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
 def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[str, Any]) -> None:
     try:
         hne.execution = config.get("execution", AUTO)
-        for tuning in map(Tuning.from_dict, config.get("tunings", ())):
+        for tuning in map(TUNING.validate_python, config.get("tunings", ())):
             hne.tunings[tuning.situation] = tuning
             if tuning.plan.channels_last:
                 lay_out(hne, torch.channels_last)

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor, nn
 
-from treeify.anytime.confidence import Answer, Budget, answer, thresholds_for
+from treeify.anytime.confidence import Budget, Prediction, answer, thresholds_for
 from treeify.anytime.deadline import Latencies, Pace, advance_until, check_deadline, find, measure
-from treeify.anytime.session import Session, Step, mean_over_leaves, steps
+from treeify.anytime.session import Answer, Session, mean_over_leaves, steps
 from treeify.conversion import splits as split_module
 from treeify.conversion.initialize import State, pack_states
 from treeify.conversion.rewrite import rewrite, without_in_place
 from treeify.conversion.splits import Splits
 from treeify.engine.forms import Form
 from treeify.engine.packed_tensors import Slot, build, lookup, owner, slots, tensors
-from treeify.engine.plan import Execution, Plan, Situation, Tuning
+from treeify.engine.plan import Plan, Planner, Situation, Tuning
 from treeify.engine.program import PACKED, NodeReport, Program
 from treeify.engine.tuning import tune
 from treeify.errors import InputError
@@ -138,7 +138,7 @@ class HierarchicalEnsemble(nn.Module):
             for below in module.modules()
             for hooks in (below._forward_hooks, below._forward_pre_hooks)
         ]
-        self._execution = Execution(splits.tree.levels)
+        self._planner = Planner(splits.tree.levels)
         self.latencies: dict[Situation, Latencies] = {}
         self._paces: dict[Situation, Pace] = {}
         self.budgets: dict[int, Budget] = {}
@@ -205,7 +205,7 @@ class HierarchicalEnsemble(nn.Module):
 
     def run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
         """Logits of the first `leaves` leaves by a plan of one's own, as `forward` gives them."""
-        return self._program(plan).run(plan.arrange(x), Span(0, leaves), plan.ways)
+        return self._program(plan).run(plan.arrange(x), Span(0, leaves), plan.execution)
 
     def _program(self, plan: Plan) -> Program:
         """The program that runs a plan in the present mode."""
@@ -223,16 +223,16 @@ class HierarchicalEnsemble(nn.Module):
         - `looped` runs branch by branch over the same parameters, consecutive looped levels
           depth-first.
         """
-        return self._execution.setting
+        return self._planner.setting
 
     @execution.setter
     def execution(self, setting: str | Sequence[str]) -> None:
-        self._execution.set(setting)
+        self._planner.set(setting)
 
     @property
     def tunings(self) -> dict[Situation, Tuning]:
         """What `tune` measured and chose, by situation; saved with the ensemble."""
-        return self._execution.tunings
+        return self._planner.tunings
 
     def tune(
         self,
@@ -270,8 +270,7 @@ class HierarchicalEnsemble(nn.Module):
         self.train(self.training if training is None else training)
         try:
             run = partial(self.run, x, self.leaves)
-            execution = self._execution
-            return tune(self, execution, run, x, loss=loss, repeats=repeats, budget=budget)
+            return tune(self, self._planner, run, x, loss=loss, repeats=repeats, budget=budget)
         finally:
             if self.training != modes[self]:
                 self._fused.forget()
@@ -280,10 +279,10 @@ class HierarchicalEnsemble(nn.Module):
 
     def plan(self, x: Tensor) -> Plan:
         """How an input like `x` runs in the present mode."""
-        plan = self._execution.plan(x, training=self.training, tuned=not _is_recorded())
+        plan = self._planner.plan(x, training=self.training, tuned=not _is_recorded())
         if self.training and self._shared_buffers:
             # The mean of the branches' updates needs all branches at once.
-            return replace(plan, ways=(PACKED,) * self.tree.levels)
+            return replace(plan, execution=(PACKED,) * self.tree.levels)
         return plan
 
     @overload
@@ -304,7 +303,7 @@ class HierarchicalEnsemble(nn.Module):
         *,
         deadline: float | None = None,
         confidence: float | Sequence[float] | Budget,
-    ) -> Answer: ...
+    ) -> Prediction: ...
 
     def predict(
         self,
@@ -327,7 +326,7 @@ class HierarchicalEnsemble(nn.Module):
                 `treeify.anytime.confidence.budget` chose. Sure images leave the batch.
 
         Returns:
-            `[N, K]`; with confidence an `Answer`: logits `[N, K]` and leaves used per image `[N]`.
+            `[N, K]`; with confidence a `Prediction`: logits `[N, K]` and leaves per image `[N]`.
 
         Raises:
             LeafError: there are not that many leaves.
@@ -373,7 +372,7 @@ class HierarchicalEnsemble(nn.Module):
             plan = self.plan(x)
             return Session(self._program(plan), plan, x, self.count_macs)
 
-    def anytime(self, x: Tensor, sizes: Sequence[int] | None = None) -> Iterator[Step]:
+    def anytime(self, x: Tensor, sizes: Sequence[int] | None = None) -> Iterator[Answer]:
         """Answers that get better: one step for every size, nothing computed twice.
 
         Args:
@@ -381,7 +380,7 @@ class HierarchicalEnsemble(nn.Module):
             sizes: increasing numbers of leaves; the nested sizes if not given.
 
         Yields:
-            A `Step`: leaves, their mean logits `[N, K]`, seconds and MACs per image so far.
+            An `Answer`: leaves, their mean logits `[N, K]`, seconds and MACs per image so far.
 
         Raises:
             LeafError: a size does not exist, or sizes do not increase.

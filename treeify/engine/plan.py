@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import log
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from treeify.engine import timing
-from treeify.engine.program import PACKED, WAYS
+from treeify.engine.program import EXECUTIONS, LOOPED, PACKED
 from treeify.errors import InputError
 
 AUTO = "auto"
@@ -22,20 +23,16 @@ class Plan:
     """How inputs of one shape run.
 
     Args:
-        ways: `packed` or `looped`, per level.
+        execution: `packed` or `looped`, per level.
         channels_last: whether images, and so activations, are laid out `[N, H, W, C]` in memory;
             None leaves images as they are given.
         fuse: whether layers take in what follows them; only ever without gradients.
     """
 
-    ways: tuple[str, ...]
+    # Saved ensembles have it under this name.
+    execution: Annotated[tuple[str, ...], Field(alias="ways")]
     channels_last: bool | None = None
     fuse: bool = False
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
-        """What `dataclasses.asdict` gave."""
-        return cls(**{**values, "ways": tuple(values["ways"])})
 
     def arrange(self, x: Tensor) -> Tensor:
         """The input in the plan's memory format."""
@@ -50,7 +47,7 @@ class Plan:
             *(["channels_last"] if self.channels_last else []),
             *(["fused"] if self.fuse else []),
         ]
-        return ", ".join([" ".join(self.ways), *options])
+        return ", ".join([" ".join(self.execution), *options])
 
 
 @dataclass(frozen=True)
@@ -74,11 +71,6 @@ class Situation:
         """The situation of an input on this machine."""
         return cls(training, tuple(x.shape), str(x.dtype), timing.describe(x.device))
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Situation:
-        """What `dataclasses.asdict` gave."""
-        return cls(**{**values, "shape": tuple(values["shape"])})
-
     def __str__(self) -> str:
         """One line."""
         mode = "training step" if self.training else "inference"
@@ -100,16 +92,6 @@ class Tuning:
     plan: Plan
     seconds: Mapping[str, float] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Tuning:
-        """What `to_dict` wrote."""
-        situation, plan = values["situation"], values["plan"]
-        return cls(Situation.from_dict(situation), Plan.from_dict(plan), dict(values["seconds"]))
-
     def __str__(self) -> str:
         """The choice and what it was chosen from, fastest first."""
         rows = sorted(self.seconds.items(), key=lambda row: row[1])
@@ -117,7 +99,11 @@ class Tuning:
         return "\n".join([*lines, *(f"  {1000 * t:10.2f} ms  {name}" for name, t in rows)])
 
 
-class Execution:
+# To and from JSON values.
+PLAN, SITUATION, TUNING = TypeAdapter(Plan), TypeAdapter(Situation), TypeAdapter(Tuning)
+
+
+class Planner:
     """An ensemble's setting and its tuned plans.
 
     Args:
@@ -138,18 +124,20 @@ class Execution:
         Raises:
             InputError: a word is unknown, or their number is not that of the levels.
         """
-        ways: tuple[Any, ...] = ()
+        execution: tuple[Any, ...] = ()
         if isinstance(setting, str):
-            ways = (setting,) * self.levels
+            execution = (setting,) * self.levels
         elif isinstance(setting, Sequence):
-            ways = tuple(setting)
-        if len(ways) != self.levels or any(way not in (AUTO, *WAYS) for way in ways):
+            execution = tuple(setting)
+        if len(execution) != self.levels or any(
+            level not in (AUTO, *EXECUTIONS) for level in execution
+        ):
             raise InputError(
                 f"execution={setting!r} is no way to run.",
-                expected=f"'{AUTO}', '{WAYS[0]}' or '{WAYS[1]}', or one of them for each of the"
+                expected=f"'{AUTO}', '{PACKED}' or '{LOOPED}', or one of them for each of the"
                 f" {self.levels} levels",
             )
-        self.setting = setting if isinstance(setting, str) else ways
+        self.setting = setting if isinstance(setting, str) else execution
 
     def plan(self, x: Tensor, *, training: bool, tuned: bool = True) -> Plan:
         """How an input runs: the setting, with what was tuned for its shape or the nearest batch.
@@ -163,10 +151,10 @@ class Execution:
         plan = found.plan if found else Plan((PACKED,) * self.levels)
         setting = self.setting
         wanted = (setting,) * self.levels if isinstance(setting, str) else setting
-        ways = tuple(
-            best if own == AUTO else own for own, best in zip(wanted, plan.ways, strict=True)
+        execution = tuple(
+            best if own == AUTO else own for own, best in zip(wanted, plan.execution, strict=True)
         )
-        return replace(plan, ways=ways)
+        return replace(plan, execution=execution)
 
     def _tuned(self, x: Tensor, *, training: bool) -> Tuning | None:
         now = Situation.of(x, training=training)

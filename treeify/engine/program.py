@@ -21,7 +21,7 @@ from treeify.tracing.trace import TensorFacts
 from treeify.tree import Span, Tree
 
 PACKED, LOOPED = "packed", "looped"
-WAYS = (PACKED, LOOPED)
+EXECUTIONS = (PACKED, LOOPED)
 # A keyword: no value of a graph has such a name.
 OUTPUT = "return"
 
@@ -213,16 +213,16 @@ class Program:
         """What the root's segment reads: the images."""
         return {self.image: Held(self.crossings[self.image], Span(0, 1), x)}
 
-    def run(self, x: Tensor, leaves: Span, ways: Sequence[str] | None = None) -> Any:
+    def run(self, x: Tensor, leaves: Span, execution: Sequence[str] | None = None) -> Any:
         """Outputs of a range of leaves, `[N, C, H, W] -> [N, leaves, K]`.
 
         Args:
             x: images.
             leaves: which leaves.
-            ways: how each level runs; packed if not given.
+            execution: how each level runs; packed if not given.
         """
-        ways = ways or (PACKED,) * self.tree.levels
-        return Walk(self, ways).descend(0, leaves, self.start(x))
+        execution = execution or (PACKED,) * self.tree.levels
+        return Walk(self, execution).descend(0, leaves, self.start(x))
 
     def needed(self, held: Mapping[str, Held], level: int) -> dict[str, Held]:
         """What segments from `level` on still read."""
@@ -237,14 +237,14 @@ class Walk:
 
     Args:
         program: the program.
-        ways: `packed` or `looped`, per level.
+        execution: `packed` or `looped`, per level.
         stop: where a walk that will be continued ends: the first leaf it does not compute.
         kept: filled with what the next leaves need, per level the values of the one branch that
             is computed but not complete.
     """
 
     program: Program
-    ways: Sequence[str]
+    execution: Sequence[str]
     stop: int | None = None
     kept: dict[int, dict[str, Held]] = field(default_factory=dict)
 
@@ -296,8 +296,8 @@ class Walk:
 
     def _stage_end(self, level: int) -> int:
         """The last of the levels that are walked together with `level`."""
-        if self.ways[level] == LOOPED:
-            while level + 1 < self.program.tree.levels and self.ways[level + 1] == LOOPED:
+        if self.execution[level] == LOOPED:
+            while level + 1 < self.program.tree.levels and self.execution[level + 1] == LOOPED:
                 level += 1
         return level
 
@@ -307,7 +307,7 @@ class Walk:
         """Run `level..last`; the values of these levels that later ones read."""
         tree = self.program.tree
         span = tree.span(level, leaves)
-        if level == last and (self.ways[level] == PACKED or span.size == 1):
+        if level == last and (self.execution[level] == PACKED or span.size == 1):
             return self._call(level, span, held)
         pieces = []
         with cut_once():

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from treeify.engine import timing
-from treeify.engine.packed_tensors import preserve_buffers, lay_out
-from treeify.engine.plan import Execution, Plan, Situation, Tuning
+from treeify.engine.packed_tensors import lay_out, preserve_buffers
+from treeify.engine.plan import Plan, Planner, Situation, Tuning
 from treeify.engine.program import LOOPED, PACKED
 from treeify.errors import InputError
 
@@ -31,7 +31,7 @@ _GAIN_OF_FEW = 0.93
 
 def tune(
     model: nn.Module,
-    execution: Execution,
+    planner: Planner,
     run: Callable[[Plan], Any],
     x: Tensor,
     *,
@@ -49,7 +49,7 @@ def tune(
     Args:
         model: the ensemble. Its parameters take the chosen memory format; values, gradients,
             buffers and the random state stay as they are.
-        execution: keeps the choice.
+        planner: keeps the choice.
         run: gives the leaves' logits of `x` by a plan.
         x: images, `[N, C, H, W]`.
         loss: of the logits; by default their mean square.
@@ -61,13 +61,13 @@ def tune(
     """
     if x.numel() == 0:
         raise InputError("there is nothing to measure.", expected="at least one image")
-    contest = _Contest(model, execution.levels, run, x, loss or _mean_square, repeats, budget)
+    contest = _Contest(model, planner.levels, run, x, loss or _mean_square, repeats, budget)
     # Parameters laid out anew in inference mode could never be trained again.
     quiet = _undisturbed(model) if model.training else torch.no_grad()
     with torch.inference_mode(False), quiet, preserve_buffers(model):
         plan = contest.run()
     tuning = Tuning(Situation.of(x, training=model.training), plan, contest.seconds)
-    execution.tunings[tuning.situation] = tuning
+    planner.tunings[tuning.situation] = tuning
     _log.info("%s", tuning)
     return tuning
 
@@ -130,9 +130,9 @@ class _Contest:
 
     def _challenge(self, best: Plan, level: int) -> Plan:
         """The better of a plan and the same with one level the other way."""
-        ways = list(best.ways)
-        ways[level] = LOOPED if ways[level] == PACKED else PACKED
-        other = replace(best, ways=tuple(ways))
+        execution = list(best.execution)
+        execution[level] = LOOPED if execution[level] == PACKED else PACKED
+        other = replace(best, execution=tuple(execution))
         before = self._time(best)
         better = self._better(best, other)
         if better == best:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.engine.packed_tensors import preserve_buffers, preserve_modes, tensors
 from treeify.engine.plan import Plan
-from treeify.engine.program import WAYS
+from treeify.engine.program import EXECUTIONS
 from treeify.errors import ParityError
 from treeify.parity.deterministic import held
 
@@ -523,9 +523,9 @@ def _every_plan(hne: HierarchicalEnsemble) -> list[Plan]:
     The first level has one branch: the turns of two levels would be no others.
     """
     levels = hne.tree.levels
-    plans = [Plan((way,) * levels, fuse=fuse) for way in WAYS for fuse in (False, True)]
+    plans = [Plan((way,) * levels, fuse=fuse) for way in EXECUTIONS for fuse in (False, True)]
     if levels > 2:
-        order = (WAYS, WAYS[::-1])
+        order = (EXECUTIONS, EXECUTIONS[::-1])
         plans += [Plan(tuple(islice(cycle(ways), levels)), fuse=False) for ways in order]
     return plans
 

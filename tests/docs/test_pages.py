@@ -44,6 +44,15 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
+def test_files_that_pages_name_are_there() -> None:
+    for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "NOTES.md"):
+        text = page.read_text(encoding="utf-8")
+        for path in re.findall(
+            r"`((?:treeify|tests|benchmarks|docs|recipes|examples)/[\w./]*)`", text
+        ):
+            assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
 @pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.name)
 def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runpy.run_path(str(example), run_name="__main__")

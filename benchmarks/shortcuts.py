@@ -31,7 +31,7 @@ from treeify.engine.forms import children, pack, unpack
 from treeify.engine.plan import Plan
 from treeify.engine.program import LOOPED, PACKED, Walk
 from treeify.fusion import FusedConv, FusedLinear, conv
-from treeify.rules import patches
+from treeify.rules.operations import patches
 
 SMALL, LARGE = common.CIFAR
 RESNET = common.Case("resnet18 at 64x64", torchvision.models.resnet18, 64)

@@ -9,7 +9,7 @@ from torch import nn
 
 import treeify
 from treeify.evaluation.cost import base_cost, costs, macs
-from treeify.rules.widened import Widened
+from treeify.rules.operations.widened import Widened
 from treeify.tree import Span, Tree
 
 STAGES = ("input", "stage1", "stage2", "head")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
-from treeify.rules import patches
+from treeify.rules.operations import patches
 
 
 class Net(nn.Module):

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from treeify.engine.forms import Convert, Form, Leaves, Multiply
 from treeify.engine.packed_tensors import Slot, submodule, tensors
 from treeify.engine.program import OUTPUT, Crossing, NodeReport, Program, Segment
-from treeify.rules.branchwise import (
+from treeify.rules.operations.branchwise import (
     Constant,
     Dense,
     EachBranch,

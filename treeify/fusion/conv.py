@@ -20,7 +20,7 @@ from treeify.engine.forms import read_once
 from treeify.engine.packed_tensors import narrow
 from treeify.fusion.overwrite import Activation, add_into
 from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, takes_onednn
-from treeify.rules.widened import Widened, WidenedConv, swap
+from treeify.rules.operations.widened import Widened, WidenedConv, swap
 from treeify.tree import Span
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {

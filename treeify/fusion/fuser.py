@@ -30,7 +30,7 @@ from treeify.rules.dropout import DROPOUTS, PackedStochasticDepth
 from treeify.rules.elementwise import ACTIVATIONS, Broadcast, Direct
 from treeify.rules.linear import PackedLinear
 from treeify.rules.norm import NormInBatch, PackedLayerNorm
-from treeify.rules.widened import Widened
+from treeify.rules.operations.widened import Widened
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 _LINEAR = (nn.Linear, TimmLinear, PackedLinear)

@@ -13,8 +13,8 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import call_with, narrow
+from treeify.rules.operations.widened import OfRows, of_rows, widened, widened_conv
 from treeify.rules.table import Call, Unpackable, batch_rule, rule, widens
-from treeify.rules.widened import OfRows, of_rows, widened, widened_conv
 from treeify.tree import Span
 
 # timm's padded and weight-standardised convolutions treat every output channel by itself, so they

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from treeify.rules.elementwise import Direct
+from treeify.rules.operations.widened import Widened, widened
 from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
-from treeify.rules.widened import Widened, widened
 from treeify.tree import Span
 
 _CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

@@ -16,8 +16,8 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 from treeify.engine.forms import merge_branches, split_branches
 from treeify.engine.packed_tensors import narrow
 from treeify.rules.elementwise import ACTIVATIONS
+from treeify.rules.operations.widened import OfRows, Widened, of_rows, widened
 from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
-from treeify.rules.widened import OfRows, Widened, of_rows, widened
 from treeify.tracing.trace import facts
 from treeify.tree import Span
 

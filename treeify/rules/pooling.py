@@ -11,8 +11,8 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from treeify.rules.elementwise import Direct
+from treeify.rules.operations.widened import Widened, widened
 from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
-from treeify.rules.widened import Widened, widened
 
 _MODULES = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.LPPool2d),

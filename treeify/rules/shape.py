@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
 from treeify.rules.elementwise import Direct, call_target
+from treeify.rules.operations.widened import widened
 from treeify.rules.table import Call, Unpackable, pure, rule, widens
-from treeify.rules.widened import widened
 from treeify.tree import Span
 
 _FOLDABLE: tuple[Any, ...] = (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from treeify.engine.forms import read_once
 from treeify.engine.packed_tensors import call_with, narrow
-from treeify.rules import patches
+from treeify.rules.operations import patches
 from treeify.rules.table import WIDEN, Call, Unpackable
 from treeify.tracing.trace import TensorFacts
 from treeify.tree import Span

@@ -13,7 +13,7 @@ from treeify.engine import program
 from treeify.engine.forms import Form
 from treeify.engine.program import Crossing, Held
 from treeify.errors import ParityError
-from treeify.tracing.trace import TensorFacts
+from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
 

@@ -19,7 +19,7 @@ import treeify
 from treeify.conversion.api import open_up
 from treeify.engine.forms import Form
 from treeify.errors import InputError, ModelError, ParityError, TraceError
-from treeify.tracing.trace import facts
+from treeify.tracing.facts import facts
 
 
 class Branching(nn.Module):

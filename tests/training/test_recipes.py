@@ -9,7 +9,7 @@ from torch import nn
 import treeify
 from treeify.errors import RecipeError
 from treeify.models.architecture import Architecture
-from treeify.tracing.trace import facts
+from treeify.tracing.facts import facts
 from treeify.training.recipe_file import load_recipe
 
 FOLDER = Path(__file__).parents[2] / "recipes"

@@ -43,8 +43,9 @@ from treeify.rules.table import (
     is_pure,
     takes_counts,
 )
+from treeify.tracing.facts import facts
 from treeify.tracing.functionalize import is_own_copy
-from treeify.tracing.trace import Traced, facts
+from treeify.tracing.trace import Traced
 from treeify.tree import Tree
 
 _SUFFIXES = {Form.PACKED: "packed", Form.BATCH: "batch", Form.BRANCHES: "branches"}

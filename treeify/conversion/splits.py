@@ -15,7 +15,8 @@ from itertools import pairwise
 from torch import fx
 
 from treeify.errors import SplitError, nearest
-from treeify.tracing.trace import Traced, facts
+from treeify.tracing.facts import facts
+from treeify.tracing.trace import Traced
 from treeify.tree import Tree
 
 INPUT = "input"

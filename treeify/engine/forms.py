@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from treeify.tracing.trace import TensorFacts
+from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
 

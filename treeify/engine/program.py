@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from treeify.engine.forms import Branches, Form, cut, join, place
 from treeify.engine.packed_tensors import cut_once
-from treeify.tracing.trace import TensorFacts
+from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span, Tree
 
 PACKED, LOOPED = "packed", "looped"

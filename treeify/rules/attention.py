@@ -15,7 +15,7 @@ from treeify.engine.packed_tensors import narrow
 from treeify.rules.elementwise import Direct, require_aligned, with_parameters
 from treeify.rules.linear import linear
 from treeify.rules.table import Call, Unpackable, batch_rule
-from treeify.tracing.trace import TensorFacts
+from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
 

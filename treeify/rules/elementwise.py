@@ -16,7 +16,7 @@ from treeify.engine.forms import merge_branches, split_branches
 from treeify.engine.packed_tensors import lookup, narrow
 from treeify.rules.operations.widened import widened
 from treeify.rules.table import Call, Unpackable, batch_rule, rule, widens
-from treeify.tracing.trace import TensorFacts
+from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
 ACTIVATIONS = (

@@ -21,9 +21,9 @@ from torch.utils._pytree import tree_leaves
 from treeify.rules.elementwise import Direct, call_target, require_aligned
 from treeify.rules.shape import SHAPE_READINGS, Item
 from treeify.rules.table import Call, Unpackable, batch_rule, widens
+from treeify.tracing.facts import TensorFacts, facts
 from treeify.tracing.functionalize import set_item
 from treeify.tracing.replacements import OF_EACH_IMAGE
-from treeify.tracing.trace import TensorFacts, facts
 from treeify.tree import Span
 
 _ALONG_BATCH = "it works along the batch"

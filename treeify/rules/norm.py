@@ -18,7 +18,7 @@ from treeify.engine.packed_tensors import narrow
 from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.operations.widened import OfRows, Widened, of_rows, widened
 from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
-from treeify.tracing.trace import facts
+from treeify.tracing.facts import facts
 from treeify.tree import Span
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

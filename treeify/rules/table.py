@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from treeify.engine.packed_tensors import Widen
-from treeify.tracing.trace import Facts, TensorFacts, facts
+from treeify.tracing.facts import Facts, TensorFacts, facts
 
 
 class Unpackable(Exception):  # noqa: N818 - a verdict, not an error

@@ -12,7 +12,7 @@ from treeify.engine.forms import read_once
 from treeify.engine.packed_tensors import call_with, narrow
 from treeify.rules.operations import patches
 from treeify.rules.table import WIDEN, Call, Unpackable
-from treeify.tracing.trace import TensorFacts
+from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
 # What users change on a module after it was made.

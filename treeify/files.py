@@ -1,4 +1,4 @@
-"""Files, directories and links that are there whole or as they were, whatever happens.
+"""Files, directories and links that are written completely or not at all, whatever happens.
 
 A writer that is killed leaves a draft behind, `.NAME.PID`, and nothing else.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a file of text, as `replace_bytes` does."""
+    """Write a file of UTF-8 text, as `replace_bytes` does."""
     replace_bytes(path, text.encode())
 
 
@@ -28,6 +28,7 @@ def replace_bytes(path: Path, content: bytes) -> None:
     draft = _draft(path)
     try:
         draft.write_bytes(content)
+        # A rename can reach the disk before the content: a power cut would leave an empty file.
         _bring_to_disk(draft)
         draft.replace(path)
         _bring_to_disk(path.parent)
@@ -54,7 +55,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def publish(final: Path, write: Callable[[Path], None]) -> None:
-    """Make a directory; one that is there already stays.
+    """Make a directory with all its files at once; one that exists already stays as it is.
 
     Args:
         final: its name.
@@ -82,14 +83,15 @@ def point(link: Path, target: Path) -> None:
     """Let a symbolic link name something, from one moment to the next.
 
     Args:
-        link: if it is a directory, as copying may leave it, that one is put aside.
-        target: what it names.
+        link: the link; if it is a directory, as copying may leave it, that one is renamed.
+        target: what the link names.
 
     Raises:
         OSError: it cannot be written.
     """
     draft = _draft(link)
     draft.unlink(missing_ok=True)
+    # A link cannot be overwritten, but renaming one over another takes a single moment.
     draft.symlink_to(os.path.relpath(target, link.parent))
     if link.is_dir() and not link.is_symlink():
         link.rename(unused(link.with_name(f"copied-{link.name}")))
@@ -104,12 +106,12 @@ def drafts(folder: Path, names: str) -> list[Path]:
         folder: where they wrote.
         names: a regular expression for what they wrote.
     """
-    found = re.compile(rf"\.({names})\.\d+")
-    return [path for path in folder.glob(".*") if found.fullmatch(path.name)]
+    pattern = re.compile(rf"\.({names})\.\d+")
+    return [path for path in folder.glob(".*") if pattern.fullmatch(path.name)]
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a whole directory, if it is there."""
+    """Remove a file, a link or a directory with all its files, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -117,7 +119,7 @@ def remove(path: Path) -> None:
 
 
 def unused(path: Path) -> Path:
-    """The path, or the first of `path-2`, `path-3`, ... that is not there yet."""
+    """The path, or the first of `path-2`, `path-3`, ... that does not exist yet."""
     names = (path.name if number == 1 else f"{path.name}-{number}" for number in count(1))
     return next(other for other in map(path.with_name, names) if not other.exists())
 
@@ -127,6 +129,7 @@ def _draft(path: Path) -> Path:
 
 
 def _bring_to_disk(path: Path) -> None:
+    """Wait until a file's content, or the names in a directory, would survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

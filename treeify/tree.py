@@ -101,15 +101,15 @@ class Tree:
             Per piece the first level to compute and its leaves; above that level a piece has a
             single branch, computed before, from that level on none.
         """
-        found = []
+        pieces = []
         start = leaves.start
         while start < leaves.stop:
             partial = [b for b in range(self.levels) if start % self.leaves_below(b)]
             below = self.leaves_below(partial[-1]) if partial else self.leaves
             stop = min(leaves.stop, (start // below + 1) * below)
-            found.append((partial[-1] + 1 if partial else 0, Span(start, stop)))
+            pieces.append((partial[-1] + 1 if partial else 0, Span(start, stop)))
             start = stop
-        return found
+        return pieces
 
     def path(self, leaf: int) -> tuple[int, ...]:
         """The branch index at each level on the way from the root to `leaf`.
@@ -175,24 +175,19 @@ class Tree:
         return "\n".join(lines)
 
     def _draw(self, level: int, indent: str, branch: int) -> list[str]:
+        """A line for each child at `level` of a branch, and below the first one its children's."""
         if level == self.levels:
             return []
-        fanout = self.fanouts[level - 1]
+        fanout, width = self.fanouts[level - 1], self.leaves_below(level)
         lines = []
         for child in range(fanout):
             index = branch * fanout + child
             last = child == fanout - 1
-            leaves = Span(index, index + 1)
-            width = self.leaves_below(level)
+            first_leaf = index * width
             span = (
-                f"{leaves.start * width}"
-                if width == 1
-                else f"{index * width}-{(index + 1) * width - 1}"
+                f"leaf {index}" if width == 1 else f"leaves {first_leaf}-{first_leaf + width - 1}"
             )
-            word = "leaf" if width == 1 else "leaves"
-            lines.append(
-                f"{indent}{'└─' if last else '├─'} level {level} branch {index}: {word} {span}"
-            )
+            lines.append(f"{indent}{'└─' if last else '├─'} level {level} branch {index}: {span}")
             if branch == 0 and child == 0:
                 lines += self._draw(level + 1, indent + ("   " if last else "│  "), index)
         return lines

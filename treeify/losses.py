@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treeify.errors import InputError
-from treeify.registry import Registry, Share
+from treeify.registry import Fraction, Registry
 from treeify.tree import Tree
 
 Loss = Callable[..., Tensor]
@@ -53,7 +53,7 @@ def independent(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
 
     Args:
         logits: of every leaf, [N, L, K].
-        target: classes, [N] integers below K, or their shares, [N, K] floats (mixup).
+        target: classes, [N] integers below K, or fractions of each, [N, K] floats (mixup).
         tree: the shape the leaves belong to.
 
     Returns:
@@ -74,7 +74,7 @@ def structured(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
 
     Args:
         logits: of every leaf, [N, L, K].
-        target: classes, [N] integers below K, or their shares, [N, K] floats (mixup).
+        target: classes, [N] integers below K, or fractions of each, [N, K] floats (mixup).
         tree: the shape the leaves belong to.
 
     Returns:
@@ -95,7 +95,7 @@ def co_distillation(
     target: Tensor,
     tree: Tree,
     *,
-    alpha: Share = 0.5,
+    alpha: Fraction = 0.5,
     temperature: PositiveFloat = 2.0,
     scale_by_t2: bool = False,
 ) -> Tensor:
@@ -103,7 +103,7 @@ def co_distillation(
 
     Args:
         logits: of every leaf, [N, L, K].
-        target: classes, [N] integers below K, or their shares, [N, K] floats (mixup).
+        target: classes, [N] integers below K, or fractions of each, [N, K] floats (mixup).
         tree: the shape the leaves belong to.
         alpha: weight `a` of the distillation, from 0 to 1.
         temperature: `T`, above 0, dividing the logits of teacher and students.
@@ -129,7 +129,7 @@ def hierarchical_distillation(
     target: Tensor,
     tree: Tree,
     *,
-    alpha: Share = 0.5,
+    alpha: Fraction = 0.5,
     temperature: PositiveFloat = 2.0,
     scale_by_t2: bool = False,
 ) -> Tensor:
@@ -137,7 +137,7 @@ def hierarchical_distillation(
 
     Args:
         logits: of every leaf, [N, L, K].
-        target: classes, [N] integers below K, or their shares, [N, K] floats (mixup).
+        target: classes, [N] integers below K, or fractions of each, [N, K] floats (mixup).
         tree: the shape the leaves belong to.
         alpha: weight `a` of the distillation, from 0 to 1.
         temperature: `T`, above 0, dividing the logits of teacher and students. The paper states it
@@ -233,6 +233,7 @@ def _distill(
 
 
 def _check(logits: Tensor, target: Tensor, tree: Tree) -> None:
+    """Raise InputError unless leaf logits fit the tree, and the target fits the logits."""
     if not isinstance(logits, Tensor):
         raise InputError(
             "the logits are not one tensor.",
@@ -248,11 +249,11 @@ def _check(logits: Tensor, target: Tensor, tree: Tree) -> None:
             next_step="Give the loss hne(x), not hne.predict(x) or hne(x, leaves=n).",
         )
     mixed = (len(logits), logits.shape[2])
-    wanted = mixed if target.is_floating_point() else mixed[:1]
-    if target.shape != wanted:
+    shape = mixed if target.is_floating_point() else mixed[:1]
+    if target.shape != shape:
         raise InputError(
             "the target does not fit the logits.",
             expected=f"{len(logits)} integer classes, shape [{len(logits)}],"
-            f" or their shares as floats, shape {list(mixed)}",
+            f" or fractions of each class as floats, shape {list(mixed)}",
             found=f"{target.dtype} of shape {list(target.shape)}",
         )

@@ -11,12 +11,12 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Field
 
-from treeify.errors import RecipeError, nearest
+from treeify.errors import RecipeError, TreeifyError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# Kinds of options that recipes check.
-Share = Annotated[float, Field(ge=0, le=1)]
+# A kind of option that recipes check.
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Registry(dict[str, Callable[..., Any]]):
@@ -38,21 +38,22 @@ class Registry(dict[str, Callable[..., Any]]):
         return lambda function: self._add(name, function)
 
     def find(self, name: str) -> Callable[..., Any]:
-        """The function registered under `name`, or `package.module:function` of one's own.
+        """The function registered under `name`, or that `package.module:function` names.
 
         Raises:
             RecipeError: there is none; the message offers the nearest names.
         """
         if ":" in name:
-            return _import(name, self.kind)
+            expected = "package.module:function, or a class whose instances are called"
+            return import_function(name, self.kind, RecipeError, expected)
         if name not in self:
             close = nearest(name, self)
-            known = ", ".join(sorted(self))
+            names = ", ".join(sorted(self))
             raise RecipeError(
                 f"no {self.kind} is called {name!r}.",
-                expected=f"{close} (did you mean it?), or another of {known}"
+                expected=f"{close} (did you mean it?), or another of {names}"
                 if close
-                else f"one of {known}",
+                else f"one of {names}",
             )
         return self[name]
 
@@ -68,23 +69,50 @@ class Registry(dict[str, Callable[..., Any]]):
         return function
 
 
-def _import(name: str, kind: str) -> Callable[..., Any]:
-    """A function from `package.module:function`, the directory the user is in included."""
-    module, _, attribute = name.partition(":")
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
+def import_function(
+    name: str, kind: str, error_class: type[TreeifyError], expected: str
+) -> Callable[..., Any]:
+    """The function or class that a user names.
+
+    Args:
+        name: `package.module:function`; the module may lie in the current directory.
+        kind: what the function is, for messages, e.g. "loss".
+        error_class: what is raised.
+        expected: what would have been accepted, for messages.
+
+    Raises:
+        TreeifyError: of `error_class`: the module cannot be imported, or has no such function.
+    """
+    module_name, _, attribute = name.partition(":")
+    directory = str(Path.cwd())
+    # First, as `python -m` has it: a command that was installed does not look there.
+    sys.path.insert(0, directory)
     try:
-        found = operator.attrgetter(attribute)(importlib.import_module(module))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(
-            f"{kind} {name!r} cannot be imported: {error}",
-            expected="package.module:function, or a class whose instances are called",
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever the user's code raises
+        raise error_class(
+            f"module {module_name!r} of {kind} {name!r} cannot be imported.",
+            expected=expected,
+            found=f"{type(error).__name__}: {error}",
+            next_step="Run from the directory that holds it, or install its package.",
         ) from error
     finally:
-        sys.path.remove(here)
-    if not callable(found):
-        raise RecipeError(f"{kind} {name!r} is a {type(found).__name__}, not a function.")
-    return found  # type: ignore[no-any-return]
+        sys.path.remove(directory)
+    try:
+        function = operator.attrgetter(attribute)(module)
+    except AttributeError:
+        function = None
+    if callable(function):
+        return function  # type: ignore[no-any-return]  # its caller checks what it returns
+    functions = [key for key, value in vars(module).items() if callable(value)]
+    close = nearest(attribute, functions)
+    raise error_class(
+        f"{kind} {name!r} cannot be imported: module {module_name!r} has no function"
+        f" {attribute!r}.",
+        expected=expected,
+        found=None if function is None else f"{type(function).__name__} {function!r:.100}",
+        next_step=f"Did you mean {close}?" if close else None,
+    )
 
 
 def _where(function: Callable[..., Any]) -> str:

@@ -27,7 +27,7 @@ from treeify.data.source import (
 from treeify.data.tars import folders_in
 from treeify.errors import DataError
 from treeify.models.architecture import TIMM, TORCHVISION
-from treeify.registry import Share
+from treeify.registry import Fraction
 
 
 @register("image_folder")
@@ -39,7 +39,7 @@ def image_folder(
     crop_padding: NonNegativeInt | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
-    random_erasing: Share = 0.0,
+    random_erasing: Fraction = 0.0,
 ) -> Data:
     """Your own images: `root/train/CLASS/*` to train on and `root/val/CLASS/*` held out.
 
@@ -95,7 +95,7 @@ def timm_dataset(
     like: str | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
-    random_erasing: Share = 0.0,
+    random_erasing: Fraction = 0.0,
 ) -> Data:
     """Whatever `timm.data.create_dataset` reads by index: folders, tar files, Hugging Face's.
 

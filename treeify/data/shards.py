@@ -13,7 +13,7 @@ from treeify.data.photographs import transforms
 from treeify.data.source import Data, in_parts, register
 from treeify.data.tars import IMAGES, Entry, TarImages
 from treeify.errors import DataError
-from treeify.registry import Share
+from treeify.registry import Fraction
 
 _LABEL = "cls"
 
@@ -28,7 +28,7 @@ def webdataset(
     like: str | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
-    random_erasing: Share = 0.0,
+    random_erasing: Fraction = 0.0,
 ) -> Data:
     """Shards of WebDataset: tar files of `KEY.jpg` (or png, webp) and `KEY.cls`, local or mounted.
 

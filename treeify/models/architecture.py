@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import inspect
 import json
 import re
@@ -28,10 +27,14 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from treeify.errors import ModelError, nearest
+from treeify.registry import import_function
 
 TORCHVISION = "torchvision/"
 TIMM = "timm/"
-FORMS = "timm's name ('resnet50'), 'torchvision/NAME' or 'package.module:function'"
+FORMS = (
+    "timm's name ('resnet50'), 'torchvision/NAME', or 'package.module:function' of a function that"
+    " returns a torch.nn.Module"
+)
 
 _IMAGE_SIZE = "img_size"  # what timm calls it, as an argument and in modules
 
@@ -129,7 +132,7 @@ class Architecture:
 
     def _builder(self, pretrained: bool) -> Callable[..., object]:
         if ":" in self.name:
-            function = _load_function(self.name)
+            function = import_function(self.name, "model", ModelError, FORMS)
             return partial(function, pretrained=True) if pretrained else function
         if self.name.startswith(TORCHVISION):
             return partial(_build_torchvision, self.name.removeprefix(TORCHVISION), pretrained)
@@ -333,28 +336,6 @@ def _torchvision_names() -> list[str]:
     """Torchvision's classifiers; its detectors and quantised models live in other modules."""
     names: list[str] = torchvision.models.list_models(module=torchvision.models)
     return names
-
-
-def _load_function(name: str) -> Callable[..., object]:
-    module_name, _, function_name = name.partition(":")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise ModelError(
-            f"module {module_name!r} of model {name!r} cannot be imported.",
-            expected=FORMS,
-            found=f"{type(error).__name__}: {error}",
-            next_step="Run from the directory that holds it, or install its package.",
-        ) from error
-    function = getattr(module, function_name, None)
-    if callable(function):
-        return function  # type: ignore[no-any-return]  # whatever it returns is checked
-    functions = [key for key, value in vars(module).items() if callable(value)]
-    raise ModelError(
-        f"module {module_name!r} has no function {function_name!r}.",
-        expected="a function that returns a torch.nn.Module",
-        next_step=_did_you_mean(nearest(function_name, functions)),
-    )
 
 
 def _unknown(name: str) -> ModelError:

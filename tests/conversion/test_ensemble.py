@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
+from treeify.anytime.session import Answer
 from treeify.errors import InputError, LeafError
 
 
@@ -337,3 +338,45 @@ def test_frozen_parameters_stay_frozen() -> None:
     frozen = {name for name, parameter in hne.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if name.startswith("stem")}
     assert not hne.leaf(0).stem[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("leaves", [None, 1, 4])
+def test_predict_tells_an_observer_of_every_size_on_the_way(leaves: int | None) -> None:
+    hne, x = small.ensemble(), small.images(3)
+    answers: list[tuple[Answer, Tensor]] = []
+    logits = hne.predict(x, leaves, observe=lambda *answer: answers.append(answer))
+    last = hne.leaves if leaves is None else leaves
+    sizes = [*(size for size in (1, 3) if size < last), last]
+    assert [answer.leaves for answer, _ in answers] == sizes
+    assert all(images.tolist() == [0, 1, 2] for _, images in answers)
+    assert torch.equal(answers[-1][0].logits, logits)
+    assert_close(logits, hne.predict(x, leaves))
+
+
+def test_predict_tells_an_observer_which_images_took_part() -> None:
+    hne, x = small.ensemble(), small.images(6)
+    first = hne.predict(x, leaves=1).softmax(-1).amax(-1)
+    threshold = first.sort().values[2:4].mean().item()
+    answers: list[tuple[Answer, Tensor]] = []
+    prediction = hne.predict(
+        x,
+        confidence=[threshold, 2.0],
+        observe=lambda *answer: answers.append(answer),
+    )
+    assert torch.equal(prediction.logits, hne.predict(x, confidence=[threshold, 2.0]).logits)
+    assert answers[0][1].tolist() == list(range(6))
+    unsure = (first < threshold).nonzero().flatten()
+    for answer, images in answers[1:]:
+        assert torch.equal(images, unsure)
+        assert len(answer.logits) == len(unsure)
+    assert [answer.leaves for answer, _ in answers] == [1, 3, 6]
+
+
+def test_predict_tells_an_observer_of_answers_by_a_deadline() -> None:
+    hne, x = small.ensemble(), small.images(2)
+    hne.calibrate(x, repeats=2)
+    answers: list[tuple[Answer, Tensor]] = []
+    logits = hne.predict(x, deadline=60.0, observe=lambda *answer: answers.append(answer))
+    assert [answer.leaves for answer, _ in answers] == [6]
+    assert answers[0][1].tolist() == [0, 1]
+    assert torch.equal(answers[0][0].logits, logits)

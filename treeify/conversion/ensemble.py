@@ -35,6 +35,9 @@ from treeify.tree import Span, Tree
 if TYPE_CHECKING:
     from treeify.models.architecture import Architecture
 
+# Called with an answer on the way and the positions `[M]` in the batch of the images it is for.
+Observer = Callable[[Answer, Tensor], None]
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -293,6 +296,7 @@ class HierarchicalEnsemble(nn.Module):
         *,
         deadline: float | None = None,
         confidence: None = None,
+        observe: Observer | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -303,6 +307,7 @@ class HierarchicalEnsemble(nn.Module):
         *,
         deadline: float | None = None,
         confidence: float | Sequence[float] | Budget,
+        observe: Observer | None = None,
     ) -> Prediction: ...
 
     def predict(
@@ -312,6 +317,7 @@ class HierarchicalEnsemble(nn.Module):
         *,
         deadline: float | None = None,
         confidence: float | Sequence[float] | Budget | None = None,
+        observe: Observer | None = None,
     ) -> Any:
         """Mean logits, of as many leaves as asked for or as there is time or need for.
 
@@ -324,6 +330,9 @@ class HierarchicalEnsemble(nn.Module):
             confidence: stop adding leaves to an image once the probability of its likeliest class
                 reaches this; one value, one for every nested size but the last, or what
                 `treeify.anytime.confidence.budget` chose. Sure images leave the batch.
+            observe: called with every answer on the way and the positions `[M]` of the images it is
+                for. Its time counts towards a deadline. Without deadline or confidence there are
+                answers of every nested size below `leaves` then, and evaluation mode is needed.
 
         Returns:
             `[N, K]`; with confidence a `Prediction`: logits `[N, K]` and leaves per image `[N]`.
@@ -340,17 +349,30 @@ class HierarchicalEnsemble(nn.Module):
             raise InputError(
                 "several limits were given.", expected="leaves, deadline or confidence"
             )
+        observer: Observer = observe or (lambda answer, images: None)
+
+        def for_all(step: Answer) -> None:
+            observer(step, torch.arange(len(x), device=x.device))
+
         if deadline is not None:
             check_deadline(deadline)
             session = self.session(x)
             known = self._latencies_for(x)
             pace = self._paces.setdefault(known.situation, Pace())
-            advance_until(session, known, deadline, begin, pace=pace)
+            advance_until(session, known, deadline, begin, pace=pace, watch=for_all)
             return session.logits
         if confidence is not None:
             sizes = self.tree.nested_sizes
-            return answer(self.session(x), sizes, thresholds_for(confidence, sizes))
-        return mean_over_leaves(self(x, leaves=leaves))
+            thresholds = thresholds_for(confidence, sizes)
+            return answer(self.session(x), sizes, thresholds, watch=observer)
+        if observe is None:
+            return mean_over_leaves(self(x, leaves=leaves))
+        last = self.leaves if leaves is None else leaves
+        self.tree.check_size(last)
+        session = self.session(x)
+        for step in steps(session, [*(s for s in self.tree.nested_sizes if s < last), last]):
+            for_all(step)
+        return session.logits
 
     def session(self, x: Tensor) -> Session:
         """Anytime inference on a batch, to be advanced, stopped and resumed as you like.

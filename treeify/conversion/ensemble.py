@@ -28,8 +28,8 @@ from treeify.engine.tuning import tune
 from treeify.errors import InputError
 from treeify.fusion.fuser import Fused
 from treeify.rules import WIDEN
+from treeify.tracing.side_effects import in_mode
 from treeify.tracing.trace import Traced
-from treeify.tracing.tracer import in_mode
 from treeify.tree import Span, Tree
 
 if TYPE_CHECKING:

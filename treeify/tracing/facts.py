@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from treeify.tracing.aliasing import Aliases
 from treeify.tracing.functionalize import isolate
 from treeify.tracing.meta_interpreter import Recorder, Running
-from treeify.tracing.tracer import BATCHES
+from treeify.tracing.sizes import BATCHES
 
 
 @dataclass(frozen=True)

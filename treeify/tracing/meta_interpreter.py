@@ -17,8 +17,8 @@ from treeify.errors import InputError
 from treeify.tracing.aliasing import Keeper, Values
 from treeify.tracing.functionalize import in_place_target, is_own_copy, stems_from_state
 from treeify.tracing.meta_kernels import Shortcuts, batch_norm_flops
-from treeify.tracing.side_effects import StateError, changed_number, numbers_within
-from treeify.tracing.tracer import BATCHES, in_mode
+from treeify.tracing.side_effects import StateError, changed_number, in_mode, numbers_within
+from treeify.tracing.sizes import BATCHES
 
 _T = TypeVar("_T")
 

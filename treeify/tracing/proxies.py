@@ -6,12 +6,14 @@ import builtins
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import wraps
 from typing import Any, get_args
 from unittest import mock
 
 import torch
 from torch import Tensor, fx
+from torch.utils._pytree import tree_leaves
 
 from treeify.errors import TraceError
 from treeify.tracing.functionalize import IN_PLACE_OPERATORS, looks_into, stems_from_state
@@ -114,3 +116,31 @@ def _asks_for_tensors(kinds: Any) -> bool:
         return True
     several = kinds if type(kinds) is tuple else get_args(kinds)
     return any(map(_asks_for_tensors, several))
+
+
+# They take sizes, and look for no tensor's say in them as other functions do.
+_FACTORIES = (
+    *("arange", "empty", "eye", "full", "linspace", "ones", "zeros"),
+    *("rand", "randint", "randn", "randperm"),
+)
+
+
+@contextmanager
+def recorded_factories() -> Iterator[None]:
+    """Record calls of `torch.zeros(x.shape[0], ...)` and the like, which fx does not."""
+
+    def recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            leaves = tree_leaves((args, kwargs))
+            proxy = next((leaf for leaf in leaves if isinstance(leaf, fx.Proxy)), None)
+            if proxy is None:
+                return function(*args, **kwargs)
+            return proxy.tracer.create_proxy("call_function", function, args, kwargs)
+
+        return call
+
+    with ExitStack() as stack:
+        for name in _FACTORIES:
+            stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
+        yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
 from treeify.errors import TraceError
+from treeify.tracing.functionalize import CONSTANT
 
 _NUMBERS = (bool, int, float, str)
 _TABLES = frozenset(vars(nn.Module()))
@@ -167,3 +169,39 @@ def closed_functions() -> Iterator[list[type]]:
 
     with mock.patch.object(torch.autograd.Function, "apply", classmethod(stop)):
         yield left_out
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """Put a model in one mode; then undo that and what passes leave behind, such as caches."""
+    tables = ("_parameters", "_buffers", "_modules")
+    before = [
+        (module, {**vars(module), **{table: dict(vars(module)[table]) for table in tables}})
+        for module in model.modules()
+    ]
+    caches = [
+        (own, copy.copy(own))
+        for module in model.modules()
+        for own in attributes(module).values()
+        if isinstance(own, dict | list)
+    ]
+    try:
+        model.train(training)
+        yield
+    finally:
+        found = {name: value for name, value in vars(model).items() if name.startswith(CONSTANT)}
+        for module, state in before:
+            vars(module).clear()
+            vars(module).update(state)
+        for own, was in caches:
+            own.clear()
+            if isinstance(own, dict):
+                own.update(was)
+            else:
+                own.extend(was)
+        vars(model).update(found)
+
+
+def changes(tensor: Tensor) -> int | None:
+    """How often a tensor was changed; None where that is not counted."""
+    return None if tensor.is_inference() else tensor._version

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import SUPPORTED_NODES
 
 from treeify.tracing.aliasing import Aliases, InPlaceError
+from treeify.tracing.attempts import Limits, trace_modes
 from treeify.tracing.facts import TensorFacts, annotate, enclosing, facts
 from treeify.tracing.functionalize import (
     CONSTANT,
@@ -28,7 +29,7 @@ from treeify.tracing.functionalize import (
 )
 from treeify.tracing.meta_interpreter import Running
 from treeify.tracing.model_copy import on_meta, private_copy, require_own_code
-from treeify.tracing.tracer import Limits, Sizes, trace_modes
+from treeify.tracing.sizes import Sizes
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from treeify.engine.plan import AUTO, TUNING
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture, fingerprint, recognise
 from treeify.tracing.trace import plain_tensors
+from treeify.versions import MODEL_LIBRARIES, versions_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-_PACKAGES = ("torch", "torchvision", "timm")
 # Before the names of what no state dict has; no module's path has a space.
 _BUFFER, _CONSTANT = "buffer ", "constant "
 
@@ -228,7 +228,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "treeify": version("treeify"),
-        "versions": _versions(),
+        "versions": versions_of(*MODEL_LIBRARIES),
         "architecture": None if architecture is None else architecture.to_dict(),
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
@@ -236,10 +236,6 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "frozen": sorted(key for key, own in hne.named_parameters() if not own.requires_grad),
         **_measurements(hne),
     }
-
-
-def _versions() -> dict[str, str]:
-    return {package: version(package) for package in _PACKAGES}
 
 
 def _versions_text(config: Mapping[str, Any]) -> str:
@@ -317,7 +313,9 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
 
 def _check_fingerprint(path: Path, config: Mapping[str, Any], hne: HierarchicalEnsemble) -> None:
     # Fingerprints are comparable under the same library versions; under others shapes decide.
-    if config["versions"] == _versions() and config["fingerprint"] != fingerprint(hne.skeleton):
+    if config["versions"] == versions_of(*MODEL_LIBRARIES) and config["fingerprint"] != fingerprint(
+        hne.skeleton
+    ):
         raise CheckpointError(
             f"{path}: the base model differs from the one that was saved.",
             expected="the same layers, widths and options",

@@ -9,17 +9,16 @@ from __future__ import annotations
 import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from treeify import files
 from treeify.errors import DataError
+from treeify.versions import MODEL_LIBRARIES, versions_of
 
 SHIPPED = Path(__file__).with_name("coverage.jsonl.xz")
 FULL, REDUCED, META = "full", "reduced", "meta"
-_PACKAGES = ("treeify", "torch", "torchvision", "timm")
 
 
 class Row(BaseModel):
@@ -145,7 +144,7 @@ def gigabytes(size: int) -> str:
 
 def versions() -> dict[str, str]:
     """The versions a row belongs to."""
-    return {package: version(package) for package in _PACKAGES}
+    return versions_of("treeify", *MODEL_LIBRARIES)
 
 
 def read(path: Path) -> Coverage:

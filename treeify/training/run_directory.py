@@ -26,7 +26,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +39,7 @@ from treeify.errors import CheckpointError
 from treeify.training import state_file
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import dump_recipe, load_recipe
+from treeify.versions import MODEL_LIBRARIES, versions_of
 
 try:
     import fcntl
@@ -53,7 +53,7 @@ RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl
 STATES, LAST, BEST, EMA = "checkpoints", "last", "best", "ema"
 CHECKPOINTS = (LAST, BEST)
 RUN_FILES = (RECIPE, ENVIRONMENT, METRICS, STATES, *CHECKPOINTS)
-PACKAGES = ("treeify", "torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+PACKAGES = ("treeify", *MODEL_LIBRARIES, "accelerate", "numpy", "safetensors")
 
 # What a run may go on with otherwise than it began; none of it changes the weights.
 _FREE = ("out", "workers", "trackers", "checkpoints", "skip_corrupt")
@@ -361,17 +361,10 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "versions": {package: _version(package) for package in PACKAGES},
+        "versions": versions_of(*PACKAGES),
         "commit": _commit(),
         "argv": sys.argv,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

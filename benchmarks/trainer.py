@@ -27,7 +27,7 @@ from PIL import Image
 from treeify import losses
 from treeify.data.small import CIFAR100
 from treeify.data.source import Data, Transformed, augmentation, prepare
-from treeify.training.events import Epoch, Plan, Reporter, Step
+from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.loaders import Batch, Order, training_loader
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
@@ -81,9 +81,9 @@ class Bare(Reporter):
         self.timed = Timed(training_loader(*args, **options))
         return self.timed
 
-    def started(self, plan: Plan) -> None:
+    def started(self, run: RunSize) -> None:
         """Prepare a step of its own."""
-        self.hne = copy.deepcopy(plan.hne).train()
+        self.hne = copy.deepcopy(run.hne).train()
         rule = self.recipe.optimizer
         self.optimizer = torch.optim.SGD(
             self.hne.parameters(),
@@ -91,8 +91,8 @@ class Bare(Reporter):
             momentum=rule.momentum,
             weight_decay=rule.weight_decay,
         )
-        order = Order(len(plan.data.train), self.recipe.batch_size, seed=1)  # type: ignore[arg-type]
-        loader = training_loader(plan.data, order)
+        order = Order(len(run.data.train), self.recipe.batch_size, seed=1)  # type: ignore[arg-type]
+        loader = training_loader(run.data, order)
         self.batches = (batch for _ in itertools.count() for batch in loader)
         self.since = time.perf_counter()
 

@@ -11,7 +11,7 @@ import runs
 import torch
 
 from treeify.errors import CheckpointError, RecipeError
-from treeify.training.ablation import ablate, cells, last_line, load_grid, plan, results, table
+from treeify.training.ablation import ablate, cells, expand, last_line, load_grid, results, table
 from treeify.training.events import Reporter, Step
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "ablations"
@@ -34,13 +34,13 @@ def grid(tmp_path: Path) -> Path:
 
 
 def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None:
-    planned = plan(grid, tmp_path / "out")
-    assert [(run.variant, run.seed) for run in planned] == [
+    grid_runs = expand(grid, tmp_path / "out")
+    assert [(run.variant, run.seed) for run in grid_runs] == [
         *(("L_I", 0), ("L_I", 1)),
         *(("L_HD", 0), ("L_HD", 1)),
     ]
-    assert [run.recipe.seed for run in planned] == [0, 1, 0, 1]
-    assert planned[2].recipe.loss.options["alpha"] == 0.3
+    assert [run.recipe.seed for run in grid_runs] == [0, 1, 0, 1]
+    assert grid_runs[2].recipe.loss.options["alpha"] == 0.3
 
     class Stop(Reporter):
         def stepped(self, step: Step) -> None:
@@ -52,15 +52,15 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
         count.append(run)
         return Stop() if len(count) == 2 else Reporter()
 
-    assert not ablate(planned, started=started)
-    assert [last_line(run) is not None for run in planned] == [True, False, False, False]
-    assert ablate(planned, started=started)
+    assert not ablate(grid_runs, started=started)
+    assert [last_line(run) is not None for run in grid_runs] == [True, False, False, False]
+    assert ablate(grid_runs, started=started)
     assert len(count) == 2 + 3
-    assert ablate(planned, started=started)
+    assert ablate(grid_runs, started=started)
     assert len(count) == 2 + 3
-    found = table(results(planned))
+    found = table(results(grid_runs))
     assert list(found) == ["L_I", "L_HD"]
-    accuracies = [last_line(run)["held_out"][-1]["accuracy"] for run in planned[:2]]
+    accuracies = [last_line(run)["held_out"][-1]["accuracy"] for run in grid_runs[:2]]
     assert found["L_I"][4].mean == pytest.approx(sum(accuracies) / 2)
     assert found["L_I"][4].deviation == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
 
@@ -72,7 +72,7 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
     assert f"{found['L_I'][4]}" in shown.output
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(row["variant"], row["seed"]) for row in rows] == [
-        (run.variant, run.seed) for run in planned
+        (run.variant, run.seed) for run in grid_runs
     ]
 
 
@@ -93,13 +93,13 @@ def test_variants_can_be_shared_among_commands(grid: Path, tmp_path: Path) -> No
 
 def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Path) -> None:
     """As `kill -9` between the last line of its metrics and its last state leaves it."""
-    (run, *_) = plan(grid, tmp_path / "out", seeds=1)
+    (run, *_) = expand(grid, tmp_path / "out", seeds=1)
     assert ablate([run])
     finished = last_line(run)
     assert finished is not None
     bits = runs.weights(run.directory)
     shutil.rmtree((run.directory / "last").resolve())
-    earlier = plan(grid, tmp_path / "other", seeds=1)[0]
+    earlier = expand(grid, tmp_path / "other", seeds=1)[0]
 
     class Stop(Reporter):
         def stepped(self, step: Step) -> None:
@@ -119,11 +119,11 @@ def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Pat
 
 
 def test_a_grid_that_changed_takes_no_old_results(grid: Path, tmp_path: Path) -> None:
-    first = plan(grid, tmp_path / "out", seeds=1)[:1]
+    first = expand(grid, tmp_path / "out", seeds=1)[:1]
     assert ablate(first)
     grid.write_text(GRID.replace("loss.name=independent", "loss.name=structured"))
     with pytest.raises(CheckpointError, match="another recipe"):
-        ablate(plan(grid, tmp_path / "out", seeds=1)[:1])
+        ablate(expand(grid, tmp_path / "out", seeds=1)[:1])
 
 
 def test_cells_round_and_spread() -> None:
@@ -147,13 +147,13 @@ def test_mistakes_are_found_before_anything_is_trained(
 ) -> None:
     grid.write_text(GRID.replace(old, new))
     with pytest.raises(RecipeError, match=match):
-        plan(grid, tmp_path / "out")
+        expand(grid, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_grids_that_ship_are_valid(path: Path, tmp_path: Path) -> None:
     if "\nvariants:" in path.read_text():
-        assert plan(path, tmp_path, seeds=1)
+        assert expand(path, tmp_path, seeds=1)
         assert load_grid(path).name
         assert "# Source: " in path.read_text()

@@ -134,7 +134,7 @@ def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:
         if not key.startswith("fc."):
             assert torch.equal(first[key], value), key
     result = train(recipe, out=tmp_path / "run")
-    first_epoch, *_, last_epoch = RunDirectory(result.plan.directory).metrics()
+    first_epoch, *_, last_epoch = RunDirectory(result.run.directory).metrics()
     assert last_epoch["loss"] < 0.9 * first_epoch["loss"]
 
 

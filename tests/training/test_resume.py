@@ -16,7 +16,7 @@ import treeify
 from treeify import files
 from treeify.errors import CheckpointError, DataError
 from treeify.training import state_file, trainer
-from treeify.training.events import Epoch, Reporter, Step
+from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.recipe import Recipe
 from treeify.training.run_directory import state_name
 from treeify.training.trainer import train
@@ -232,9 +232,9 @@ def test_a_tuned_run_goes_on_with_its_plan_and_layout(tmp_path: Path) -> None:
     plans = []
 
     class Stop(Reporter):
-        def started(self, plan: trainer.Plan) -> None:
-            weight = plan.hne.get_submodule("block4.0.conv2").weight
-            plans.append((plan.hne.tunings, weight.stride()))
+        def started(self, run: RunSize) -> None:
+            weight = run.hne.get_submodule("block4.0.conv2").weight
+            plans.append((run.hne.tunings, weight.stride()))
 
         def stepped(self, step: Step) -> None:
             if step.step == 2 and len(plans) == 1:

@@ -28,7 +28,7 @@ from treeify.errors import CheckpointError, DataError, RecipeError
 from treeify.evaluation.cost import costs
 from treeify.evaluation.metrics import evaluate as score
 from treeify.training import state_file, trainer
-from treeify.training.events import Epoch, Plan, Reporter, Step
+from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.loaders import held_out_loader
 from treeify.training.recipe import LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
 from treeify.training.recipe_file import load_recipe
@@ -56,7 +56,7 @@ def recipe(recipe_file: Path) -> Recipe:
 
 class Recorder(Reporter):
     def __init__(self) -> None:
-        self.events: list[Plan | Step | Epoch] = []
+        self.events: list[RunSize | Step | Epoch] = []
         self.started = self.stepped = self.finished_epoch = self.events.append
 
     def of(self, kind: type) -> list:
@@ -83,7 +83,7 @@ def test_a_run_leaves_everything_behind(recipe: Recipe) -> None:
     recorder = Recorder()
     result = train(recipe, reporter=recorder)
     directory = Path("runs/tiny")
-    assert result.plan.directory == directory
+    assert result.run.directory == directory
     assert not result.interrupted
     assert sorted(path.name for path in directory.iterdir()) == [
         "best",
@@ -96,13 +96,13 @@ def test_a_run_leaves_everything_behind(recipe: Recipe) -> None:
     assert load_recipe(directory / "recipe.yaml") == recipe
     environment = json.loads((directory / "environment.json").read_text())
     assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert environment["device"] == str(result.plan.device)
+    assert environment["device"] == str(result.run.device)
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in lines] == [(1, STEPS), (2, 2 * STEPS)]
     assert [score["leaves"] for score in lines[-1]["held_out"]] == [1, 2, 4]
     assert lines[-1]["loss"] < lines[0]["loss"]
-    plan, *events = recorder.events
-    assert isinstance(plan, Plan)
+    run, *events = recorder.events
+    assert isinstance(run, RunSize)
     kinds = [type(event) for event in events]
     assert kinds == 2 * [*STEPS * [Step], Epoch]
     assert recorder.of(Epoch)[-1] == result.last
@@ -112,15 +112,15 @@ def test_a_run_leaves_everything_behind(recipe: Recipe) -> None:
 def test_checkpoints_load_and_score_as_recorded(recipe: Recipe) -> None:
     result = train(recipe)
     batches = list(held_out_loader(recipe.data.load().held_out, 2000))
-    loaded = treeify.load(result.plan.directory / "last")
+    loaded = treeify.load(result.run.directory / "last")
     for found, expected in zip(score(loaded, batches), result.last.held_out, strict=True):
         assert (found.leaves, found.accuracy) == (expected.leaves, expected.accuracy)
     images = batches[0][0][:5]
-    assert_close(loaded(images), result.plan.hne.eval()(images))
+    assert_close(loaded(images), result.run.hne.eval()(images))
 
 
 def test_a_checkpoint_holds_the_trainers_state(recipe: Recipe) -> None:
-    last = train(recipe).plan.directory / "last"
+    last = train(recipe).run.directory / "last"
     assert {path.suffix for path in last.iterdir()} == {".safetensors", ".json"}
     state = state_file.read_state(last)
     assert (state["epochs"], state["step"]) == (2, 2 * STEPS)
@@ -141,22 +141,22 @@ def test_best_is_the_epoch_with_the_highest_accuracy(
         return scores
 
     monkeypatch.setattr(trainer, "measure", falling)
-    directory = train(recipe).plan.directory
+    directory = train(recipe).run.directory
     states = [state_file.read_state(directory / name) for name in ("best", "last")]
     assert [state["epochs"] for state in states] == [1, 2]
 
 
 def test_the_same_seed_gives_the_same_weights(recipe: Recipe) -> None:
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"flip": True})})
-    first, second = (weights(train(recipe).plan.directory / "last") for _ in range(2))
+    first, second = (weights(train(recipe).run.directory / "last") for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    other = weights(train(recipe.model_copy(update={"seed": 1})).plan.directory / "last")
+    other = weights(train(recipe.model_copy(update={"seed": 1})).run.directory / "last")
     assert not torch.equal(first["head.weight"], other["head.weight"])
 
 
 def test_run_directories_are_numbered(recipe: Recipe) -> None:
     short = recipe.model_copy(update={"schedule": ScheduleRecipe(epochs=1)})
-    names = [train(short).plan.directory for _ in range(3)]
+    names = [train(short).run.directory for _ in range(3)]
     assert names == [Path("runs/tiny"), Path("runs/tiny-2"), Path("runs/tiny-3")]
 
 
@@ -167,10 +167,10 @@ def test_ctrl_c_finishes_the_step_and_saves(recipe: Recipe, step: int, epochs: i
     assert signal.getsignal(signal.SIGINT) is before
     assert result.interrupted
     assert (result.last.epoch if result.last else 0) == epochs
-    last = result.plan.directory / "last"
+    last = result.run.directory / "last"
     assert state_file.read_state(last)["step"] == step
     images = torch.zeros(2, 3, 8, 8)
-    assert_close(treeify.load(last)(images), result.plan.hne.eval()(images))
+    assert_close(treeify.load(last)(images), result.run.hne.eval()(images))
 
 
 def test_a_second_ctrl_c_acts_at_once(recipe: Recipe) -> None:
@@ -206,7 +206,7 @@ def test_channels_last_trains_to_the_same_weights(recipe: Recipe) -> None:
     gentle = {"schedule": ScheduleRecipe(epochs=1), "optimizer": OptimizerRecipe(lr=1e-3)}
     slow = recipe.model_copy(update=gentle)
     plain, last = (
-        weights(train(slow.model_copy(update={"channels_last": on})).plan.directory / "last")
+        weights(train(slow.model_copy(update={"channels_last": on})).run.directory / "last")
         for on in (False, True)
     )
     for key, tensor in plain.items():
@@ -367,7 +367,7 @@ def test_an_ensemble_can_be_the_teacher(recipe: Recipe, recipe_file: Path) -> No
 
 def test_a_moving_average_is_measured_and_saved(recipe: Recipe, recipe_file: Path) -> None:
     result = train(load_recipe(recipe_file, ["ema={decay: 0.5}"]))
-    directory = result.plan.directory
+    directory = result.run.directory
     averaged = treeify.load(directory / "last" / "ema")
     batches = list(held_out_loader(recipe.data.load().held_out, 2000))
     assert result.last is not None
@@ -385,14 +385,14 @@ def test_other_precisions_train(recipe_file: Path, precision: str) -> None:
     assert result.last.loss != usual.loss
     assert result.last.loss == pytest.approx(usual.loss, rel=0.1 if precision == "bf16" else 1e-3)
     dtype = {"bf16": torch.float32, "fp64": torch.float64}[precision]
-    assert weights(result.plan.directory / "last")["head.weight"].dtype is dtype
+    assert weights(result.run.directory / "last")["head.weight"].dtype is dtype
 
 
 def test_tuned_and_fixed_executions_train(recipe_file: Path) -> None:
-    tuned = train(load_recipe(recipe_file, ["tune=true", "schedule.epochs=1"])).plan
+    tuned = train(load_recipe(recipe_file, ["tune=true", "schedule.epochs=1"])).run
     assert {situation.training for situation in tuned.hne.tunings} == {True, False}
     assert treeify.load(tuned.directory / "last").tunings == tuned.hne.tunings
-    looped = train(load_recipe(recipe_file, ["execution=[packed, looped, looped]"])).plan
+    looped = train(load_recipe(recipe_file, ["execution=[packed, looped, looped]"])).run
     assert looped.hne.execution == ("packed", "looped", "looped")
 
 
@@ -403,7 +403,7 @@ def test_a_compiled_run_is_the_same_but_for_rounding(recipe_file: Path) -> None:
     result = train(load_recipe(recipe_file, ["compile=true"]))
     assert plain is not None and result.last is not None
     assert result.last.loss == pytest.approx(plain.loss, rel=1e-3)
-    assert treeify.load(result.plan.directory / "last").leaves == 4
+    assert treeify.load(result.run.directory / "last").leaves == 4
 
 
 def test_trackers_are_told(recipe_file: Path) -> None:
@@ -411,7 +411,7 @@ def test_trackers_are_told(recipe_file: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     result = train(load_recipe(recipe_file, ["trackers=[tensorboard]"]))
-    (events,) = result.plan.directory.rglob("events.out.*")
+    (events,) = result.run.directory.rglob("events.out.*")
     found = EventAccumulator(str(events.parent)).Reload()
     accuracy = found.Scalars("held_out/accuracy/4")
     assert [own.step for own in accuracy] == [STEPS, 2 * STEPS]
@@ -537,7 +537,7 @@ def test_ctrl_c_ends_the_command_with_130(
 
 def test_the_resolved_recipe_states_every_option(recipe: Recipe) -> None:
     short = recipe.model_copy(update={"schedule": ScheduleRecipe(epochs=1)})
-    written = yaml.safe_load((train(short).plan.directory / "recipe.yaml").read_text())
+    written = yaml.safe_load((train(short).run.directory / "recipe.yaml").read_text())
     assert written["loss"] == {
         "name": "hierarchical_distillation",
         "alpha": 0.5,

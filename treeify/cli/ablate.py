@@ -16,7 +16,7 @@ from rich.table import Table
 from treeify import files
 from treeify.cli.train import INTERRUPTED
 from treeify.errors import RecipeError
-from treeify.training.ablation import Planned, ablate, load_grid, plan, results, table
+from treeify.training.ablation import GridRun, ablate, expand, load_grid, results, table
 from treeify.training.distributed import leave
 from treeify.training.events import Epoch, Reporter
 
@@ -56,7 +56,7 @@ def run_grid(
     """
     console = Console(quiet=as_json)
     directory = Path("runs") / load_grid(grid).name if out is None else out
-    runs = plan(grid, directory, seeds)
+    runs = expand(grid, directory, seeds)
     finished = show or ablate(
         _chosen(runs, only), started=lambda run: _Line(console, run, len(runs), runs.index(run))
     )
@@ -73,7 +73,7 @@ def run_grid(
         sys.exit(INTERRUPTED)
 
 
-def _chosen(runs: Sequence[Planned], only: Sequence[str] | None) -> Sequence[Planned]:
+def _chosen(runs: Sequence[GridRun], only: Sequence[str] | None) -> Sequence[GridRun]:
     """The runs of some variants; of all if none is named."""
     if unknown := set(only or ()) - {run.variant for run in runs}:
         raise RecipeError(
@@ -86,7 +86,7 @@ def _chosen(runs: Sequence[Planned], only: Sequence[str] | None) -> Sequence[Pla
 class _Line(Reporter):
     """A line per run."""
 
-    def __init__(self, console: Console, run: Planned, count: int, index: int) -> None:
+    def __init__(self, console: Console, run: GridRun, count: int, index: int) -> None:
         self.console = console
         self.name = f"[{index + 1}/{count}] {run.variant}, seed {run.seed}"
         self.epochs = run.recipe.schedule.epochs

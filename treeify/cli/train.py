@@ -22,7 +22,7 @@ from rich.progress import (
 from treeify.cli.scores import score_rows, score_table
 from treeify.errors import RecipeError
 from treeify.training.distributed import leave
-from treeify.training.events import Epoch, Plan, Reporter, Result, Step
+from treeify.training.events import Epoch, Reporter, Result, RunSize, Step
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train as run_training
 
@@ -119,25 +119,25 @@ class _Display(Reporter):
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
-    def started(self, plan: Plan) -> None:
-        self.epochs = plan.epochs
-        images = len(plan.data.train)  # type: ignore[arg-type]
-        where = f"{plan.processes} processes, " if plan.processes > 1 else ""
+    def started(self, run: RunSize) -> None:
+        self.epochs = run.epochs
+        images = len(run.data.train)  # type: ignore[arg-type]
+        where = f"{run.processes} processes, " if run.processes > 1 else ""
         self.console.print(
-            f"{plan.hne.leaves} leaves on {where}{plan.device}, {images:,} training images; "
-            f"{plan.data.split}. Writing {plan.directory}",
+            f"{run.hne.leaves} leaves on {where}{run.device}, {images:,} training images; "
+            f"{run.data.split}. Writing {run.directory}",
             soft_wrap=True,
             highlight=False,
         )
-        if plan.done:
-            total = plan.epochs * plan.steps
-            self.console.print(f"Going on after step {plan.done:,} of {total:,}.")
+        if run.done:
+            total = run.epochs * run.steps
+            self.console.print(f"Going on after step {run.done:,} of {total:,}.")
         self.task = self.progress.add_task(
             "",
-            total=plan.epochs * plan.steps,
-            completed=plan.done,
-            epoch=plan.done // plan.steps + 1,
-            epochs=plan.epochs,
+            total=run.epochs * run.steps,
+            completed=run.done,
+            epoch=run.done // run.steps + 1,
+            epochs=run.epochs,
             loss="-",
             accuracy="",
         )
@@ -170,18 +170,18 @@ class _Display(Reporter):
 
 
 def _print_result(console: Console, result: Result) -> None:
-    plan, last = result.plan, result.last
+    run, last = result.run, result.last
     if last is not None:
-        console.print(score_table(score_rows(plan.hne, last.held_out, last.train), brief=True))
-        console.print(f"Data: {plan.data.split}.", soft_wrap=True, highlight=False)
-    state = plan.directory / "last"
+        console.print(score_table(score_rows(run.hne, last.held_out, last.train), brief=True))
+        console.print(f"Data: {run.data.split}.", soft_wrap=True, highlight=False)
+    state = run.directory / "last"
     if result.interrupted:
-        done = f"after {last.epoch} of {plan.epochs} epochs" if last else "in the first epoch"
+        done = f"after {last.epoch} of {run.epochs} epochs" if last else "in the first epoch"
         console.print(
             f"Stopped {done}; the state is saved in {state}. Go on with"
-            f" treeify train {plan.directory / 'recipe.yaml'} --resume {plan.directory}",
+            f" treeify train {run.directory / 'recipe.yaml'} --resume {run.directory}",
             soft_wrap=True,
             highlight=False,
         )
     else:
-        console.print(f"Run: {plan.directory}  (the ensemble: {state})", soft_wrap=True)
+        console.print(f"Run: {run.directory}  (the ensemble: {state})", soft_wrap=True)

@@ -72,7 +72,7 @@ class Grid(Section):
 
 
 @dataclass(frozen=True)
-class Planned:
+class GridRun:
     """One run of a grid.
 
     Args:
@@ -110,7 +110,7 @@ def load_grid(path: Path) -> Grid:
         ) from error
 
 
-def plan(path: Path, out: Path, seeds: int | None = None) -> list[Planned]:
+def expand(path: Path, out: Path, seeds: int | None = None) -> list[GridRun]:
     """Every run of a grid, its recipe checked.
 
     Args:
@@ -128,11 +128,11 @@ def plan(path: Path, out: Path, seeds: int | None = None) -> list[Planned]:
         file = path.parent / (own.recipe or grid.recipe)
         for seed in range(grid.seeds if seeds is None else seeds):
             recipe = load_recipe(file, [*grid.overrides, *own.overrides, f"seed={seed}"])
-            runs.append(Planned(name, seed, recipe, out / name / f"seed{seed}"))
+            runs.append(GridRun(name, seed, recipe, out / name / f"seed{seed}"))
     return runs
 
 
-def last_line(run: Planned) -> dict[str, Any] | None:
+def last_line(run: GridRun) -> dict[str, Any] | None:
     """A finished run's last epoch; None if it has not finished.
 
     Raises:
@@ -152,14 +152,14 @@ def last_line(run: Planned) -> dict[str, Any] | None:
 
 
 def ablate(
-    runs: Sequence[Planned],
+    runs: Sequence[GridRun],
     *,
-    started: Callable[[Planned], Reporter] = lambda run: Reporter(),
+    started: Callable[[GridRun], Reporter] = lambda run: Reporter(),
 ) -> bool:
     """Train what is left of a grid; a run that was stopped goes on.
 
     Args:
-        runs: see `plan`.
+        runs: see `expand`.
         started: told each run before it begins; its reporter hears how it goes.
 
     Returns:
@@ -178,7 +178,7 @@ def ablate(
     return True
 
 
-def results(runs: Sequence[Planned]) -> list[dict[str, Any]]:
+def results(runs: Sequence[GridRun]) -> list[dict[str, Any]]:
     """Every finished run's last epoch, with what it was run with, ready for JSON.
 
     Raises:

@@ -59,7 +59,7 @@ class Epoch:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunSize:
     """What a run is about to do, as reported.
 
     Args:
@@ -88,12 +88,12 @@ class Result:
     """What a run left behind.
 
     Args:
-        plan: what it set out to do.
+        run: what it set out to do.
         last: the last finished epoch, None if none was.
         interrupted: Ctrl-C or a SIGTERM stopped it early; `last/` holds the state it stopped in.
     """
 
-    plan: Plan
+    run: RunSize
     last: Epoch | None
     interrupted: bool
 
@@ -101,7 +101,7 @@ class Result:
 class Reporter:
     """Hears how a run goes, in the main process; does nothing unless a subclass does."""
 
-    def started(self, plan: Plan) -> None:
+    def started(self, run: RunSize) -> None:
         """The first step is next."""
 
     def stepped(self, step: Step) -> None:

@@ -30,7 +30,7 @@ from treeify.models.architecture import Architecture
 from treeify.seeds import seed_of
 from treeify.training import distributed, optimizers
 from treeify.training.distributed import Team, resolve_device
-from treeify.training.events import Epoch, Plan, Reporter, Result, Step, flat, read_epoch
+from treeify.training.events import Epoch, Reporter, Result, RunSize, Step, flat, read_epoch
 from treeify.training.interrupt import Interrupt
 from treeify.training.loaders import (
     Batch,
@@ -236,8 +236,8 @@ class _Run:
         self.saved = time.monotonic()
 
     @property
-    def _plan(self) -> Plan:
-        return Plan(
+    def _size(self) -> RunSize:
+        return RunSize(
             self.directory.path,
             self.hne,
             self.data,
@@ -282,19 +282,19 @@ class _Run:
         """Train what is left of the epochs, or until Ctrl-C."""
         distributed.open_trackers(self.accelerator, self.recipe)
         last = read_epoch(self.directory.metrics()[-1]) if self.epochs else None
-        self.reporter.started(self._plan)
+        self.reporter.started(self._size)
         with Interrupt() as interrupt:
             while self.epochs < self.recipe.schedule.epochs:
                 epoch = self._epoch(interrupt)
                 if epoch is None:
                     self._save()
                     self._end()
-                    return Result(self._plan, last, interrupted=True)
+                    return Result(self._size, last, interrupted=True)
                 last = epoch
                 self._record(epoch)
                 self.reporter.finished_epoch(epoch)
         self._end()
-        return Result(self._plan, last, interrupted=False)
+        return Result(self._size, last, interrupted=False)
 
     def _end(self) -> None:
         for tracker in self.accelerator.trackers:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
-from treeify.engine.packed_tensors import preserve_buffers
+from treeify.engine.preserve import preserve_buffers
 from treeify.errors import TraceError
 
 

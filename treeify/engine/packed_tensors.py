@@ -158,34 +158,6 @@ def call_assigning(
     }
 
 
-@contextmanager
-def preserve_buffers(module: nn.Module) -> Iterator[None]:
-    """Put a module's buffers and their values back, whatever took their place."""
-    kept = [
-        (own._buffers, name, buffer, buffer.clone())
-        for own in module.modules()
-        for name, buffer in own._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for table, name, buffer, value in kept:
-            table[name] = buffer
-            buffer.data.copy_(value)
-
-
-@contextmanager
-def preserve_modes(module: nn.Module) -> Iterator[None]:
-    """Put each submodule's mode, training or evaluation, back."""
-    kept = [(own, own.training) for own in module.modules()]
-    try:
-        yield
-    finally:
-        for own, training in kept:
-            own.training = training
-
-
 def _swap(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Put tensors into a module and return those that were there."""
     before = {}

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from treeify.engine import timing
-from treeify.engine.packed_tensors import lay_out, preserve_buffers
+from treeify.engine.packed_tensors import lay_out
 from treeify.engine.plan import Plan, Planner, Situation, Tuning
+from treeify.engine.preserve import preserve_buffers
 from treeify.engine.program import LOOPED, PACKED
 from treeify.errors import InputError
 

@@ -21,8 +21,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.engine.packed_tensors import preserve_buffers, preserve_modes, tensors
+from treeify.engine.packed_tensors import tensors
 from treeify.engine.plan import Plan
+from treeify.engine.preserve import preserve_buffers, preserve_modes
 from treeify.engine.program import EXECUTIONS
 from treeify.errors import ParityError
 from treeify.parity.deterministic import held

@@ -25,7 +25,7 @@ from treeify.conversion.api import hierarchicalize, open_up
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import State, initialization
 from treeify.conversion.splits import choose, inner_point, listed, parse
-from treeify.engine.packed_tensors import preserve_modes
+from treeify.engine.preserve import preserve_modes
 from treeify.errors import ModelError, ParityError, SplitError
 from treeify.models import shallow
 from treeify.models.architecture import Architecture, example_shape, family, resized, skeleton

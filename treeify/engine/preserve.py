@@ -1,0 +1,47 @@
+"""Context managers that put a module's modes and buffers back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def preserve_modes(model: nn.Module) -> Iterator[None]:
+    """Restore every submodule's own mode, training or evaluation, at the end.
+
+    `model.train()` instead would also wake what was in evaluation mode inside of a model in
+    training, such as frozen batch norms.
+
+    Args:
+        model: within, it may be switched by `train` and `eval` at will.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def preserve_buffers(model: nn.Module) -> Iterator[None]:
+    """Restore a model's buffers and their values at the end, whatever took their place.
+
+    Args:
+        model: within, passes in training mode may update and assign its buffers.
+    """
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        for table, name, buffer, values in buffers:
+            table[name] = buffer
+            buffer.data.copy_(values)

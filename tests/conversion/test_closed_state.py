@@ -65,7 +65,7 @@ def converted(closed: type[nn.Module], split: str = "closed") -> treeify.Hierarc
     hne = treeify.hierarchicalize(
         Model(closed), [split], init="perturb", example_input=small.EXAMPLE
     )
-    assert list(hne.traced.unopened) == ["closed"]
+    assert list(hne.traced.leaf_modules) == ["closed"]
     return hne
 
 

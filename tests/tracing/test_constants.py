@@ -121,8 +121,8 @@ def test_what_no_graph_shows_of_made_tensors_keeps_a_module_closed(kind: type[nn
     model = small.SmallNet()
     model.stage2 = nn.Sequential(kind(), nn.ReLU())
     hne = treeify.hierarchicalize(model, ["stage1"], init="perturb", example_input=small.EXAMPLE)
-    assert list(hne.traced.unopened) == ["stage2.0"]
-    assert hne.traced.unopened["stage2.0"].startswith(CLOSED[kind])
+    assert list(hne.traced.leaf_modules) == ["stage2.0"]
+    assert hne.traced.leaf_modules["stage2.0"].startswith(CLOSED[kind])
     assert treeify.verify(hne, small.images(2)).worst <= 1
 
 
@@ -159,7 +159,7 @@ def test_loops_over_parts_and_questions_of_rank_leave_the_size_open() -> None:
     hne = treeify.hierarchicalize(
         Chunked(), ["stem", "stage1"], init="perturb", example_input=small.EXAMPLE
     )
-    assert not hne.traced.unopened
+    assert not hne.traced.leaf_modules
     assert not hne.traced.limits.one_size
     assert treeify.verify(hne, torch.rand(2, 3, 12, 10)).worst <= 1
 
@@ -199,5 +199,5 @@ def test_opened_and_right(model: type[nn.Module]) -> None:
     hne = treeify.hierarchicalize(
         model(), ["stem", "stage2"], init="perturb", example_input=small.EXAMPLE
     )
-    assert not hne.traced.unopened
+    assert not hne.traced.leaf_modules
     assert treeify.verify(hne, small.images(2)).worst <= 1

@@ -10,7 +10,7 @@ from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerB
 
 import treeify
 from treeify.parity.verify import settle
-from treeify.tracing.replacements import OF_EACH_IMAGE, STAND_INS
+from treeify.tracing.replacements import OF_EACH_IMAGE, REPLACEMENTS
 
 HEADS, CHANNELS = 2, 8
 
@@ -50,7 +50,7 @@ def test_window_attention_is_torchvisions(
         del inputs["qkv_bias"], inputs["proj_bias"]
     options = {"window_size": window, "shift_size": shift, "num_heads": HEADS}
     expected = original(**inputs, **options)
-    found = STAND_INS[original](**inputs, **options)
+    found = REPLACEMENTS[original](**inputs, **options)
     assert_close(found, expected, rtol=1e-12, atol=1e-12)
     direction = torch.randn_like(expected)
     gradients = [
@@ -63,14 +63,14 @@ def test_its_dropouts_are_torchvisions() -> None:
     original = swin_transformer.shifted_window_attention
     inputs = _inputs((6, 6), [3, 3], cosine=False)
     options = {"window_size": [3, 3], "shift_size": [1, 1], "num_heads": HEADS}
-    plain = STAND_INS[original](**inputs, **options, attention_dropout=0.5, dropout=0.5)
-    kept = STAND_INS[original](
+    plain = REPLACEMENTS[original](**inputs, **options, attention_dropout=0.5, dropout=0.5)
+    kept = REPLACEMENTS[original](
         **inputs, **options, attention_dropout=0.5, dropout=0.5, training=False
     )
     assert_close(kept, original(**inputs, **options))
     assert (plain == 0).double().mean() == pytest.approx(0.5, abs=0.15)
     for rate in ("attention_dropout", "dropout"):
-        dropped = STAND_INS[original](**inputs, **options, **{rate: 0.5})
+        dropped = REPLACEMENTS[original](**inputs, **options, **{rate: 0.5})
         assert not torch.allclose(dropped, kept)
 
 
@@ -94,7 +94,7 @@ def test_windows_run_packed_and_images_of_any_size_are_taken(second: bool) -> No
     # The second version's network for position biases is as large as the rest of so small a model.
     assert hne.conversion.packed_share > (0.85 if second else 0.99)
     looped = {reason.partition(":")[0] for reason in hne.conversion.fallbacks}
-    assert not looped & {own.__name__ for own in (*STAND_INS, *OF_EACH_IMAGE)}
+    assert not looped & {own.__name__ for own in (*REPLACEMENTS, *OF_EACH_IMAGE)}
     for sides in ((32, 32), (44, 28)):
         assert treeify.verify(hne, torch.rand(2, 3, *sides)).worst <= 1
 
@@ -104,10 +104,10 @@ def test_linear_attention_is_timms() -> None:
     torch.manual_seed(0)
     module = LiteMLA(16, 16, scales=(3, 5)).eval()
     x = torch.randn(2, 16, 5, 7, requires_grad=True)
-    stand_in = STAND_INS[LiteMLA.forward]
+    replacement = REPLACEMENTS[LiteMLA.forward]
     for kwargs in ({"enabled": False}, {"dtype": torch.bfloat16}):
         with torch.autocast("cpu", **kwargs):
-            found, expected = stand_in(module, x), module(x)
+            found, expected = replacement(module, x), module(x)
         assert found.dtype == expected.dtype
         assert_close(found, expected)
         direction = torch.randn_like(expected)

@@ -75,7 +75,7 @@ class Picky(nn.Module):
 def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() -> None:
     for model, closed in ((Wrapped(), ["body.1.1"]), (nn.Sequential(Wrapped()), ["0.body.1.1"])):
         traced = open_up(model, example_input=small.EXAMPLE)
-        assert "if x.mean() > 0:" in traced.unopened[closed[0]]
+        assert "if x.mean() > 0:" in traced.leaf_modules[closed[0]]
         for graph in traced.graphs.values():
             calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
             assert closed[0] in calls
@@ -97,7 +97,7 @@ def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() ->
 def test_what_is_closed_in_one_mode_is_closed_in_the_other() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Picky(), nn.Flatten(), nn.Linear(4 * 64, 2))
     traced = open_up(model, example_input=small.EXAMPLE)
-    assert list(traced.unopened) == ["1"]
+    assert list(traced.leaf_modules) == ["1"]
     targets = [
         [node.target for node in graph.nodes if node.op == "call_module"]
         for graph in traced.graphs.values()
@@ -126,7 +126,7 @@ class Sized(nn.Module):
 def test_a_model_that_looks_at_the_size_is_traced_for_one() -> None:
     hne = treeify.hierarchicalize(Sized(), ["stem:3"], init="perturb", example_input=small.EXAMPLE)
     assert hne.traced.limits.one_size
-    assert not hne.traced.unopened
+    assert not hne.traced.leaf_modules
     side = small.EXAMPLE.shape[-1]
     assert any(f"takes images of {side} x {side} alone" in note for note in hne.conversion.notes)
     for count in (1, 5):
@@ -192,7 +192,7 @@ def test_a_cache_made_while_tracing_is_not_left_behind() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Caching(), nn.Flatten(), nn.Linear(4 * 64, 3))
     hne = treeify.hierarchicalize(model, ["1"], init="perturb", example_input=small.EXAMPLE)
     assert torch.equal(model[1].places, torch.zeros(1))
-    assert not hne.traced.unopened
+    assert not hne.traced.leaf_modules
     assert treeify.verify(hne, small.images(3)).worst <= 1
 
 
@@ -215,7 +215,7 @@ def test_a_cache_by_key_is_made_anew_in_every_try() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Keyed(), nn.Flatten(), nn.Linear(4 * 64, 3))
     hne = treeify.hierarchicalize(model, ["1"], init="perturb", example_input=small.EXAMPLE)
     assert model[1].known == {}
-    assert not hne.traced.unopened
+    assert not hne.traced.leaf_modules
     assert treeify.verify(hne, small.images(3)).worst <= 1
 
 
@@ -304,7 +304,9 @@ class Counting(nn.Module):
 def test_a_module_that_assigns_to_its_buffers_stays_closed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Counting(), nn.Flatten(), nn.Linear(4 * 64, 3))
     hne = treeify.hierarchicalize(model, ["1:3"], init="perturb", example_input=small.EXAMPLE)
-    assert hne.traced.unopened == {"1": "it assigns to its buffer 'steps', which no graph shows"}
+    assert hne.traced.leaf_modules == {
+        "1": "it assigns to its buffer 'steps', which no graph shows"
+    }
     assert treeify.verify(hne, small.images(2)).worst <= 1
     hne.train()(small.images(2))
     hne(small.images(2))
@@ -320,7 +322,7 @@ def test_control_flow_of_gemma_is_opened() -> None:
     model = timm.create_model("gemma4_vit_167m_enc", **options, position_embedding_size=8)
     example = torch.rand(2, 3, 96, 96)
     hne = treeify.hierarchicalize(model, ["blocks.0"], init="perturb", example_input=example)
-    assert not hne.traced.unopened
+    assert not hne.traced.leaf_modules
     assert treeify.verify(hne, example).worst <= 1
 
 
@@ -518,7 +520,7 @@ def test_a_module_that_reads_what_it_changed_in_place_stays_closed(
     hne = treeify.hierarchicalize(
         Around(odd()), [f"{split}:3"], init="perturb", example_input=small.EXAMPLE
     )
-    assert list(hne.traced.unopened) == ["odd.0"]
+    assert list(hne.traced.leaf_modules) == ["odd.0"]
     (note,) = (note for note in hne.conversion.notes if "odd.0" in note)
     assert "in place" in note and "reads afterwards" in note
     assert treeify.verify(hne, small.images(2)).worst <= 1
@@ -619,8 +621,8 @@ def test_a_module_that_does_what_no_graph_shows_stays_closed(case: str) -> None:
         nn.Conv2d(3, 4, 4, stride=4), Unseen(case), nn.Conv2d(4, 2, 2), nn.Flatten()
     )
     hne = treeify.hierarchicalize(model, ["0"], init="perturb", example_input=small.EXAMPLE)
-    assert list(hne.traced.unopened) == ["1"]
-    assert hne.traced.unopened["1"].startswith(UNSEEN[case])
+    assert list(hne.traced.leaf_modules) == ["1"]
+    assert hne.traced.leaf_modules["1"].startswith(UNSEEN[case])
     x = small.images(2)
     if (
         case != "autocast"
@@ -706,7 +708,7 @@ def test_a_value_that_is_put_away_and_not_read_again_is_named() -> None:
 
 def test_a_closed_module_may_keep_a_size() -> None:
     hne = stateful("width")
-    assert list(hne.traced.unopened) == ["1"]
+    assert list(hne.traced.leaf_modules) == ["1"]
     assert treeify.verify(hne, small.images()).worst <= 1
 
 

@@ -28,7 +28,7 @@ from treeify.engine.tuning import tune
 from treeify.errors import InputError
 from treeify.fusion.fuser import Fused
 from treeify.rules import WIDEN
-from treeify.tracing.side_effects import in_mode
+from treeify.tracing.side_effects import undo_side_effects
 from treeify.tracing.trace import Traced
 from treeify.tree import Span, Tree
 
@@ -153,7 +153,8 @@ class HierarchicalEnsemble(nn.Module):
             (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced)),
         )
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
-        with in_mode(traced.skeleton, training=True):
+        with undo_side_effects(traced.skeleton):
+            traced.skeleton.train()
             self._evaluating = [path for path, own in _named(traced.skeleton) if not own.training]
         self.train(like.training)
         _take_modes(self, like)
@@ -623,10 +624,10 @@ def _tracing_notes(traced: Traced) -> Iterator[str]:
         yield "does what these buffers said when it was converted: " + ", ".join(limits.fixed)
     if limits.recomputed:
         yield "keeps all activations in training: torch.utils.checkpoint is left out"
-    if limits.kept:
-        more = f" and {len(limits.kept) - 3} more" if len(limits.kept) > 3 else ""
-        yield "does not set the attributes " + ", ".join(limits.kept[:3]) + more
-    for path, reason in traced.unopened.items():
+    if limits.assigned:
+        more = f" and {len(limits.assigned) - 3} more" if len(limits.assigned) > 3 else ""
+        yield "does not set the attributes " + ", ".join(limits.assigned[:3]) + more
+    for path, reason in traced.leaf_modules.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
 

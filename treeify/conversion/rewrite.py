@@ -44,7 +44,7 @@ from treeify.rules.table import (
     takes_counts,
 )
 from treeify.tracing.facts import facts
-from treeify.tracing.functionalize import is_own_copy
+from treeify.tracing.functionalize import is_isolating_copy
 from treeify.tracing.trace import Traced
 from treeify.tree import Tree
 
@@ -112,7 +112,7 @@ class _Rewriter:
     ) -> None:
         self.graph = traced.graphs[training]
         self.skeleton, self.constants = traced.skeleton, traced.constants
-        self.unopened = traced.unopened
+        self.leaf_modules = traced.leaf_modules
         self.base = base
         self.levels, self.layout, self.root, self.tree = levels, layout, root, tree
         self.forms: dict[fx.Node, Form] = {}
@@ -361,7 +361,7 @@ class _Rewriter:
             ratio = self.tree.branches[level] // self._branches(first)
             call = replace(call, ratio=ratio)
         rule = find_rule(call)
-        if rule is None and (reason := self.unopened.get(str(node.target))):
+        if rule is None and (reason := self.leaf_modules.get(str(node.target))):
             raise Unpackable(f"its inside cannot be traced: {reason}")
         if rule is None:
             raise Unpackable(f"{_NO_RULE} {self._operation(node)}")
@@ -409,7 +409,7 @@ class _Rewriter:
         operation: nn.Module
         if module is not None:
             storage = submodule(self.root, str(node.target))
-            copies = any(is_own_copy(source) for source in node.all_input_nodes)
+            copies = any(is_isolating_copy(source) for source in node.all_input_nodes)
             slots, branches = self._slots(node), self.tree.branches
             operation = EachBranchModule(module, storage, slots, branches, level, copies=copies)
         elif self._reads_shape(node):

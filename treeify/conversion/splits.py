@@ -242,7 +242,7 @@ def _mask(traced: Traced, reach: _Reach, name: str, training: bool) -> int:
     if mask:
         return mask
     if closed := _closed_around(traced, reach.nodes, name):
-        reason = f": {why}" if (why := traced.unopened.get(closed)) else ""
+        reason = f": {why}" if (why := traced.leaf_modules.get(closed)) else ""
         raise SplitError(
             f"split {name!r} is inside of {closed!r}, which runs as one call{reason}.",
             expected=f"{closed!r}, or a module outside of it",

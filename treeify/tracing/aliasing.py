@@ -65,7 +65,7 @@ class ReadLaterError(InPlaceError):
             f" which {reader.name} reads afterwards.",
             expected="in-place operations on values of their own",
             next_step="Use the out-of-place operation, or move both lines into a module of their"
-            " own: it then runs per branch, unopened.",
+            " own: it then runs as one call per branch.",
         )
 
 

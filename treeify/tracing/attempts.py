@@ -27,7 +27,7 @@ def trace_modes(
     private: nn.Module,
     leaf_types: frozenset[type[nn.Module]],
     sizes: Sizes,
-    unopened: dict[str, str],
+    leaf_modules: dict[str, str],
 ) -> tuple[dict[bool, fx.Graph], Limits]:
     """Both modes' graphs, and what they are limited to.
 
@@ -35,26 +35,26 @@ def trace_modes(
         private: the model.
         leaf_types: module types to keep whole.
         sizes: answers to what the model asks about sizes.
-        unopened: by module that stays closed, the reason; those that have to, in either mode, are
-            added.
+        leaf_modules: by module that runs as one call, the reason; those that have to, in either
+            mode, are added.
 
     Raises:
         TraceError: the model's own forward cannot be traced.
     """
     while True:
-        before = len(unopened)
+        before = len(leaf_modules)
         found = {
-            training: _trace_mode(private, training, leaf_types, unopened, sizes)
+            training: _trace_mode(private, training, leaf_types, leaf_modules, sizes)
             for training in (False, True)
         }
-        if len(unopened) == before:
+        if len(leaf_modules) == before:
             graphs = {training: graph for training, (graph, _) in found.items()}
             limits = [own for _, own in found.values()]
             fixed = sorted({name for own in limits for name in own.fixed})
             one_size = any(own.one_size for own in limits)
             recomputed = any(own.recomputed for own in limits)
-            kept = sorted({name for own in limits for name in own.kept})
-            return graphs, Limits(one_size, tuple(fixed), recomputed, tuple(kept))
+            assigned = sorted({name for own in limits for name in own.assigned})
+            return graphs, Limits(one_size, tuple(fixed), recomputed, tuple(assigned))
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class Limits:
             on them.
         fixed: buffers whose present values decide what the model does.
         recomputed: whether activations were to be computed again in the backward pass.
-        kept: attributes in which modules put values, and which held none before.
+        assigned: attributes in which modules put values, and which held none before.
     """
 
     one_size: bool
     fixed: tuple[str, ...]
     recomputed: bool
-    kept: tuple[str, ...]
+    assigned: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def _trace_mode(
     private: nn.Module,
     training: bool,
     leaf_types: frozenset[type[nn.Module]],
-    unopened: dict[str, str],
+    leaf_modules: dict[str, str],
     sizes: Sizes,
 ) -> tuple[fx.Graph, Limits]:
     """One mode's graph, and what it is limited to; what stops the tracer is left closed."""
@@ -111,22 +111,22 @@ def _trace_mode(
         stops: list[_Stop] = []
         for sized in (False, True):
             try:
-                found = _try(private, training, leaf_types, unopened, sizes, stops, sized=sized)
+                found = _try(private, training, leaf_types, leaf_modules, sizes, stops, sized=sized)
             except StateError as error:
                 raise _untraceable(private, training, error) from error
             if found is not None:
                 return found
         furthest = max(stops, key=lambda stop: stop.nodes)
-        if not furthest.inside or furthest.inside in unopened:
+        if not furthest.inside or furthest.inside in leaf_modules:
             raise _untraceable(private, training, furthest.error) from furthest.error
-        unopened[furthest.inside] = furthest.reason
+        leaf_modules[furthest.inside] = furthest.reason
 
 
 def _try(
     private: nn.Module,
     training: bool,
     leaf_types: frozenset[type[nn.Module]],
-    unopened: Collection[str],
+    leaf_modules: Collection[str],
     sizes: Sizes,
     stops: list[_Stop],
     *,
@@ -144,7 +144,7 @@ def _try(
     fixed: set[str] = set()
     while True:
         ids = {id(private.get_buffer(name)) for name in fixed}
-        tracer = Tracer(leaf_types, unopened, sizes, ids, sized=sized)
+        tracer = Tracer(leaf_types, leaf_modules, sizes, ids, sized=sized)
         with (
             sizes.mode(training),
             recorded_factories(),
@@ -167,7 +167,7 @@ def _try(
             assigned = _assigned(private, buffers)
             if assigned is None:
                 recomputed = tracer.recomputed or bool(left_out)
-                return graph, Limits(sized, tuple(fixed), recomputed, tuple(tracer.kept))
+                return graph, Limits(sized, tuple(fixed), recomputed, tuple(tracer.assigned))
             path, name = assigned
             problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
             stops[:] = [_Stop(len(tracer.graph.nodes), path, problem)]
@@ -218,7 +218,7 @@ def _untraceable(private: nn.Module, training: bool, failure: Exception) -> Trac
         found=f"stopped at {_user_line(failure)}",
         next_step="Keep it in a buffer, or set it outside of forward."
         if isinstance(failure, StateError)
-        else "Move that line into a module of its own: it then runs per branch, unopened.",
+        else "Move that line into a module of its own: it then runs as one call per branch.",
     )
 
 

@@ -154,7 +154,7 @@ def isolate(
             node.replace_input_with(source, copied)
 
 
-def is_own_copy(node: fx.Node) -> bool:
+def is_isolating_copy(node: fx.Node) -> bool:
     """Whether a value was made to be changed."""
     return _COPY in node.meta
 

@@ -15,9 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from treeify.errors import InputError
 from treeify.tracing.aliasing import Keeper, Values
-from treeify.tracing.functionalize import in_place_target, is_own_copy, stems_from_state
-from treeify.tracing.meta_kernels import Shortcuts, batch_norm_flops
-from treeify.tracing.side_effects import StateError, changed_number, in_mode, numbers_within
+from treeify.tracing.functionalize import in_place_target, is_isolating_copy, stems_from_state
+from treeify.tracing.meta_kernels import MetaKernels, batch_norm_flops
+from treeify.tracing.side_effects import (
+    StateError,
+    changed_number,
+    numbers_within,
+    undo_side_effects,
+)
 from treeify.tracing.sizes import BATCHES
 
 _T = TypeVar("_T")
@@ -49,7 +54,7 @@ class Recorder(fx.Interpreter):
         self.changing: dict[fx.Node, list[fx.Node]] = {}
         self._root = root
         self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
-        self._shortcuts = Shortcuts()
+        self._shortcuts = MetaKernels()
 
     def record(self, example: Tensor, *, count: bool) -> None:
         """Run the graph; counting makes it take twice as long."""
@@ -86,7 +91,7 @@ class Recorder(fx.Interpreter):
         inputs = {
             source: self.env[source]
             for source in n.all_input_nodes
-            if not (stems_from_state(source) or is_own_copy(source))
+            if not (stems_from_state(source) or is_isolating_copy(source))
         }
         versions = {source: _version(value) for source, value in inputs.items()}
         value = super().run_node(n)
@@ -168,7 +173,8 @@ class Running:
             root = root if device == "meta" else copy.deepcopy(root)
             shape = (batch, *self.example.shape[1:])
             images = torch.zeros(shape, dtype=self.example.dtype, device=device)
-            with in_mode(root, self.training), torch.no_grad(), _frozen(root):
+            with undo_side_effects(root), torch.no_grad(), _frozen(root):
+                root.train(self.training)
                 try:
                     return action(root, images)
                 except StateError:

@@ -23,7 +23,7 @@ def batch_norm_flops(shape: torch.Size, *, training: bool) -> int:
     return 0 if training else 4 * shape.numel()
 
 
-class Shortcuts(TorchFunctionMode):
+class MetaKernels(TorchFunctionMode):
     """On the meta device activations and norms give an empty tensor; may count FLOPs of norms."""
 
     def __init__(self) -> None:

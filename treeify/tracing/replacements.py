@@ -148,7 +148,7 @@ def _lite_mla(module: LiteMLA, x: Tensor) -> Tensor:
 # What timm keeps closed for the sake of other tracers.
 OPENED = (mvitv2.reshape_pre_pool, mvitv2.reshape_post_pool, mvitv2.cal_rel_pos_type)
 # Functions, and the forward methods of modules.
-STAND_INS: dict[Any, Callable[..., Any]] = {
+REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     swin_transformer.shifted_window_attention: _shifted_window_attention,
     LiteMLA.forward: _lite_mla,
 }

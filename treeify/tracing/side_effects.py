@@ -172,8 +172,8 @@ def closed_functions() -> Iterator[list[type]]:
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """Put a model in one mode; then undo that and what passes leave behind, such as caches."""
+def undo_side_effects(model: nn.Module) -> Iterator[None]:
+    """Undo what passes leave behind in a model, such as caches, and changes of its mode."""
     tables = ("_parameters", "_buffers", "_modules")
     before = [
         (module, {**vars(module), **{table: dict(vars(module)[table]) for table in tables}})
@@ -186,7 +186,6 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
         if isinstance(own, dict | list)
     ]
     try:
-        model.train(training)
         yield
     finally:
         found = {name: value for name, value in vars(model).items() if name.startswith(CONSTANT)}

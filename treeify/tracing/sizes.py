@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from treeify.tracing.meta_kernels import Shortcuts
-from treeify.tracing.side_effects import in_mode
+from treeify.tracing.meta_kernels import MetaKernels
+from treeify.tracing.side_effects import undo_side_effects
 
 # How many images what depends on their number is told apart with.
 BATCHES = (2, 3)
@@ -38,7 +38,8 @@ class Sizes:
         self._values.clear()
         with ExitStack() as stack:
             for model in (self._private, self._skeleton):
-                stack.enter_context(in_mode(model, training))
+                stack.enter_context(undo_side_effects(model))
+                model.train(training)
             yield
 
     def of(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
@@ -65,7 +66,7 @@ class Sizes:
         """A node's output at both batch sizes; `NotImplemented` where it cannot be computed."""
         states = random.getstate(), np.random.get_state()
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), Shortcuts():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), MetaKernels():
                 return [self._value(node, run) for run in range(len(BATCHES))]
         except Exception:  # whatever a library raises for what the meta device cannot do
             return [NotImplemented] * len(BATCHES)

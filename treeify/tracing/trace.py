@@ -41,7 +41,8 @@ class Traced:
         graphs: by mode, `False` for evaluation and `True` for training.
         example: shape of one input image, `(C, H, W)`.
         constants: by graph target, tensors that are neither parameters nor buffers.
-        unopened: modules whose insides stopped the tracer, each run as one call, and what did it.
+        leaf_modules: modules whose insides stopped the tracer, by path, and what did so; each runs
+            as one call.
         limits: what holds beyond the graphs' own inputs.
     """
 
@@ -49,7 +50,7 @@ class Traced:
     graphs: Mapping[bool, fx.Graph]
     example: tuple[int, ...]
     constants: Mapping[str, Any]
-    unopened: Mapping[str, str]
+    leaf_modules: Mapping[str, str]
     limits: Limits
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
@@ -90,15 +91,15 @@ def trace(
         private = private_copy(model)
         skeleton = on_meta(private)
         sizes = Sizes(private, skeleton, tuple(example.shape[1:]))
-        unopened: dict[str, str] = {}
+        leaf_modules: dict[str, str] = {}
         while True:
-            graphs, limits = trace_modes(private, leaf_types, sizes, unopened)
+            graphs, limits = trace_modes(private, leaf_types, sizes, leaf_modules)
             try:
                 for training, graph in graphs.items():
                     _prepare(graph, Running(private, skeleton, example, training))
                 break
             except InPlaceError as error:
-                _close_around(error, unopened)
+                _close_around(error, leaf_modules)
         constants = {
             target: value
             for graph in graphs.values()
@@ -107,7 +108,7 @@ def trace(
     for graph in graphs.values():  # they outlive the tracer and the copies that it ran
         graph._tracer_cls, graph.owning_module = None, None
     shape = tuple(example.shape[1:])
-    return Traced(skeleton, graphs, shape, constants, unopened, limits)
+    return Traced(skeleton, graphs, shape, constants, leaf_modules, limits)
 
 
 def _prepare(graph: fx.Graph, running: Running) -> None:
@@ -132,22 +133,22 @@ def _prepare(graph: fx.Graph, running: Running) -> None:
     graph.lint()
 
 
-def _close_around(error: InPlaceError, unopened: dict[str, str]) -> None:
+def _close_around(error: InPlaceError, leaf_modules: dict[str, str]) -> None:
     """Let the innermost module with the operation stay closed: inside of it, it is as it was.
 
     Args:
         error: names the operation.
-        unopened: by module, why it stays closed; changed in place.
+        leaf_modules: by module, why it stays closed; changed in place.
 
     Raises:
         InPlaceError: the given one, if the operation is in the model's own forward.
     """
     inside = enclosing(error.node)
-    if not inside or inside in unopened:
+    if not inside or inside in leaf_modules:
         raise error
-    for nested in [path for path in unopened if path.startswith(f"{inside}.")]:
-        del unopened[nested]
-    unopened[inside] = str(error).partition("\n")[0]
+    for nested in [path for path in leaf_modules if path.startswith(f"{inside}.")]:
+        del leaf_modules[nested]
+    leaf_modules[inside] = str(error).partition("\n")[0]
 
 
 def _keep_single_images(graph: fx.Graph) -> None:

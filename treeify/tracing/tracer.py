@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from treeify.errors import TraceError
 from treeify.tracing.proxies import Sized, Value
-from treeify.tracing.replacements import OPENED, STAND_INS
+from treeify.tracing.replacements import OPENED, REPLACEMENTS
 from treeify.tracing.side_effects import Watch, changes, contexts, has_gradient, recomputes
 from treeify.tracing.sizes import Sizes
 
@@ -26,7 +26,7 @@ class Tracer(fx.Tracer):
     def __init__(
         self,
         leaf_types: frozenset[type[nn.Module]],
-        unopened: Collection[str],
+        leaf_modules: Collection[str],
         sizes: Sizes,
         fixed: Collection[int],
         *,
@@ -42,13 +42,13 @@ class Tracer(fx.Tracer):
         # timm marks some of its own modules for the sake of other tracers; yours are left alone.
         marked = (own for own in timm_fx.get_notrace_modules() if own.__module__[:5] != "timm.")
         self._leaf_types = leaf_types.union(marked)
-        self._unopened = unopened
+        self._leaf_modules = leaf_modules
         self._sizes, self._sized = sizes, sized
         self._running = False
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
         # Attributes that values were assigned to, and that held none before.
-        self.kept: set[str] = set()
+        self.assigned: set[str] = set()
         # Tensors made while tracing, and how often each had been changed when it was first used.
         self._made: dict[int, tuple[Tensor, int | None]] = {}
         self.recomputed, self._recomputes = False, recomputes()
@@ -124,8 +124,8 @@ class Tracer(fx.Tracer):
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
     ) -> Any:
         """Record a call, or those of the function that replaces the one called."""
-        if kind == "call_function" and target in STAND_INS:
-            return STAND_INS[target](*args, **kwargs)
+        if kind == "call_function" and target in REPLACEMENTS:
+            return REPLACEMENTS[target](*args, **kwargs)
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **named: Any) -> fx.Node:
@@ -148,7 +148,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether a module is one call."""
-        known = type(m) in self._leaf_types or module_qualified_name in self._unopened
+        known = type(m) in self._leaf_types or module_qualified_name in self._leaf_modules
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -167,9 +167,11 @@ class Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         watch = Watch(m)
-        stand_in = STAND_INS.get(type(m).forward)
+        replacement = REPLACEMENTS.get(type(m).forward)
         try:
-            with mock.patch.object(type(m), "forward", stand_in) if stand_in else nullcontext():
+            with (
+                mock.patch.object(type(m), "forward", replacement) if replacement else nullcontext()
+            ):
                 result = super().call_module(m, forward, args, kwargs)
             self.check(watch, path)
         except Exception:
@@ -184,7 +186,7 @@ class Tracer(fx.Tracer):
 
     def check(self, watch: Watch, path: str) -> None:
         """Look at what the module at a path did besides computing."""
-        self.kept.update(f"{path}.{key}" if path else key for key in watch.check())
+        self.assigned.update(f"{path}.{key}" if path else key for key in watch.check())
         if any(changes(own) != before for own, before in self._made.values()):
             raise TraceError("it changes a tensor that it has used before, which no graph shows")
 

@@ -102,7 +102,9 @@ def measure(
                 "independent": lambda x=x: independent(networks, x),  # type: ignore[misc]
             }
             least = 2 if count > 8 else 3
-            times |= timing.alternate(others, x.device, repeats=7, budget=budget / 2, least=least)
+            times |= timing.alternate(
+                others, x.device, repeats=7, budget=budget / 2, at_least=least
+            )
             if (mapped := timed_vmap(networks, x)) is not None:
                 times["vmap"] = mapped
         typical = timing.medians(times)

@@ -255,7 +255,7 @@ def child(setting: str, count: int, training: bool) -> None:
     hne.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     plan = Plan((PACKED,) * hne.tree.levels, channels_last=True, fuse=not training)
     run = action(hne, LARGE.images(count), plan, nullcontext)
-    times = timing.alternate({"": run}, torch.device("cpu"), repeats=5, budget=20, least=2)
+    times = timing.alternate({"": run}, torch.device("cpu"), repeats=5, budget=20, at_least=2)
     sys.stdout.write(json.dumps(times[""]) + "\n")
 
 

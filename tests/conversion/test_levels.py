@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import treeify
 from treeify.engine import program
 from treeify.engine.forms import Form
-from treeify.engine.program import Crossing, Held
+from treeify.engine.program import Crossing, CrossingValue
 from treeify.errors import ParityError
 from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
@@ -142,13 +142,13 @@ def test_stacked_values_go_between_packed_and_looped_levels(
 def test_verify_runs_levels_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hne = converted(Weighted(), ["stem", "stage1"])
-    right = program.cut
+    right = program.chunk
 
     def misplaced(*args: Any) -> Any:
         """The branches the other way round, which only a looped level under a packed one reads."""
         return type(parts := right(*args))(reversed(parts))
 
-    monkeypatch.setattr(program, "cut", misplaced)
+    monkeypatch.setattr(program, "chunk", misplaced)
     with pytest.raises(ParityError, match="leaf_eval"):
         treeify.verify(hne, small.images(2))
 
@@ -167,8 +167,8 @@ def test_images_leave_a_session_with_the_numbers_that_are_theirs() -> None:
 def test_images_leave_stacked_values() -> None:
     known = TensorFacts((2,), batched=True, batch_dim=0)
     stacked = torch.arange(12.0).view(3, 4)  # 3 branches, one number for each of 4 images
-    held = Held(Crossing(1, Form.PACKED, known, rows=True), Span(0, 3), stacked)
-    assert_close(held.rows(torch.tensor([1, 3])).value, stacked[:, [1, 3]])
+    value = CrossingValue(Crossing(1, Form.PACKED, known, rows=True), Span(0, 3), stacked)
+    assert_close(value.select(torch.tensor([1, 3])).value, stacked[:, [1, 3]])
 
 
 class Indexed(small.SmallNet):

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 import treeify
 from treeify.engine import timing
 from treeify.engine.plan import TUNING, Plan, Situation, Tuning
-from treeify.engine.program import Held, Walk
+from treeify.engine.program import CrossingValue, Walk
 from treeify.errors import InputError
 from treeify.tree import Span
 
@@ -305,7 +305,7 @@ def test_consecutive_looped_levels_are_walked_depth_first(monkeypatch: pytest.Mo
     calls: list[tuple[int, int]] = []
     call = Walk._call
 
-    def recorded(walk: Walk, level: int, span: Span, held: dict[str, Held]) -> Any:
+    def recorded(walk: Walk, level: int, span: Span, held: dict[str, CrossingValue]) -> Any:
         calls.append((level, span.start))
         return call(walk, level, span, held)
 

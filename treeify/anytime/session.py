@@ -1,7 +1,7 @@
-"""Anytime inference: leaves added step by step, from the activations cached at the splits.
+"""Anytime inference: leaves added bit by bit, from the activations kept at the splits.
 
 After `n` leaves at most one branch per level is computed but not complete, since leaves are
-numbered depth-first. The values that its children will read are all that is kept between steps.
+numbered depth-first. The values that its children will read are all that is kept meanwhile.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch.utils._pytree import tree_map_only
 from treeify.engine import timing
 from treeify.engine.forms import Form, join
 from treeify.engine.plan import Plan
-from treeify.engine.program import PACKED, Held, Program, Walk
+from treeify.engine.program import PACKED, CrossingValue, Program, Walk
 from treeify.errors import InputError, LeafError
 from treeify.tree import Span
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer on the way.
+    """The answer of a session's leaves so far.
 
     Args:
         leaves: how many leaves it averages.
@@ -42,8 +42,8 @@ class Answer:
 class Session:
     """Anytime inference on one batch that can be stopped and resumed; made by `hne.session`.
 
-    Nothing is computed twice: all steps together cost the MACs of one call. Between steps a session
-    holds the leaf logits so far and, per level, the values of at most one branch.
+    Nothing is computed twice: all answers together cost the MACs of one call. Between them the leaf
+    logits so far are kept and, per level, the values of at most one branch.
 
     Args:
         program: the segments, in evaluation mode.
@@ -57,7 +57,7 @@ class Session:
         self._device = x.device
         self._images = len(x)
         self._start = program.start(plan.arrange(x))
-        self._kept: dict[int, dict[str, Held]] = {}
+        self._kept: dict[int, dict[str, CrossingValue]] = {}
         self._leaf_logits: Any = None
         self._leaves = 0
         self._elapsed = 0.0
@@ -74,7 +74,7 @@ class Session:
 
     @property
     def elapsed(self) -> float:
-        """Seconds spent computing; the time between steps does not count."""
+        """Seconds spent computing; the time between answers does not count."""
         return self._elapsed
 
     @property
@@ -104,12 +104,12 @@ class Session:
 
     @property
     def cached_bytes(self) -> int:
-        """Memory of the activations kept for the next steps."""
+        """Memory of the activations kept for the next answers."""
         tensors = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for values in self._kept.values()
-            for held in values.values()
-            for tensor in held.tensors()
+            for value in values.values()
+            for tensor in value.tensors()
         }
         return sum(tensors.values())
 
@@ -123,8 +123,8 @@ class Session:
         """Go on with some of the images only.
 
         Args:
-            images: their positions in the present batch, `[M]` integers, or which of it to keep,
-                `[N]` booleans.
+            images: their positions in the present batch, `[M]` integers, or a mask of it, `[N]`
+                booleans.
 
         Raises:
             InputError: it is neither; or the model carries the batch size from level to level, see
@@ -136,10 +136,10 @@ class Session:
                 expected="a model whose values between levels have one row per image",
                 next_step="Run all images and ignore those that are answered.",
             )
-        rows = _rows(torch.as_tensor(images, device=self._device), self._images)
+        rows = _positions(torch.as_tensor(images, device=self._device), self._images)
         for level, values in self._kept.items():
-            self._kept[level] = {name: held.rows(rows) for name, held in values.items()}
-        self._start = {name: held.rows(rows) for name, held in self._start.items()}
+            self._kept[level] = {name: value.select(rows) for name, value in values.items()}
+        self._start = {name: value.select(rows) for name, value in self._start.items()}
         if self._leaves:
             self._leaf_logits = tree_map_only(
                 Tensor, lambda logits: logits.index_select(0, rows), self._leaf_logits
@@ -182,33 +182,25 @@ class Session:
     def _compute(self, to: int) -> None:
         program, tree = self._program, self._program.tree
         pieces = tree.pieces(Span(self._leaves, to))
-        if len(pieces) > 1 and all(way == PACKED for way in self._plan.execution):
-            self._compute_at_once(Span(self._leaves, to))
+        if len(pieces) > 1 and all(execution == PACKED for execution in self._plan.execution):
+            # One call per level rather than one per piece and level: fewer calls, the same MACs.
+            leaves = Span(self._leaves, to)
+            walk = Walk(program, self._plan.execution, leaves.stop)
+            self._add(walk.extend(leaves, self._start, self._kept), walk, leaves)
             return
         for level, leaves in pieces:
-            held = dict(self._start)
+            values = dict(self._start)
             for above in range(level):
-                held |= self._kept[above]
+                values |= self._kept[above]
             walk = Walk(program, self._plan.execution, leaves.stop)
-            logits = walk.descend(level, leaves, program.needed(held, level))
-            self._keep(walk, leaves.stop)
-            self._take(logits, leaves)
+            self._add(walk.descend(level, leaves, program.needed(values, level)), walk, leaves)
 
-    def _compute_at_once(self, leaves: Span) -> None:
-        """One call per level rather than one per piece and level: fewer calls, the same MACs."""
-        walk = Walk(self._program, self._plan.execution, leaves.stop)
-        logits = walk.extend(leaves, self._start, self._kept)
-        self._keep(walk, leaves.stop)
-        self._take(logits, leaves)
-
-    def _keep(self, walk: Walk, stop: int) -> None:
-        """Take over what a walk kept, and let go of what belongs to completed branches."""
+    def _add(self, logits: Any, walk: Walk, leaves: Span) -> None:
+        """Add leaves, keep what the walk kept, and drop what belongs to completed branches."""
         self._kept |= walk.kept
         for level in list(self._kept):
-            if stop % self._program.tree.leaves_below(level) == 0:
+            if leaves.stop % self._program.tree.leaves_below(level) == 0:
                 del self._kept[level]
-
-    def _take(self, logits: Any, leaves: Span) -> None:
         if self._leaves:
             logits = join([self._leaf_logits, logits], Form.LEAVES, None)
         self._leaf_logits = logits
@@ -216,28 +208,26 @@ class Session:
         if self.done:
             self._start = {}
         else:
-            # The images are the user's; they are only held on to where a later level reads them.
+            # The images are the user's: their memory is not to be held where no later level reads
+            # them.
             self._start = self._program.needed(self._start, 1)
 
 
-def _rows(images: Tensor, batch: int) -> Tensor:
+def _positions(images: Tensor, batch: int) -> Tensor:
     """Positions in a batch, `[M]`, from such or from a mask of it."""
     mask = images.dtype == torch.bool
     if mask and images.shape == (batch,):
         return images.nonzero().flatten()
-    whole = not (mask or images.is_floating_point() or images.is_complex())
-    if images.shape == (0,) or (images.ndim == 1 and whole and _within(images, batch)):
+    integers = not (mask or images.is_floating_point() or images.is_complex())
+    inside = integers and bool(((images >= 0) & (images < batch)).all())
+    if images.shape == (0,) or (images.ndim == 1 and inside):
         return images.long()
     raise InputError(
         "these are no images of this session's batch.",
         expected=f"positions from 0 to {batch - 1}, [M] integers, or [{batch}] booleans",
         found=f"{images.dtype} of shape {tuple(images.shape)}: {images.flatten()[:8].tolist()}",
-        next_step="Positions count from those kept last time; `leaf_logits` has as many rows.",
+        next_step="Positions count from those selected last; `leaf_logits` has as many rows.",
     )
-
-
-def _within(positions: Tensor, batch: int) -> bool:
-    return bool(((positions >= 0) & (positions < batch)).all())
 
 
 def mean_over_leaves(leaf_logits: Any) -> Any:
@@ -257,7 +247,7 @@ def _mean(leaf_logits: Tensor) -> Tensor:
     return leaf_logits.long().mode(dim).values.to(leaf_logits.dtype)
 
 
-def steps(session: Session, sizes: Sequence[int]) -> Iterator[Answer]:
+def answers(session: Session, sizes: Sequence[int]) -> Iterator[Answer]:
     """Advance a session through sizes, one answer each.
 
     Yields:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import PERTURBATION, Initialization, branch_seed, initialization
 from treeify.conversion.splits import Splits, choose, listed, parse
-from treeify.engine.packed_tensors import tensors
+from treeify.engine.packed_tensors import named_tensors
 from treeify.errors import InputError, ModelError
 from treeify.models.architecture import Architecture, example_shape, fingerprint, recognise
 from treeify.rules import leaf_types
@@ -166,7 +166,7 @@ def pack(
     _check_constants(models, plain_tensors(traced))
     chosen = _splits_for(traced, splits, len(models))
     hne = HierarchicalEnsemble(traced, chosen, first, architecture, tuple(hook_notes(first)))
-    hne.fill(lambda network: dict(tensors(models[network])), by_leaf=True)
+    hne.fill(lambda network: dict(named_tensors(models[network])), by_leaf=True)
     return hne
 
 

@@ -23,7 +23,7 @@ from treeify.anytime.deadline import Latencies
 from treeify.conversion.api import blank_image, hook_notes, open_up, resolve
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.splits import choose
-from treeify.engine.packed_tensors import lay_out, lookup, owner, tensors
+from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors, set_memory_format
 from treeify.engine.plan import AUTO, TUNING
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture, fingerprint, recognise
@@ -119,7 +119,7 @@ def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[st
         for tuning in map(TUNING.validate_python, config.get("tunings", ())):
             hne.tunings[tuning.situation] = tuning
             if tuning.plan.channels_last:
-                lay_out(hne, torch.channels_last)
+                set_memory_format(hne, torch.channels_last)
         for latencies in map(Latencies.from_dict, config.get("latencies", ())):
             hne.latencies[latencies.situation] = latencies
         for budget in map(Budget.from_dict, config.get("budgets", ())):
@@ -176,7 +176,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
         traced = open_up(base, architecture, blank_image(base, config["example"]))
         chosen = choose(traced, config["splits"])
         hne = HierarchicalEnsemble(traced, chosen, base, architecture, tuple(hook_notes(base)))
-        hne.fill(lambda network: dict(tensors(base)))
+        hne.fill(lambda network: dict(named_tensors(base)))
     except TreeifyError as error:
         raise CheckpointError(
             f"{path}: its base model no longer converts as recorded: {error}",
@@ -246,7 +246,7 @@ def _untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     """The state with each tied tensor once, under its first name."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
-    own = dict(tensors(hne))
+    own = dict(named_tensors(hne))
     for key in hne.state_dict():
         if key not in own:  # the extra state of a module: it is as it was built
             continue
@@ -282,7 +282,7 @@ def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
         value = weights.pop(key)
         # Another model is told by its fingerprint.
         with suppress(AttributeError):
-            holder, name = owner(base, key.removeprefix(_CONSTANT))
+            holder, name = get_parent(base, key.removeprefix(_CONSTANT))
             setattr(holder, name, value)
     return base
 
@@ -338,7 +338,7 @@ def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> 
             found=f"{len(weights)} tensors where the model has {len(wanted)}",
         )
     for key, tensor in weights.items():
-        packed = lookup(hne, key)
+        packed = get_tensor(hne, key)
         if packed.shape != tensor.shape:
             raise CheckpointError(
                 f"{path}: the weights do not match the configuration.",

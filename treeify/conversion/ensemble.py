@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from treeify.anytime.confidence import Budget, Prediction, answer, thresholds_for
 from treeify.anytime.deadline import Latencies, Pace, advance_until, check_deadline, find, measure
-from treeify.anytime.session import Answer, Session, mean_over_leaves, steps
+from treeify.anytime.session import Answer, Session, answers, mean_over_leaves
 from treeify.conversion import splits as split_module
 from treeify.conversion.initialize import State, pack_states
 from treeify.conversion.rewrite import rewrite, without_in_place
 from treeify.conversion.splits import Splits
 from treeify.engine.forms import Form
-from treeify.engine.packed_tensors import Slot, build, lookup, owner, slots, tensors
+from treeify.engine.packed_tensors import Packer, Slot, get_parent, get_tensor, named_tensors, slots
 from treeify.engine.plan import Plan, Planner, Situation, Tuning
 from treeify.engine.program import PACKED, NodeReport, Program
 from treeify.engine.tuning import tune
@@ -126,7 +126,8 @@ class HierarchicalEnsemble(nn.Module):
         whole = {target for target, level in calls if level == 0} - {
             target for target, level in calls if level > 0
         }
-        build(self, traced.skeleton, self._slots, splits.tree, WIDEN, dict(tensors(like)), whole)
+        packer = Packer(self._slots, splits.tree, WIDEN, dict(named_tensors(like)), whole)
+        packer.pack_children(self, traced.skeleton)
         base = without_in_place(traced.skeleton)
         self._programs = {
             training: rewrite(traced, base, training, own, self._slots, self, splits.tree)
@@ -371,7 +372,7 @@ class HierarchicalEnsemble(nn.Module):
         last = self.leaves if leaves is None else leaves
         self.tree.check_size(last)
         session = self.session(x)
-        for step in steps(session, [*(s for s in self.tree.nested_sizes if s < last), last]):
+        for step in answers(session, [*(s for s in self.tree.nested_sizes if s < last), last]):
             for_all(step)
         return session.logits
 
@@ -409,7 +410,7 @@ class HierarchicalEnsemble(nn.Module):
             LeafError: a size does not exist, or sizes do not increase.
             InputError: the input does not fit, or the ensemble is in training mode.
         """
-        yield from steps(self.session(x), self.tree.nested_sizes if sizes is None else sizes)
+        yield from answers(self.session(x), self.tree.nested_sizes if sizes is None else sizes)
 
     def calibrate(self, x: Tensor, *, repeats: int = 50, budget: float = 30.0) -> Latencies:
         """Measure how long the ways to each nested size take for inputs like `x` on this machine.
@@ -454,11 +455,11 @@ class HierarchicalEnsemble(nn.Module):
         parts = self._branch(index)
         # Copying the skeleton with the leaf's tensors in the place of its own keeps tied ones tied.
         memo: dict[int, Any] = {}
-        for key, base in tensors(self._traced.skeleton):
+        for key, base in named_tensors(self._traced.skeleton):
             if id(base) not in memo:
                 value = parts[key].detach().clone()
                 if isinstance(base, nn.Parameter):
-                    value = nn.Parameter(value, requires_grad=lookup(self, key).requires_grad)
+                    value = nn.Parameter(value, requires_grad=get_tensor(self, key).requires_grad)
                 memo[id(base)] = value
         leaf = copy.deepcopy(self._traced.skeleton, memo).train(self.training)
         _take_modes(leaf, self)
@@ -466,7 +467,7 @@ class HierarchicalEnsemble(nn.Module):
 
     def _branch(self, leaf: int) -> dict[str, Tensor]:
         """Views of one leaf's tensors, under the base model's keys and in its shapes."""
-        return {key: self.part(key, leaf, lookup(self, key)) for key in self._slots}
+        return {key: self.part(key, leaf, get_tensor(self, key)) for key in self._slots}
 
     def part(self, key: str, leaf: int, packed: Tensor) -> Tensor:
         """What belongs to one leaf of a tensor packed like the parameter or buffer `key`; a view.
@@ -639,7 +640,7 @@ def _allow_in_place(root: nn.Module, *programs: Program) -> None:
         for target, safe in program.in_place.items():
             verdicts[target] = verdicts.get(target, True) and safe
     for target, safe in verdicts.items():
-        holder, name = owner(root, target)
+        holder, name = get_parent(root, target)
         storage = holder._modules[name]
         if safe and hasattr(storage, "inplace"):
             storage.inplace = True  # type: ignore[union-attr]

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from treeify.engine.packed_tensors import Slot, lookup, narrow, tensors
+from treeify.engine.packed_tensors import Slot, get_tensor, named_tensors, narrow
 from treeify.errors import InputError
 from treeify.seeds import seed_of
 from treeify.tree import Span, Tree
@@ -76,14 +76,14 @@ def initialization(
         InputError: the scheme is unknown.
     """
     if scheme == "copy":
-        own = dict(tensors(model))
+        own = dict(named_tensors(model))
         return Initialization(scheme, seed, (), lambda network: own)
     if scheme == "perturb":
         return Initialization(scheme, seed, (), lambda network: perturbed(model, seed, network))
     if scheme != "fresh":
         raise InputError(f"init={scheme!r} is unknown.", expected=f"one of {', '.join(INITS)}")
     if architecture is not None:
-        ready = [dict(tensors(model))] if is_first else []
+        ready = [dict(named_tensors(model))] if is_first else []
 
         def source(network: int) -> State:
             # Given away, so that its memory serves the next networks.
@@ -122,7 +122,7 @@ def pack_states(
             branches = tree.branches[slot.level]
             branch, rest = divmod(network, tree.leaves_below(slot.level) if by_leaf else 1)
             if rest == 0 and branch < branches:
-                part = narrow(lookup(root, slot.key), branches, Span(branch, branch + 1))
+                part = narrow(get_tensor(root, slot.key), branches, Span(branch, branch + 1))
                 part.copy_(state[slot.key])
 
     inference = torch.is_inference_mode_enabled()  # like no_grad, it holds for one thread only
@@ -153,7 +153,7 @@ def built(architecture: Buildable, seed: int, network: int) -> State:
     """The tensors of a newly built base model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(branch_seed(seed, network))
-        return dict(tensors(architecture.build()))
+        return dict(named_tensors(architecture.build()))
 
 
 def reset(model: nn.Module, seed: int, network: int) -> State:
@@ -167,17 +167,17 @@ def reset(model: nn.Module, seed: int, network: int) -> State:
                     _perturb(parameter)
             elif (again := _reset_method(module)) is not None:
                 again()
-    return dict(tensors(fresh))
+    return dict(named_tensors(fresh))
 
 
 def perturbed(model: nn.Module, seed: int, network: int) -> State:
     """The model's tensors with noise on its parameters; network 0 is exact."""
     if network == 0:
-        return dict(tensors(model))
+        return dict(named_tensors(model))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(branch_seed(seed, network))
         noisy = {id(own): _perturb(own.detach().clone()) for own in model.parameters()}
-    return {name: noisy.get(id(own), own) for name, own in tensors(model)}
+    return {name: noisy.get(id(own), own) for name, own in named_tensors(model)}
 
 
 def _is_stuck(module: nn.Module) -> bool:

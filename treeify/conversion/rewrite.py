@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
 from treeify.engine.forms import Convert, Form, Leaves, Multiply
-from treeify.engine.packed_tensors import Slot, submodule, tensors
+from treeify.engine.packed_tensors import Slot, get_submodule, named_tensors
 from treeify.engine.program import OUTPUT, Crossing, NodeReport, Program, Segment
 from treeify.rules.operations.branchwise import (
     Constant,
@@ -254,7 +254,7 @@ class _Rewriter:
             return False
         module = self._module(node)
         if module is not None:
-            return is_pure(node, module) and not any(True for _ in tensors(module))
+            return is_pure(node, module) and not any(True for _ in named_tensors(module))
         touches = any(facts(source).tensors for source in inputs)
         makes_tensor = bool(facts(node).tensors)
         return is_pure(node, None) or not (touches or makes_tensor)
@@ -278,7 +278,7 @@ class _Rewriter:
             return self.drafts[level].graph.create_node(
                 node.op, node.target, args, kwargs, name=node.name
             )
-        storage = submodule(self.root, str(node.target))
+        storage = get_submodule(self.root, str(node.target))
         if type(storage) is not kind:
             shared = SharedModule(module, storage, self._slots(node), self.tree.branches, level)
             return self._call(level, node.name, shared, args, kwargs)
@@ -291,7 +291,7 @@ class _Rewriter:
     def _slots(self, node: fx.Node) -> dict[str, Slot]:
         module = self._module(node)
         assert module is not None
-        return {name: self.layout[f"{node.target}.{name}"] for name, _ in tensors(module)}
+        return {name: self.layout[f"{node.target}.{name}"] for name, _ in named_tensors(module)}
 
     def _write_branches(self, node: fx.Node, level: int) -> tuple[fx.Node, Form, str]:
         try:
@@ -326,14 +326,14 @@ class _Rewriter:
         module = self._module(node)
         storage = None
         if module is not None:
-            storage = submodule(self.root, str(node.target))
+            storage = get_submodule(self.root, str(node.target))
             if any(slot.level != level for slot in self._slots(node).values()):
                 raise Unpackable("its parameters are shared with another level")
         inputs = node.all_input_nodes
         per_branch = [source for source in inputs if self.forms[source] is Form.BRANCHES]
         if any(not facts(source).tensors for source in per_branch):
             raise Unpackable("it reads a number that may differ from branch to branch")
-        free = module is None or not any(True for _ in tensors(module))
+        free = module is None or not any(True for _ in named_tensors(module))
         tensor_inputs = [source for source in inputs if facts(source).tensors]
         if free and tensor_inputs and set(tensor_inputs) <= set(per_branch):
             raise Unpackable("its inputs are per branch, packing them would only copy")
@@ -408,7 +408,7 @@ class _Rewriter:
         target: Any = node.target
         operation: nn.Module
         if module is not None:
-            storage = submodule(self.root, str(node.target))
+            storage = get_submodule(self.root, str(node.target))
             copies = any(is_isolating_copy(source) for source in node.all_input_nodes)
             slots, branches = self._slots(node), self.tree.branches
             operation = EachBranchModule(module, storage, slots, branches, level, copies=copies)

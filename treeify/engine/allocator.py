@@ -1,4 +1,4 @@
-"""The C library's allocator: keeping large tensors' memory instead of giving it back each time."""
+"""The C library's allocator: memory of large tensors is used again instead of given back."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import logging
 
 _log = logging.getLogger(__name__)
 
-# From glibc's malloc.h.
+# From glibc's malloc.h. Without mmap, blocks come from the heap; without trimming, the heap's top
+# stays with the process. One without the other would leave one of the two ways back to the kernel.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_LARGEST = 2**31 - 1
+_LARGEST_INT = 2**31 - 1
 
 
 def tune_allocator() -> bool:
-    """Let this process keep the memory of freed tensors for the next ones.
+    """Let this process use the memory of freed tensors for the next ones.
 
     By default glibc takes every block of more than 32 MB from the system and gives it back when it
     is freed; each large activation then costs a page fault for every 4 KB. Afterwards the process
@@ -32,4 +33,4 @@ def tune_allocator() -> bool:
         _log.debug("no glibc: the allocator stays as it is")
         return False
     mallopt.argtypes, mallopt.restype = (ctypes.c_int, ctypes.c_int), ctypes.c_int
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST))
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))

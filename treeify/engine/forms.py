@@ -1,13 +1,16 @@
-"""The forms a value takes while a tree runs, and the steps between them.
+"""The forms a value takes while a tree runs, and the conversions between them.
 
 - *shared*: one value, the same for every branch (all before the first split, sizes, constants);
 - *packed*: the branches of a span in one tensor, `[N, G*C, ...]` branch-major if dim 0 is the batch
   and there is a dim 1, else stacked to `[G, ...]`;
 - *in the batch*: what the base model would make of `G*N` images, `[G*N, ...]` branch-major, in
   whichever dim grows with the batch; without such a dim stacked to `[G, ...]`. Whatever treats
-  every image by itself runs so as it stands: attention, windows, reshapes;
+  every image by itself runs unchanged in this form: attention, windows, reshapes;
 - *per branch*: `Branches`, one value per branch of the span;
 - *leaves*: what the whole tree returns, `[N, L, ...]`.
+
+`facts` are a base value's `TensorFacts` throughout, in the value's own structure of tuples and
+dicts, with None in the place of what is no tensor.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from treeify.tree import Span
 
 
 class Form(Enum):
-    """How a value is held."""
+    """How a value of several branches lies in memory."""
 
     SHARED = "shared"
     PACKED = "packed"
@@ -54,103 +57,98 @@ def pick(value: Any, index: int) -> Any:
     return value
 
 
-def place(fact: TensorFacts, form: Form) -> int | None:
+def concat_dim(fact: TensorFacts, form: Form) -> int | None:
     """The dim along which a tensor's branches are concatenated; None if they are stacked."""
     if form is Form.BATCH:
         return fact.batch_dim
     return 1 if fact.branch_dim == 1 else None
 
 
-def pack(branches: Branches, known: Any, form: Form = Form.PACKED) -> Any:
-    """Per branch -> packed, or in the batch.
+def pack(branches: Branches, facts: Any, form: Form = Form.PACKED) -> Any:
+    """Per branch -> packed, or in the batch."""
 
-    Args:
-        branches: one value per branch.
-        known: the base value's `TensorFacts`, in the value's own structure.
-        form: the form wanted.
-    """
-
-    def join(fact: TensorFacts | None, *parts: Any) -> Any:
+    def concat(fact: TensorFacts | None, *tensors: Any) -> Any:
         if fact is None:
-            return parts[0]
-        dim = place(fact, form)
-        return torch.stack(parts) if dim is None else torch.cat(parts, dim=dim)
+            return tensors[0]
+        dim = concat_dim(fact, form)
+        return torch.stack(tensors) if dim is None else torch.cat(tensors, dim=dim)
 
-    return tree_map(join, known, *branches)
+    return tree_map(concat, facts, *branches)
 
 
-def join(values: Sequence[Any], form: Form, known: Any) -> Any:
+def join(values: Sequence[Any], form: Form, facts: Any) -> Any:
     """Values in one form for neighbouring spans -> one value for all of them."""
     if form is Form.SHARED:
         return values[0]
     if form is Form.BRANCHES:
         return Branches(branch for value in values for branch in value)
-
     if form is Form.LEAVES:
         return tree_map(_join_leaves, *values)
 
-    def cat(fact: TensorFacts | None, *parts: Any) -> Any:
-        return parts[0] if fact is None else torch.cat(parts, dim=place(fact, form) or 0)
+    def concat(fact: TensorFacts | None, *tensors: Any) -> Any:
+        return tensors[0] if fact is None else torch.cat(tensors, dim=concat_dim(fact, form) or 0)
 
-    return tree_map(cat, known, *values)
-
-
-def _join_leaves(*parts: Any) -> Any:
-    first = parts[0]
-    return torch.cat(parts, dim=min(1, first.ndim - 1)) if isinstance(first, Tensor) else first
+    return tree_map(concat, facts, *values)
 
 
-def unpack(value: Any, known: Any, count: int, form: Form = Form.PACKED) -> Branches:
+def _join_leaves(*outputs: Any) -> Any:
+    first = outputs[0]
+    return torch.cat(outputs, dim=min(1, first.ndim - 1)) if isinstance(first, Tensor) else first
+
+
+def unpack(value: Any, facts: Any, count: int, form: Form = Form.PACKED) -> Branches:
     """Packed, or in the batch -> per branch; views, no copies."""
 
-    def pieces(whole: Tensor, dim: int | None) -> Sequence[Tensor]:
-        return whole.unbind(0) if dim is None else _chunks(whole, count, dim)
+    def separate(tensor: Tensor, dim: int | None) -> Sequence[Tensor]:
+        return tensor.unbind(0) if dim is None else _chunks(tensor, count, dim)
 
-    return _by_branch(value, known, count, form, pieces)
+    return _by_branch(value, facts, count, form, separate)
 
 
-def cut(value: Any, known: Any, count: int, form: Form) -> Branches:
-    """Packed, or in the batch -> the same for each branch alone; views, no copies."""
+def chunk(value: Any, facts: Any, count: int, form: Form) -> Branches:
+    """Packed, or in the batch -> one value in that form for each branch; views, no copies."""
 
-    def pieces(whole: Tensor, dim: int | None) -> Sequence[Tensor]:
-        return _chunks(whole, count, dim or 0)
+    def separate(tensor: Tensor, dim: int | None) -> Sequence[Tensor]:
+        return _chunks(tensor, count, dim or 0)
 
-    return _by_branch(value, known, count, form, pieces)
+    return _by_branch(value, facts, count, form, separate)
 
 
 def _by_branch(
     value: Any,
-    known: Any,
+    facts: Any,
     count: int,
     form: Form,
-    pieces: Callable[[Tensor, int | None], Sequence[Tensor]],
+    separate: Callable[[Tensor, int | None], Sequence[Tensor]],
 ) -> Branches:
-    """The branches' values.
+    """The values of `count` branches.
 
     Args:
         value: of all branches.
-        known: the base value's `TensorFacts`, in the value's own structure.
+        facts: of the base value.
         count: how many branches.
         form: the form the value is in.
-        pieces: parts a tensor along the dim of its branches, or where they are stacked.
+        separate: cuts a tensor along the dim of its branches, None where they are stacked.
     """
 
-    def parted(fact: TensorFacts | None, whole: Any) -> Sequence[Any]:
-        return [whole] * count if fact is None else pieces(whole, place(fact, form))
+    def tensors(fact: TensorFacts | None, tensor: Any) -> Sequence[Any]:
+        return [tensor] * count if fact is None else separate(tensor, concat_dim(fact, form))
 
-    if isinstance(known, TensorFacts):
-        return Branches(parted(known, value))
-    facts, structure = tree_flatten(known)
-    wholes = structure.flatten_up_to(value)
-    columns = [parted(fact, whole) for fact, whole in zip(facts, wholes, strict=True)]
+    if isinstance(facts, TensorFacts):
+        return Branches(tensors(facts, value))
+    leaves, structure = tree_flatten(facts)
+    columns = [
+        tensors(fact, tensor)
+        for fact, tensor in zip(leaves, structure.flatten_up_to(value), strict=True)
+    ]
     return Branches(
         tree_unflatten([column[index] for column in columns], structure) for index in range(count)
     )
 
 
-def _chunks(whole: Tensor, count: int, dim: int) -> Sequence[Tensor]:
+def _chunks(tensor: Tensor, count: int, dim: int) -> Sequence[Tensor]:
     # `chunk` gives fewer pieces for a batch of no images.
-    return whole.chunk(count, dim) if whole.shape[dim] else [whole] * count
+    return tensor.chunk(count, dim) if tensor.shape[dim] else [tensor] * count
 
 
 def children(parents: Branches, span: Span, ratio: int) -> Branches:
@@ -159,76 +157,78 @@ def children(parents: Branches, span: Span, ratio: int) -> Branches:
     return Branches(parents[branch // ratio - first] for branch in range(*span))
 
 
-def read_once(span: Span, ratio: int, x: Tensor, known: TensorFacts) -> tuple[int, Tensor]:
+def read_once(span: Span, ratio: int, x: Tensor, facts: TensorFacts) -> tuple[int, Tensor]:
     """The input of an operation that computes all siblings from one copy of their parent's value.
 
     Args:
         span: the branches to compute.
         ratio: siblings per parent.
         x: the parents' values, packed.
-        known: facts of the value.
+        facts: of the base value.
 
     Returns:
-        How many parents the returned tensor holds, and the tensor. A span that cuts through
+        How many parents the returned tensor has, and the tensor. A span that cuts through
         siblings leaves parents with unequally many children; then each child gets its own copy.
     """
     parents = span.parents(ratio)
     if parents.size > 1 and (span.start % ratio or span.stop % ratio):
-        return span.size, pack(children(unpack(x, known, parents.size), span, ratio), known)
+        return span.size, pack(children(unpack(x, facts, parents.size), span, ratio), facts)
     return parents.size, x
 
 
 class Convert(nn.Module):
-    """Brings a value from the form and level it was made in to those its reader wants.
+    """Brings a value from the form and level of its operation to those its reader needs.
 
     Args:
-        known: the base value's `TensorFacts`, in the value's own structure.
+        facts: of the base value.
         source: the form it is in.
-        target: the form it is wanted in: packed, in the batch or per branch.
+        target: the form it is needed in: packed, in the batch or per branch.
         ratio: branches at the reader's level for each branch at the value's level.
     """
 
-    def __init__(self, known: Any, source: Form, target: Form, ratio: int) -> None:
+    def __init__(self, facts: Any, source: Form, target: Form, ratio: int) -> None:
         super().__init__()
-        self.known, self.source, self.target, self.ratio = known, source, target, ratio
-        self.swaps = ratio == 1 and {source, target} == {Form.PACKED, Form.BATCH}
+        self.facts, self.source, self.target, self.ratio = facts, source, target, ratio
+        # Between dim 1 and the batch one permutation does, without a tensor for each branch.
+        self.permutes = ratio == 1 and {source, target} == {Form.PACKED, Form.BATCH}
 
     def forward(self, span: Span, value: Any) -> Any:
         """The value for every branch of `span`."""
-        if self.swaps:
-            return tree_map(lambda fact, own: self._swap(fact, own, span.size), self.known, value)
+        if self.permutes:
+            return tree_map(
+                lambda fact, tensor: self._permute(fact, tensor, span.size), self.facts, value
+            )
         parents = span.parents(self.ratio)
         if self.source is Form.SHARED:
             branches = Branches([value] * span.size)
         else:
-            above = value
             if self.source is not Form.BRANCHES:
-                above = unpack(value, self.known, parents.size, self.source)
-            branches = children(above, span, self.ratio)
-        return branches if self.target is Form.BRANCHES else self._packed(branches)
+                value = unpack(value, self.facts, parents.size, self.source)
+            branches = children(value, span, self.ratio)
+        return branches if self.target is Form.BRANCHES else self._pack(branches)
 
-    def _packed(self, branches: Branches) -> Any:
-        one = len(branches) == 1 and isinstance(self.known, TensorFacts)
-        if one and place(self.known, self.target) is not None:
+    def _pack(self, branches: Branches) -> Any:
+        """Pack branches, a single one without a copy."""
+        single = len(branches) == 1 and isinstance(self.facts, TensorFacts)
+        if single and concat_dim(self.facts, self.target) is not None:
             return branches[0]
-        return pack(branches, self.known, self.target)
+        return pack(branches, self.facts, self.target)
 
-    def _swap(self, fact: TensorFacts | None, value: Any, count: int) -> Any:
-        """From dim 1 into the batch or back."""
-        before, after = (
-            None if fact is None else place(fact, form) for form in (self.source, self.target)
-        )
+    def _permute(self, fact: TensorFacts | None, value: Any, count: int) -> Any:
+        """Move the branches of a tensor from dim 1 into the batch or back."""
+        if fact is None:
+            return value
+        before, after = (concat_dim(fact, form) for form in (self.source, self.target))
         if before == after or (count == 1 and None not in (before, after)):
             return value
         if before == 1 and after == 0:
             return channels_to_batch(value, count)
         if before == 0 and after == 1:
             return batch_to_channels(value, count)
-        assert fact is not None
         return pack(unpack(value, fact, count, self.source), fact, self.target)
 
     def extra_repr(self) -> str:
-        """The step, for printing a segment."""
+        """The conversion, for printing a segment."""
         return f"{self.source.value} -> {self.target.value}, x{self.ratio}"
 
 
@@ -269,10 +269,10 @@ class Multiply(nn.Module):
 
     def _times(self, grows: Any, value: Any, count: int) -> Any:
         if isinstance(grows, dict):
-            return {key: self._times(own, value[key], count) for key, own in grows.items()}
+            return {key: self._times(inner, value[key], count) for key, inner in grows.items()}
         if isinstance(grows, tuple):
             pairs = zip(grows, value, strict=True)
-            return tuple(self._times(own, part, count) for own, part in pairs)
+            return tuple(self._times(inner, number, count) for inner, number in pairs)
         return value * count if grows else value
 
 
@@ -280,27 +280,27 @@ class Leaves(nn.Module):
     """Outputs of the last level -> the leaf dim at 1: `[N, L*K, ...] -> [N, L, K, ...]`.
 
     Args:
-        known: the base value's `TensorFacts`, in the value's own structure.
+        facts: of the base value.
         form: the form the value is in, packed or in the batch.
     """
 
-    def __init__(self, known: Any, form: Form) -> None:
+    def __init__(self, facts: Any, form: Form) -> None:
         super().__init__()
-        self.known, self.form = known, form
+        self.facts, self.form = facts, form
 
     def forward(self, span: Span, value: Any) -> Any:
         """The value with the leaf dim at 1; a 0-d tensor of the base model becomes `[L]`."""
 
-        def separate(fact: TensorFacts | None, packed: Any) -> Any:
+        def separate(fact: TensorFacts | None, tensor: Any) -> Any:
             if fact is None:
-                return packed
-            dim = place(fact, self.form)
+                return tensor
+            dim = concat_dim(fact, self.form)
             if dim is None:
-                return packed.transpose(0, 1) if fact.shape else packed
-            parts = torch.unflatten(packed, dim, (span.size, packed.shape[dim] // span.size))
-            return parts.movedim(dim, 1)
+                return tensor.transpose(0, 1) if fact.shape else tensor
+            leaves = torch.unflatten(tensor, dim, (span.size, tensor.shape[dim] // span.size))
+            return leaves.movedim(dim, 1)
 
-        return tree_map(separate, self.known, value)
+        return tree_map(separate, self.facts, value)
 
 
 def split_branches(packed: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""How the levels of an ensemble run: set by the user, or chosen by measurement."""
+"""Plans: how the levels of an ensemble run, set by the user or chosen by measurement."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Plan:
 
     Args:
         execution: `packed` or `looped`, per level.
-        channels_last: whether images, and so activations, are laid out `[N, H, W, C]` in memory;
-            None leaves images as they are given.
+        channels_last: whether images, and so activations, have that memory format, `[N, H, W, C]`;
+            None leaves images in their own.
         fuse: whether layers take in what follows them; only ever without gradients.
     """
 
@@ -34,12 +34,18 @@ class Plan:
     channels_last: bool | None = None
     fuse: bool = False
 
+    @property
+    def memory_format(self) -> torch.memory_format | None:
+        """Of images and parameters; None leaves them in their own."""
+        if self.channels_last is None:
+            return None
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
     def arrange(self, x: Tensor) -> Tensor:
         """The input in the plan's memory format."""
-        if x.ndim != 4 or self.channels_last is None:
+        if x.ndim != 4 or self.memory_format is None:
             return x
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        return x.contiguous(memory_format=layout)
+        return x.contiguous(memory_format=self.memory_format)
 
     def __str__(self) -> str:
         """One line, e.g. `packed packed looped, channels_last, fused`."""
@@ -85,7 +91,7 @@ class Tuning:
     Args:
         situation: the shape, mode and machine.
         plan: the fastest plan found.
-        seconds: median time of every plan tried, by its name.
+        seconds: median time of every plan tried, by the plan as text.
     """
 
     situation: Situation
@@ -104,7 +110,7 @@ PLAN, SITUATION, TUNING = TypeAdapter(Plan), TypeAdapter(Situation), TypeAdapter
 
 
 class Planner:
-    """An ensemble's setting and its tuned plans.
+    """Chooses the plan of an input, by the user's setting and by what was tuned.
 
     Args:
         levels: how many levels the ensemble has.
@@ -144,26 +150,28 @@ class Planner:
 
         Args:
             x: the input.
-            training: whether gradients are wanted.
+            training: a training step, or inference.
             tuned: whether to go by what was tuned.
         """
-        found = self._tuned(x, training=training) if self.tunings and tuned else None
-        plan = found.plan if found else Plan((PACKED,) * self.levels)
+        tuning = self._nearest(x, training=training) if self.tunings and tuned else None
+        plan = tuning.plan if tuning else Plan((PACKED,) * self.levels)
         setting = self.setting
-        wanted = (setting,) * self.levels if isinstance(setting, str) else setting
+        levels = (setting,) * self.levels if isinstance(setting, str) else setting
         execution = tuple(
-            best if own == AUTO else own for own, best in zip(wanted, plan.execution, strict=True)
+            best if level == AUTO else level
+            for level, best in zip(levels, plan.execution, strict=True)
         )
         return replace(plan, execution=execution)
 
-    def _tuned(self, x: Tensor, *, training: bool) -> Tuning | None:
+    def _nearest(self, x: Tensor, *, training: bool) -> Tuning | None:
+        """The tuning for an input, else that for the batch size whose ratio to it is the least."""
         now = Situation.of(x, training=training)
         if now in self.tunings:
             return self.tunings[now]
         alike = [
             tuning
-            for known, tuning in self.tunings.items()
-            if replace(known, shape=now.shape) == now and known.shape[1:] == now.shape[1:]
+            for other, tuning in self.tunings.items()
+            if replace(other, shape=now.shape) == now and other.shape[1:] == now.shape[1:]
         ]
         batch = max(1, now.shape[0])
         return min(

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from treeify.engine.forms import Branches, Form, cut, join, place
-from treeify.engine.packed_tensors import cut_once
+from treeify.engine.forms import Branches, Form, chunk, concat_dim, join
+from treeify.engine.packed_tensors import chunk_once
 from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span, Tree
 
@@ -53,88 +53,90 @@ class Crossing:
 
     Args:
         level: where it is made.
-        form: how it is held.
-        known: its `TensorFacts`, in the value's own structure.
+        form: the form it takes.
+        facts: the base value's `TensorFacts`, in the value's own structure.
         rows: whether dropping images from the batch means dropping rows of its tensors, no more.
     """
 
     level: int
     form: Form
-    known: Any
+    facts: Any
     rows: bool
 
 
-class Held:
-    """A crossing value for a span of its level's branches.
+class CrossingValue:
+    """A value that higher levels read, for a span of its level's branches.
 
     Args:
         crossing: what the value is.
-        span: the branches it is held for.
+        span: the branches it belongs to.
         value: the value, in the crossing's form.
     """
 
     def __init__(self, crossing: Crossing, span: Span, value: Any) -> None:
         self.crossing, self.span, self.value = crossing, span, value
-        self._parts: Branches | None = None
+        self._dense_branches: Branches | None = None
 
-    def take(self, wanted: Span) -> Any:
+    def slice(self, span: Span) -> Any:
         """The value for part of the span; a view where memory allows."""
-        form, start = self.crossing.form, wanted.start - self.span.start
-        if form is Form.SHARED or wanted == self.span:
+        form, start = self.crossing.form, span.start - self.span.start
+        if form is Form.SHARED or span == self.span:
             return self.value
         if form is Form.BRANCHES:
-            return Branches(self.value[start : start + wanted.size])
-        if wanted.size == 1:
-            return self._part(start)
+            return Branches(self.value[start : start + span.size])
+        if span.size == 1:
+            return self._dense_branch(start)
         return tree_map(
-            lambda fact, whole: self._piece(fact, whole, start, wanted.size),
-            self.crossing.known,
+            lambda fact, tensor: self._narrow(fact, tensor, start, span.size),
+            self.crossing.facts,
             self.value,
         )
 
-    def _piece(self, fact: TensorFacts | None, whole: Any, start: int, size: int) -> Any:
+    def _narrow(self, fact: TensorFacts | None, tensor: Any, start: int, size: int) -> Any:
         """Some branches of a tensor; a view."""
         if fact is None:
-            return whole
-        dim = place(fact, self.crossing.form) or 0
-        width = whole.shape[dim] // self.span.size
-        return whole.narrow(dim, start * width, size * width)
+            return tensor
+        dim = concat_dim(fact, self.crossing.form) or 0
+        width = tensor.shape[dim] // self.span.size
+        return tensor.narrow(dim, start * width, size * width)
 
-    def _part(self, position: int) -> Any:
+    def _dense_branch(self, position: int) -> Any:
         """One branch's part, dense: operations would otherwise copy it at each reading."""
-        if self._parts is None:
+        if self._dense_branches is None:
             crossing = self.crossing
-            parts = cut(self.value, crossing.known, self.span.size, crossing.form)
-            self._parts = Branches(tree_map(_dense, part, self.value) for part in parts)
-        return self._parts[position]
+            branches = chunk(self.value, crossing.facts, self.span.size, crossing.form)
+            self._dense_branches = Branches(
+                tree_map(_dense, branch, self.value) for branch in branches
+            )
+        return self._dense_branches[position]
 
     def tensors(self) -> list[Tensor]:
         """The tensors in the value."""
         parts = self.value if self.crossing.form is Form.BRANCHES else (self.value,)
-        leaves = [leaf for part in parts for leaf in tree_leaves(part)]
-        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        return [leaf for part in parts for leaf in tree_leaves(part) if isinstance(leaf, Tensor)]
 
-    def only(self, branch: int) -> Held:
-        """One branch's value in memory of its own, so that the rest can be freed."""
-        wanted = Span(branch, branch + 1)
-        form, start = self.crossing.form, branch - self.span.start
+    def branch(self, index: int) -> CrossingValue:
+        """One branch's value in memory of its own, so that the other branches' can be freed."""
+        form, start = self.crossing.form, index - self.span.start
         if form is Form.BRANCHES:
-            own: Any = Branches([tree_map(_own, self.value[start])])
+            value: Any = Branches([tree_map(_unshared, self.value[start])])
         elif form in (Form.PACKED, Form.BATCH):
-            own = tree_map(
-                lambda fact, whole: _own(_dense(self._piece(fact, whole, start, 1), whole)),
-                self.crossing.known,
+            value = tree_map(
+                lambda fact, tensor: _unshared(
+                    _dense(self._narrow(fact, tensor, start, 1), tensor)
+                ),
+                self.crossing.facts,
                 self.value,
             )
         else:
-            own = tree_map(_own, self.value)
-        return Held(self.crossing, wanted, own)
+            value = tree_map(_unshared, self.value)
+        return CrossingValue(self.crossing, Span(index, index + 1), value)
 
-    def rows(self, images: Tensor) -> Held:
+    def select(self, images: Tensor) -> CrossingValue:
         """The value for some of the images."""
-        known, form = self.crossing.known, self.crossing.form
+        facts, form = self.crossing.facts, self.crossing.form
 
-        def choose(fact: TensorFacts | None, value: Any) -> Any:
+        def rows(fact: TensorFacts | None, value: Any) -> Any:
             if fact is None or not fact.batched:
                 return value
             if form is not Form.BATCH:
@@ -143,22 +145,24 @@ class Held:
             parts = torch.unflatten(value, 0, (self.span.size, value.shape[0] // self.span.size))
             return parts.index_select(1, images).flatten(0, 1)
 
-        if self.crossing.form is Form.BRANCHES:
-            chosen: Any = Branches(tree_map(choose, known, value) for value in self.value)
+        if form is Form.BRANCHES:
+            selected: Any = Branches(tree_map(rows, facts, value) for value in self.value)
         else:
-            chosen = tree_map(choose, known, self.value)
-        return Held(self.crossing, self.span, chosen)
+            selected = tree_map(rows, facts, self.value)
+        return CrossingValue(self.crossing, self.span, selected)
 
 
-def _dense(part: Any, whole: Any) -> Any:
+def _dense(part: Any, tensor: Any) -> Any:
+    """Part of a tensor without gaps, in the memory format of the tensor."""
     if not isinstance(part, Tensor):
         return part
-    if part.ndim == 4 and whole.is_contiguous(memory_format=torch.channels_last):
+    # The part itself cannot tell: a slice of channels is contiguous in neither format.
+    if part.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
         return part.contiguous(memory_format=torch.channels_last)
     return part.contiguous()
 
 
-def _own(value: Any) -> Any:
+def _unshared(value: Any) -> Any:
     """A tensor that keeps no larger one alive."""
     if not isinstance(value, Tensor):
         return value
@@ -209,9 +213,9 @@ class Program:
         readers = {name: segment.level for segment in self.segments for name in segment.inputs}
         object.__setattr__(self, "last_reader", {**readers, OUTPUT: self.tree.levels})
 
-    def start(self, x: Tensor) -> dict[str, Held]:
+    def start(self, x: Tensor) -> dict[str, CrossingValue]:
         """What the root's segment reads: the images."""
-        return {self.image: Held(self.crossings[self.image], Span(0, 1), x)}
+        return {self.image: CrossingValue(self.crossings[self.image], Span(0, 1), x)}
 
     def run(self, x: Tensor, leaves: Span, execution: Sequence[str] | None = None) -> Any:
         """Outputs of a range of leaves, `[N, C, H, W] -> [N, leaves, K]`.
@@ -224,16 +228,21 @@ class Program:
         execution = execution or (PACKED,) * self.tree.levels
         return Walk(self, execution).descend(0, leaves, self.start(x))
 
-    def needed(self, held: Mapping[str, Held], level: int) -> dict[str, Held]:
-        """What segments from `level` on still read."""
+    def needed(self, values: Mapping[str, CrossingValue], level: int) -> dict[str, CrossingValue]:
+        """What segments from `level` on still read; all else can be freed."""
         return {
-            name: value for name, value in held.items() if self.last_reader.get(name, -1) >= level
+            name: value for name, value in values.items() if self.last_reader.get(name, -1) >= level
         }
 
 
 @dataclass
 class Walk:
-    """One way through a program.
+    """One way through a program, stage by stage.
+
+    A stage is one packed level, or as many looped levels as follow one another. Within a stage the
+    walk is depth-first: a branch's activations are read by its children while they are in the
+    cache, and freed before the next branch is computed. A packed level ends a stage, since its one
+    call needs all branches of the level above.
 
     Args:
         program: the program.
@@ -246,50 +255,52 @@ class Walk:
     program: Program
     execution: Sequence[str]
     stop: int | None = None
-    kept: dict[int, dict[str, Held]] = field(default_factory=dict)
+    kept: dict[int, dict[str, CrossingValue]] = field(default_factory=dict)
 
-    def descend(self, level: int, leaves: Span, held: Mapping[str, Held]) -> Any:
+    def descend(self, level: int, leaves: Span, values: Mapping[str, CrossingValue]) -> Any:
         """Run the levels from `level` on for some leaves.
 
         Args:
             level: where to start.
             leaves: the leaves; from `level` on none of their branches has been computed.
-            held: values of lower levels for their branches above `level`.
+            values: values of lower levels for their branches above `level`.
 
         Returns:
             The leaves' outputs, `[N, leaves, K]`.
         """
-        program = self.program
-        values = dict(held)
-        while level < program.tree.levels:
+        while level < self.program.tree.levels:
             last = self._stage_end(level)
-            values.update(self._stage(level, last, leaves, values))
+            values = {**values, **self._stage(level, last, leaves, values)}
             level = last + 1
-            values = program.needed(values, level)
+            values = self.program.needed(values, level)
         return values[OUTPUT].value
 
     def extend(
-        self, leaves: Span, held: Mapping[str, Held], kept: Mapping[int, Mapping[str, Held]]
+        self,
+        leaves: Span,
+        start: Mapping[str, CrossingValue],
+        kept: Mapping[int, Mapping[str, CrossingValue]],
     ) -> Any:
         """Run every level once, packed, for leaves that go on below several computed branches.
 
         Args:
             leaves: the leaves; those before them are computed.
-            held: values that no branch has of its own.
+            start: the images, where a later level reads them.
             kept: values of the branches that are computed but not complete, per level.
 
         Returns:
             The leaves' outputs, `[N, leaves, K]`.
         """
         program, tree = self.program, self.program.tree
-        values = dict(held)
+        values = dict(start)
         for level in range(tree.levels):
+            # Both ends rounded up: a branch that has a computed leaf is computed itself.
             below = tree.leaves_below(level)
             span = Span(-(-leaves.start // below), -(-leaves.stop // below))
-            before = kept.get(level, {})
-            made = self._call(level, span, values) if span.size else {}
-            for name in {**before, **made}:
-                parts = [part[name] for part in (before, made) if name in part]
+            earlier = kept.get(level, {})
+            outputs = self._call(level, span, values) if span.size else {}
+            for name in {**earlier, **outputs}:
+                parts = [part[name] for part in (earlier, outputs) if name in part]
                 values[name] = _joined(parts)
             values = program.needed(values, level + 1)
         return values[OUTPUT].value
@@ -302,49 +313,52 @@ class Walk:
         return level
 
     def _stage(
-        self, level: int, last: int, leaves: Span, held: Mapping[str, Held]
-    ) -> dict[str, Held]:
+        self, level: int, last: int, leaves: Span, values: Mapping[str, CrossingValue]
+    ) -> dict[str, CrossingValue]:
         """Run `level..last`; the values of these levels that later ones read."""
         tree = self.program.tree
         span = tree.span(level, leaves)
         if level == last and (self.execution[level] == PACKED or span.size == 1):
-            return self._call(level, span, held)
+            return self._call(level, span, values)
         pieces = []
-        with cut_once():
+        with chunk_once():
             for branch in range(*span):
-                here = self._call(level, Span(branch, branch + 1), held)
+                outputs = self._call(level, Span(branch, branch + 1), values)
                 if level < last:
                     below = leaves.within(branch, tree.leaves_below(level))
-                    here |= self._stage(level + 1, last, below, {**held, **here})
-                pieces.append(self.program.needed(here, last + 1))
+                    outputs |= self._stage(level + 1, last, below, {**values, **outputs})
+                pieces.append(self.program.needed(outputs, last + 1))
         return {name: _joined([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def _call(self, level: int, span: Span, held: Mapping[str, Held]) -> dict[str, Held]:
+    def _call(
+        self, level: int, span: Span, values: Mapping[str, CrossingValue]
+    ) -> dict[str, CrossingValue]:
         """One call of a segment."""
         program, tree = self.program, self.program.tree
         segment = program.segments[level]
         inputs = []
         for name in segment.inputs:
-            source = held[name]
+            source = values[name]
             ratio = tree.branches[level] // tree.branches[source.crossing.level]
-            inputs.append(source.take(span.parents(ratio)))
+            inputs.append(source.slice(span.parents(ratio)))
         results = segment.module(span, *inputs)
-        made = {
-            name: Held(program.crossings[name], span, value)
+        outputs = {
+            name: CrossingValue(program.crossings[name], span, value)
             for name, value in zip(segment.outputs, results, strict=True)
         }
-        self._keep(level, span, made)
-        return made
+        self._keep(level, span, outputs)
+        return outputs
 
-    def _keep(self, level: int, span: Span, made: Mapping[str, Held]) -> None:
+    def _keep(self, level: int, span: Span, outputs: Mapping[str, CrossingValue]) -> None:
+        """Keep the values of the branch that the walk leaves incomplete, if it is in the span."""
         if self.stop is None or level == self.program.tree.levels - 1:
             return
-        branch, rest = divmod(self.stop, self.program.tree.leaves_below(level))
-        if rest and branch == span.stop - 1:
-            self.kept[level] = {name: held.only(branch) for name, held in made.items()}
+        branch, computed = divmod(self.stop, self.program.tree.leaves_below(level))
+        if computed and branch == span.stop - 1:
+            self.kept[level] = {name: value.branch(branch) for name, value in outputs.items()}
 
 
-def _joined(pieces: Sequence[Held]) -> Held:
+def _joined(pieces: Sequence[CrossingValue]) -> CrossingValue:
     """Values of neighbouring spans as one."""
     first = pieces[0]
     if len(pieces) == 1:
@@ -352,4 +366,4 @@ def _joined(pieces: Sequence[Held]) -> Held:
     span = Span(first.span.start, pieces[-1].span.stop)
     crossing = first.crossing
     values = [piece.value for piece in pieces]
-    return Held(crossing, span, join(values, crossing.form, crossing.known))
+    return CrossingValue(crossing, span, join(values, crossing.form, crossing.facts))

@@ -1,4 +1,4 @@
-"""This machine and its clock: what measured times belong to, and how they are taken."""
+"""Timing on this machine: what measured times belong to, and how they are measured."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Times = dict[str, list[float]]
 
 
 def describe(device: torch.device) -> str:
-    """A device, its speed-relevant settings and the torch version, e.g. to compare measurements.
+    """A device, the settings that its speed depends on, and the torch version, as text.
 
     Args:
         device: a CPU or an accelerator.
@@ -41,7 +41,7 @@ def _processor() -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given; nothing to wait for on a CPU."""
+    """Wait until a device has finished its queue of work; a CPU has none."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -57,7 +57,7 @@ def timed(action: Callable[[], Any], device: torch.device) -> float:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """Let PyTorch compute with so many threads, then with as many as before; None changes none."""
+    """Let PyTorch compute with `count` threads for a while; None changes nothing."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -72,17 +72,17 @@ def alternate(
     *,
     repeats: int = 15,
     budget: float = float("inf"),
-    least: int = 3,
+    at_least: int = 3,
     warm_up: bool = True,
 ) -> Times:
-    """Time several actions in turns, so that a change of the machine's load meets all of them.
+    """Time several actions in turns, so that a change of the machine's load concerns all of them.
 
     Args:
         actions: what to time, by name.
         device: where they run.
         repeats: rounds at most.
         budget: seconds for all rounds; no new one starts after it.
-        least: rounds at least, whatever they take.
+        at_least: rounds at least, whatever they take.
         warm_up: run each once beforehand, untimed.
 
     Returns:
@@ -92,8 +92,8 @@ def alternate(
         action()
     times: Times = {name: [] for name in actions}
     start = time.perf_counter()
-    for done in range(repeats):
-        if done >= least and time.perf_counter() - start > budget:
+    for count in range(repeats):
+        if count >= at_least and time.perf_counter() - start > budget:
             break
         for name, action in actions.items():
             times[name].append(timed(action, device))
@@ -102,4 +102,4 @@ def alternate(
 
 def medians(times: Times) -> dict[str, float]:
     """The median of each action's times, in seconds."""
-    return {name: median(found) for name, found in times.items()}
+    return {name: median(seconds) for name, seconds in times.items()}

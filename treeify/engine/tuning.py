@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from treeify.engine import timing
-from treeify.engine.packed_tensors import lay_out
+from treeify.engine.packed_tensors import set_memory_format
 from treeify.engine.plan import Plan, Planner, Situation, Tuning
 from treeify.engine.preserve import preserve_buffers
-from treeify.engine.program import LOOPED, PACKED
+from treeify.engine.program import EXECUTIONS, LOOPED, PACKED
 from treeify.errors import InputError
 
 _log = logging.getLogger(__name__)
 
-# A challenger this much slower in its first round is not measured again.
+# A plan this much slower in its first round is not measured again: noise on an idle machine is a
+# few percent, so that more rounds would cost time and change nothing.
 _HOPELESS = 1.3
 # A change of one level must gain this much, since each is measured with noise; and this much where
-# there was time for one or two rounds only.
+# there was time for one or two rounds only, whose medians are worth less.
 _GAIN = 0.98
 _GAIN_OF_FEW = 0.93
 
@@ -40,18 +41,18 @@ def tune(
     repeats: int = 7,
     budget: float = 10.0,
 ) -> Tuning:
-    """Measure the ways to run an ensemble, in its present mode, and keep the fastest.
+    """Measure plans of an ensemble, in its present mode, and choose the fastest.
 
-    All levels packed and all looped are measured in both memory formats; from the fastest, every
-    level is tried the other way, and the outcome has to win against the fastest once more.
-    Inference is measured without gradients and with batch norms folded; a training step is forward
-    and backward.
+    All levels packed and all looped are measured in both memory formats; from the fastest, the
+    execution of one level after the other is changed, and the outcome has to win against the
+    fastest once more. Inference is measured without gradients and with batch norms folded; a
+    training step is forward and backward.
 
     Args:
-        model: the ensemble. Its parameters take the chosen memory format; values, gradients,
+        model: the ensemble. Its parameters get the chosen memory format; values, gradients,
             buffers and the random state stay as they are.
-        planner: keeps the choice.
-        run: gives the leaves' logits of `x` by a plan.
+        planner: remembers the choice.
+        run: computes the leaves' logits of `x` by a plan.
         x: images, `[N, C, H, W]`.
         loss: of the logits; by default their mean square.
         repeats: rounds of each comparison, of which medians are compared.
@@ -63,9 +64,9 @@ def tune(
     if x.numel() == 0:
         raise InputError("there is nothing to measure.", expected="at least one image")
     contest = _Contest(model, planner.levels, run, x, loss or _mean_square, repeats, budget)
-    # Parameters laid out anew in inference mode could never be trained again.
-    quiet = _undisturbed(model) if model.training else torch.no_grad()
-    with torch.inference_mode(False), quiet, preserve_buffers(model):
+    # Parameters that got their memory format in inference mode could never be trained again.
+    gradients = _preserve_gradients(model) if model.training else torch.no_grad()
+    with torch.inference_mode(False), gradients, preserve_buffers(model):
         plan = contest.run()
     tuning = Tuning(Situation.of(x, training=model.training), plan, contest.seconds)
     planner.tunings[tuning.situation] = tuning
@@ -74,12 +75,14 @@ def tune(
 
 
 def _mean_square(logits: Any) -> Tensor:
-    outputs = [own for own in tree_leaves(logits) if isinstance(own, Tensor) and own.requires_grad]
-    return torch.stack([output.square().mean() for output in outputs]).sum()
+    """A loss of every output that gradients can come from, whatever the output's structure."""
+    outputs = [leaf for leaf in tree_leaves(logits) if isinstance(leaf, Tensor)]
+    losses = [output.square().mean() for output in outputs if output.requires_grad]
+    return torch.stack(losses).sum()
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def _preserve_gradients(model: nn.Module) -> Iterator[None]:
     """Put gradients and the random state back after training steps."""
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
     for parameter in gradients:
@@ -93,7 +96,11 @@ def _undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 class _Contest:
-    """Plans measured against one another."""
+    """Plans measured against one another.
+
+    Trying every combination of levels would take `2^levels` measurements; this takes one more per
+    level, by changing them one at a time.
+    """
 
     def __init__(
         self,
@@ -111,8 +118,8 @@ class _Contest:
 
     def run(self) -> Plan:
         formats = (True, False) if self.x.ndim == 4 else (None,)
-        uniform = best = min((self._best_uniform(layout) for layout in formats), key=self._time)
-        self._lay_out(best)
+        uniform = best = min(map(self._best_uniform, formats), key=self._time)
+        self._set_memory_format(best)
         for level in range(1, self.levels):
             best = self._challenge(best, level)
         # Several wins by a little may be luck: together they must win again.
@@ -124,19 +131,20 @@ class _Contest:
     def _best_uniform(self, channels_last: bool | None) -> Plan:
         """All levels packed or all looped, whichever is faster."""
         fuse = not self.model.training
-        plans = [Plan((way,) * self.levels, channels_last, fuse) for way in (PACKED, LOOPED)]
-        self._lay_out(plans[0])
+        plans = [Plan((execution,) * self.levels, channels_last, fuse) for execution in EXECUTIONS]
+        self._set_memory_format(plans[0])
         self._measure(plans)
         return min(plans, key=self._time)
 
     def _challenge(self, best: Plan, level: int) -> Plan:
-        """The better of a plan and the same with one level the other way."""
+        """The better of a plan and the same with the execution of one level changed."""
         execution = list(best.execution)
         execution[level] = LOOPED if execution[level] == PACKED else PACKED
         other = replace(best, execution=tuple(execution))
         before = self._time(best)
         better = self._better(best, other)
         if better == best:
+            # It was measured anew, perhaps in a slow spell: later ones are compared with its best.
             self.seconds[str(best)] = min(before, self._time(best))
         return better
 
@@ -145,14 +153,17 @@ class _Contest:
         gain = _GAIN if self._measure([best, other]) > 2 else _GAIN_OF_FEW
         return other if self._time(other) < gain * self._time(best) else best
 
-    def _lay_out(self, plan: Plan) -> None:
+    def _set_memory_format(self, plan: Plan) -> None:
         """Give the parameters the plan's memory format."""
-        if plan.channels_last is not None:
-            wanted = torch.channels_last if plan.channels_last else torch.contiguous_format
-            lay_out(self.model, wanted)
+        if plan.memory_format is not None:
+            set_memory_format(self.model, plan.memory_format)
 
     def _measure(self, plans: list[Plan]) -> int:
-        """Record the median time of each plan, measured in turns; rounds there was time for."""
+        """Record the median time of each plan, measured in turns.
+
+        Returns:
+            How many rounds there was time for.
+        """
         device = self.x.device
         actions = {str(plan): self._action(plan) for plan in plans}
         rounds = timing.alternate(actions, device, repeats=1, warm_up=False)
@@ -168,7 +179,7 @@ class _Contest:
                 *(promising, device),
                 repeats=self.repeats - 1,
                 budget=self.budget - sum(times[0] for times in rounds.values()),
-                least=0,
+                at_least=0,
                 warm_up=False,
             )
             for name, times in further.items():
@@ -180,8 +191,8 @@ class _Contest:
         def infer() -> None:
             self.run_plan(plan)
 
-        def step() -> None:
+        def train() -> None:
             self.loss(self.run_plan(plan)).backward()  # type: ignore[no-untyped-call]
             self.model.zero_grad()
 
-        return step if self.model.training else infer
+        return train if self.model.training else infer

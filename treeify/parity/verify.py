@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only, tree_structure
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.engine.packed_tensors import tensors
+from treeify.engine.packed_tensors import named_tensors
 from treeify.engine.plan import Plan
 from treeify.engine.preserve import preserve_buffers, preserve_modes
 from treeify.engine.program import EXECUTIONS
@@ -625,7 +625,7 @@ def _collect(
     hne: HierarchicalEnsemble, leaf: int, gradients: dict[str, Tensor], expected: dict[str, Tensor]
 ) -> None:
     """Add a separate network's gradients to the branches that it shares with others."""
-    packed = dict(tensors(hne))
+    packed = dict(named_tensors(hne))
     for key, gradient in gradients.items():
         if hne.branches_of(key) < hne.leaves:
             if key not in expected:

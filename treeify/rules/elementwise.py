@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from treeify.engine.forms import merge_branches, split_branches
-from treeify.engine.packed_tensors import lookup, narrow
+from treeify.engine.packed_tensors import get_tensor, narrow
 from treeify.rules.operations.widened import widened
 from treeify.rules.table import Call, Unpackable, batch_rule, rule, widens
 from treeify.tracing.facts import TensorFacts
@@ -330,7 +330,7 @@ class PackedPReLU(nn.Module):
 
     def forward(self, span: Span, x: Tensor) -> Tensor:
         """`[N, G*C, ...] -> [N, G*C, ...]`."""
-        weight = narrow(lookup(self.storage, "weight"), self.branches, span)
+        weight = narrow(get_tensor(self.storage, "weight"), self.branches, span)
         return F.prelu(x, weight.repeat_interleave(x.shape[1] // weight.shape[0]))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from treeify.engine.forms import Branches, Form, pick
-from treeify.engine.packed_tensors import Slot, call_assigning, lookup, narrow, owner
+from treeify.engine.packed_tensors import Slot, call_assigning, get_parent, get_tensor, narrow
 from treeify.rules.elementwise import call_target
 from treeify.tracing.aliasing import is_library
 from treeify.tree import Span
@@ -123,7 +123,7 @@ class EachBranchModule(nn.Module):
             for branch, new in news:
                 states[branch][name] = new.detach()
             return
-        slot, packed = self.layout[name], lookup(self.storage, name)
+        slot, packed = self.layout[name], get_tensor(self.storage, name)
         fresh = packed.detach().clone()
         for branch, new in news:
             own = branch // self._siblings(name)
@@ -146,7 +146,7 @@ class EachBranchModule(nn.Module):
     def _part(self, name: str, branch: int) -> Tensor:
         slot = self.layout[name]
         stored = self.branches[slot.level]
-        return slot.branch(lookup(self.storage, name), stored, branch // self._siblings(name))
+        return slot.branch(get_tensor(self.storage, name), stored, branch // self._siblings(name))
 
     def _siblings(self, name: str) -> int:
         """Branches of this level that share one stored tensor."""
@@ -206,13 +206,13 @@ class ReadTensor(nn.Module):
     ) -> None:
         super().__init__()
         # In a tuple, so that the ensemble does not become a submodule of its own segment.
-        self.owner = (owner(root, slot.key)[0],)
+        self.owner = (get_parent(root, slot.key)[0],)
         self.name = slot.key.rpartition(".")[2]
         self.slot, self.branches, self.level, self.form = slot, branches, level, form
 
     def forward(self, span: Span) -> Tensor:
         """The tensor, for the branches of `span`."""
-        packed = lookup(self.owner[0], self.name)
+        packed = get_tensor(self.owner[0], self.name)
         stored = self.branches[self.slot.level]
         if self.form is Form.SHARED:
             return self.slot.branch(packed, stored, 0)

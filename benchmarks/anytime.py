@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import treeify
-from treeify.anytime.deadline import Pace, advance_until
+from treeify.anytime.deadline import Slowdown, advance_until
 from treeify.engine import timing
 
 CASES = (*common.CIFAR, common.IMAGENET[0])
@@ -102,14 +102,14 @@ def deadlines(
         low, high = min(first, full), max(first, full)
         wanted = [low + (high - low) * i / (DEADLINES - 1) for i in range(DEADLINES)]
         random.Random(0).shuffle(wanted)
-        pace = Pace()
+        slowdown = Slowdown()
         late, leaves, best = [], [], []
         begin = time.perf_counter()
         while time.perf_counter() - begin < 3 * budget:
             for deadline in wanted:
                 start = time.perf_counter()
                 session = hne.session(x)
-                advance_until(session, known, deadline, start, pace=pace)
+                advance_until(session, known, deadline, start, slowdown=slowdown)
                 late.append(time.perf_counter() - start - deadline)
                 leaves.append(session.leaves)
                 best.append(most_in(hne, x, deadline))

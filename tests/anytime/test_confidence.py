@@ -1,6 +1,5 @@
 """Images leave the batch when they are sure, and budgets are kept on average."""
 
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
-from treeify.anytime.confidence import Budget, budget, confidence
+from treeify.anytime.confidence import BUDGET, budget, confidence
 from treeify.anytime.session import Session
 from treeify.errors import InputError
 
@@ -240,13 +239,13 @@ def test_the_mean_cost_is_the_target(target: int, images: int) -> None:
     found = budget(logits, labels, SIZES, MACS, target)
     # Every size's share is rounded to whole images.
     assert abs(found.macs - target) <= (MACS[-1] - MACS[0]) / images
-    assert sum(found.shares) == pytest.approx(1)
+    assert sum(found.fractions) == pytest.approx(1)
     assert found.macs == pytest.approx(
-        sum(share * own for share, own in zip(found.shares, MACS, strict=True)), rel=1e-12
+        sum(share * own for share, own in zip(found.fractions, MACS, strict=True)), rel=1e-12
     )
     assert (found.target_macs, found.sizes, found.images) == (target, SIZES, images)
     assert len(found.thresholds) == 3
-    assert Budget.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert BUDGET.validate_json(BUDGET.dump_json(found, by_alias=True)) == found
 
 
 def test_a_budget_is_what_its_thresholds_give() -> None:
@@ -255,7 +254,7 @@ def test_a_budget_is_what_its_thresholds_give() -> None:
         found = budget(logits, labels, SIZES, MACS, target)
         answers, used = _oracle(SIZES, logits.double(), found.thresholds)
         assert found.accuracy == (answers.argmax(-1) == labels).double().mean().item()
-        assert found.shares == pytest.approx([used.count(size) / len(used) for size in SIZES])
+        assert found.fractions == pytest.approx([used.count(size) / len(used) for size in SIZES])
         spent = sum(MACS[SIZES.index(size)] for size in used) / len(used)
         assert found.macs == pytest.approx(spent, rel=1e-12)
 
@@ -276,8 +275,8 @@ def test_the_ends_of_the_range() -> None:
     logits, labels = _held_out()
     least = budget(logits, labels, SIZES, MACS, MACS[0])
     most = budget(logits, labels, SIZES, MACS, MACS[-1])
-    assert (least.macs, least.shares) == (MACS[0], (1, 0, 0, 0))
-    assert (most.macs, most.shares) == (MACS[-1], (0, 0, 0, 1))
+    assert (least.macs, least.fractions) == (MACS[0], (1, 0, 0, 0))
+    assert (most.macs, most.fractions) == (MACS[-1], (0, 0, 0, 1))
     assert least.accuracy == (logits[0].argmax(-1) == labels).double().mean().item()
     assert most.accuracy == (logits[-1].argmax(-1) == labels).double().mean().item()
     alone = budget(logits[:1], labels, (1,), MACS[:1], MACS[0])
@@ -302,7 +301,7 @@ def test_equal_confidences_stop_together() -> None:
     logits[:, :50, 0] = 1.0  # two groups of equally sure images
     labels = torch.zeros(100, dtype=torch.long)
     found = budget(logits, labels, (1, 2), (10, 20), 18)  # a fifth should stop
-    assert found.shares == (0.5, 0.5)
+    assert found.fractions == (0.5, 0.5)
     assert found.macs == 15
     assert found.accuracy == 1.0
 

@@ -14,7 +14,15 @@ from torch.testing import assert_close
 
 import treeify
 from treeify.anytime import deadline
-from treeify.anytime.deadline import Latencies, Pace, Transition, advance_until, transitions
+from treeify.anytime.deadline import (
+    LATENCIES,
+    Latencies,
+    Latency,
+    Slowdown,
+    Transition,
+    advance_until,
+    transitions,
+)
 from treeify.engine import timing
 from treeify.engine.plan import Plan, Situation
 from treeify.errors import CheckpointError, InputError
@@ -65,9 +73,9 @@ def _latencies(
     some: dict[Transition, float] | None = None,
 ) -> Latencies:
     situation = Situation(False, (2, 3, 8, 8), "torch.float32", "here")
-    slow = {key: 2 * seconds for key, seconds in typical.items()}
     margins = dict.fromkeys(typical, margin) | (some or {})
-    return Latencies(situation, Plan(("packed",) * 3), SIZES, typical, slow, margins, 100)
+    rows = tuple(Latency(*key, typical[key], 2 * typical[key], margins[key]) for key in typical)
+    return Latencies(situation, Plan(("packed",) * 3), SIZES, rows, 100)
 
 
 def _times(factor: float) -> dict[Transition, float]:
@@ -81,13 +89,13 @@ def _taken(
     latencies: Latencies | None = None,
     actual: dict[Transition, float] = STRAIGHT,
     late: float = 0,
-    pace: Pace | None = None,
+    slowdown: Slowdown | None = None,
 ) -> list[int]:
     begin = clock.now
     clock.now += late
     steps = Steps(clock, actual)
     known = _latencies() if latencies is None else latencies
-    advance_until(steps, known, limit, begin, pace=pace)  # type: ignore[arg-type]
+    advance_until(steps, known, limit, begin, slowdown=slowdown)  # type: ignore[arg-type]
     return steps.taken
 
 
@@ -121,8 +129,8 @@ def test_the_clock_is_looked_at_between_steps(clock: Clock) -> None:
 
 def test_time_left_by_a_quick_step_is_used(clock: Clock) -> None:
     quick, calm = {**STRAIGHT, (0, 3): 0.5}, (1.0, 1.0, 1.0)
-    assert _taken(clock, 2.24, actual=quick, pace=Pace(calm)) == [3]
-    assert _taken(clock, 2.25, actual=quick, pace=Pace(calm)) == [3, 6]
+    assert _taken(clock, 2.24, actual=quick, slowdown=Slowdown(calm)) == [3]
+    assert _taken(clock, 2.25, actual=quick, slowdown=Slowdown(calm)) == [3, 6]
 
 
 def test_time_that_passed_before_the_first_step_counts(clock: Clock) -> None:
@@ -150,29 +158,32 @@ def test_a_step_slower_than_typical_makes_the_next_forecast_longer(clock: Clock)
     # A single slow step does not move the pace of the sessions before, but counts in its own.
     calm = (1.0, 1.0, 1.0)
     for limit, sizes in ((3 * 3.5 - 0.01, [3]), (3 * 3.5, [3, 6])):
-        pace = Pace(calm)
-        assert _taken(clock, limit, latencies=_latencies(dear), actual=actual, pace=pace) == sizes
+        slowdown = Slowdown(calm)
+        assert (
+            _taken(clock, limit, latencies=_latencies(dear), actual=actual, slowdown=slowdown)
+            == sizes
+        )
 
 
 def test_a_slower_machine_is_remembered_by_the_next_session(clock: Clock) -> None:
-    pace = Pace()
-    assert _taken(clock, 2.5, actual=_times(3), pace=pace) == [6]  # 5 seconds too late
-    assert pace.recent == (3.0,)
-    assert _taken(clock, 7.49, actual=_times(3), pace=pace) == [3]
-    assert _taken(clock, 7.5, actual=_times(3), pace=pace) == [6]
+    slowdown = Slowdown()
+    assert _taken(clock, 2.5, actual=_times(3), slowdown=slowdown) == [6]  # 5 seconds too late
+    assert slowdown.recent == (3.0,)
+    assert _taken(clock, 7.49, actual=_times(3), slowdown=slowdown) == [3]
+    assert _taken(clock, 7.5, actual=_times(3), slowdown=slowdown) == [6]
 
 
 def test_a_faster_machine_is_remembered_by_the_next_session(clock: Clock) -> None:
-    pace = Pace()
-    assert _taken(clock, 1.24, actual=_times(0.5), pace=pace) == [1]
-    assert _taken(clock, 1.24, actual=_times(0.5), pace=pace) == [3]
-    assert _taken(clock, 1.25, actual=_times(0.5), pace=pace) == [6]
+    slowdown = Slowdown()
+    assert _taken(clock, 1.24, actual=_times(0.5), slowdown=slowdown) == [1]
+    assert _taken(clock, 1.24, actual=_times(0.5), slowdown=slowdown) == [3]
+    assert _taken(clock, 1.25, actual=_times(0.5), slowdown=slowdown) == [6]
 
 
 def test_a_single_slow_step_is_no_slow_machine(clock: Clock) -> None:
-    pace = Pace((1.0, 1.0, 9.0))
-    assert _taken(clock, 2.5, pace=pace) == [6]
-    assert pace.recent == (1.0, 9.0, 1.0)
+    slowdown = Slowdown((1.0, 1.0, 9.0))
+    assert _taken(clock, 2.5, slowdown=slowdown) == [6]
+    assert slowdown.recent == (1.0, 9.0, 1.0)
 
 
 def test_steps_that_took_no_time_when_calibrated(clock: Clock) -> None:
@@ -187,7 +198,7 @@ def test_every_step_is_told(clock: Clock) -> None:
         Steps(clock, quick),  # type: ignore[arg-type]
         _latencies(),
         *(2.25, clock.now),
-        watch=lambda step: told.append(step.leaves),
+        observe=lambda step: told.append(step.leaves),
     )
     assert told == [3, 6]
 
@@ -377,7 +388,7 @@ def test_latencies_survive_json_and_print() -> None:
     latencies = _latencies(
         {key: seconds / 1000 for key, seconds in STRAIGHT.items()}, 1.2, {(1, 3): 1.5}
     )
-    assert Latencies.from_dict(json.loads(json.dumps(latencies.to_dict()))) == latencies
+    assert LATENCIES.validate_json(LATENCIES.dump_json(latencies, by_alias=True)) == latencies
     assert str(latencies).splitlines()[0].endswith("(100 rounds, margins 1.20 to 1.50)")
     assert [line.split() for line in str(latencies).splitlines()[2:]] == [
         ["from", "to", "1", "to", "3", "to", "6"],

@@ -6,11 +6,12 @@ Source: Huang et al., Multi-Scale Dense Networks for Resource Efficient Image Cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from treeify.anytime.session import Answer, Session
@@ -18,7 +19,7 @@ from treeify.errors import InputError
 
 
 class Prediction(NamedTuple):
-    """What a batch was answered.
+    """The ensemble's answer to a batch.
 
     Args:
         logits: mean logits of each image's leaves, `[N, K]`.
@@ -34,12 +35,12 @@ class Budget:
     """Thresholds for an average budget, and what they gave on held-out images.
 
     Args:
-        target_macs: the wanted mean MACs per image.
+        target_macs: the mean MACs per image to be spent.
         sizes: the nested sizes at which an image may stop.
         thresholds: the confidence at which it does, for every size but the last.
         macs: mean MACs per image on the held-out images.
-        accuracy: share of the held-out images answered rightly, 0 to 1.
-        shares: share of the held-out images that stop at each size.
+        accuracy: fraction of the held-out images answered rightly, 0 to 1.
+        fractions: fraction of the held-out images that stop at each size.
         images: how many images were held out.
     """
 
@@ -48,12 +49,9 @@ class Budget:
     thresholds: tuple[float, ...]
     macs: float
     accuracy: float
-    shares: tuple[float, ...]
+    # Saved ensembles have them under this name.
+    fractions: Annotated[tuple[float, ...], Field(alias="shares")]
     images: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
 
     def on(self, logits: Tensor, labels: Tensor, macs: Sequence[int]) -> Budget:
         """The same thresholds with what they give on other images.
@@ -63,26 +61,24 @@ class Budget:
             labels: their classes, `[N]`.
             macs: MACs per image of each size.
         """
-        needed = torch.tensor((*self.thresholds, 0.0), dtype=torch.double)
-        enough = confidence(logits.double()) >= needed[:, None]
-        enough[-1] = True
-        stop = enough.int().argmax(0)  # the first size that is sure enough
+        thresholds = torch.tensor((*self.thresholds, 0.0), dtype=torch.double)
+        confident = confidence(logits.double()) >= thresholds[:, None]
+        confident[-1] = True
+        stop = confident.int().argmax(0)  # the first size that is confident enough
         images = len(labels)
-        right = logits.argmax(-1)[stop, torch.arange(images)] == labels
-        shares = torch.bincount(stop, minlength=len(macs)).double() / images
+        correct = logits.argmax(-1)[stop, torch.arange(images)] == labels
+        fractions = torch.bincount(stop, minlength=len(macs)).double() / images
         return replace(
             self,
-            macs=(shares * torch.tensor(macs, dtype=shares.dtype)).sum().item(),
-            accuracy=right.double().mean().item(),
-            shares=tuple(shares.tolist()),
+            macs=(fractions * torch.tensor(macs, dtype=fractions.dtype)).sum().item(),
+            accuracy=correct.double().mean().item(),
+            fractions=tuple(fractions.tolist()),
             images=images,
         )
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Budget:
-        """What `to_dict` wrote."""
-        lists = {name: tuple(values[name]) for name in ("sizes", "thresholds", "shares")}
-        return cls(**{**values, **lists})
+
+# To and from JSON values.
+BUDGET = TypeAdapter(Budget)
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -95,75 +91,75 @@ def answer(
     sizes: Sequence[int],
     thresholds: Sequence[float],
     *,
-    watch: Callable[[Answer, Tensor], None] = lambda step, images: None,
+    observe: Callable[[Answer, Tensor], None] = lambda answer, images: None,
 ) -> Prediction:
-    """Advance a session until every image is confident; sure images leave the batch.
+    """Advance a session until every image is confident; confident images leave the batch.
 
     Args:
         session: a new session.
         sizes: the nested sizes.
         thresholds: per size but the last, the confidence that suffices.
-        watch: told every step, and which images of the batch it has logits of, positions `[M]`.
+        observe: called with every answer, and the positions `[M]` of its images in the batch.
 
     Raises:
         InputError: the model returns no single tensor of logits.
     """
-    logits, used = None, None
-    open_rows = None
+    logits, leaves = None, None
+    pending = None  # positions of the images that are not yet confident
     for size, threshold in zip(sizes, (*thresholds, None), strict=True):
-        step = session.advance(to=size)
-        found = step.logits
-        if not isinstance(found, Tensor):
+        answer = session.advance(to=size)
+        scores = answer.logits
+        if not isinstance(scores, Tensor):
             raise InputError(
                 "confidence needs one tensor of logits.",
                 expected="[N, K]",
-                found=type(found).__name__,
+                found=type(scores).__name__,
             )
-        if logits is None or used is None or open_rows is None:
-            logits, used = found.clone(), torch.zeros(len(found), dtype=torch.long)
-            open_rows = everyone = torch.arange(len(found), device=found.device)
-        watch(step, open_rows if session.droppable else everyone)
+        if logits is None or leaves is None or pending is None:
+            logits, leaves = scores.clone(), torch.zeros(len(scores), dtype=torch.long)
+            pending = batch = torch.arange(len(scores), device=scores.device)
+        observe(answer, pending if session.droppable else batch)
         if not session.droppable:
-            found = found[open_rows]
-        sure = torch.ones(len(found), dtype=torch.bool, device=found.device)
+            scores = scores[pending]
+        confident = torch.ones(len(scores), dtype=torch.bool, device=scores.device)
         if threshold is not None:
-            sure = confidence(found) >= threshold
-        logits[open_rows[sure]] = found[sure]
-        used[open_rows[sure].cpu()] = size
-        open_rows = open_rows[~sure]
-        if not len(open_rows):
+            confident = confidence(scores) >= threshold
+        logits[pending[confident]] = scores[confident]
+        leaves[pending[confident].cpu()] = size
+        pending = pending[~confident]
+        if not len(pending):
             break
-        if session.droppable and sure.any():
-            session.select(~sure)
-    assert logits is not None and used is not None
-    return Prediction(logits, used)
+        if session.droppable and confident.any():
+            session.select(~confident)
+    assert logits is not None and leaves is not None
+    return Prediction(logits, leaves)
 
 
 def thresholds_for(
-    given: float | Sequence[float] | Budget, sizes: Sequence[int]
+    limit: float | Sequence[float] | Budget, sizes: Sequence[int]
 ) -> tuple[float, ...]:
     """One threshold for every size but the last.
 
     Raises:
         InputError: a threshold is no probability, or their number is wrong.
     """
-    if isinstance(given, Budget):
-        if given.sizes != tuple(sizes):
+    if isinstance(limit, Budget):
+        if limit.sizes != tuple(sizes):
             raise InputError(
                 "the budget was made for another tree.",
                 expected=f"thresholds for {tuple(sizes)} leaves",
-                found=f"thresholds for {given.sizes}",
+                found=f"thresholds for {limit.sizes}",
             )
-        return given.thresholds
+        return limit.thresholds
     count = len(sizes) - 1
-    values = tuple(given) if isinstance(given, Sequence) else (given,) * count
-    if len(values) != count or not all(value >= 0 for value in values):
+    thresholds = tuple(limit) if isinstance(limit, Sequence) else (limit,) * count
+    if len(thresholds) != count or not all(threshold >= 0 for threshold in thresholds):
         raise InputError(
-            f"confidence={given!r} fits no ensemble of {sizes[-1]} leaves.",
+            f"confidence={limit!r} fits no ensemble of {sizes[-1]} leaves.",
             expected=f"a probability, or one for each of {tuple(sizes[:-1])} leaves"
             " (above 1: never stop there)",
         )
-    return values
+    return thresholds
 
 
 def budget(
@@ -171,15 +167,15 @@ def budget(
 ) -> Budget:
     """Thresholds that spend a budget on average, as MSDNet chooses them.
 
-    The shares of images that stop at each size fall or rise geometrically, so that their mean cost
-    is the target; the thresholds are those that let these shares of held-out images stop.
+    The fractions of images that stop at each size fall or rise geometrically, so that their mean
+    cost is the target; the thresholds are those that let these fractions of held-out images stop.
 
     Args:
         logits: of held-out images at every size, `[S, N, K]`.
         labels: their classes, `[N]`.
         sizes: the `S` nested sizes.
         macs: MACs per image of each size.
-        target_macs: the wanted mean MACs per image.
+        target_macs: the mean MACs per image to be spent.
 
     Raises:
         InputError: the target lies outside what the sizes cost, or there are no images.
@@ -193,35 +189,37 @@ def budget(
             f"a mean of {target_macs:,} MACs per image cannot be kept.",
             expected=f"{macs[0]:,} (1 leaf) to {macs[-1]:,} ({sizes[-1]} leaves)",
         )
-    cumulative = _geometric_shares(macs, target_macs).cumsum(0)
-    sure = confidence(logits.double())
+    cumulative = _geometric_fractions(macs, target_macs).cumsum(0)
+    confidences = confidence(logits.double())
     thresholds: list[float] = []
-    rest = torch.arange(len(labels))
-    for own, share in zip(sure[:-1], cumulative[:-1], strict=True):
-        wanted = round(share.item() * len(labels)) - (len(labels) - len(rest))
-        thresholds.append(_threshold(own[rest], wanted))
-        rest = rest[~(own[rest] >= thresholds[-1])]
+    pending = torch.arange(len(labels))
+    for row, fraction in zip(confidences[:-1], cumulative[:-1], strict=True):
+        # By how many images the count of those that have stopped is short at this size.
+        count = round(fraction.item() * len(labels)) - (len(labels) - len(pending))
+        thresholds.append(_threshold(row[pending], count))
+        pending = pending[~(row[pending] >= thresholds[-1])]
     chosen = Budget(target_macs, tuple(sizes), tuple(thresholds), 0.0, 0.0, (), 0)
     return chosen.on(logits, labels, macs)
 
 
-def _threshold(sure: Tensor, wanted: int) -> float:
-    """The confidence that lets `wanted` images stop, and all as sure as the last of them."""
-    if wanted <= 0:
+def _threshold(confidences: Tensor, count: int) -> float:
+    """The confidence that lets `count` images stop, and all as confident as the last of them."""
+    if count <= 0:
         return 2.0  # above every probability: nobody stops
-    last = sure.sort(descending=True).values[min(wanted, len(sure)) - 1]
-    below = sure[sure < last]
+    ranked = confidences.sort(descending=True).values
+    last = ranked[min(count, len(ranked)) - 1]
+    below = confidences[confidences < last]
     # Half-way to the next image, so that rounding does not decide about either.
     return ((last + below.max()) / 2).item() if len(below) else last.item() * (1 - 1e-6)
 
 
-def _geometric_shares(macs: Sequence[int], target: int) -> Tensor:
-    """Shares `q^k`, normalised, whose mean cost is the target; `q` found by bisection."""
+def _geometric_fractions(macs: Sequence[int], target: int) -> Tensor:
+    """Fractions `q^k`, normalised, whose mean cost is the target; `q` found by bisection."""
     costs = torch.tensor(macs, dtype=torch.double)
     exponents = torch.arange(len(macs), dtype=torch.double)
-    low, high = -50.0, 50.0
+    low, high = -50.0, 50.0  # logarithms of q
     for _ in range(200):
         middle = (low + high) / 2
-        shares = (middle * exponents).softmax(0)
-        low, high = (middle, high) if (shares * costs).sum() < target else (low, middle)
+        fractions = (middle * exponents).softmax(0)
+        low, high = (middle, high) if (fractions * costs).sum() < target else (low, middle)
     return ((low + high) / 2 * exponents).softmax(0)

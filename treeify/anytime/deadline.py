@@ -1,4 +1,4 @@
-"""Answers by a deadline: latencies measured beforehand, and the clock checked between steps.
+"""Answers by a deadline: latencies measured beforehand, and the clock read between answers.
 
 At small batches a call costs much the same however few leaves it computes, so going straight to a
 size is far cheaper than by the sizes before it. Latencies are therefore those of every transition.
@@ -10,22 +10,45 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from statistics import median, quantiles
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field, TypeAdapter
 
 from treeify.anytime.session import Answer, Session
-from treeify.engine.plan import PLAN, SITUATION, Plan, Situation
+from treeify.engine.plan import Plan, Situation
 from treeify.errors import InputError
 
 # From how many leaves to how many.
 Transition = tuple[int, int]
 
-# Of 100 measurements of a transition, 99 were as fast as its slow latency or faster, and of 100
-# forecasts of it 99 hold where only just enough time is left.
-_MOST = 99
-# Rounds that are measured whatever they take.
-_LEAST = 5
+# Deadlines are to be kept 99 times in 100: a margin is such that, where only just enough time is
+# left, 99 of 100 forecasts hold. The median alone would miss every second one.
+_PERCENT = 99
+# Fewer rounds than these show no spread, so they are measured whatever they take.
+_MIN_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Latency:
+    """How long it takes to go from so many leaves straight to so many.
+
+    Args:
+        start: leaves before.
+        stop: leaves afterwards.
+        typical: the median, in seconds.
+        slow: the 99th percentile, in seconds.
+        margin: what a forecast is multiplied by to hold 99 times in 100.
+    """
+
+    # Saved ensembles have the ends of a transition under these names.
+    start: Annotated[int, Field(alias="from")]
+    stop: Annotated[int, Field(alias="to")]
+    typical: float
+    slow: float
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -36,10 +59,7 @@ class Latencies:
         situation: the input's shape and the machine.
         plan: how the ensemble ran.
         sizes: the nested sizes.
-        typical: median seconds to go from `a` leaves straight to `b`, by `(a, b)`: from 0 to every
-            size, and from every size to the next.
-        slow: likewise the 99th percentile of the seconds.
-        margins: what a forecast of each is multiplied by to hold 99 times in 100.
+        transitions: from 0 to every size, and from every size to the next.
         repeats: how many rounds were measured, each with all transitions.
 
     Raises:
@@ -49,53 +69,31 @@ class Latencies:
     situation: Situation
     plan: Plan
     sizes: tuple[int, ...]
-    typical: Mapping[Transition, float]
-    slow: Mapping[Transition, float]
-    margins: Mapping[Transition, float]
+    transitions: tuple[Latency, ...]
     repeats: int
 
     def __post_init__(self) -> None:
         """Check that there is a latency for every decision."""
-        wanted = set(transitions(self.sizes))
-        for known in (self.typical, self.slow, self.margins):
-            if missing := wanted - known.keys():
-                raise ValueError(f"no latencies for {sorted(missing)}")
+        if missing := set(transitions(self.sizes)) - self.typical.keys():
+            raise ValueError(f"no latencies for {sorted(missing)}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "situation": SITUATION.dump_python(self.situation, mode="json"),
-            "plan": PLAN.dump_python(self.plan, mode="json", by_alias=True),
-            "sizes": list(self.sizes),
-            "transitions": [
-                {
-                    "from": start,
-                    "to": stop,
-                    "typical": self.typical[start, stop],
-                    "slow": self.slow[start, stop],
-                    "margin": self.margins[start, stop],
-                }
-                for start, stop in transitions(self.sizes)
-            ],
-            "repeats": self.repeats,
-        }
+    @cached_property
+    def typical(self) -> dict[Transition, float]:
+        """Median seconds of every transition, by its leaves before and afterwards."""
+        return {(row.start, row.stop): row.typical for row in self.transitions}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Latencies:
-        """What `to_dict` wrote."""
-        rows = {(row["from"], row["to"]): row for row in values["transitions"]}
-        return cls(
-            SITUATION.validate_python(values["situation"]),
-            PLAN.validate_python(values["plan"]),
-            sizes=tuple(values["sizes"]),
-            typical={key: row["typical"] for key, row in rows.items()},
-            slow={key: row["slow"] for key, row in rows.items()},
-            margins={key: row["margin"] for key, row in rows.items()},
-            repeats=values["repeats"],
-        )
+    @cached_property
+    def slow(self) -> dict[Transition, float]:
+        """The 99th percentile of the seconds of every transition."""
+        return {(row.start, row.stop): row.slow for row in self.transitions}
 
-    def caution(self) -> str:
-        """By how much forecasts are stretched, in words."""
+    @cached_property
+    def margins(self) -> dict[Transition, float]:
+        """What a forecast of each transition is multiplied by to hold 99 times in 100."""
+        return {(row.start, row.stop): row.margin for row in self.transitions}
+
+    def margin_range(self) -> str:
+        """The smallest and the largest margin, in words."""
         return f"margins {min(self.margins.values()):.2f} to {max(self.margins.values()):.2f}"
 
     def rows(self) -> list[list[str]]:
@@ -117,7 +115,7 @@ class Latencies:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             [
-                f"{self.situation}: {self.plan} ({self.repeats} rounds, {self.caution()})",
+                f"{self.situation}: {self.plan} ({self.repeats} rounds, {self.margin_range()})",
                 "leaves; ms, and the 99th percentile",
                 *(
                     "  ".join(
@@ -127,6 +125,10 @@ class Latencies:
                 ),
             ]
         )
+
+
+# To and from JSON values.
+LATENCIES = TypeAdapter(Latencies)
 
 
 def transitions(sizes: Sequence[int]) -> list[Transition]:
@@ -139,14 +141,14 @@ def transitions(sizes: Sequence[int]) -> list[Transition]:
 
 
 @dataclass
-class Pace:
+class Slowdown:
     """How slow the machine is at present: recent times over the typical ones.
 
-    On a machine with other work slow steps come in a row, and so they do in sessions one after the
-    other. The median of the last three tells such a spell from a single slow step.
+    Other work on a machine slows down several transitions in a row, those of the next session too.
+    The median of the last three tells such a spell from a single slow transition.
 
     Args:
-        recent: the ratios of the last steps of any session, at most three.
+        recent: the ratios of the last transitions of any session, at most three.
     """
 
     recent: tuple[float, ...] = ()
@@ -154,31 +156,32 @@ class Pace:
 
 @dataclass
 class Forecast:
-    """How long a session's next step is likely to take, by what was seen so far.
+    """How long a session's next transition is likely to take, by what was observed so far.
 
     Args:
         typical: median seconds of every transition.
-        pace: of the sessions before; it also learns from this one.
-        spent: seconds that this session's steps took.
+        slowdown: of the sessions before; it also learns from this one.
+        spent: seconds that this session's transitions took.
         expected: seconds that they typically take.
     """
 
     typical: Mapping[Transition, float]
-    pace: Pace
+    slowdown: Slowdown
     spent: float = 0.0
     expected: float = 0.0
 
     def seconds(self, transition: Transition) -> float:
-        """The typical time, at the pace of late or of this session if that is slower."""
-        ratio = median(self.pace.recent) if self.pace.recent else 1.0
+        """The typical time, times the recent slowdown or this session's if that is larger."""
+        ratio = median(self.slowdown.recent) if self.slowdown.recent else 1.0
         if self.expected:
+            # A session cannot wait for a median of three: its own deadline is at stake.
             ratio = max(ratio, self.spent / self.expected)
         return self.typical[transition] * ratio
 
-    def take(self, transition: Transition, seconds: float) -> None:
-        """Learn from a step."""
+    def observe(self, transition: Transition, seconds: float) -> None:
+        """Learn from a transition."""
         if typical := self.typical[transition]:
-            self.pace.recent = (*self.pace.recent, seconds / typical)[-3:]
+            self.slowdown.recent = (*self.slowdown.recent, seconds / typical)[-3:]
         self.spent += seconds
         self.expected += typical
 
@@ -210,9 +213,9 @@ def measure(
     order = random.Random(0)
     walks: list[list[tuple[Transition, float]]] = []
     begin = time.perf_counter()
-    done = 0
+    rounds = 0
     for count in range(repeats + 1):
-        if count > _LEAST and time.perf_counter() - begin > budget:
+        if count > _MIN_ROUNDS and time.perf_counter() - begin > budget:
             break
         for path in _paths(sizes, order):
             session, times = start(), []
@@ -220,53 +223,59 @@ def measure(
                 before = time.perf_counter()
                 session.advance(to=transition[1])
                 times.append((transition, time.perf_counter() - before))
-            if count:
+            if count:  # round 0 warms up
                 walks.append(times)
-        done = count
+        rounds = count
     columns: dict[Transition, list[float]] = {key: [] for key in transitions(sizes)}
-    for key, seconds in (step for walk in walks for step in walk):
-        columns[key].append(seconds)
+    for transition, seconds in (timed for walk in walks for timed in walk):
+        columns[transition].append(seconds)
     typical = {key: median(column) for key, column in columns.items()}
-    slow = {key: _percentile(column, _MOST) for key, column in columns.items()}
-    misjudged = _misjudged(walks, typical)
-    margins = {key: _percentile(column, _MOST) for key, column in misjudged.items()}
-    return Latencies(situation, plan, sizes, typical, slow, margins, done)
+    ratios = _forecast_errors(walks, typical)
+    rows = [
+        Latency(*key, typical[key], _percentile(column), _percentile(ratios[key]))
+        for key, column in columns.items()
+    ]
+    return Latencies(situation, plan, sizes, tuple(rows), rounds)
 
 
 def _paths(sizes: Sequence[int], order: random.Random) -> Iterator[list[Transition]]:
     """Sessions that make every transition at least once, in random order."""
-    left = transitions(sizes)
-    order.shuffle(left)
-    while left:
-        start, stop = left[0]
+    remaining = transitions(sizes)
+    order.shuffle(remaining)
+    while remaining:
+        start, stop = remaining[0]
         path = [(0, start)] if start else []
         while True:
             path.append((start, stop))
-            left = [own for own in left if own not in path]
-            following = [own for own in left if own[0] == stop]
+            remaining = [transition for transition in remaining if transition not in path]
+            following = [transition for transition in remaining if transition[0] == stop]
             if not following:
                 break
             start, stop = following[0]
         yield path
 
 
-def _misjudged(
+def _forecast_errors(
     walks: Sequence[Sequence[tuple[Transition, float]]], typical: Mapping[Transition, float]
 ) -> dict[Transition, list[float]]:
-    """What each step took over what would have been forecast before it, by transition."""
-    pace = Pace()
-    found: dict[Transition, list[float]] = {key: [] for key in typical}
+    """What each transition took over what would have been forecast before it.
+
+    Forecasts learn from walk to walk here as they do in use, so that a margin covers only what the
+    slowdown did not foretell.
+    """
+    slowdown = Slowdown()
+    ratios: dict[Transition, list[float]] = {key: [] for key in typical}
     for walk in walks:
-        forecast = Forecast(typical, pace)
+        forecast = Forecast(typical, slowdown)
         for transition, seconds in walk:
             likely = forecast.seconds(transition)
-            found[transition].append(seconds / likely if likely else 1.0)
-            forecast.take(transition, seconds)
-    return found
+            ratios[transition].append(seconds / likely if likely else 1.0)
+            forecast.observe(transition, seconds)
+    return ratios
 
 
-def _percentile(values: Sequence[float], percent: int) -> float:
-    return quantiles(values, n=100, method="inclusive")[percent - 1]
+def _percentile(values: Sequence[float]) -> float:
+    return quantiles(values, n=100, method="inclusive")[_PERCENT - 1]
 
 
 def advance_until(
@@ -275,38 +284,38 @@ def advance_until(
     deadline: float,
     begin: float,
     *,
-    pace: Pace | None = None,
-    watch: Callable[[Answer], None] = lambda step: None,
+    slowdown: Slowdown | None = None,
+    observe: Callable[[Answer], None] = lambda answer: None,
 ) -> None:
     """Go straight to the largest size forecast to end in time, then on while the next one fits.
 
-    A session without leaves always takes the first leaf. A forecast is the transition's typical
-    time, times the pace of recent steps or of this session if that is slower, times the
-    transition's margin. What is then left of the time decides again.
+    A session without leaves always computes the first leaf. A forecast is the transition's typical
+    time, times the recent slowdown or this session's if that is larger, times the transition's
+    margin. The time that is then left decides again.
 
     Args:
         session: of the latencies' situation, at 0 leaves or a nested size.
         latencies: measured beforehand.
         deadline: seconds after `begin`.
         begin: when the clock started, in seconds of `time.perf_counter()`.
-        pace: of the sessions before; it also learns from this one.
-        watch: told every step; its time counts.
+        slowdown: of the sessions before; it also learns from this one.
+        observe: called with every answer; its time counts.
     """
-    forecast = Forecast(latencies.typical, Pace() if pace is None else pace)
-    while larger := [known for known in latencies.typical if known[0] == session.leaves]:
+    forecast = Forecast(latencies.typical, Slowdown() if slowdown is None else slowdown)
+    while larger := [key for key in latencies.typical if key[0] == session.leaves]:
         now = time.perf_counter()
-        left = deadline - (now - begin)
+        remaining = deadline - (now - begin)
         fitting = [
             transition
             for transition in larger
-            if forecast.seconds(transition) * latencies.margins[transition] <= left
+            if forecast.seconds(transition) * latencies.margins[transition] <= remaining
         ]
         if not fitting and session.leaves:
             break
         transition = max(fitting) if fitting else min(larger)
-        step = session.advance(to=transition[1])
-        forecast.take(transition, time.perf_counter() - now)
-        watch(step)
+        answer = session.advance(to=transition[1])
+        forecast.observe(transition, time.perf_counter() - now)
+        observe(answer)
 
 
 def check_deadline(deadline: float) -> None:
@@ -317,21 +326,21 @@ def check_deadline(deadline: float) -> None:
         )
 
 
-def find(known: Mapping[Situation, Latencies], situation: Situation, plan: Plan) -> Latencies:
+def find(measured: Mapping[Situation, Latencies], situation: Situation, plan: Plan) -> Latencies:
     """The latencies measured for a situation.
 
     Raises:
         InputError: there are none, or they were measured for another machine, shape or plan.
     """
-    found = known.get(situation)
-    if found is not None and found.plan == plan:
-        return found
-    measured = "; ".join(
-        f"{other}, {other.machine}, {latencies.plan}" for other, latencies in known.items()
+    latencies = measured.get(situation)
+    if latencies is not None and latencies.plan == plan:
+        return latencies
+    others = "; ".join(
+        f"{other}, {other.machine}, {latencies.plan}" for other, latencies in measured.items()
     )
     raise InputError(
         "no latencies are known for this input on this machine.",
         expected=f"{situation}, {situation.machine}, {plan}",
-        found=measured or "none, the ensemble has not been calibrated",
+        found=others or "none, the ensemble has not been calibrated",
         next_step="Measure them with hne.calibrate(x), or treeify calibrate DIR on files.",
     )

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.anytime.deadline import Latencies
+from treeify.anytime.deadline import LATENCIES, Latencies
 from treeify.cli import quantities
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.thresholds import Halves
@@ -103,10 +103,10 @@ def calibrate(
     console.print(_latency_table(hne, latencies))
     line = (
         f"{latencies.situation}: medians of {latencies.repeats} rounds; deadlines are kept with"
-        f" {latencies.caution()}."
+        f" {latencies.margin_range()}."
     )
     console.print(line, soft_wrap=True, highlight=False)
-    found["latencies"] = latencies.to_dict()
+    found["latencies"] = LATENCIES.dump_python(latencies, mode="json", by_alias=True)
     if images is not None:
         console.print(halves.accuracy_table(budgets))
         console.print(halves.threshold_table(budgets))

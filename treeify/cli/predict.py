@@ -251,11 +251,11 @@ class _Call:
         watched = self.watched = Watched(images, begin, show)
         session = hne.session(self.x)
         if limit.deadline is not None and latencies is not None:
-            advance_until(session, latencies, limit.deadline, begin, watch=watched.take)
+            advance_until(session, latencies, limit.deadline, begin, observe=watched.take)
         elif limit.confidence is not None or limit.budget is not None:
             wanted = self._budget() if limit.confidence is None else limit.confidence
             sizes = hne.tree.nested_sizes
-            found = answer(session, sizes, thresholds_for(wanted, sizes), watch=watched.take)
+            found = answer(session, sizes, thresholds_for(wanted, sizes), observe=watched.take)
             self.used = found.leaves.tolist()
         else:
             for size in self._sizes():

@@ -9,7 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from treeify.anytime.confidence import Budget, budget
+from treeify.anytime.confidence import BUDGET, Budget, budget
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.losses import nested_logits
@@ -89,7 +89,7 @@ class Halves:
         return table
 
     def as_json(self, budgets: Sequence[Budget]) -> dict[str, Any]:
-        """Everything the tables show; accuracies and shares from 0 to 1."""
+        """Everything the tables show; accuracies and fractions from 0 to 1."""
         chosen, reported = (len(labels) for _, labels in (self.choose_on, self.report_on))
         rows = zip(self.sizes, self.macs, self.fixed, strict=True)
         return {
@@ -101,7 +101,9 @@ class Halves:
                 {"leaves": size, "macs": macs, "accuracy": accuracy}
                 for size, macs, accuracy in rows
             ],
-            "budgets": [own.to_dict() for own in budgets],
+            "budgets": [
+                BUDGET.dump_python(budget, mode="json", by_alias=True) for budget in budgets
+            ],
         }
 
 
@@ -120,8 +122,8 @@ def _answers(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple[Tenso
 
 
 def _stop(own: Budget, index: int) -> str:
-    share = f"{100 * own.shares[index]:.1f} %"
+    fraction = f"{100 * own.fractions[index]:.1f} %"
     if index == len(own.thresholds):
-        return f"the rest: {share}"
+        return f"the rest: {fraction}"
     threshold = own.thresholds[index]
-    return f"never: {share}" if threshold > 1 else f"{threshold:.4f}: {share}"
+    return f"never: {fraction}" if threshold > 1 else f"{threshold:.4f}: {fraction}"

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treeify import files
-from treeify.anytime.confidence import Budget
-from treeify.anytime.deadline import Latencies
+from treeify.anytime.confidence import BUDGET
+from treeify.anytime.deadline import LATENCIES
 from treeify.conversion.api import blank_image, hook_notes, open_up, resolve
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.splits import choose
@@ -108,8 +108,14 @@ def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
             TUNING.dump_python(tuning, mode="json", by_alias=True)
             for tuning in hne.tunings.values()
         ],
-        "latencies": [latencies.to_dict() for latencies in hne.latencies.values()],
-        "budgets": [budget.to_dict() for budget in hne.budgets.values()],
+        "latencies": [
+            LATENCIES.dump_python(latencies, mode="json", by_alias=True)
+            for latencies in hne.latencies.values()
+        ],
+        "budgets": [
+            BUDGET.dump_python(budget, mode="json", by_alias=True)
+            for budget in hne.budgets.values()
+        ],
     }
 
 
@@ -120,9 +126,9 @@ def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[st
             hne.tunings[tuning.situation] = tuning
             if tuning.plan.channels_last:
                 set_memory_format(hne, torch.channels_last)
-        for latencies in map(Latencies.from_dict, config.get("latencies", ())):
+        for latencies in map(LATENCIES.validate_python, config.get("latencies", ())):
             hne.latencies[latencies.situation] = latencies
-        for budget in map(Budget.from_dict, config.get("budgets", ())):
+        for budget in map(BUDGET.validate_python, config.get("budgets", ())):
             hne.budgets[budget.target_macs] = budget
     except (KeyError, TypeError, ValueError, TreeifyError) as error:
         raise CheckpointError(

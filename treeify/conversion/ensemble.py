@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from treeify.anytime.confidence import Budget, Prediction, answer, thresholds_for
-from treeify.anytime.deadline import Latencies, Pace, advance_until, check_deadline, find, measure
+from treeify.anytime.deadline import (
+    Latencies,
+    Slowdown,
+    advance_until,
+    check_deadline,
+    find,
+    measure,
+)
 from treeify.anytime.session import Answer, Session, answers, mean_over_leaves
 from treeify.conversion import splits as split_module
 from treeify.conversion.initialize import State, pack_states
@@ -144,7 +151,7 @@ class HierarchicalEnsemble(nn.Module):
         ]
         self._planner = Planner(splits.tree.levels)
         self.latencies: dict[Situation, Latencies] = {}
-        self._paces: dict[Situation, Pace] = {}
+        self._slowdowns: dict[Situation, Slowdown] = {}
         self.budgets: dict[int, Budget] = {}
         self._shared_buffers = _shared_buffers(traced.skeleton, self._slots, calls)
         self._conversion = Conversion(
@@ -360,13 +367,13 @@ class HierarchicalEnsemble(nn.Module):
             check_deadline(deadline)
             session = self.session(x)
             known = self._latencies_for(x)
-            pace = self._paces.setdefault(known.situation, Pace())
-            advance_until(session, known, deadline, begin, pace=pace, watch=for_all)
+            slowdown = self._slowdowns.setdefault(known.situation, Slowdown())
+            advance_until(session, known, deadline, begin, slowdown=slowdown, observe=for_all)
             return session.logits
         if confidence is not None:
             sizes = self.tree.nested_sizes
             thresholds = thresholds_for(confidence, sizes)
-            return answer(self.session(x), sizes, thresholds, watch=observer)
+            return answer(self.session(x), sizes, thresholds, observe=observer)
         if observe is None:
             return mean_over_leaves(self(x, leaves=leaves))
         last = self.leaves if leaves is None else leaves
@@ -440,7 +447,7 @@ class HierarchicalEnsemble(nn.Module):
             budget=budget,
         )
         self.latencies[situation] = found
-        self._paces.pop(situation, None)
+        self._slowdowns.pop(situation, None)
         return found
 
     def _latencies_for(self, x: Tensor) -> Latencies:

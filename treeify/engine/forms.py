@@ -15,7 +15,7 @@ dicts, with None in the place of what is no tensor.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
@@ -98,57 +98,34 @@ def _join_leaves(*outputs: Any) -> Any:
 
 def unpack(value: Any, facts: Any, count: int, form: Form = Form.PACKED) -> Branches:
     """Packed, or in the batch -> per branch; views, no copies."""
-
-    def separate(tensor: Tensor, dim: int | None) -> Sequence[Tensor]:
-        return tensor.unbind(0) if dim is None else _chunks(tensor, count, dim)
-
-    return _by_branch(value, facts, count, form, separate)
+    return _by_branch(value, facts, count, form, unbind=True)
 
 
 def chunk(value: Any, facts: Any, count: int, form: Form) -> Branches:
     """Packed, or in the batch -> one value in that form for each branch; views, no copies."""
-
-    def separate(tensor: Tensor, dim: int | None) -> Sequence[Tensor]:
-        return _chunks(tensor, count, dim or 0)
-
-    return _by_branch(value, facts, count, form, separate)
+    return _by_branch(value, facts, count, form, unbind=False)
 
 
-def _by_branch(
-    value: Any,
-    facts: Any,
-    count: int,
-    form: Form,
-    separate: Callable[[Tensor, int | None], Sequence[Tensor]],
-) -> Branches:
-    """The values of `count` branches.
-
-    Args:
-        value: of all branches.
-        facts: of the base value.
-        count: how many branches.
-        form: the form the value is in.
-        separate: cuts a tensor along the dim of its branches, None where they are stacked.
-    """
+def _by_branch(value: Any, facts: Any, count: int, form: Form, *, unbind: bool) -> Branches:
+    """The values of `count` branches, `unbind` without the dim along which they are stacked."""
 
     def tensors(fact: TensorFacts | None, tensor: Any) -> Sequence[Any]:
-        return [tensor] * count if fact is None else separate(tensor, concat_dim(fact, form))
+        if fact is None:
+            return [tensor] * count
+        dim = concat_dim(fact, form)
+        if dim is None and unbind:
+            return tensor.unbind(0)
+        dim = dim or 0
+        # `chunk` gives fewer pieces for a batch of no images.
+        return tensor.chunk(count, dim) if tensor.shape[dim] else [tensor] * count
 
     if isinstance(facts, TensorFacts):
         return Branches(tensors(facts, value))
     leaves, structure = tree_flatten(facts)
-    columns = [
-        tensors(fact, tensor)
-        for fact, tensor in zip(leaves, structure.flatten_up_to(value), strict=True)
-    ]
+    columns = list(map(tensors, leaves, structure.flatten_up_to(value)))
     return Branches(
         tree_unflatten([column[index] for column in columns], structure) for index in range(count)
     )
-
-
-def _chunks(tensor: Tensor, count: int, dim: int) -> Sequence[Tensor]:
-    # `chunk` gives fewer pieces for a batch of no images.
-    return tensor.chunk(count, dim) if tensor.shape[dim] else [tensor] * count
 
 
 def children(parents: Branches, span: Span, ratio: int) -> Branches:

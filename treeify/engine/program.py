@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from treeify.engine.forms import Branches, Form, chunk, concat_dim, join
 from treeify.engine.packed_tensors import chunk_once
@@ -86,19 +86,19 @@ class CrossingValue:
             return Branches(self.value[start : start + span.size])
         if span.size == 1:
             return self._dense_branch(start)
-        return tree_map(
-            lambda fact, tensor: self._narrow(fact, tensor, start, span.size),
-            self.crossing.facts,
-            self.value,
-        )
+        return self._narrow(start, span.size)
 
-    def _narrow(self, fact: TensorFacts | None, tensor: Any, start: int, size: int) -> Any:
-        """Some branches of a tensor; a view."""
-        if fact is None:
-            return tensor
-        dim = concat_dim(fact, self.crossing.form) or 0
-        width = tensor.shape[dim] // self.span.size
-        return tensor.narrow(dim, start * width, size * width)
+    def _narrow(self, start: int, size: int) -> Any:
+        """Some branches of a value that is packed or in the batch; views."""
+
+        def narrow(fact: TensorFacts | None, tensor: Any) -> Any:
+            if fact is None:
+                return tensor
+            dim = concat_dim(fact, self.crossing.form) or 0
+            width = tensor.shape[dim] // self.span.size
+            return tensor.narrow(dim, start * width, size * width)
+
+        return tree_map(narrow, self.crossing.facts, self.value)
 
     def _dense_branch(self, position: int) -> Any:
         """One branch's part, dense: operations would otherwise copy it at each reading."""
@@ -117,19 +117,13 @@ class CrossingValue:
 
     def branch(self, index: int) -> CrossingValue:
         """One branch's value in memory of its own, so that the other branches' can be freed."""
-        form, start = self.crossing.form, index - self.span.start
+        form, start, value = self.crossing.form, index - self.span.start, self.value
+        if form in (Form.PACKED, Form.BATCH):
+            value = tree_map(_dense, self._narrow(start, 1), value)
         if form is Form.BRANCHES:
-            value: Any = Branches([tree_map(_unshared, self.value[start])])
-        elif form in (Form.PACKED, Form.BATCH):
-            value = tree_map(
-                lambda fact, tensor: _unshared(
-                    _dense(self._narrow(fact, tensor, start, 1), tensor)
-                ),
-                self.crossing.facts,
-                self.value,
-            )
+            value = Branches([tree_map_only(Tensor, _unshared, value[start])])
         else:
-            value = tree_map(_unshared, self.value)
+            value = tree_map_only(Tensor, _unshared, value)
         return CrossingValue(self.crossing, Span(index, index + 1), value)
 
     def select(self, images: Tensor) -> CrossingValue:
@@ -162,12 +156,10 @@ def _dense(part: Any, tensor: Any) -> Any:
     return part.contiguous()
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(tensor: Tensor) -> Tensor:
     """A tensor that keeps no larger one alive."""
-    if not isinstance(value, Tensor):
-        return value
-    alone = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-    return value if alone else value.clone()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
 
 
 @dataclass(frozen=True)

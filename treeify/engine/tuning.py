@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
@@ -67,7 +67,7 @@ def tune(
     # Parameters that got their memory format in inference mode could never be trained again.
     gradients = _preserve_gradients(model) if model.training else torch.no_grad()
     with torch.inference_mode(False), gradients, preserve_buffers(model):
-        plan = contest.run()
+        plan = contest.fastest()
     tuning = Tuning(Situation.of(x, training=model.training), plan, contest.seconds)
     planner.tunings[tuning.situation] = tuning
     _log.info("%s", tuning)
@@ -95,6 +95,7 @@ def _preserve_gradients(model: nn.Module) -> Iterator[None]:
                 parameter.grad = gradient
 
 
+@dataclass
 class _Contest:
     """Plans measured against one another.
 
@@ -102,21 +103,17 @@ class _Contest:
     level, by changing them one at a time.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        levels: int,
-        run: Callable[[Plan], Any],
-        x: Tensor,
-        loss: Callable[[Any], Tensor],
-        repeats: int,
-        budget: float,
-    ) -> None:
-        self.model, self.levels, self.run_plan = model, levels, run
-        self.x, self.loss, self.repeats, self.budget = x, loss, repeats, budget
-        self.seconds: dict[str, float] = {}
+    model: nn.Module
+    levels: int
+    run_plan: Callable[[Plan], Any]
+    x: Tensor
+    loss: Callable[[Any], Tensor]
+    repeats: int
+    budget: float
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self) -> Plan:
+    def fastest(self) -> Plan:
+        """The plan that wins."""
         formats = (True, False) if self.x.ndim == 4 else (None,)
         uniform = best = min(map(self._best_uniform, formats), key=self._time)
         self._set_memory_format(best)

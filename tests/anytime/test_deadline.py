@@ -1,9 +1,7 @@
 """Answers by a deadline, under a clock that only the computation moves."""
 
-import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +23,7 @@ from treeify.anytime.deadline import (
 )
 from treeify.engine import timing
 from treeify.engine.plan import Plan, Situation
-from treeify.errors import CheckpointError, InputError
+from treeify.errors import InputError
 
 SIZES = (1, 3, 6)
 
@@ -49,7 +47,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-class Steps:
+class Transitions:
     """A session whose transitions take what they are told to."""
 
     def __init__(self, clock: Clock, seconds: dict[Transition, float]) -> None:
@@ -93,10 +91,10 @@ def _taken(
 ) -> list[int]:
     begin = clock.now
     clock.now += late
-    steps = Steps(clock, actual)
-    known = _latencies() if latencies is None else latencies
-    advance_until(steps, known, limit, begin, slowdown=slowdown)  # type: ignore[arg-type]
-    return steps.taken
+    session = Transitions(clock, actual)
+    measured = _latencies() if latencies is None else latencies
+    advance_until(session, measured, limit, begin, slowdown=slowdown)  # type: ignore[arg-type]
+    return session.taken
 
 
 def test_transitions_go_from_nothing_to_every_size_and_from_each_to_the_next() -> None:
@@ -155,7 +153,7 @@ def test_each_transition_has_its_own_margin(clock: Clock) -> None:
 def test_a_step_slower_than_typical_makes_the_next_forecast_longer(clock: Clock) -> None:
     dear = {**STRAIGHT, (0, 6): 100.0}
     actual = {**dear, (0, 3): 3 * 1.75}  # three times slower than calibrated
-    # A single slow step does not move the pace of the sessions before, but counts in its own.
+    # A single slow transition does not move the slowdown of the sessions before, but counts in its own.
     calm = (1.0, 1.0, 1.0)
     for limit, sizes in ((3 * 3.5 - 0.01, [3]), (3 * 3.5, [3, 6])):
         slowdown = Slowdown(calm)
@@ -191,14 +189,14 @@ def test_steps_that_took_no_time_when_calibrated(clock: Clock) -> None:
     assert _taken(clock, 5.0, latencies=_latencies(nothing), actual=nothing) == [6]
 
 
-def test_every_step_is_told(clock: Clock) -> None:
+def test_every_answer_is_observed(clock: Clock) -> None:
     told: list[int] = []
     quick = {**STRAIGHT, (0, 3): 0.5}
     advance_until(
-        Steps(clock, quick),  # type: ignore[arg-type]
+        Transitions(clock, quick),  # type: ignore[arg-type]
         _latencies(),
         *(2.25, clock.now),
-        observe=lambda step: told.append(step.leaves),
+        observe=lambda answer: told.append(answer.leaves),
     )
     assert told == [3, 6]
 
@@ -396,41 +394,3 @@ def test_latencies_survive_json_and_print() -> None:
         ["1", "1.50", "(3.00)"],
         ["3", "1.75", "(3.50)"],
     ]
-
-
-def _without_transitions(latencies: dict[str, Any]) -> None:
-    """What earlier versions saved."""
-    del latencies["transitions"]
-    latencies["typical"] = latencies["slow"] = [0.1, 0.2, 0.3]
-
-
-def _without_one(latencies: dict[str, Any]) -> None:
-    del latencies["transitions"][2]
-
-
-def _without_margin(latencies: dict[str, Any]) -> None:
-    del latencies["transitions"][1]["margin"]
-
-
-@pytest.mark.parametrize("damage", [_without_transitions, _without_one, _without_margin])
-def test_latencies_that_lack_something_are_refused(
-    damage: Callable[[dict[str, Any]], None], tmp_path: Path
-) -> None:
-    hne = small.ensemble()
-    hne.calibrate(small.images(), repeats=2)
-    treeify.save(hne, tmp_path / "hne")
-    file = tmp_path / "hne" / "config.json"
-    config = json.loads(file.read_text())
-    damage(config["latencies"][0])
-    file.write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match=r"(?s)measurements.*treeify calibrate"):
-        treeify.load(tmp_path / "hne", model=small.SmallNet())
-
-
-def test_latencies_are_saved_and_loaded(tmp_path: Path) -> None:
-    hne, x = small.ensemble(), small.images()
-    latencies = hne.calibrate(x, repeats=2)
-    treeify.save(hne, tmp_path / "hne")
-    again = treeify.load(tmp_path / "hne", model=small.SmallNet())
-    assert again.latencies == {latencies.situation: latencies}
-    assert_close(again.predict(x, deadline=100.0), hne.predict(x).detach())

@@ -7,13 +7,14 @@ from functools import cache
 from itertools import pairwise
 from math import prod
 from typing import Any
-from weakref import finalize
 
 import pytest
 import small
 import torch
+from crossings import Pair, PerBranch, Views, convert
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from meters import Macs, Memory
 from torch import Tensor, nn
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,65 +60,6 @@ def situations(draw: st.DrawFn) -> tuple[Ensemble, tuple[Splits, list[int]]]:
     return hne, (splits, sorted(sizes))
 
 
-class Macs(TorchDispatchMode):
-    """Counts the multiply-accumulates of convolutions and matrix products as they run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if "convolution" in name:
-            self.total += result.numel() * (args[1].numel() // result.shape[1])
-        elif name in ("mm", "bmm"):
-            self.total += args[0].numel() * args[1].shape[-1]
-        elif name in ("addmm", "baddbmm"):
-            self.total += args[1].numel() * args[2].shape[-1]
-        return result
-
-
-class Memory(TorchDispatchMode):
-    """Bytes of the tensors that operations made and that are still alive; their highest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, list[int]] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {
-            leaf.untyped_storage().data_ptr()
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided
-        }
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._note(leaf, before)
-        return result
-
-    def _note(self, tensor: Tensor, before: set[int]) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage.data_ptr(), storage.nbytes()
-        if key not in self.live:
-            if key in before:
-                return  # a view of a parameter or of the user's images
-            self.live[key] = [0, size]
-            self.now += size
-            self.peak = max(self.peak, self.now)
-        self.live[key][0] += 1
-        finalize(tensor, self._release, key)
-
-    def _release(self, key: int) -> None:
-        entry = self.live[key]
-        entry[0] -= 1
-        if not entry[0]:
-            self.now -= entry[1]
-            del self.live[key]
-
-
 @contextmanager
 def _no_grad_and(mode: TorchDispatchMode) -> Iterator[TorchDispatchMode]:
     with torch.no_grad(), mode:
@@ -137,13 +79,6 @@ def _held(session: treeify.anytime.session.Session) -> list[Tensor]:
         parts = value if isinstance(value, tuple) else (value,)
         tensors += [leaf for part in parts for leaf in tree_leaves(part)]
     return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
-
-
-def _convert(model: nn.Module, splits: list[str] | None = None) -> Ensemble:
-    torch.manual_seed(0)
-    return treeify.hierarchicalize(
-        model, splits or ["stage1", "stage2"], init="perturb", example_input=small.EXAMPLE
-    ).eval()
 
 
 @settings(max_examples=20)
@@ -247,43 +182,10 @@ def test_the_memory_meter_sees_what_is_alive() -> None:
         assert (meter.now, meter.peak) == (0, 8000)
 
 
-class Views(small.SmallNet):
-    """What crosses splits are views of larger tensors."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stage1, self.stage2 = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stage1(self.stem(x).chunk(2, 1)[0])
-        x = self.stage2(x.chunk(2, 1)[1])
-        return self.head(x.mean((2, 3)))
-
-
-class PerBranch(small.SmallNet):
-    """What crosses splits runs per branch, since no rule knows how it packs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stage1(self.stem(x))
-        spectrum = torch.fft.fft(x).real
-        x = self.stage2(x) + spectrum
-        return self.head(x.mean((2, 3)) + spectrum[:, :, 0, 0])
-
-
-class Pair(small.SmallNet):
-    """A tuple crosses, and one value jumps a level."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        stem = self.stem(x)
-        left, right = self.stage1(stem).chunk(2, 1)
-        x = self.stage2(torch.cat((right, left), 1)) + stem
-        return self.head(x.mean((2, 3)))
-
-
 @pytest.mark.parametrize("way", ["packed", "looped"])
 @pytest.mark.parametrize("model", [small.SmallNet, Views, PerBranch, Pair])
 def test_cached_tensors_own_their_memory(model: type[nn.Module], way: str) -> None:
-    hne, x = _convert(model(), ["stage1:3", "stage2", "head"]), small.images()
+    hne, x = convert(model(), ["stage1:3", "stage2", "head"]), small.images()
     hne.execution = way
     whole = _plainly(hne, x)
     for sizes in (range(1, 13), (5, 7, 12)):
@@ -392,7 +294,7 @@ def test_models_with_several_outputs(way: str) -> None:
             logits = super().forward(x)
             return {"logits": logits, "pair": (logits.softmax(-1), logits.amax(-1)), "classes": 5}
 
-    hne, x = _convert(Several()), small.images()
+    hne, x = convert(Several()), small.images()
     hne.execution = way
     session = hne.session(x)
     for size in (1, 3, 4):
@@ -407,129 +309,6 @@ def test_models_with_several_outputs(way: str) -> None:
     session.select(torch.tensor([1]))
     session.advance(to=4)
     assert_close(session.logits["pair"][1], hne.predict(x[1:])["pair"][1].detach())
-
-
-class Gates(small.SmallNet):
-    """Numbers per image, [N], cross levels."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        first = x.mean((1, 2, 3))
-        x = self.stage1(x) * first[:, None, None, None]
-        second = x.mean((2, 3))[:, 0].sigmoid() + first
-        x = self.stage2(x) + x
-        return self.head(x.mean((2, 3)) * second[:, None])
-
-
-@pytest.mark.parametrize("way", ["packed", "looped"])
-@pytest.mark.parametrize("model", [small.SmallNet, Views, PerBranch, Pair, Gates])
-@settings(max_examples=6)
-@given(data=st.data())
-def test_kept_images_go_on_as_if_alone(model: type[nn.Module], way: str, data: Any) -> None:
-    hne = _kept_model(model)
-    hne.execution = way
-    x = small.images(5)
-    present = torch.arange(5)
-    session = hne.session(x)
-    sizes = sorted(data.draw(st.sets(st.integers(1, 6), min_size=1)))
-    for size in sizes:
-        chosen = data.draw(
-            st.lists(st.integers(0, len(present) - 1), min_size=1, max_size=5, unique=True)
-        )
-        images = torch.tensor(chosen)
-        session.select(images)
-        present = present[images]
-        if session.leaves:
-            assert len(session.logits) == len(present)
-        session.advance(to=size)
-        expected = hne(x[present], leaves=size).detach()
-        assert_close(session.leaf_logits, expected, rtol=1e-4, atol=1e-5)
-        assert session.macs == hne.count_macs(size)
-
-
-@cache
-def _kept_model(model: type[nn.Module]) -> Ensemble:
-    return _convert(model(), ["stage1", "stage2:3"])
-
-
-def test_all_images_may_leave() -> None:
-    session = small.ensemble().session(small.images())
-    session.advance(to=1)
-    session.select(torch.zeros(0, dtype=torch.long))
-    assert session.advance(to=6).logits.shape == (0, small.CLASSES)
-
-
-@pytest.mark.parametrize("leaves", [0, 1])
-def test_images_are_kept_by_a_mask_or_a_list_of_positions(leaves: int) -> None:
-    hne, x = small.ensemble(), small.images(5)
-    mask = torch.tensor([True, False, False, True, True])
-    for images, kept in ((mask, x[mask]), ([4, 0], x[[4, 0]]), (torch.tensor([1]).int(), x[1:2])):
-        session = hne.session(x)
-        if leaves:
-            session.advance(to=leaves)
-        session.select(images)
-        assert_close(session.advance(to=6).logits, hne.predict(kept).detach())
-        session.select([])
-        assert session.logits.shape == (0, small.CLASSES)
-
-
-@pytest.mark.parametrize(
-    "images",
-    [
-        *(torch.ones(4).bool(), torch.ones(6).bool(), torch.ones(5, 1).bool()),
-        *([5], [-1], [0.5], [[0, 1]], torch.tensor(0), torch.zeros(5), torch.zeros(0, 2)),
-    ],
-    ids=str,
-)
-def test_what_names_no_images_is_refused_and_changes_nothing(images: Any) -> None:
-    hne, x = small.ensemble(), small.images(6)
-    session = hne.session(x)
-    session.advance(to=1)
-    session.select(range(5))
-    with pytest.raises(InputError, match=r"from 0 to 4, \[M\] integers, or \[5\] booleans"):
-        session.select(images)
-    assert_close(session.advance(to=6).logits, hne.predict(x[:5]).detach())
-
-
-class CountsImages(small.SmallNet):
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        count = x.shape[0]
-        x = self.stage1(x)
-        x = self.stage2(x.reshape(count, 8, 8, 8))
-        return self.head(x.mean((2, 3)))
-
-
-class MergesImages(small.SmallNet):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stage2 = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stage1(self.stem(x))
-        rows = self.stage2(x.flatten(2).transpose(1, 2).flatten(0, 1))
-        return self.head(rows.unflatten(0, (-1, 64)).mean(1))
-
-
-class AnswersForAll(small.SmallNet):
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        logits = super().forward(x)
-        return logits, logits.abs().mean()
-
-
-@pytest.mark.parametrize("model", [CountsImages, MergesImages, AnswersForAll])
-def test_images_cannot_leave_where_a_value_counts_or_mixes_them(model: type[nn.Module]) -> None:
-    hne, x = _convert(model()), small.images(3)
-    session = hne.session(x)
-    session.advance(to=1)
-    assert not session.droppable
-    with pytest.raises(InputError, match="cannot leave"):
-        session.select(torch.tensor([0]))
-    session.advance(to=4)
-    expected = hne.predict(x)
-    found = session.logits
-    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
-        assert_close(one, other.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_sessions_do_not_disturb_each_other() -> None:

@@ -153,7 +153,7 @@ def test_each_transition_has_its_own_margin(clock: Clock) -> None:
 def test_a_step_slower_than_typical_makes_the_next_forecast_longer(clock: Clock) -> None:
     dear = {**STRAIGHT, (0, 6): 100.0}
     actual = {**dear, (0, 3): 3 * 1.75}  # three times slower than calibrated
-    # A single slow transition does not move the slowdown of the sessions before, but counts in its own.
+    # A single slow one does not move the slowdown of earlier sessions, but counts in its own.
     calm = (1.0, 1.0, 1.0)
     for limit, sizes in ((3 * 3.5 - 0.01, [3]), (3 * 3.5, [3, 6])):
         slowdown = Slowdown(calm)

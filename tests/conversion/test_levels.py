@@ -10,11 +10,7 @@ from torch.testing import assert_close
 
 import treeify
 from treeify.engine import program
-from treeify.engine.forms import Form
-from treeify.engine.program import Crossing, CrossingValue
 from treeify.errors import ParityError
-from treeify.tracing.facts import TensorFacts
-from treeify.tree import Span
 
 
 def converted(model: nn.Module, splits: list[str]) -> treeify.HierarchicalEnsemble:
@@ -162,13 +158,6 @@ def test_images_leave_a_session_with_the_numbers_that_are_theirs() -> None:
     session.select(torch.tensor([1, 3]))
     session.advance(4)
     assert_close(session.logits, hne(x[[1, 3]]).mean(1))
-
-
-def test_images_leave_stacked_values() -> None:
-    known = TensorFacts((2,), batched=True, batch_dim=0)
-    stacked = torch.arange(12.0).view(3, 4)  # 3 branches, one number for each of 4 images
-    value = CrossingValue(Crossing(1, Form.PACKED, known, rows=True), Span(0, 3), stacked)
-    assert_close(value.select(torch.tensor([1, 3])).value, stacked[:, [1, 3]])
 
 
 class Indexed(small.SmallNet):

@@ -12,27 +12,14 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
-from treeify.engine import timing
-from treeify.engine.plan import TUNING, Plan, Situation, Tuning
-from treeify.engine.program import CrossingValue, Walk
-from treeify.errors import InputError
+from treeify.engine.forms import Branches, Form, unpack
+from treeify.engine.program import Crossing, CrossingValue, Walk
+from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
 EXECUTIONS = ("packed", "looped")
 FOUR_LEVELS = ["stem.2", "stage1:3", "stage2"]
 EVERY_MIX = list(product(EXECUTIONS, repeat=4))
-
-
-def _tuning(
-    x: Tensor, ways: Sequence[str], *, training: bool = False, place: str | None = None
-) -> Tuning:
-    here = Situation.of(x, training=training)
-    situation = Situation(training, here.shape, here.dtype, place or here.machine)
-    return Tuning(situation, Plan(tuple(ways), channels_last=True, fuse=not training), {"a": 0.5})
-
-
-def _keep(hne: treeify.HierarchicalEnsemble, *tunings: Tuning) -> None:
-    hne.tunings.update({tuning.situation: tuning for tuning in tunings})
 
 
 def _without_dropout(hne: treeify.HierarchicalEnsemble) -> treeify.HierarchicalEnsemble:
@@ -85,32 +72,6 @@ def _grouped() -> treeify.HierarchicalEnsemble:
     return treeify.hierarchicalize(
         Grouped(), splits, init="perturb", example_input=small.EXAMPLE
     ).eval()
-
-
-@pytest.mark.parametrize(
-    "setting", ["packed", "looped", "auto", ("packed", "auto", "looped"), ["auto"] * 3]
-)
-def test_the_setting_is_what_was_set(setting: str | Sequence[str]) -> None:
-    hne = small.ensemble()
-    assert hne.execution == "auto"
-    hne.execution = setting
-    assert hne.execution == (setting if isinstance(setting, str) else tuple(setting))
-    asked = (setting,) * 3 if isinstance(setting, str) else setting
-    assert hne.plan(small.images()).execution == tuple(
-        "packed" if way == "auto" else way for way in asked
-    )
-
-
-@pytest.mark.parametrize(
-    "setting",
-    ["loop", "Packed", "", (), ("packed",), ("packed",) * 4, ("packed", "looped", "x"), 3, None],
-)
-def test_a_setting_that_is_no_way_to_run_changes_nothing(setting: object) -> None:
-    hne = small.ensemble()
-    hne.execution = ("packed", "looped", "auto")
-    with pytest.raises(InputError, match="one of them for each of the 3 levels"):
-        hne.execution = setting  # type: ignore[assignment]
-    assert hne.execution == ("packed", "looped", "auto")
 
 
 @torch.no_grad()
@@ -232,74 +193,6 @@ def test_buffers_shared_by_levels_train_packed() -> None:
     assert hne.eval().plan(x).execution == ("looped",) * 3
 
 
-def test_a_plan_is_the_one_tuned_for_the_shape() -> None:
-    hne, x = small.ensemble(), small.images(4)
-    tuned = _tuning(x, ("packed", "looped", "looped"))
-    _keep(hne, tuned)
-    assert hne.plan(x) == tuned.plan
-    assert hne.train().plan(x) == Plan(("packed",) * 3)
-
-
-@pytest.mark.parametrize(("count", "nearest"), [(0, 1), (1, 1), (3, 1), (5, 16), (300, 16)])
-def test_other_batches_run_like_the_nearest(count: int, nearest: int) -> None:
-    hne = small.ensemble()
-    plans = {1: ("packed",) * 3, 16: ("looped",) * 3}
-    _keep(hne, *(_tuning(small.images(n), ways) for n, ways in plans.items()))
-    assert hne.plan(small.images(count)).execution == plans[nearest]
-
-
-def test_tunings_for_something_else_are_left_alone() -> None:
-    hne, x = small.ensemble(), small.images(4)
-    ways = ("looped",) * 3
-    _keep(
-        hne,
-        _tuning(x, ways, place="another machine"),
-        _tuning(x, ways, training=True),
-        _tuning(x.double(), ways),
-        _tuning(torch.zeros(4, 3, 16, 16), ways),
-    )
-    assert hne.plan(x) == Plan(("packed",) * 3)
-
-
-def test_the_setting_overrides_what_was_tuned_level_by_level() -> None:
-    hne, x = small.ensemble(), small.images(4)
-    _keep(hne, _tuning(x, ("packed", "looped", "looped")))
-    hne.execution = ("looped", "auto", "packed")
-    assert hne.plan(x) == Plan(("looped", "looped", "packed"), channels_last=True, fuse=True)
-    hne.execution = "packed"
-    assert hne.plan(x).execution == ("packed",) * 3
-
-
-@pytest.mark.parametrize("channels_last", [True, False, None])
-def test_a_plan_lays_out_images(channels_last: bool | None) -> None:
-    x = small.images()
-    arranged = Plan(("packed",), channels_last).arrange(x)
-    assert torch.equal(arranged, x)
-    assert arranged.is_contiguous(memory_format=torch.channels_last) is (channels_last is True)
-    features = x.flatten(1)
-    assert Plan(("packed",), channels_last).arrange(features) is features
-
-
-@pytest.mark.parametrize("channels_last", [True, False, None])
-def test_measurements_survive_json(channels_last: bool | None) -> None:
-    x = small.images()
-    plan = Plan(("packed", "looped"), channels_last, fuse=True)
-    tuning = Tuning(Situation.of(x, training=True), plan, {str(plan): 0.1, "other": 2.0})
-    again = TUNING.validate_json(TUNING.dump_json(tuning, by_alias=True))
-    assert again == tuning
-    assert {again.situation: again} == {tuning.situation: tuning}
-    assert hash(again.plan) == hash(plan)
-
-
-def test_situations_name_the_machine() -> None:
-    x = small.images()
-    situation = Situation.of(x, training=False)
-    assert situation.machine == timing.describe(x.device)
-    assert torch.__version__ in situation.machine
-    assert str(situation) == "inference, 2x3x8x8 float32"
-    assert str(Plan(("packed", "looped"), True, True)) == "packed looped, channels_last, fused"
-
-
 def test_consecutive_looped_levels_are_walked_depth_first(monkeypatch: pytest.MonkeyPatch) -> None:
     hne = small.ensemble(["stem", "stage1", "stage2"])
     calls: list[tuple[int, int]] = []
@@ -313,3 +206,52 @@ def test_consecutive_looped_levels_are_walked_depth_first(monkeypatch: pytest.Mo
     hne.execution = ["packed", "looped", "looped", "packed"]
     hne(small.images())
     assert calls == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (2, 2), (2, 3), (3, 0)]
+
+
+def test_images_leave_stacked_values() -> None:
+    facts = TensorFacts((2,), batched=True, batch_dim=0)
+    stacked = torch.arange(12.0).view(3, 4)  # 3 branches, one number for each of 4 images
+    value = CrossingValue(Crossing(1, Form.PACKED, facts, rows=True), Span(0, 3), stacked)
+    assert_close(value.select(torch.tensor([1, 3])).value, stacked[:, [1, 3]])
+
+
+def _crossing_value(form: Form) -> tuple[CrossingValue, Tensor]:
+    """Features of three branches in some form, and as they are per branch, `[G, N, C, H, W]`."""
+    facts = TensorFacts((2, 4, 3, 3), batched=True, batch_dim=0)
+    branches = torch.arange(3 * 2 * 4 * 9.0).view(3, 2, 4, 3, 3)
+    values = {
+        Form.PACKED: branches.transpose(0, 1).flatten(1, 2),
+        Form.BATCH: branches.flatten(0, 1),
+        Form.BRANCHES: Branches(branches),
+    }
+    return CrossingValue(Crossing(1, form, facts, rows=True), Span(4, 7), values[form]), branches
+
+
+@pytest.mark.parametrize("form", [Form.PACKED, Form.BATCH, Form.BRANCHES])
+def test_values_are_sliced_by_branches(form: Form) -> None:
+    value, branches = _crossing_value(form)
+    facts = value.crossing.facts
+    for span in (Span(4, 5), Span(6, 7), Span(5, 7), Span(4, 7)):
+        sliced = value.slice(span)
+        if form is not Form.BRANCHES:
+            sliced = unpack(sliced, facts, span.size, form)
+        assert_close(torch.stack(sliced), branches[span.start - 4 : span.stop - 4])
+
+
+@pytest.mark.parametrize("form", [Form.PACKED, Form.BATCH, Form.BRANCHES])
+def test_one_branch_of_a_value_has_memory_of_its_own(form: Form) -> None:
+    value, branches = _crossing_value(form)
+    alone = value.branch(5)
+    (tensor,) = alone.tensors()
+    assert alone.span == Span(5, 6)
+    assert_close(tensor, branches[1])
+    assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("form", [Form.PACKED, Form.BATCH, Form.BRANCHES])
+def test_images_leave_values_in_every_form(form: Form) -> None:
+    value, branches = _crossing_value(form)
+    selected = value.select(torch.tensor([1])).value
+    if form is not Form.BRANCHES:
+        selected = unpack(selected, value.crossing.facts, 3, form)
+    assert_close(torch.stack(selected), branches[:, 1:])

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import chain, pairwise
 from statistics import median, quantiles
 from typing import Annotated
 
@@ -211,7 +211,7 @@ def measure(
     if repeats < 2:
         raise InputError(f"repeats={repeats} shows no spread.", expected="at least 2")
     order = random.Random(0)
-    walks: list[list[tuple[Transition, float]]] = []
+    timings: list[list[tuple[Transition, float]]] = []
     begin = time.perf_counter()
     rounds = 0
     for count in range(repeats + 1):
@@ -224,13 +224,13 @@ def measure(
                 session.advance(to=transition[1])
                 times.append((transition, time.perf_counter() - before))
             if count:  # round 0 warms up
-                walks.append(times)
+                timings.append(times)
         rounds = count
     columns: dict[Transition, list[float]] = {key: [] for key in transitions(sizes)}
-    for transition, seconds in (timed for walk in walks for timed in walk):
+    for transition, seconds in chain.from_iterable(timings):
         columns[transition].append(seconds)
     typical = {key: median(column) for key, column in columns.items()}
-    ratios = _forecast_errors(walks, typical)
+    ratios = _forecast_errors(timings, typical)
     rows = [
         Latency(*key, typical[key], _percentile(column), _percentile(ratios[key]))
         for key, column in columns.items()
@@ -256,18 +256,18 @@ def _paths(sizes: Sequence[int], order: random.Random) -> Iterator[list[Transiti
 
 
 def _forecast_errors(
-    walks: Sequence[Sequence[tuple[Transition, float]]], typical: Mapping[Transition, float]
+    timings: Sequence[Sequence[tuple[Transition, float]]], typical: Mapping[Transition, float]
 ) -> dict[Transition, list[float]]:
     """What each transition took over what would have been forecast before it.
 
-    Forecasts learn from walk to walk here as they do in use, so that a margin covers only what the
-    slowdown did not foretell.
+    Forecasts learn from one session to the next here as they do in use, so that a margin covers
+    only what the slowdown did not foretell.
     """
     slowdown = Slowdown()
     ratios: dict[Transition, list[float]] = {key: [] for key in typical}
-    for walk in walks:
+    for times in timings:
         forecast = Forecast(typical, slowdown)
-        for transition, seconds in walk:
+        for transition, seconds in times:
             likely = forecast.seconds(transition)
             ratios[transition].append(seconds / likely if likely else 1.0)
             forecast.observe(transition, seconds)

@@ -131,10 +131,8 @@ class Planner:
             InputError: a word is unknown, or their number is not that of the levels.
         """
         execution: tuple[Any, ...] = ()
-        if isinstance(setting, str):
-            execution = (setting,) * self.levels
-        elif isinstance(setting, Sequence):
-            execution = tuple(setting)
+        if isinstance(setting, Sequence):
+            execution = (setting,) * self.levels if isinstance(setting, str) else tuple(setting)
         if len(execution) != self.levels or any(
             level not in (AUTO, *EXECUTIONS) for level in execution
         ):

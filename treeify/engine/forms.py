@@ -148,6 +148,7 @@ def read_once(span: Span, ratio: int, x: Tensor, facts: TensorFacts) -> tuple[in
         siblings leaves parents with unequally many children; then each child gets its own copy.
     """
     parents = span.parents(ratio)
+    # A grouped convolution needs as many outputs of every group.
     if parents.size > 1 and (span.start % ratio or span.stop % ratio):
         return span.size, pack(children(unpack(x, facts, parents.size), span, ratio), facts)
     return parents.size, x
@@ -212,6 +213,7 @@ class Convert(nn.Module):
 def channels_to_batch(x: Tensor, count: int) -> Tensor:
     """`[N, G*C, ...] -> [G*N, C, ...]`, images with channels last staying so."""
     parts = split_branches(x, count)
+    # In channels last, `flatten` has to see the channels at the end, or it would lose that format.
     if not _has_channels_last(x):
         return parts.transpose(0, 1).flatten(0, 1)
     return parts.permute(1, 0, 3, 4, 2).flatten(0, 1).permute(0, 3, 1, 2)

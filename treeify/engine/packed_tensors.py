@@ -93,6 +93,7 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> 
     """Give tensors of 4 dims, as images and their weights have, a memory format."""
     for _, tensor in named_tensors(module):
         if tensor.ndim == 4:
+            # The same parameter with other memory: optimizers and users refer to the object.
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
 
 
@@ -147,6 +148,7 @@ def call_assigning(
     `torch.compile`, which does not let data be exchanged, only the first is seen.
     """
     compiling = torch.compiler.is_compiling()
+    # `.data = ...` leaves the tensor object and exchanges its memory: only the pointer tells.
     pointers = {} if compiling else {key: value.data_ptr() for key, value in tensors.items()}
     result, last = _call_swapped(module, tensors, args, kwargs)
     return result, {
@@ -263,15 +265,18 @@ class Packer:
         levels = {self.slots[f"{path}.{name}"].level for name, _ in named_tensors(module)}
         nested = any(True for child in module.children() for _ in named_tensors(child))
         if path in self.unbranched:
+            # One branch needs no packing; whatever else the module holds comes along.
             packed = copy.deepcopy(module)
             for name, inner in module.named_modules():
                 below = f"{path}.{name}" if name else path
                 self._pack_tensors(get_submodule(packed, name), inner, below)
         elif type(module) in self.widen and len(levels) <= 1 and not nested:
+            # Exact types: a subclass may do more than its rule knows.
             packed = copy.deepcopy(module)
             self.widen[type(module)](packed, self.tree.branches[max(levels, default=0)])
             self._pack_tensors(packed, module, path)
         else:
+            # The base architecture's own module will be called with the branches' views.
             packed = nn.Module()
             self.pack_children(packed, module, path)
         if hasattr(packed, "inplace"):
@@ -293,6 +298,7 @@ class Packer:
 
     def _pack_tensor(self, base: Tensor, key: str) -> Tensor:
         """The packed, uninitialised tensor of a base tensor."""
+        # By identity, so that what is tied in the base model is one packed tensor as well.
         if id(base) not in self._packed:
             slot, like = self.slots[key], self.like[key]
             branches = self.tree.branches[slot.level]

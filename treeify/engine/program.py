@@ -313,12 +313,14 @@ class Walk:
         if level == last and (self.execution[level] == PACKED or span.size == 1):
             return self._call(level, span, values)
         pieces = []
+        # Gradients of the branches' views of parameters are put together once for the whole loop.
         with chunk_once():
             for branch in range(*span):
                 outputs = self._call(level, Span(branch, branch + 1), values)
                 if level < last:
                     below = leaves.within(branch, tree.leaves_below(level))
                     outputs |= self._stage(level + 1, last, below, {**values, **outputs})
+                # What only this branch's children read is freed here, before the next branch.
                 pieces.append(self.program.needed(outputs, last + 1))
         return {name: _joined([piece[name] for piece in pieces]) for name in pieces[0]}
 
@@ -331,6 +333,7 @@ class Walk:
         inputs = []
         for name in segment.inputs:
             source = values[name]
+            # A value may come from any lower level, whose branches have more of this level's below.
             ratio = tree.branches[level] // tree.branches[source.crossing.level]
             inputs.append(source.slice(span.parents(ratio)))
         results = segment.module(span, *inputs)

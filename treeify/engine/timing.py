@@ -88,6 +88,7 @@ def alternate(
     Returns:
         Seconds of every round, by name.
     """
+    # The first call allocates memory, chooses kernels and prepares weights.
     for action in actions.values() if warm_up else ():
         action()
     times: Times = {name: [] for name in actions}

@@ -72,12 +72,12 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     return steps
 
 
-@pytest.mark.parametrize("way", ["packed", "looped"])
+@pytest.mark.parametrize("execution", ["packed", "looped"])
 @settings(max_examples=5)
 @given(shares=st.lists(st.floats(0, 1), min_size=2, max_size=2))
-def test_answers_are_those_of_the_first_sure_size(way: str, shares: list[float]) -> None:
+def test_answers_are_those_of_the_first_sure_size(execution: str, shares: list[float]) -> None:
     hne, x = _ensemble(), small.images(12)
-    hne.execution = way
+    hne.execution = execution
     logits = _at_every_size(hne, x)
     thresholds = [_middle(confidence(logits[index]), share) for index, share in enumerate(shares)]
     expected, used = _oracle(hne.tree.nested_sizes, logits, thresholds)
@@ -94,8 +94,8 @@ def test_sure_images_leave_the_batch(rows: list[tuple[int, int]]) -> None:
     _, used = _oracle(hne.tree.nested_sizes, logits, [threshold] * 2)
     assert len(set(used)) > 1
     hne.predict(x, confidence=threshold)
-    expected = [(size, sum(own >= size for own in used)) for size in hne.tree.nested_sizes]
-    assert rows == [step for step in expected if step[1]]
+    expected = [(size, sum(leaves >= size for leaves in used)) for size in hne.tree.nested_sizes]
+    assert rows == [row for row in expected if row[1]]
 
 
 class Gated(small.SmallNet):
@@ -236,39 +236,40 @@ def _held_out(images: int = 500, seed: int = 0) -> tuple[Tensor, Tensor]:
 @given(st.integers(MACS[0], MACS[-1]), st.integers(1, 300))
 def test_the_mean_cost_is_the_target(target: int, images: int) -> None:
     logits, labels = _held_out(images)
-    found = budget(logits, labels, SIZES, MACS, target)
-    # Every size's share is rounded to whole images.
-    assert abs(found.macs - target) <= (MACS[-1] - MACS[0]) / images
-    assert sum(found.fractions) == pytest.approx(1)
-    assert found.macs == pytest.approx(
-        sum(share * own for share, own in zip(found.fractions, MACS, strict=True)), rel=1e-12
+    chosen = budget(logits, labels, SIZES, MACS, target)
+    # Every size's fraction is rounded to whole images.
+    assert abs(chosen.macs - target) <= (MACS[-1] - MACS[0]) / images
+    assert sum(chosen.fractions) == pytest.approx(1)
+    assert chosen.macs == pytest.approx(
+        sum(fraction * macs for fraction, macs in zip(chosen.fractions, MACS, strict=True)),
+        rel=1e-12,
     )
-    assert (found.target_macs, found.sizes, found.images) == (target, SIZES, images)
-    assert len(found.thresholds) == 3
-    assert BUDGET.validate_json(BUDGET.dump_json(found, by_alias=True)) == found
+    assert (chosen.target_macs, chosen.sizes, chosen.images) == (target, SIZES, images)
+    assert len(chosen.thresholds) == 3
+    assert BUDGET.validate_json(BUDGET.dump_json(chosen, by_alias=True)) == chosen
 
 
 def test_a_budget_is_what_its_thresholds_give() -> None:
     logits, labels = _held_out()
     for target in (60_000_000, 100_000_000, 180_000_000):
-        found = budget(logits, labels, SIZES, MACS, target)
-        answers, used = _oracle(SIZES, logits.double(), found.thresholds)
-        assert found.accuracy == (answers.argmax(-1) == labels).double().mean().item()
-        assert found.fractions == pytest.approx([used.count(size) / len(used) for size in SIZES])
+        chosen = budget(logits, labels, SIZES, MACS, target)
+        answers, used = _oracle(SIZES, logits.double(), chosen.thresholds)
+        assert chosen.accuracy == (answers.argmax(-1) == labels).double().mean().item()
+        assert chosen.fractions == pytest.approx([used.count(size) / len(used) for size in SIZES])
         spent = sum(MACS[SIZES.index(size)] for size in used) / len(used)
-        assert found.macs == pytest.approx(spent, rel=1e-12)
+        assert chosen.macs == pytest.approx(spent, rel=1e-12)
 
 
 def test_more_to_spend_is_never_less_spent() -> None:
     logits, labels = _held_out()
     targets = torch.linspace(MACS[0], MACS[-1], 40).long().clamp(MACS[0], MACS[-1]).tolist()
-    found = [budget(logits, labels, SIZES, MACS, target) for target in targets]
-    spent = [own.macs for own in found]
-    # A share may round to one image less, whose cost is at most the largest step between sizes.
+    budgets = [budget(logits, labels, SIZES, MACS, target) for target in targets]
+    spent = [chosen.macs for chosen in budgets]
+    # A fraction may round to one image less, whose cost is at most the largest between sizes.
     slack = (MACS[-1] - MACS[0]) / len(labels)
     assert all(more >= less - slack for less, more in pairwise(spent))
     assert spent[-1] - spent[0] > 0.9 * (MACS[-1] - MACS[0])
-    assert found[-1].accuracy > found[0].accuracy
+    assert budgets[-1].accuracy > budgets[0].accuracy
 
 
 def test_the_ends_of_the_range() -> None:
@@ -300,10 +301,10 @@ def test_equal_confidences_stop_together() -> None:
     logits = torch.zeros(2, 100, 10)
     logits[:, :50, 0] = 1.0  # two groups of equally sure images
     labels = torch.zeros(100, dtype=torch.long)
-    found = budget(logits, labels, (1, 2), (10, 20), 18)  # a fifth should stop
-    assert found.fractions == (0.5, 0.5)
-    assert found.macs == 15
-    assert found.accuracy == 1.0
+    chosen = budget(logits, labels, (1, 2), (10, 20), 18)  # a fifth should stop
+    assert chosen.fractions == (0.5, 0.5)
+    assert chosen.macs == 15
+    assert chosen.accuracy == 1.0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -313,34 +314,34 @@ def test_predicting_the_held_out_images_spends_the_budget(seed: int) -> None:
     sizes = hne.tree.nested_sizes
     macs = [hne.count_macs(size) for size in sizes]
     logits = _at_every_size(hne, x)
-    for share in (0.0, 0.2, 0.5, 0.8, 1.0):
-        target = round(macs[0] + share * (macs[-1] - macs[0]))
-        found = budget(logits, labels, sizes, macs, target)
-        answer = hne.predict(x, confidence=found)
+    for fraction in (0.0, 0.2, 0.5, 0.8, 1.0):
+        target = round(macs[0] + fraction * (macs[-1] - macs[0]))
+        chosen = budget(logits, labels, sizes, macs, target)
+        answer = hne.predict(x, confidence=chosen)
         spent = sum(hne.count_macs(leaves) for leaves in answer.leaves.tolist()) / len(x)
-        assert spent == pytest.approx(found.macs, rel=1e-12)
+        assert spent == pytest.approx(chosen.macs, rel=1e-12)
         right = (answer.logits.argmax(-1) == labels).double().mean().item()
-        assert right == found.accuracy
+        assert right == chosen.accuracy
 
 
 def test_a_budget_of_another_tree_is_refused() -> None:
     hne, x = small.ensemble(), small.images()
     logits, labels = _held_out(5)
     for sizes in ((1, 2), (1, 2, 6), SIZES):
-        own = budget(logits[: len(sizes)], labels, sizes, MACS[: len(sizes)], MACS[1])
+        other = budget(logits[: len(sizes)], labels, sizes, MACS[: len(sizes)], MACS[1])
         with pytest.raises(InputError, match="another tree"):
-            hne.predict(x, confidence=own)
+            hne.predict(x, confidence=other)
 
 
 def test_budgets_are_saved_and_loaded(tmp_path: Path) -> None:
     hne, x = _ensemble(), small.images(16)
     sizes = hne.tree.nested_sizes
     macs = [hne.count_macs(size) for size in sizes]
-    found = budget(_at_every_size(hne, x), torch.arange(16) % 5, sizes, macs, macs[1])
-    hne.budgets[found.target_macs] = found
+    chosen = budget(_at_every_size(hne, x), torch.arange(16) % 5, sizes, macs, macs[1])
+    hne.budgets[chosen.target_macs] = chosen
     treeify.save(hne, tmp_path / "hne")
     again = treeify.load(tmp_path / "hne", model=small.SmallNet())
-    assert again.budgets == {macs[1]: found}
-    one, other = hne.predict(x, confidence=found), again.predict(x, confidence=found)
+    assert again.budgets == {macs[1]: chosen}
+    one, other = hne.predict(x, confidence=chosen), again.predict(x, confidence=chosen)
     assert torch.equal(one.leaves, other.leaves)
     assert_close(one.logits, other.logits)

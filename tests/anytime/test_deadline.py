@@ -190,15 +190,15 @@ def test_steps_that_took_no_time_when_calibrated(clock: Clock) -> None:
 
 
 def test_every_answer_is_observed(clock: Clock) -> None:
-    told: list[int] = []
+    sizes: list[int] = []
     quick = {**STRAIGHT, (0, 3): 0.5}
     advance_until(
         Transitions(clock, quick),  # type: ignore[arg-type]
         _latencies(),
         *(2.25, clock.now),
-        observe=lambda answer: told.append(answer.leaves),
+        observe=lambda answer: sizes.append(answer.leaves),
     )
-    assert told == [3, 6]
+    assert sizes == [3, 6]
 
 
 def _timed(
@@ -233,9 +233,9 @@ def test_predictions_meet_deadlines(clock: Clock, monkeypatch: pytest.MonkeyPatc
     assert latencies.repeats == 12
     for limit, leaves in ((0.1, 1), (3.9, 1), (4.1, 3), (6.9, 3), (7.1, 6), (math.inf, 6)):
         begin = clock.now
-        found = hne.predict(x, deadline=limit)
+        logits = hne.predict(x, deadline=limit)
         assert clock.now - begin == pytest.approx(1 + leaves)
-        assert_close(found, hne.predict(x, leaves=leaves).detach())
+        assert_close(logits, hne.predict(x, leaves=leaves).detach())
     set_speed(2.0)
     for _ in range(2):
         hne.predict(x, deadline=math.inf)
@@ -281,12 +281,12 @@ def test_typical_slow_and_margin_of_times_that_vary(
         return session(x)
 
     monkeypatch.setattr(hne, "session", start)
-    found = hne.calibrate(x, repeats=200, budget=math.inf)
-    assert found.repeats == 200
-    assert found.typical == pytest.approx({(0, 1): 2, (0, 2): 3, (1, 2): 2})
-    assert found.slow == pytest.approx({(0, 1): 4, (0, 2): 6, (1, 2): 4})
+    latencies = hne.calibrate(x, repeats=200, budget=math.inf)
+    assert latencies.repeats == 200
+    assert latencies.typical == pytest.approx({(0, 1): 2, (0, 2): 3, (1, 2): 2})
+    assert latencies.slow == pytest.approx({(0, 1): 4, (0, 2): 6, (1, 2): 4})
     # A session that was slow so far is known to be slow: its next step needs no margin.
-    assert found.margins == pytest.approx({(0, 1): 2, (0, 2): 2, (1, 2): 1})
+    assert latencies.margins == pytest.approx({(0, 1): 2, (0, 2): 2, (1, 2): 1})
 
 
 def test_a_slow_spell_needs_no_margin(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,9 +300,9 @@ def test_a_slow_spell_needs_no_margin(clock: Clock, monkeypatch: pytest.MonkeyPa
         return session(x)
 
     monkeypatch.setattr(hne, "session", start)
-    found = hne.calibrate(x, repeats=150, budget=math.inf)  # two sessions each
-    assert found.slow[0, 1] == pytest.approx(4)
-    assert found.margins == pytest.approx(dict.fromkeys(found.typical, 1))
+    latencies = hne.calibrate(x, repeats=150, budget=math.inf)  # two sessions each
+    assert latencies.slow[0, 1] == pytest.approx(4)
+    assert latencies.margins == pytest.approx(dict.fromkeys(latencies.typical, 1))
 
 
 def test_calibration_stops_when_its_budget_is_spent(

@@ -48,13 +48,13 @@ def _ensemble(splits: Splits) -> Ensemble:
 
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[Ensemble, tuple[Splits, list[int]]]:
-    """An ensemble that runs in some way, and increasing sizes."""
+    """An ensemble that runs whose levels run packed or looped, and increasing sizes."""
     splits = draw(st.sampled_from(SHAPES))
     hne = copy.deepcopy(_ensemble(splits))
-    ways = tuple(draw(st.sampled_from(["packed", "looped"])) for _ in range(hne.tree.levels))
+    execution = tuple(draw(st.sampled_from(["packed", "looped"])) for _ in range(hne.tree.levels))
     x = small.images()
     situation = Situation.of(x, training=False)
-    plan = Plan(ways, draw(st.sampled_from([None, True])), fuse=draw(st.booleans()))
+    plan = Plan(execution, draw(st.sampled_from([None, True])), fuse=draw(st.booleans()))
     hne.tunings[situation] = Tuning(situation, plan)
     sizes = draw(st.sets(st.integers(1, hne.leaves), min_size=1))
     return hne, (splits, sorted(sizes))
@@ -72,12 +72,12 @@ def _plainly(hne: Ensemble, x: Tensor) -> Tensor:
     return result
 
 
-def _held(session: treeify.anytime.session.Session) -> list[Tensor]:
-    held = (held.value for values in session._kept.values() for held in values.values())
+def _cached(session: treeify.anytime.session.Session) -> list[Tensor]:
     tensors = []
-    for value in held:
-        parts = value if isinstance(value, tuple) else (value,)
-        tensors += [leaf for part in parts for leaf in tree_leaves(part)]
+    for values in session._kept.values():
+        for value in values.values():
+            parts = value.value if isinstance(value.value, tuple) else (value.value,)
+            tensors += [leaf for part in parts for leaf in tree_leaves(part)]
     return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
 
@@ -86,26 +86,26 @@ def _held(session: treeify.anytime.session.Session) -> list[Tensor]:
 def test_stepping_equals_full_calls(example: tuple[Ensemble, tuple[Splits, list[int]]]) -> None:
     hne, (splits, sizes) = example
     x = small.images()
-    given_images = x.clone()
-    whole = _plainly(hne, x)
+    before = x.clone()
+    full = _plainly(hne, x)
     bytes_above = [CROSSING[split.partition(":")[0]] for split in splits]
     session = hne.session(x)
     assert (session.leaves, session.macs, session.elapsed, session.cached_bytes) == (0, 0, 0, 0)
     for size in sizes:
-        step = session.advance(to=size)
-        assert (step.leaves, session.leaves, session.done) == (size, size, size == hne.leaves)
-        assert_close(session.leaf_logits, whole[:, :size], rtol=1e-4, atol=1e-5)
-        assert_close(step.logits, hne.predict(x, leaves=size).detach(), rtol=1e-4, atol=1e-5)
-        assert torch.equal(step.logits, session.logits)
-        assert step.macs == session.macs == hne.count_macs(size)
-        assert step.elapsed == session.elapsed
+        answer = session.advance(to=size)
+        assert (answer.leaves, session.leaves, session.done) == (size, size, size == hne.leaves)
+        assert_close(session.leaf_logits, full[:, :size], rtol=1e-4, atol=1e-5)
+        assert_close(answer.logits, hne.predict(x, leaves=size).detach(), rtol=1e-4, atol=1e-5)
+        assert torch.equal(answer.logits, session.logits)
+        assert answer.macs == session.macs == hne.count_macs(size)
+        assert answer.elapsed == session.elapsed
         expected = sum(
             len(x) * bytes_above[level]
             for level in range(hne.tree.levels - 1)
             if size % hne.tree.leaves_below(level)
         )
         assert session.cached_bytes == expected
-    assert torch.equal(x, given_images)
+    assert torch.equal(x, before)
     assert not session.leaf_logits.requires_grad
 
 
@@ -136,9 +136,9 @@ def test_going_on_calls_every_level_once_where_all_run_packed(
     calls: list[tuple[int, tuple[int, int]]] = []
     call = Walk._call
 
-    def counted(self: Walk, level: int, span: Span, held: Any) -> Any:
+    def counted(self: Walk, level: int, span: Span, values: Any) -> Any:
         calls.append((level, tuple(span)))
-        return call(self, level, span, held)
+        return call(self, level, span, values)
 
     monkeypatch.setattr(Walk, "_call", counted)
     session = hne.session(x)
@@ -151,15 +151,15 @@ def test_going_on_calls_every_level_once_where_all_run_packed(
     assert calls == [(3, (7, 8))]
 
 
-@pytest.mark.parametrize("way", ["packed", "looped"])
-def test_stepping_needs_no_more_memory_than_one_packed_call(way: str) -> None:
+@pytest.mark.parametrize("execution", ["packed", "looped"])
+def test_stepping_needs_no_more_memory_than_one_packed_call(execution: str) -> None:
     hne = small.ensemble(["stage1", "stage2:3", "head"])
     x = torch.randn(4, 3, 16, 16)
     _plainly(hne, x)
-    with Memory() as whole:
+    with Memory() as at_once:
         _plainly(hne, x)
-    assert whole.now == 0
-    hne.execution = way
+    assert at_once.now == 0
+    hne.execution = execution
     for sizes in (hne.tree.nested_sizes, range(1, 13), (5, 11, 12), (6, 12), (7, 12), (11,)):
         cached = 0
         with Memory() as stepwise:
@@ -167,7 +167,7 @@ def test_stepping_needs_no_more_memory_than_one_packed_call(way: str) -> None:
             for size in sizes:
                 session.advance(to=size)
                 cached = max(cached, session.cached_bytes)
-        assert 0 < stepwise.peak <= whole.peak + cached, sizes
+        assert 0 < stepwise.peak <= at_once.peak + cached, sizes
 
 
 def test_the_memory_meter_sees_what_is_alive() -> None:
@@ -182,24 +182,24 @@ def test_the_memory_meter_sees_what_is_alive() -> None:
         assert (meter.now, meter.peak) == (0, 8000)
 
 
-@pytest.mark.parametrize("way", ["packed", "looped"])
+@pytest.mark.parametrize("execution", ["packed", "looped"])
 @pytest.mark.parametrize("model", [small.SmallNet, Views, PerBranch, Pair])
-def test_cached_tensors_own_their_memory(model: type[nn.Module], way: str) -> None:
+def test_cached_tensors_share_no_memory(model: type[nn.Module], execution: str) -> None:
     hne, x = convert(model(), ["stage1:3", "stage2", "head"]), small.images()
-    hne.execution = way
-    whole = _plainly(hne, x)
+    hne.execution = execution
+    full = _plainly(hne, x)
     for sizes in (range(1, 13), (5, 7, 12)):
         session = hne.session(x)
         for size in sizes:
             session.advance(to=size)
-            held = {id(tensor): tensor for tensor in _held(session)}.values()
-            for tensor in held:
+            cached = {id(tensor): tensor for tensor in _cached(session)}.values()
+            for tensor in cached:
                 assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
                 assert len(tensor) == len(x)
-            own = sum(tensor.numel() * tensor.element_size() for tensor in held)
-            assert session.cached_bytes == own
-            assert (own == 0) == session.done
-            assert_close(session.leaf_logits, whole[:, :size], rtol=1e-4, atol=1e-5)
+            size_in_bytes = sum(tensor.numel() * tensor.element_size() for tensor in cached)
+            assert session.cached_bytes == size_in_bytes
+            assert (size_in_bytes == 0) == session.done
+            assert_close(session.leaf_logits, full[:, :size], rtol=1e-4, atol=1e-5)
 
 
 def test_images_are_let_go_when_no_later_level_reads_them() -> None:
@@ -225,13 +225,13 @@ def test_without_a_size_a_step_goes_to_the_next_nested_one() -> None:
 
 def test_the_generator_steps_through_sizes() -> None:
     hne, x = small.ensemble(), small.images()
-    found = list(hne.anytime(x))
-    assert tuple(step.leaves for step in found) == hne.tree.nested_sizes
-    assert [step.leaves for step in hne.anytime(x, [2, 5])] == [2, 5]
-    for step in found:
-        assert_close(step.logits, hne.predict(x, leaves=step.leaves).detach())
-    assert all(a.elapsed < b.elapsed and a.macs < b.macs for a, b in pairwise(found))
-    assert found[-1].macs == hne.count_macs()
+    answers = list(hne.anytime(x))
+    assert tuple(answer.leaves for answer in answers) == hne.tree.nested_sizes
+    assert [answer.leaves for answer in hne.anytime(x, [2, 5])] == [2, 5]
+    for answer in answers:
+        assert_close(answer.logits, hne.predict(x, leaves=answer.leaves).detach())
+    assert all(a.elapsed < b.elapsed and a.macs < b.macs for a, b in pairwise(answers))
+    assert answers[-1].macs == hne.count_macs()
 
 
 @pytest.mark.parametrize("sizes", [[3, 1], [1, 1, 3], [0, 1], [1, 7], [2.0]])
@@ -287,23 +287,23 @@ def test_training_mode_and_wrong_inputs_are_refused() -> None:
         next(hne.anytime(small.images()))
 
 
-@pytest.mark.parametrize("way", ["packed", "looped"])
-def test_models_with_several_outputs(way: str) -> None:
+@pytest.mark.parametrize("execution", ["packed", "looped"])
+def test_models_with_several_outputs(execution: str) -> None:
     class Several(small.SmallNet):
         def forward(self, x: Tensor) -> dict[str, Any]:
             logits = super().forward(x)
             return {"logits": logits, "pair": (logits.softmax(-1), logits.amax(-1)), "classes": 5}
 
     hne, x = convert(Several()), small.images()
-    hne.execution = way
+    hne.execution = execution
     session = hne.session(x)
     for size in (1, 3, 4):
         session.advance(to=size)
         expected, mean = hne(x, leaves=size), hne.predict(x, leaves=size)
-        for found, value in ((session.leaf_logits, expected), (session.logits, mean)):
-            assert found["classes"] == 5
-            assert_close(found["logits"], value["logits"].detach())
-            assert_close(found["pair"], tuple(part.detach() for part in value["pair"]))
+        for output, value in ((session.leaf_logits, expected), (session.logits, mean)):
+            assert output["classes"] == 5
+            assert_close(output["logits"], value["logits"].detach())
+            assert_close(output["pair"], tuple(part.detach() for part in value["pair"]))
     session = hne.session(x)
     session.advance(to=1)
     session.select(torch.tensor([1]))

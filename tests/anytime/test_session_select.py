@@ -17,13 +17,13 @@ import treeify
 from treeify.errors import InputError
 
 
-@pytest.mark.parametrize("way", ["packed", "looped"])
+@pytest.mark.parametrize("execution", ["packed", "looped"])
 @pytest.mark.parametrize("model", [small.SmallNet, Views, PerBranch, Pair, Gates])
 @settings(max_examples=6)
 @given(data=st.data())
-def test_kept_images_go_on_as_if_alone(model: type[nn.Module], way: str, data: Any) -> None:
+def test_kept_images_go_on_as_if_alone(model: type[nn.Module], execution: str, data: Any) -> None:
     hne = _kept_model(model)
-    hne.execution = way
+    hne.execution = execution
     x = small.images(5)
     present = torch.arange(5)
     session = hne.session(x)
@@ -59,12 +59,16 @@ def test_all_images_may_leave() -> None:
 def test_images_are_kept_by_a_mask_or_a_list_of_positions(leaves: int) -> None:
     hne, x = small.ensemble(), small.images(5)
     mask = torch.tensor([True, False, False, True, True])
-    for images, kept in ((mask, x[mask]), ([4, 0], x[[4, 0]]), (torch.tensor([1]).int(), x[1:2])):
+    for images, remaining in (
+        (mask, x[mask]),
+        ([4, 0], x[[4, 0]]),
+        (torch.tensor([1]).int(), x[1:2]),
+    ):
         session = hne.session(x)
         if leaves:
             session.advance(to=leaves)
         session.select(images)
-        assert_close(session.advance(to=6).logits, hne.predict(kept).detach())
+        assert_close(session.advance(to=6).logits, hne.predict(remaining).detach())
         session.select([])
         assert session.logits.shape == (0, small.CLASSES)
 
@@ -123,6 +127,5 @@ def test_images_cannot_leave_where_a_value_counts_or_mixes_them(model: type[nn.M
         session.select(torch.tensor([0]))
     session.advance(to=4)
     expected = hne.predict(x)
-    found = session.logits
-    for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+    for one, other in zip(tree_leaves(session.logits), tree_leaves(expected), strict=True):
         assert_close(one, other.detach(), rtol=1e-4, atol=1e-5)

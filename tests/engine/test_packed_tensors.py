@@ -76,8 +76,8 @@ def test_gradients_of_branches_one_by_one(once: bool) -> None:
 
 
 def test_a_tensor_belongs_to_the_lowest_level_that_uses_it() -> None:
-    found = _slots(Tied())
-    assert {key: slot.level for key, slot in found.items()} == {
+    by_key = _slots(Tied())
+    assert {key: slot.level for key, slot in by_key.items()} == {
         "unused": 0,
         "stem.weight": 0,
         "stem.bias": 0,
@@ -89,7 +89,7 @@ def test_a_tensor_belongs_to_the_lowest_level_that_uses_it() -> None:
         "head.weight": 0,  # tied to the stem's
         "head.bias": 2,
     }
-    assert [key for key, slot in found.items() if slot.scalar] == ["norm.num_batches_tracked"]
+    assert [key for key, slot in by_key.items() if slot.scalar] == ["norm.num_batches_tracked"]
 
 
 def test_modules_are_packed_under_the_names_of_the_base_model() -> None:

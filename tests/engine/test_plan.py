@@ -14,11 +14,13 @@ from treeify.errors import InputError
 
 
 def _tuning(
-    x: Tensor, ways: Sequence[str], *, training: bool = False, place: str | None = None
+    x: Tensor, execution: Sequence[str], *, training: bool = False, place: str | None = None
 ) -> Tuning:
     here = Situation.of(x, training=training)
     situation = Situation(training, here.shape, here.dtype, place or here.machine)
-    return Tuning(situation, Plan(tuple(ways), channels_last=True, fuse=not training), {"a": 0.5})
+    return Tuning(
+        situation, Plan(tuple(execution), channels_last=True, fuse=not training), {"a": 0.5}
+    )
 
 
 def _keep(hne: treeify.HierarchicalEnsemble, *tunings: Tuning) -> None:
@@ -35,7 +37,7 @@ def test_the_setting_is_what_was_set(setting: str | Sequence[str]) -> None:
     assert hne.execution == (setting if isinstance(setting, str) else tuple(setting))
     asked = (setting,) * 3 if isinstance(setting, str) else setting
     assert hne.plan(small.images()).execution == tuple(
-        "packed" if way == "auto" else way for way in asked
+        "packed" if level == "auto" else level for level in asked
     )
 
 
@@ -63,19 +65,19 @@ def test_a_plan_is_the_one_tuned_for_the_shape() -> None:
 def test_other_batches_run_like_the_nearest(count: int, nearest: int) -> None:
     hne = small.ensemble()
     plans = {1: ("packed",) * 3, 16: ("looped",) * 3}
-    _keep(hne, *(_tuning(small.images(n), ways) for n, ways in plans.items()))
+    _keep(hne, *(_tuning(small.images(n), execution) for n, execution in plans.items()))
     assert hne.plan(small.images(count)).execution == plans[nearest]
 
 
 def test_tunings_for_something_else_are_left_alone() -> None:
     hne, x = small.ensemble(), small.images(4)
-    ways = ("looped",) * 3
+    execution = ("looped",) * 3
     _keep(
         hne,
-        _tuning(x, ways, place="another machine"),
-        _tuning(x, ways, training=True),
-        _tuning(x.double(), ways),
-        _tuning(torch.zeros(4, 3, 16, 16), ways),
+        _tuning(x, execution, place="another machine"),
+        _tuning(x, execution, training=True),
+        _tuning(x.double(), execution),
+        _tuning(torch.zeros(4, 3, 16, 16), execution),
     )
     assert hne.plan(x) == Plan(("packed",) * 3)
 

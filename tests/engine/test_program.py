@@ -78,11 +78,11 @@ def _grouped() -> treeify.HierarchicalEnsemble:
 def test_every_mix_of_ways_gives_the_same_logits() -> None:
     hne, x = small.ensemble(FOUR_LEVELS).double(), small.images().double()
     expected = hne(x)
-    for ways in EVERY_MIX:
-        hne.execution = ways
-        assert_close(hne(x), expected, msg=str(ways))
+    for execution in EVERY_MIX:
+        hne.execution = execution
+        assert_close(hne(x), expected, msg=str(execution))
         for leaves in (1, 5, 7, 11):
-            assert_close(hne(x, leaves=leaves), expected[:, :leaves], msg=f"{ways} {leaves}")
+            assert_close(hne(x, leaves=leaves), expected[:, :leaves], msg=f"{execution} {leaves}")
 
 
 @pytest.mark.parametrize("leaves", [None, 7])
@@ -90,22 +90,22 @@ def test_every_mix_of_ways_trains_the_same(leaves: int | None) -> None:
     hne = _without_dropout(small.ensemble(FOUR_LEVELS)).double()
     x = small.images(3).double()
     expected = _training_step(hne, x, "packed", leaves)
-    for ways in EVERY_MIX:
-        found = _training_step(hne, x, ways, leaves)
-        assert found.keys() == expected.keys()
+    for execution in EVERY_MIX:
+        state = _training_step(hne, x, execution, leaves)
+        assert state.keys() == expected.keys()
         for key, value in expected.items():
-            assert_close(found[key], value, msg=f"{ways} {key}")
+            assert_close(state[key], value, msg=f"{execution} {key}")
 
 
 @pytest.mark.parametrize("leaves", [1, 5, 8, 11, 12])
 def test_groups_after_splits_train_the_same_looped(leaves: int) -> None:
     hne, x = _grouped().double(), small.images(3).double()
     expected = _training_step(hne, x, "packed", leaves)
-    for ways in (("looped",) * 4, ("packed", "looped", "packed", "looped")):
-        found = _training_step(hne, x, ways, leaves)
-        assert found.keys() == expected.keys()
+    for execution in (("looped",) * 4, ("packed", "looped", "packed", "looped")):
+        state = _training_step(hne, x, execution, leaves)
+        assert state.keys() == expected.keys()
         for key, value in expected.items():
-            assert_close(found[key], value, msg=f"{ways} {key}")
+            assert_close(state[key], value, msg=f"{execution} {key}")
 
 
 def test_looped_training_equals_separate_networks() -> None:
@@ -198,9 +198,9 @@ def test_consecutive_looped_levels_are_walked_depth_first(monkeypatch: pytest.Mo
     calls: list[tuple[int, int]] = []
     call = Walk._call
 
-    def recorded(walk: Walk, level: int, span: Span, held: dict[str, CrossingValue]) -> Any:
+    def recorded(walk: Walk, level: int, span: Span, values: dict[str, CrossingValue]) -> Any:
         calls.append((level, span.start))
-        return call(walk, level, span, held)
+        return call(walk, level, span, values)
 
     monkeypatch.setattr(Walk, "_call", recorded)
     hne.execution = ["packed", "looped", "looped", "packed"]

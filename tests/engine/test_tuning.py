@@ -57,8 +57,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Plan], float]]
 
 # One level at a time leads to any of these from the faster of all packed and all looped.
 TARGETS = [
-    Plan(("packed", *ways), channels_last)
-    for ways in itertools.product(("packed", "looped"), repeat=2)
+    Plan(("packed", *execution), channels_last)
+    for execution in itertools.product(("packed", "looped"), repeat=2)
     for channels_last in (True, False)
 ]
 
@@ -163,19 +163,19 @@ def test_tuning_changes_nothing_else(training: bool | None) -> None:
     x.requires_grad_(False)
     state, modes = _state(hne), [module.training for module in hne.modules()]
     gradients = {n: None if p.grad is None else p.grad.clone() for n, p in hne.named_parameters()}
-    kept = dict(hne.named_parameters())
-    random_state, given = torch.get_rng_state(), x.clone()
+    parameters = dict(hne.named_parameters())
+    random_state, images = torch.get_rng_state(), x.clone()
 
     hne.tune(x, training=training, repeats=1)
 
     assert torch.equal(torch.get_rng_state(), random_state)
-    assert torch.equal(x, given)
+    assert torch.equal(x, images)
     assert [module.training for module in hne.modules()] == modes
     after = _state(hne)
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], value) for name, value in state.items())
     for name, parameter in hne.named_parameters():
-        assert parameter is kept[name]
+        assert parameter is parameters[name]
         before = gradients[name]
         assert (parameter.grad is None) == (before is None), name
         assert before is None or torch.equal(parameter.grad, before), name

@@ -113,18 +113,9 @@ class Latencies:
         """The situation, and a table of milliseconds."""
         rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            [
-                f"{self.situation}: {self.plan} ({self.repeats} rounds, {self.margin_range()})",
-                "leaves; ms, and the 99th percentile",
-                *(
-                    "  ".join(
-                        cell.rjust(width) for cell, width in zip(row, widths, strict=True)
-                    ).rstrip()
-                    for row in rows
-                ),
-            ]
-        )
+        lines = ["  ".join(map(str.rjust, row, widths)).rstrip() for row in rows]
+        title = f"{self.situation}: {self.plan} ({self.repeats} rounds, {self.margin_range()})"
+        return "\n".join([title, "leaves; ms, and the 99th percentile", *lines])
 
 
 # To and from JSON values.

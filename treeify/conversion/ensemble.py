@@ -34,7 +34,7 @@ from treeify.engine.program import PACKED, NodeReport, Program
 from treeify.engine.tuning import tune
 from treeify.errors import InputError
 from treeify.fusion.fuser import Fused
-from treeify.rules import WIDEN
+from treeify.rules import widen_rules
 from treeify.tracing.side_effects import undo_side_effects
 from treeify.tracing.trace import Traced
 from treeify.tree import Span, Tree
@@ -133,8 +133,15 @@ class HierarchicalEnsemble(nn.Module):
         whole = {target for target, level in calls if level == 0} - {
             target for target, level in calls if level > 0
         }
-        packer = Packer(self._slots, splits.tree, WIDEN, dict(named_tensors(like)), whole)
-        packer.pack_children(self, traced.skeleton)
+        build(
+            self,
+            traced.skeleton,
+            self._slots,
+            splits.tree,
+            widen_rules(),
+            dict(tensors(like)),
+            whole,
+        )
         base = without_in_place(traced.skeleton)
         self._programs = {
             training: rewrite(traced, base, training, own, self._slots, self, splits.tree)

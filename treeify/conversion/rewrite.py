@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from treeify.engine.forms import Convert, Form, Leaves, Multiply
 from treeify.engine.packed_tensors import Slot, get_submodule, named_tensors
 from treeify.engine.program import OUTPUT, Crossing, NodeReport, Program, Segment
+from treeify.rules.call import Call, Unpackable, kind_of
 from treeify.rules.operations.branchwise import (
     Constant,
     Dense,
@@ -31,18 +32,7 @@ from treeify.rules.operations.branchwise import (
     is_closed,
 )
 from treeify.rules.shape import SHAPE_READINGS
-from treeify.rules.table import (
-    WIDEN,
-    Call,
-    Rule,
-    Unpackable,
-    find,
-    find_in_batch,
-    is_in_batch_first,
-    is_known,
-    is_pure,
-    takes_counts,
-)
+from treeify.rules.table import Rule, rules_of
 from treeify.tracing.facts import facts
 from treeify.tracing.functionalize import is_isolating_copy
 from treeify.tracing.trace import Traced
@@ -50,7 +40,6 @@ from treeify.tree import Tree
 
 _SUFFIXES = {Form.PACKED: "packed", Form.BATCH: "batch", Form.BRANCHES: "branches"}
 _NO_RULE = "no rule for"
-_Find = Callable[[Call], Rule | None]
 
 
 def without_in_place(skeleton: nn.Module) -> nn.Module:
@@ -254,10 +243,10 @@ class _Rewriter:
             return False
         module = self._module(node)
         if module is not None:
-            return is_pure(node, module) and not any(True for _ in named_tensors(module))
+            return rules_of(type(module)).pure and not any(True for _ in tensors(module))
         touches = any(facts(source).tensors for source in inputs)
         makes_tensor = bool(facts(node).tensors)
-        return is_pure(node, None) or not (touches or makes_tensor)
+        return rules_of(node.target).pure or not (touches or makes_tensor)
 
     def _write_attribute(self, node: fx.Node, level: int) -> tuple[fx.Node, Form, str]:
         target = str(node.target)
@@ -271,8 +260,8 @@ class _Rewriter:
 
     def _write_shared(self, node: fx.Node, level: int) -> fx.Node:
         module = self._module(node)
-        kind: Any = node.target if module is None else type(module)
-        read = self._dense if is_closed(kind) and not is_known(kind) else self._raw
+        kind: Any = kind_of(node, module)
+        read = self._dense if is_closed(kind) and not rules_of(kind).exist else self._raw
         args, kwargs = self._arguments(node, lambda source: read(source, level))
         if module is None:
             return self.drafts[level].graph.create_node(
@@ -309,9 +298,9 @@ class _Rewriter:
             Unpackable: neither does.
         """
         reasons = []
-        for form, find_rule in self._candidates(node, call):
+        for form, rule in self._candidates(node, call):
             try:
-                return form, self._operation_in(form, node, level, call, find_rule)
+                return form, self._operation_in(form, node, level, call, rule)
             except Unpackable as verdict:  # noqa: PERF203 - two rounds at most
                 reasons.append(str(verdict))
         found = (own for own in reasons if not own.startswith(_NO_RULE))
@@ -340,16 +329,19 @@ class _Rewriter:
         own = frozenset(source for source in inputs if self.forms[source] is not Form.SHARED)
         return Call(node, module, storage, self.tree.branches[level], 1, own)
 
-    def _candidates(self, node: fx.Node, call: Call) -> list[tuple[Form, _Find]]:
+    def _candidates(self, node: fx.Node, call: Call) -> list[tuple[Form, Rule | None]]:
         """The forms to try, the better one first: the one that needs less copying."""
-        packed, in_batch = (Form.PACKED, find), (Form.BATCH, find_in_batch)
+        rules = rules_of(call.kind)
+        packed, in_batch = (Form.PACKED, rules.packed), (Form.BATCH, rules.in_batch)
         inputs = [source for source in node.all_input_nodes if source in call.varying]
         forms = {self.forms[source] for source in inputs if _has_batch(source)}
-        batch_first = is_in_batch_first(call) or (Form.BATCH in forms and Form.PACKED not in forms)
-        return [in_batch, packed] if batch_first else [packed, in_batch]
+        batch_only = Form.BATCH in forms and Form.PACKED not in forms
+        if batch_only or rules.prefers_batch(call):
+            return [in_batch, packed]
+        return [packed, in_batch]
 
     def _operation_in(
-        self, form: Form, node: fx.Node, level: int, call: Call, find_rule: _Find
+        self, form: Form, node: fx.Node, level: int, call: Call, rule: Rule | None
     ) -> nn.Module:
         """The operation of a node with its branches in one tensor.
 
@@ -360,7 +352,6 @@ class _Rewriter:
         if first is not None and self.forms[first] in (Form.SHARED, form):
             ratio = self.tree.branches[level] // self._branches(first)
             call = replace(call, ratio=ratio)
-        rule = find_rule(call)
         if rule is None and (reason := self.leaf_modules.get(str(node.target))):
             raise Unpackable(f"its inside cannot be traced: {reason}")
         if rule is None:
@@ -368,7 +359,7 @@ class _Rewriter:
         if form is Form.BATCH:
             for source in node.all_input_nodes:
                 self._require_images(source)
-                if _any(facts(source).grows) and not takes_counts(call):
+                if _any(facts(source).grows) and not rules_of(call.kind).takes_counts:
                     raise Unpackable("it computes with the number of images")
             if any(fact.batch_dim is None for fact in facts(node).tensors):
                 raise Unpackable("its result has no batch dim")
@@ -444,7 +435,7 @@ class _Rewriter:
         module = self._module(node)
         if module is None:
             return node.target in (torch.add, operator.add, "add")
-        return any(True for _ in module.parameters()) and type(module) in WIDEN
+        return any(True for _ in module.parameters()) and rules_of(type(module)).widen is not None
 
     def _write_output(self, node: fx.Node) -> None:
         level = self.tree.levels - 1

@@ -14,21 +14,11 @@ from treeify.rules import (
     pooling,
     shape,
 )
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import Direct
-from treeify.rules.table import (
-    WIDEN,
-    Call,
-    Unpackable,
-    batch_rule,
-    find,
-    is_pure,
-    leaf_types,
-    rule,
-    widens,
-)
+from treeify.rules.table import batch_rule, leaf_types, rule, rules_of, widen_rules, widens
 
 __all__ = [
-    "WIDEN",
     "Call",
     "Direct",
     "Unpackable",
@@ -37,14 +27,14 @@ __all__ = [
     "conv",
     "dropout",
     "elementwise",
-    "find",
     "in_batch",
-    "is_pure",
     "leaf_types",
     "linear",
     "norm",
     "pooling",
     "rule",
+    "rules_of",
     "shape",
+    "widen_rules",
     "widens",
 ]

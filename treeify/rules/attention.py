@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import narrow
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import Direct, require_aligned, with_parameters
 from treeify.rules.linear import linear
-from treeify.rules.table import Call, Unpackable, batch_rule
+from treeify.rules.table import batch_rule
 from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
@@ -202,8 +203,7 @@ def run_self_attention(call: Call) -> PackedSelfAttention:
     plain = module._qkv_same_embed_dim and module.bias_k is None and not module.add_zero_attn
     if not plain:
         raise Unpackable("it has projections of several sizes, or biases of its own")
-    assert call.storage is not None
-    return PackedSelfAttention(module, call.storage, call.branches)
+    return PackedSelfAttention(module, call.packed_module, call.branches)
 
 
 _SELF = ("query", "key", "value")

@@ -13,8 +13,9 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import call_with, narrow
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.operations.widened import OfRows, of_rows, widened, widened_conv
-from treeify.rules.table import Call, Unpackable, batch_rule, rule, widens
+from treeify.rules.table import batch_rule, rule, widens
 from treeify.tree import Span
 
 # timm's padded and weight-standardised convolutions treat every output channel by itself, so they
@@ -80,7 +81,7 @@ class ConvFunction(nn.Module):
 @rule(F.conv1d, F.conv2d, F.conv3d)
 def pack_conv_function(call: Call) -> ConvFunction:
     """`F.conv2d` and its like with each branch's own weight and bias."""
-    weight, _ = call.own_tensors((1, "weight"), (2, "bias"))
+    weight, _ = call.branch_tensors((1, "weight"), (2, "bias"))
     if weight is None or len(weight.shape) != len(call.input_facts().shape):
         raise Unpackable("its input has no batch dim")
     target: Any = call.node.target
@@ -122,5 +123,4 @@ def run_cond_conv(call: Call) -> PackedCondConv:
         if known is None or known.batch_dim != 0:
             raise Unpackable("an argument does not begin with the batch")
     module: Any = call.module
-    assert call.storage is not None
-    return PackedCondConv(module, call.storage, call.branches)
+    return PackedCondConv(module, call.packed_module, call.branches)

@@ -8,9 +8,10 @@ from timm.layers.drop import DropPath
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import Direct
 from treeify.rules.operations.widened import Widened, widened
-from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
+from treeify.rules.table import batch_rule, rule, widens
 from treeify.tree import Span
 
 _CHANNEL = (nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -29,7 +30,8 @@ def pack_dropout(dropout: nn.Module, branches: int) -> None:
 def pack_dropout_module(call: Call) -> Widened:
     """A mask over packed elements or channels is a mask of its own for every branch."""
     if isinstance(call.module, _CHANNEL):
-        require_rank(call.input_facts(), type(call.module).__name__)
+        call.input_facts()
+        call.require_rank()
     return widened(call)
 
 
@@ -40,9 +42,9 @@ _FUNCTIONS = (F.dropout, F.alpha_dropout, torch.dropout, *_CHANNEL_FUNCTIONS)
 @rule(*_FUNCTIONS)
 def pack_dropout_function(call: Call) -> Direct:
     """The same as functions."""
-    known = call.input_facts()
+    call.input_facts()
     if call.node.target in _CHANNEL_FUNCTIONS:
-        require_rank(known, call.node.target.__name__)
+        call.require_rank()
     return Direct(call.node.target)
 
 
@@ -64,8 +66,7 @@ class PackedStochasticDepth(nn.Module):
 def pack_stochastic_depth(call: Call) -> PackedStochasticDepth:
     """Stochastic depth."""
     call.input_facts()
-    assert call.storage is not None
-    return PackedStochasticDepth(call.storage)
+    return PackedStochasticDepth(call.packed_module)
 
 
 @batch_rule(*DROPOUTS)
@@ -74,7 +75,7 @@ def run_dropout_module(call: Call) -> Direct:
     known = call.batch_facts()
     if known.batch_dim != 0 or getattr(call.module, "mode", "row") != "row":
         raise Unpackable("it draws one mask for the whole batch")
-    return Direct(call.storage)  # type: ignore[arg-type]
+    return Direct(call.packed_module)
 
 
 @batch_rule(*_FUNCTIONS)

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from treeify.engine.forms import merge_branches, split_branches
-from treeify.engine.packed_tensors import get_tensor, narrow
+from treeify.engine.packed_tensors import lookup, narrow
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.operations.widened import widened
-from treeify.rules.table import Call, Unpackable, batch_rule, rule, widens
+from treeify.rules.table import batch_rule, rule, widens
 from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
@@ -114,7 +115,7 @@ def run_unary(call: Call) -> nn.Module:
 def run_activation(call: Call) -> Direct:
     """Activations in the batch."""
     call.batch_facts()
-    return Direct(call.storage)  # type: ignore[arg-type]
+    return Direct(call.packed_module)
 
 
 class Broadcast(nn.Module):
@@ -338,5 +339,4 @@ class PackedPReLU(nn.Module):
 def pack_prelu(call: Call) -> PackedPReLU:
     """PReLU."""
     call.input_facts()
-    assert call.storage is not None
-    return PackedPReLU(call.storage, call.branches)
+    return PackedPReLU(call.packed_module, call.branches)

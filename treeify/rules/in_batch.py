@@ -18,9 +18,10 @@ from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves
 
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import Direct, call_target, require_aligned
 from treeify.rules.shape import SHAPE_READINGS, Item
-from treeify.rules.table import Call, Unpackable, batch_rule, widens
+from treeify.rules.table import batch_rule, widens
 from treeify.tracing.facts import TensorFacts, facts
 from treeify.tracing.functionalize import set_item
 from treeify.tracing.replacements import OF_EACH_IMAGE
@@ -354,11 +355,11 @@ def run_module_along_dim(call: Call) -> Direct:
     module: Any = call.module
     if known.batch_dim in _constant_dims(module.dim, len(known.shape)):
         raise Unpackable(_ALONG_BATCH)
-    return Direct(call.storage)  # type: ignore[arg-type]
+    return Direct(call.packed_module)
 
 
 @batch_rule(nn.Flatten, nn.Unflatten, pure=True)
 def run_reshape_module(call: Call) -> Direct:
     """Modules that reshape."""
     _require_kept_order(call.batch_facts(), call.facts.value)
-    return Direct(call.storage)  # type: ignore[arg-type]
+    return Direct(call.packed_module)

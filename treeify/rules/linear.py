@@ -10,7 +10,8 @@ from timm.layers.linear import Linear as TimmLinear
 from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import narrow
-from treeify.rules.table import Call, Unpackable, batch_rule
+from treeify.rules.call import Call, Unpackable
+from treeify.rules.table import batch_rule
 from treeify.tree import Span
 
 
@@ -28,9 +29,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, span: Span, x: Tensor) -> Tensor:
         """`[G*N, ..., I] -> [G*N, ..., O]`."""
-        weight: Tensor = narrow(self.storage.weight, self.branches, span)  # type: ignore[arg-type]
+        weight: Tensor = narrow(self.storage.weight, self.branches, span)
         bias = self.storage.bias
-        bias = None if bias is None else narrow(bias, self.branches, span)  # type: ignore[arg-type]
+        bias = None if bias is None else narrow(bias, self.branches, span)
         return linear(x, weight, bias, span.size)
 
 
@@ -64,8 +65,7 @@ def run_linear(call: Call) -> PackedLinear:
     known = call.batch_facts()
     if known.batch_dim != 0 or len(known.shape) < 2:
         raise Unpackable("its input does not begin with the batch")
-    assert call.storage is not None
-    return PackedLinear(call.storage, call.branches)
+    return PackedLinear(call.packed_module, call.branches)
 
 
 class LinearFunction(nn.Module):
@@ -83,7 +83,7 @@ def run_linear_function(call: Call) -> LinearFunction:
     known = call.batch_facts()
     if known.batch_dim != 0 or len(known.shape) < 2:
         raise Unpackable("its input does not begin with the batch")
-    weight, bias = call.own_tensors((1, "weight"), (2, "bias"))
+    weight, bias = call.branch_tensors((1, "weight"), (2, "bias"))
     if weight is None or len(weight.shape) != 2 or (bias and bias.shape != weight.shape[:1]):
         raise Unpackable("its weight and bias are no [O, I] and [O]")
     return LinearFunction()

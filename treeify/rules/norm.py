@@ -15,9 +15,10 @@ from torchvision.ops.misc import FrozenBatchNorm2d
 
 from treeify.engine.forms import merge_branches, split_branches
 from treeify.engine.packed_tensors import narrow
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.operations.widened import OfRows, Widened, of_rows, widened
-from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
+from treeify.rules.table import batch_rule, rule, widens
 from treeify.tracing.facts import facts
 from treeify.tree import Span
 
@@ -56,7 +57,8 @@ def pack_frozen_batch_norm(norm: nn.Module, branches: int) -> None:
 @rule(nn.InstanceNorm1d, nn.InstanceNorm2d)
 def pack_instance_norm_call(call: Call) -> Widened:
     """Instance norms."""
-    require_rank(call.input_facts(), type(call.module).__name__)
+    call.input_facts()
+    call.require_rank()
     return widened(call, of_channels=True)
 
 
@@ -141,8 +143,7 @@ def pack_channel_layer_norm(call: Call) -> PackedLayerNorm:
     _require_plain(norm)
     if len(known.shape) < 3:
         raise Unpackable("its input has no channel dim")
-    assert call.storage is not None
-    return PackedLayerNorm(call.storage, call.branches, norm.eps)
+    return PackedLayerNorm(call.packed_module, call.branches, norm.eps)
 
 
 def _require_plain(norm: nn.Module) -> None:
@@ -204,7 +205,6 @@ def run_norm(call: Call) -> NormInBatch:
     shape = tuple(norm.normalized_shape)
     if known.batch_dim != 0 or len(shape) >= len(known.shape):
         raise Unpackable("it normalises over the batch")
-    assert call.storage is not None
     if isinstance(norm, nn.LayerNorm):
 
         def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -214,7 +214,7 @@ def run_norm(call: Call) -> NormInBatch:
         def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
             return F.rms_norm(x, list(shape), weight, norm.eps)
 
-    return NormInBatch(call.storage, call.branches, shape, normalise, call.ratio)
+    return NormInBatch(call.packed_module, call.branches, shape, normalise, call.ratio)
 
 
 def _scaled(span: Span, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -257,7 +257,7 @@ class NormFunction(nn.Module):
 def run_norm_function(call: Call) -> NormFunction:
     """Norms over the last dims, with each branch's own weight and bias."""
     target: Any = call.node.target
-    weight, *bias = call.own_tensors((2, "weight"), *[(3, "bias")] * ("bias" in _REST[target]))
+    weight, *bias = call.branch_tensors((2, "weight"), *[(3, "bias")] * ("bias" in _REST[target]))
     if weight is None and any(bias):
         raise Unpackable("it has a bias and no weight")
     given = call.argument(1, "normalized_shape")
@@ -290,6 +290,6 @@ class GroupNormFunction(nn.Module):
 @rule(F.group_norm)
 def pack_group_norm_function(call: Call) -> GroupNormFunction:
     """`F.group_norm` with each branch's own weight and bias."""
-    call.own_tensors((2, "weight"), (3, "bias"))
+    call.branch_tensors((2, "weight"), (3, "bias"))
     call.input_facts()
     return GroupNormFunction()

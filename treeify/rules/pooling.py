@@ -10,9 +10,10 @@ from timm.layers import adaptive_avgmax_pool as timm_pool
 from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import Direct
 from treeify.rules.operations.widened import Widened, widened
-from treeify.rules.table import Call, Unpackable, batch_rule, require_rank, rule, widens
+from treeify.rules.table import batch_rule, rule, widens
 
 _MODULES = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.LPPool2d),
@@ -36,21 +37,17 @@ def pack_pool(pool: nn.Module, branches: int) -> None:
 @rule(*_MODULES, pure=True)
 def pack_pool_module(call: Call) -> Widened:
     """Pools, resizes and pads with a channel dim before the dims they work on."""
-    _require_channels(call, type(call.module).__name__)
+    call.input_facts()
+    call.require_rank()
     return widened(call)
 
 
 @rule(*_FUNCTIONS, pure=True)
 def pack_pool_function(call: Call) -> Direct:
     """The same as functions."""
-    _require_channels(call, getattr(call.node.target, "__name__", ""))
-    return Direct(call.node.target)
-
-
-def _require_channels(call: Call, name: str) -> None:
-    """Refuse `[N, H, W]`, which a pool over 2 dims takes for one image without a batch."""
     call.input_facts()
-    require_rank(call.batch_facts(), name)
+    call.require_rank()
+    return Direct(call.node.target)
 
 
 @rule(F.pad, pure=True)
@@ -66,14 +63,15 @@ def pack_pad(call: Call) -> Direct:
 @batch_rule(*_MODULES, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, pure=True)
 def run_pool_module(call: Call) -> Direct:
     """The same in the batch."""
-    require_rank(call.batch_facts(), type(call.module).__name__)
-    return Direct(call.storage)  # type: ignore[arg-type]
+    call.require_rank()
+    return Direct(call.packed_module)
 
 
 @batch_rule(*_FUNCTIONS, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, pure=True)
 def run_pool_function(call: Call) -> Direct:
     """The same in the batch, as functions."""
-    require_rank(call.require_one_tensor(), getattr(call.node.target, "__name__", ""))
+    call.require_one_tensor()
+    call.require_rank()
     return Direct(call.node.target)
 
 

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
 
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import Direct, call_target
 from treeify.rules.operations.widened import widened
-from treeify.rules.table import Call, Unpackable, pure, rule, widens
+from treeify.rules.table import pure, rule, widens
 from treeify.tree import Span
 
 _FOLDABLE: tuple[Any, ...] = (
@@ -141,8 +142,7 @@ def pack_module_in_batch(call: Call) -> ToBatch:
     dim = getattr(call.module, "dim", 1)
     if not isinstance(dim, int) or dim % len(call.input_facts().shape) == 0:
         raise Unpackable("it works along the batch")
-    assert call.storage is not None
-    return ToBatch(call.storage)
+    return ToBatch(call.packed_module)
 
 
 class Reshape(nn.Module):

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from treeify.engine.forms import read_once
 from treeify.engine.packed_tensors import call_with, narrow
+from treeify.rules.call import Call, Unpackable
 from treeify.rules.operations import patches
-from treeify.rules.table import WIDEN, Call, Unpackable
+from treeify.rules.table import rules_of
 from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
@@ -55,7 +56,9 @@ class Widened(nn.Module):
         if count not in self._resized:
             made = copy.copy(self.base)
             made._modules = self.module._modules
-            WIDEN[type(self.base)](made, count)
+            widen = rules_of(type(self.base)).widen
+            assert widen is not None
+            widen(made, count)
             self._resized[count] = made  # whole: another thread may be waiting for it
         part = self._resized[count]
         for name in _LIVE:
@@ -168,8 +171,7 @@ def widened(call: Call, *, of_channels: bool = False) -> Widened:
     if len(call.tensor_arguments()) > 1:
         raise Unpackable("it reads more than one tensor")
     call.input_facts()
-    assert call.module is not None and call.storage is not None
-    return Widened(call.storage, call.module, call.branches, of_channels=of_channels)
+    return Widened(call.packed_module, call.module, call.branches, of_channels=of_channels)
 
 
 def widened_conv(call: Call) -> WidenedConv:
@@ -182,8 +184,7 @@ def widened_conv(call: Call) -> WidenedConv:
     conv: Any = call.module
     if len(known.shape) != len(conv.kernel_size) + 2:
         raise Unpackable("its input has no batch dim")
-    assert call.storage is not None
-    return WidenedConv(call.storage, conv, call.branches, call.ratio, known)
+    return WidenedConv(call.packed_module, conv, call.branches, call.ratio, known)
 
 
 class OfRows(nn.Module):
@@ -220,5 +221,4 @@ def of_rows(call: Call, *, of_channels: bool = False) -> OfRows:
         raise Unpackable("its input does not begin with the batch")
     if known.branch_dim == 1:
         raise Unpackable("its input has one row for each image")
-    assert call.module is not None and call.storage is not None
-    return OfRows(Widened(call.storage, call.module, call.branches, of_channels=of_channels))
+    return OfRows(Widened(call.packed_module, call.module, call.branches, of_channels=of_channels))

@@ -21,17 +21,16 @@ from treeify.engine.forms import Convert, Form, Leaves, Multiply
 from treeify.engine.packed_tensors import Slot, get_submodule, named_tensors
 from treeify.engine.program import OUTPUT, Crossing, NodeReport, Program, Segment
 from treeify.rules.call import Call, Unpackable, kind_of
+from treeify.rules.operations.attributes import Constant, ReadTensor
 from treeify.rules.operations.branchwise import (
-    Constant,
     Dense,
     EachBranch,
     EachBranchModule,
     FirstBranch,
-    ReadTensor,
     SharedModule,
     is_closed,
 )
-from treeify.rules.shape import SHAPE_READINGS
+from treeify.rules.shape_readings import SHAPE_READINGS
 from treeify.rules.table import Rule, rules_of
 from treeify.tracing.facts import facts
 from treeify.tracing.functionalize import is_isolating_copy

@@ -20,7 +20,8 @@ from treeify.engine.forms import read_once
 from treeify.engine.packed_tensors import narrow
 from treeify.fusion.overwrite import Activation, add_into
 from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, takes_onednn
-from treeify.rules.operations.widened import Widened, WidenedConv, swap
+from treeify.rules.operations.conv import WidenedConv, swap
+from treeify.rules.operations.widened import Widened
 from treeify.tree import Span
 
 CONVOLUTIONS: dict[type[nn.Module], Callable[..., Tensor]] = {
@@ -65,7 +66,7 @@ class FusedConv(Prepared):
         wide = conv if isinstance(conv, WidenedConv) else None
         self.branches = wide.branches if wide else 1
         self.ratio = wide.ratio if wide else 1
-        self.known = wide.known if wide else None
+        self.input_facts = wide.input_facts if wide else None
         self.groups: int = wide.groups if wide else own.groups
         self.where = (own.padding, own.stride, own.dilation)
         plain = type(own) is nn.Conv2d and isinstance(own.padding, tuple)
@@ -86,8 +87,8 @@ class FusedConv(Prepared):
             return self._unfused(span, x, addend)
         parents = span.size
         if self.ratio > 1:
-            assert self.known is not None
-            parents, x = read_once(span, self.ratio, x, self.known)
+            assert self.input_facts is not None
+            parents, x = read_once(span, self.ratio, x, self.input_facts)
         if self.groups > 1 and parents != span.size:
             return self._exchanged(span, parents, x, addend)
         if self.is_pointwise and span.size == 1 and self._is_small(x):

@@ -26,10 +26,13 @@ from treeify.fusion import (
     Prepared,
     stored,
 )
-from treeify.rules.dropout import DROPOUTS, PackedStochasticDepth
-from treeify.rules.elementwise import ACTIVATIONS, Broadcast, Direct
-from treeify.rules.linear import PackedLinear
-from treeify.rules.norm import NormInBatch, PackedLayerNorm
+from treeify.rules.activations import ACTIVATIONS
+from treeify.rules.dropout import DROPOUTS
+from treeify.rules.operations.broadcast import Broadcast
+from treeify.rules.operations.channels import PackedStochasticDepth
+from treeify.rules.operations.direct import Direct
+from treeify.rules.operations.linear import PackedLinear
+from treeify.rules.operations.norm import NormInBatch, PackedLayerNorm
 from treeify.rules.operations.widened import Widened
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from treeify.engine.packed_tensors import narrow
 from treeify.fusion.overwrite import Activation
 from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, takes_onednn
-from treeify.rules.linear import PackedLinear
+from treeify.rules.operations.linear import PackedLinear
 from treeify.tree import Span
 
 
@@ -28,7 +28,7 @@ class FusedLinear(Prepared):
 
     def __init__(self, linear: nn.Module, activation: Activation | None) -> None:
         packed = linear if isinstance(linear, PackedLinear) else None
-        own: Any = linear if packed is None else packed.storage
+        own: Any = linear if packed is None else packed.packed_module
         super().__init__([(own, ("weight", "bias"))])
         # In tuples: looking up a registered submodule costs as much as a small operation.
         self.operations: tuple[Any] = (linear,)

@@ -3,38 +3,38 @@
 Rules are registered in one table, one family of operations per file; importing registers all.
 """
 
-from treeify.rules import (
+from treeify.rules import (  # noqa: F401 - each registers its rules
+    activations,
     attention,
+    concatenate,
     conv,
     dropout,
     elementwise,
-    in_batch,
+    expand,
+    indexing,
     linear,
     norm,
     pooling,
-    shape,
+    products,
+    rearrange,
+    reductions,
+    reshape,
+    shape_readings,
+    softmax,
+    windows,
 )
 from treeify.rules.call import Call, Unpackable
-from treeify.rules.elementwise import Direct
+from treeify.rules.operations.direct import Direct
 from treeify.rules.table import batch_rule, leaf_types, rule, rules_of, widen_rules, widens
 
 __all__ = [
     "Call",
     "Direct",
     "Unpackable",
-    "attention",
     "batch_rule",
-    "conv",
-    "dropout",
-    "elementwise",
-    "in_batch",
     "leaf_types",
-    "linear",
-    "norm",
-    "pooling",
     "rule",
     "rules_of",
-    "shape",
     "widen_rules",
     "widens",
 ]

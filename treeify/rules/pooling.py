@@ -11,9 +11,9 @@ from timm.layers.pool2d_same import AvgPool2dSame, MaxPool2dSame
 from torch import nn
 
 from treeify.rules.call import Call, Unpackable
-from treeify.rules.elementwise import Direct
-from treeify.rules.operations.widened import Widened, widened
+from treeify.rules.operations.direct import Direct
 from treeify.rules.table import batch_rule, rule, widens
+from treeify.rules.widening import unchanged, widened
 
 _MODULES = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.LPPool2d),
@@ -29,59 +29,43 @@ _FUNCTIONS = (
 )
 
 
-@widens(*_MODULES)
-def pack_pool(pool: nn.Module, branches: int) -> None:
-    """A pool is the same for any number of channels."""
+widens(*_MODULES)(unchanged)
 
 
-@rule(*_MODULES, pure=True)
-def pack_pool_module(call: Call) -> Widened:
+@rule(*_MODULES, *_FUNCTIONS, pure=True)
+def pack_pool(call: Call) -> nn.Module:
     """Pools, resizes and pads with a channel dim before the dims they work on."""
     call.input_facts()
     call.require_rank()
-    return widened(call)
+    return Direct(call.target) if call.module is None else widened(call)
 
 
-@rule(*_FUNCTIONS, pure=True)
-def pack_pool_function(call: Call) -> Direct:
-    """The same as functions."""
-    call.input_facts()
+@batch_rule(*_MODULES, *_FUNCTIONS, F.unfold, pure=True)
+def run_pool(call: Call) -> Direct:
+    """Pools, resizes and pads of more images."""
+    call.require_one_tensor()
     call.require_rank()
-    return Direct(call.node.target)
+    return Direct(call.target)
 
 
 @rule(F.pad, pure=True)
 def pack_pad(call: Call) -> Direct:
     """Padding of the dims after dim 1."""
-    padding = call.argument(1, "pad", ())
-    rank = len(call.input_facts().shape)
-    if not isinstance(padding, Sequence) or len(padding) > 2 * (rank - 2):
-        raise Unpackable("it pads dim 1")
-    return Direct(call.node.target)
-
-
-@batch_rule(*_MODULES, nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle, pure=True)
-def run_pool_module(call: Call) -> Direct:
-    """The same in the batch."""
-    call.require_rank()
-    return Direct(call.packed_module)
-
-
-@batch_rule(*_FUNCTIONS, F.pixel_shuffle, F.pixel_unshuffle, F.channel_shuffle, F.unfold, pure=True)
-def run_pool_function(call: Call) -> Direct:
-    """The same in the batch, as functions."""
-    call.require_one_tensor()
-    call.require_rank()
-    return Direct(call.node.target)
+    _require_dims_to_pad(call, len(call.input_facts().shape) - 2, "dim 1")
+    return Direct(call.target)
 
 
 @batch_rule(F.pad, pure=True)
 def run_pad(call: Call) -> Direct:
     """Padding of the dims after the batch."""
-    known = call.require_one_tensor()
+    operand = call.require_one_tensor()
+    assert operand.batch_dim is not None
+    _require_dims_to_pad(call, len(operand.shape) - operand.batch_dim - 1, "the batch")
+    return Direct(call.target)
+
+
+def _require_dims_to_pad(call: Call, dims: int, before: str) -> None:
+    """Refuse padding of more than the last `dims` dims."""
     padding = call.argument(1, "pad", ())
-    assert known.batch_dim is not None
-    after = len(known.shape) - known.batch_dim - 1
-    if not isinstance(padding, Sequence) or len(padding) > 2 * after:
-        raise Unpackable("it pads the batch")
-    return Direct(call.node.target)
+    if not isinstance(padding, Sequence) or len(padding) > 2 * dims:
+        raise Unpackable(f"it pads {before}")

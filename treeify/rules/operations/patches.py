@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from treeify.rules.linear import linear
+from treeify.rules.operations.linear import linear
 
 # Beyond these bounds oneDNN's convolution is the faster one.
 _MOST_PIXELS = 9
@@ -38,8 +38,8 @@ def pays(conv: Any, branches: int, x: Tensor) -> bool:
         branches: how many are computed.
         x: the input, `[N, ..., H, W]`.
     """
-    recorded = torch._C._get_tracing_state() is not None
-    if recorded or x.device.type != "cpu" or not torch.is_grad_enabled():
+    is_recorded = torch._C._get_tracing_state() is not None
+    if is_recorded or x.device.type != "cpu" or not torch.is_grad_enabled():
         return False
     if conv.weight.numel() * branches < _LEAST_WEIGHTS:
         return False

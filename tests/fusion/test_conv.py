@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import treeify
 from treeify.engine.plan import Plan
-from treeify.fusion import AddInto, FusedConv, Overwrite, stored
+from treeify.fusion import AddInto, FusedConv, Overwrite, packed_module
 
 WIDTH = 8
 
@@ -409,8 +409,10 @@ def test_copies_fold_their_own_weights() -> None:
             tensor.zero_()
     assert run(twin, x, fuse=True).abs().max() == 0
     assert_close(run(hne, x, fuse=True), before, rtol=0, atol=0)
-    own = {id(stored(module.operations[0])) for module in fused_modules(twin, FusedConv)}
-    assert own <= {id(module) for module in twin.modules()}
+    convolutions = {
+        id(packed_module(module.operations[0])) for module in fused_modules(twin, FusedConv)
+    }
+    assert convolutions <= {id(module) for module in twin.modules()}
 
 
 def test_a_copied_gelu_still_runs() -> None:
@@ -533,8 +535,8 @@ def test_prepared_weights_do_not_pile_up() -> None:
         for leaves in range(1, 7):
             run(hne, small.images(count), fuse=True, leaves=leaves)
     for module in fused_modules(hne, FusedConv):
-        kept = sum(weight.numel() for weight, _ in module._parts.values())
-        assert kept <= 4 * stored(module.operations[0]).weight.numel()
+        cached = sum(weight.numel() for weight, _ in module._cache.values())
+        assert cached <= 4 * packed_module(module.operations[0]).weight.numel()
 
 
 def test_mixed_precision() -> None:

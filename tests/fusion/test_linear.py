@@ -81,9 +81,9 @@ def ensemble(
     return convert(lambda: Block(activation(), layer, bias=bias))
 
 
-def kept(hne: Ensemble) -> int:
+def prepared(hne: Ensemble) -> int:
     """How many prepared weights there are."""
-    return sum(len(module._parts) for module in fused_modules(hne, FusedLinear))
+    return sum(len(module._cache) for module in fused_modules(hne, FusedLinear))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -93,7 +93,7 @@ def test_layers(layer: type[nn.Linear], bias: bool) -> None:
     assert_fused_equals(hne)
     assert len(fused_modules(hne, FusedLinear)) == 2 * BLOCKS + 1
     # Levels of 1, 2 and 4 branches; the last has the head, whose rows are fewer.
-    assert kept(hne) == 2 + 2 * 2 + 3 * 4
+    assert prepared(hne) == 2 + 2 * 2 + 3 * 4
 
 
 ACTIVATIONS = (
@@ -203,7 +203,7 @@ CHANGES = (_in_place, _step, _load, _replace, _assign_data, _write_data)
 def test_prepared_weights_follow_the_weights(change: Callable[[Ensemble], None]) -> None:
     hne, x = ensemble(), small.images()
     before = {way: run(hne, x, fuse=True, way=way) for way in EXECUTIONS}
-    assert kept(hne)
+    assert prepared(hne)
     change(hne)
     for way in EXECUTIONS:
         found = run(hne, x, fuse=True, way=way)
@@ -215,7 +215,7 @@ def test_copies_prepare_their_own_weights() -> None:
     hne, x = ensemble(), small.images()
     before = run(hne, x, fuse=True, way="looped")
     twin = copy.deepcopy(hne)
-    assert kept(twin) == 0
+    assert prepared(twin) == 0
     with torch.no_grad():
         for tensor in twin.parameters():
             tensor.zero_()
@@ -228,23 +228,23 @@ def test_prepared_weights_do_not_pile_up() -> None:
     for count in range(1, 12):
         run(hne, small.images(count), fuse=True, way="looped")
     for module in fused_modules(hne, FusedLinear):
-        held = sum(weight.numel() for weight, _ in module._parts.values())
-        assert 0 < held <= 4 * module._own[0].weight.numel()
+        cached = sum(weight.numel() for weight, _ in module._cache.values())
+        assert 0 < cached <= 4 * module._module[0].weight.numel()
 
 
 def test_packed_levels_keep_no_copies() -> None:
     hne = ensemble()
     run(hne, small.images(), fuse=True, way="packed")
-    assert kept(hne) == 2  # of level 0, which has one branch
+    assert prepared(hne) == 2  # of level 0, which has one branch
 
 
 def test_small_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("treeify.fusion.linear.SMALL", 2 * 4 * WIDTH * 2 * WIDTH + 1)
     hne = ensemble()
     run(hne, small.images(2), fuse=True, way="looped")
-    assert kept(hne) == 0
+    assert prepared(hne) == 0
     run(hne, small.images(3), fuse=True, way="looped")
-    assert kept(hne) > 0
+    assert prepared(hne) > 0
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -255,7 +255,7 @@ def test_other_types_run_plainly(dtype: torch.dtype, count: int) -> None:
         found = run(hne, x, fuse=True, way=way)
         exact = {"rtol": 0.05, "atol": 0.05} if dtype is torch.bfloat16 else {}
         assert_close(found, run(hne, x, fuse=False), **exact)
-    assert kept(hne) == 0
+    assert prepared(hne) == 0
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # a flag that is set along with the other
@@ -263,14 +263,14 @@ def test_without_onednn() -> None:
     hne = ensemble()
     with torch.backends.mkldnn.flags(enabled=False):
         assert_fused_equals(hne)
-    assert kept(hne) == 0
+    assert prepared(hne) == 0
 
 
 def test_other_devices_run_plainly() -> None:
     hne = ensemble().to("meta")
     found = run(hne, small.images().to("meta"), fuse=True, way="looped")
     assert found.device.type == "meta"
-    assert kept(hne) == 0
+    assert prepared(hne) == 0
 
 
 def test_mixed_precision_is_respected() -> None:
@@ -278,7 +278,7 @@ def test_mixed_precision_is_respected() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = run(hne, x, fuse=True, way="looped")
     assert found.dtype == torch.bfloat16
-    assert kept(hne) == 0
+    assert prepared(hne) == 0
     assert_close(found.float(), run(hne, x, fuse=False), rtol=0.05, atol=0.05)
 
 

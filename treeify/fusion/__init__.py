@@ -5,7 +5,7 @@ come from has changed. A sum or an activation that alone reads a new tensor may 
 no gradient will ask for it.
 """
 
-from treeify.fusion.conv import CONVOLUTIONS, FusedConv, stored
+from treeify.fusion.conv import CONVOLUTIONS, FusedConv, packed_module
 from treeify.fusion.linear import FusedLinear
 from treeify.fusion.overwrite import Activation, AddInto, Overwrite
 from treeify.fusion.prepared_weights import Prepared
@@ -18,5 +18,5 @@ __all__ = [
     "FusedLinear",
     "Overwrite",
     "Prepared",
-    "stored",
+    "packed_module",
 ]

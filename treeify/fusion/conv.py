@@ -35,7 +35,7 @@ _WEIGHTS = ("weight", "bias")
 _STATISTICS = ("running_mean", "running_var", "weight", "bias", "num_batches_tracked")
 
 
-def stored(operation: nn.Module) -> nn.Module:
+def packed_module(operation: nn.Module) -> nn.Module:
     """The packed module in the ensemble that an operation of a segment runs."""
     return operation.module if isinstance(operation, Widened) else operation
 
@@ -53,26 +53,28 @@ class FusedConv(Prepared):
     def __init__(
         self, conv: nn.Module, norm: nn.Module | None, activation: Activation | None
     ) -> None:
-        own: Any = stored(conv)
-        sources: list[tuple[Any, tuple[str, ...]]] = [(own, _WEIGHTS)]
-        if norm is not None:
-            sources.append((stored(norm), _STATISTICS))
+        """Read everything that does not change between calls from the modules, once."""
+        packed: Any = packed_module(conv)
+        packed_norm = None if norm is None else packed_module(norm)
+        sources: list[tuple[Any, tuple[str, ...]]] = [(packed, _WEIGHTS)]
+        if packed_norm is not None:
+            sources.append((packed_norm, _STATISTICS))
         super().__init__(sources)
         # In a tuple: looking up a registered submodule costs as much as a small operation.
         self.operations: tuple[Any, Any] = (conv, norm)
         self.activation = activation
-        self._conv: tuple[Any] = (own,)
-        self._norm: tuple[Any] = (None if norm is None else stored(norm),)
+        self._conv: tuple[Any] = (packed,)
+        self._norm: tuple[Any] = (packed_norm,)
         wide = conv if isinstance(conv, WidenedConv) else None
         self.branches = wide.branches if wide else 1
         self.ratio = wide.ratio if wide else 1
         self.input_facts = wide.input_facts if wide else None
-        self.groups: int = wide.groups if wide else own.groups
-        self.where = (own.padding, own.stride, own.dilation)
-        plain = type(own) is nn.Conv2d and isinstance(own.padding, tuple)
+        self.groups: int = wide.groups if wide else packed.groups
+        self.geometry = (packed.padding, packed.stride, packed.dilation)
+        plain = type(packed) is nn.Conv2d and isinstance(packed.padding, tuple)
         self.has_onednn = plain and has_onednn()
         self.is_pointwise = self.groups == 1 and (
-            plain and self.where == ((0, 0), (1, 1), (1, 1)) and own.kernel_size == (1, 1)
+            plain and self.geometry == ((0, 0), (1, 1), (1, 1)) and packed.kernel_size == (1, 1)
         )
 
     def forward(self, span: Span, x: Tensor, addend: Tensor | float | None = None) -> Tensor:
@@ -112,7 +114,7 @@ class FusedConv(Prepared):
         return result if self.activation is None else self.activation.apply(result)
 
     def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, parents: int) -> Tensor:
-        padding, stride, dilation = self.where
+        padding, stride, dilation = self.geometry
         function = CONVOLUTIONS[type(self._conv[0])]
         return function(x, weight, bias, stride, padding, dilation, parents * self.groups)
 
@@ -148,9 +150,9 @@ class FusedConv(Prepared):
         activation = self.activation
         if addend is None and activation is not None and activation.name:
             ending = (activation.name, activation.scalars, activation.algorithm)
-            result: Tensor = convolve(x, weight, bias, *self.where, groups, *ending)
+            result: Tensor = convolve(x, weight, bias, *self.geometry, groups, *ending)
             return result
-        result = convolve(x, weight, bias, *self.where, groups, "none", [], "")
+        result = convolve(x, weight, bias, *self.geometry, groups, "none", [], "")
         return self._finish(result, addend)
 
     def _tensors(self, span: Span, parents: int, shape: torch.Size | None = None) -> Weights:
@@ -161,7 +163,7 @@ class FusedConv(Prepared):
             parents: how many branches the input holds.
             shape: of the input that oneDNN lays the weight out for; None leaves it as it is.
         """
-        return self.kept((span, parents, shape), self._prepare)
+        return self.cached((span, parents, shape), self._prepare)
 
     def _prepare(
         self,
@@ -171,6 +173,15 @@ class FusedConv(Prepared):
         parents: int,
         shape: torch.Size | None,
     ) -> Weights:
+        """Cut a span's part out of the folded weights, ordered and laid out for a convolution.
+
+        Args:
+            weight: of all branches.
+            bias: of all branches, or None.
+            span: the branches.
+            parents: how many branches the input holds.
+            shape: of the input that oneDNN lays the weight out for; None leaves it as it is.
+        """
         weight = narrow(weight, self.branches, span)
         bias = None if bias is None else narrow(bias, self.branches, span)
         if self.groups > 1 and parents != span.size:
@@ -180,7 +191,7 @@ class FusedConv(Prepared):
         if shape is not None:
             reorder: Any = torch._C._nn.mkldnn_reorder_conv2d_weight
             groups = parents * self.groups
-            weight = reorder(weight.contiguous().to_mkldnn(), *self.where, groups, list(shape))
+            weight = reorder(weight.contiguous().to_mkldnn(), *self.geometry, groups, list(shape))
         return weight, bias
 
     def _refresh(self) -> bool:
@@ -200,13 +211,13 @@ class FusedConv(Prepared):
             *(conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps),
             *(norm.weight, norm.bias),
         )
-        like = conv.weight
         folded = weight.detach()
-        if like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last):
+        # The product with the scale need not have the memory format of the weight.
+        if conv.weight.ndim == 4 and conv.weight.is_contiguous(memory_format=torch.channels_last):
             folded = folded.contiguous(memory_format=torch.channels_last)
         return folded, bias.detach()
 
     def extra_repr(self) -> str:
         """What was fused, for printing a segment."""
-        parts = [stored(part) for part in self.operations if part is not None]
+        parts = [packed_module(part) for part in self.operations if part is not None]
         return " + ".join(type(part).__name__ for part in parts)

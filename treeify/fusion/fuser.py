@@ -24,7 +24,7 @@ from treeify.fusion import (
     FusedLinear,
     Overwrite,
     Prepared,
-    stored,
+    packed_module,
 )
 from treeify.rules.activations import ACTIVATIONS
 from treeify.rules.dropout import DROPOUTS
@@ -38,7 +38,8 @@ from treeify.rules.operations.widened import Widened
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
 _LINEAR = (nn.Linear, TimmLinear, PackedLinear)
 _ADDITIONS = (operator.add, torch.add, "add")
-# Operations whose result is a new tensor that nothing else looks into.
+# Operations whose result is a new tensor, of which no other value is a view: overwriting it changes
+# nothing that the tree still needs.
 _FRESH = (
     *(nn.LayerNorm, PackedLayerNorm, NormInBatch),
     *(*CONVOLUTIONS, *_NORMS),
@@ -139,12 +140,12 @@ class _Fuser:
         last, norm, activation = node, self._norm_after(node), None
         if norm is not None:
             last = norm
-            activation = self._own_activation(norm)
+            activation = self._activation_inside(norm)
         if activation is None:
             last, activation = self._activation_after(last)
-        operations = [self._operation(own) for own in (node, norm)]
-        assert operations[0] is not None
-        fused = FusedConv(operations[0], operations[1], activation)
+        operation = self._operation(node)
+        assert operation is not None
+        fused = FusedConv(operation, self._operation(norm), activation)
         self._replace(last, fused, (self.span, node.args[-1]))
 
     def _norm_after(self, node: fx.Node) -> fx.Node | None:
@@ -155,26 +156,24 @@ class _Fuser:
         norm = self._packed(reader)
         if type(norm) not in _NORMS or getattr(norm, "running_mean", None) is None:
             return None
-        whole = type(norm) is not BatchNormAct2d or self._own_activation(reader) is not None
-        return reader if whole else None
+        only_scales = type(norm) is not BatchNormAct2d
+        return reader if only_scales or self._activation_inside(reader) is not None else None
 
     def _fuse_addition(self, node: fx.Node) -> None:
         """A sum, computed by the convolution that makes an operand or written over it."""
-        operands = [own for own in self._addition(node) if self._is_spare(own)]
-        if not operands:
+        operands = self._addition(node)
+        overwritable = [operand for operand in operands if self._is_overwritable(operand)]
+        if not overwritable or operands[0] is operands[1]:
             return
-        own = next((own for own in operands if self._ends_in_convolution(own)), operands[0])
-        first, second = self._addition(node)
-        if first is second:
-            return
-        other = second if own is first else first
+        target = next(filter(self._ends_in_convolution, overwritable), overwritable[0])
+        addend = operands[1] if target is operands[0] else operands[0]
         last, activation = self._activation_after(node)
-        operation = self._operation(own)
-        if isinstance(operation, FusedConv) and self._ends_in_convolution(own):
+        operation = self._operation(target)
+        if isinstance(operation, FusedConv) and self._ends_in_convolution(target):
             fused = FusedConv(*operation.operations, activation)
-            self._replace(last, fused, (self.span, own.args[1], other))
+            self._replace(last, fused, (self.span, target.args[1], addend))
         else:
-            self._replace(last, AddInto(activation), (self.span, own, other))
+            self._replace(last, AddInto(activation), (self.span, target, addend))
 
     def _ends_in_convolution(self, node: fx.Node) -> bool:
         operation = self._operation(node)
@@ -183,12 +182,12 @@ class _Fuser:
 
     def _fuse_activation(self, node: fx.Node) -> None:
         """An activation, written over a new tensor that it alone reads."""
-        if self._is_spare(node):
+        if self._is_overwritable(node):
             last, activation = self._activation_after(node)
             if activation is not None:
                 self._replace(last, Overwrite(activation), (self.span, node))
 
-    def _is_spare(self, node: fx.Node) -> bool:
+    def _is_overwritable(self, node: fx.Node) -> bool:
         """Whether a value is a new tensor with a single reader."""
         operation = self._operation(node)
         if operation is None or len(node.users) != 1:
@@ -196,7 +195,7 @@ class _Fuser:
         if isinstance(operation, Direct | Broadcast):
             return operation.target in _ARITHMETIC
         fused = isinstance(operation, FusedConv | FusedLinear | AddInto)
-        return fused or type(stored(operation)) in _FRESH
+        return fused or type(packed_module(operation)) in _FRESH
 
     def _addition(self, node: fx.Node) -> list[fx.Node]:
         """The operands of a sum of two values; empty for anything else."""
@@ -210,7 +209,7 @@ class _Fuser:
         is_sum = target in _ADDITIONS and len(operands) == len(args) == 2 and not node.kwargs
         return operands if is_sum else []
 
-    def _own_activation(self, node: fx.Node) -> Activation | None:
+    def _activation_inside(self, node: fx.Node) -> Activation | None:
         """The activation inside a norm, if that is all it adds."""
         norm: Any = self._packed(node)
         if type(norm) is not BatchNormAct2d or type(norm.drop) is not nn.Identity:
@@ -223,15 +222,15 @@ class _Fuser:
             return node, None
         reader = next(iter(node.users))
         operation = self._operation(reader)
-        found = None
+        activation = None
         if reader.op == "call_function" and len(reader.args) == 1 and not reader.kwargs:
-            found = _FUNCTIONS.get(reader.target)
+            activation = _FUNCTIONS.get(reader.target)
         elif isinstance(operation, Direct) and not isinstance(operation.target, nn.Module):
             if len(reader.args) == 2 and not reader.kwargs:
-                found = _FUNCTIONS.get(operation.target)
+                activation = _FUNCTIONS.get(operation.target)
         elif (module := self._single(reader)) is not None:
-            found = _overwriting(module)
-        return (node, None) if found is None else (reader, found)
+            activation = _overwriting(module)
+        return (node, None) if activation is None else (reader, activation)
 
     def _operation(self, node: fx.Node | None) -> nn.Module | None:
         """What a node calls, if that is a module."""
@@ -244,11 +243,11 @@ class _Fuser:
         operation = self._operation(node)
         if operation is None or node.kwargs:
             return None
-        alone = len(node.args) == (2 if isinstance(operation, Widened) else 1)
-        return stored(operation) if alone else None
+        has_one_argument = len(node.args) == (2 if isinstance(operation, Widened) else 1)
+        return packed_module(operation) if has_one_argument else None
 
     def _single(self, node: fx.Node) -> nn.Module | None:
-        """The same of modules that run as they stand, and of random depth."""
+        """The module that a node calls with a single tensor, also as it stands or at random."""
         operation = self._operation(node)
         if isinstance(operation, Direct) and isinstance(operation.target, nn.Module):
             return operation.target if len(node.args) == 2 and not node.kwargs else None
@@ -261,8 +260,8 @@ class _Fuser:
         name = f"{last.name}_fused"
         self.modules[name] = module
         with self.graph.inserting_before(last):
-            made = self.graph.create_node("call_module", name, args, {}, name=name)
-        last.replace_all_uses_with(made)
+            fused = self.graph.create_node("call_module", name, args, {}, name=name)
+        last.replace_all_uses_with(fused)
         self._erase(last)
 
     def _erase(self, node: fx.Node) -> None:
@@ -292,6 +291,6 @@ def _overwriting(module: nn.Module) -> Activation | None:
         return Activation(overwrite, "gelu", [], approximate)
     if kind not in ACTIVATIONS or not hasattr(module, "inplace"):
         return None
-    again = copy.copy(module)
-    again.inplace = True  # type: ignore[assignment]
-    return Activation(again)
+    overwriting = copy.copy(module)
+    overwriting.inplace = True  # type: ignore[assignment]
+    return Activation(overwriting)

@@ -28,11 +28,11 @@ class FusedLinear(Prepared):
 
     def __init__(self, linear: nn.Module, activation: Activation | None) -> None:
         packed = linear if isinstance(linear, PackedLinear) else None
-        own: Any = linear if packed is None else packed.packed_module
-        super().__init__([(own, ("weight", "bias"))])
+        module: Any = linear if packed is None else packed.packed_module
+        super().__init__([(module, ("weight", "bias"))])
         # In tuples: looking up a registered submodule costs as much as a small operation.
         self.operations: tuple[Any] = (linear,)
-        self._own: tuple[Any] = (own,)
+        self._module: tuple[Any] = (module,)
         self.activation = activation
         self.branches = 1 if packed is None else packed.branches
         self.takes_span = packed is not None
@@ -41,7 +41,7 @@ class FusedLinear(Prepared):
     def forward(self, span: Span, x: Tensor) -> Tensor:
         """`[G*N, ..., I] -> [G*N, ..., O]`."""
         if self.has_onednn and span.size == 1 and takes_onednn(x) and self.refresh():
-            outputs = self._own[0].weight.shape[0] // self.branches
+            outputs = self._module[0].weight.shape[0] // self.branches
             if x.numel() * outputs >= SMALL:
                 return self._onednn(span, x)
         linear, activation = self.operations[0], self.activation
@@ -50,7 +50,7 @@ class FusedLinear(Prepared):
 
     def _onednn(self, span: Span, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
-        weight, bias = self.kept((span, rows), self._prepare)
+        weight, bias = self.cached((span, rows), self._prepare)
         multiply = torch.ops.mkldnn._linear_pointwise.default
         activation = self.activation
         if activation is not None and activation.name:
@@ -67,9 +67,9 @@ class FusedLinear(Prepared):
         return torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias
 
     def fold(self) -> Weights:
-        """The layer's own."""
-        own = self._own[0]
-        return own.weight.detach(), None if own.bias is None else own.bias.detach()
+        """The layer's weight and bias, which have nothing folded into them."""
+        linear = self._module[0]
+        return linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
 
     def extra_repr(self) -> str:
         """What was fused, for printing a segment."""

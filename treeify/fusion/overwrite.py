@@ -27,11 +27,11 @@ class Activation:
     algorithm: str = ""
 
 
-def add_into(own: Tensor, other: Tensor | float) -> Tensor:
-    """The sum, written over `own` where shapes and types allow."""
-    if not isinstance(other, Tensor) or own.shape != other.shape or own.dtype != other.dtype:
-        return own + other
-    return own.add_(other)
+def add_into(x: Tensor, addend: Tensor | float) -> Tensor:
+    """The sum, written over `x` where shapes and types allow."""
+    if not isinstance(addend, Tensor) or x.shape != addend.shape or x.dtype != addend.dtype:
+        return x + addend
+    return x.add_(addend)
 
 
 class Overwrite(nn.Module):
@@ -53,7 +53,7 @@ class AddInto(nn.Module):
         super().__init__()
         self.activation = activation
 
-    def forward(self, span: Span, own: Tensor, other: Tensor | float) -> Tensor:
+    def forward(self, span: Span, x: Tensor, addend: Tensor | float) -> Tensor:
         """The sum."""
-        result = add_into(own, other)
+        result = add_into(x, addend)
         return result if self.activation is None else self.activation.apply(result)

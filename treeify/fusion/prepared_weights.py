@@ -12,32 +12,42 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 Weights = tuple[Tensor, Tensor | None]
-# Prepared weights kept per layer, as a multiple of the weights themselves: one set for full calls,
-# the others for single branches and parts. Beyond it the oldest are dropped.
-_KEPT = 4
-# Multiply-accumulates of one branch's product below which plain PyTorch is faster than oneDNN.
+# Prepared weights cached per layer, as a multiple of the weights themselves: one set for full
+# calls, the others for single branches and parts. Beyond it the oldest are dropped.
+_CACHE_SIZE = 4
+# Multiply-accumulates of one branch's product below which plain PyTorch is faster than oneDNN: what
+# a call of oneDNN costs before it computes anything is then more than what its layout saves.
 SMALL = 16e6
 
 
-class _FusedSteps:
-    """Steps of optimizers with `fused=True`, which change weights without counting a change."""
+class _FusedOptimizers:
+    """Optimizers with `fused=True`, whose kernels write weights without raising `_version`.
 
-    taken = 0
+    Nothing on the tensors tells of their steps, so that every step of such an optimizer anywhere
+    counts as a change of all weights.
+    """
+
+    steps = 0
 
     @classmethod
-    def note(cls, optimizer: Optimizer, *_: Any) -> None:
-        """Count a step that an optimizer has taken."""
-        cls.taken += any(group.get("fused") for group in optimizer.param_groups)
+    def count_step(cls, optimizer: Optimizer, *_: Any) -> None:
+        """Count a step if the optimizer is fused."""
+        cls.steps += any(group.get("fused") for group in optimizer.param_groups)
 
 
-register_optimizer_step_post_hook(_FusedSteps.note)
+register_optimizer_step_post_hook(_FusedOptimizers.count_step)
 
-# Held while weights are prepared: several threads may call the same ensemble.
+# Several threads may call the same ensemble: one must not fold a layer's weights anew while another
+# prepares parts of the old ones.
 _PREPARING = threading.RLock()
 
 
 class Prepared(nn.Module):
     """An operation with prepared weights.
+
+    A change is noticed by the address of a tensor (replaced, moved to another device or type) or by
+    its `_version`, which PyTorch raises with every write in place. Comparing the values instead
+    would cost more than preparing saves.
 
     Args:
         sources: modules and the names of those of their tensors that the weights come from, or
@@ -46,21 +56,22 @@ class Prepared(nn.Module):
 
     def __init__(self, sources: Sequence[tuple[nn.Module, Sequence[str]]]) -> None:
         super().__init__()
-        self._places = [place for module, names in sources for place in _places(module, names)]
+        # Tables and names instead of tensors, since a tensor may be replaced by another.
+        self._entries = [entry for module, names in sources for entry in _entries(module, names)]
         self.forget()
 
     def forget(self) -> None:
         """Drop the prepared weights; they are prepared again when needed."""
-        self._seen: list[tuple[int, int]] = []
+        self._versions: list[tuple[int, int]] = []
         self._setting: Any = None
         self._sources: list[Tensor] = []
         self._folded: Weights | None = None
-        self._parts: dict[Any, Weights] = {}
+        self._cache: dict[Any, Weights] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies prepare their own weights."""
-        nothing: dict[str, Any] = {"_seen": [], "_sources": [], "_folded": None, "_parts": {}}
-        return {**self.__dict__, **nothing}
+        empty: dict[str, Any] = {"_versions": [], "_sources": [], "_folded": None, "_cache": {}}
+        return {**self.__dict__, **empty}
 
     def fold(self) -> Weights:
         """The weight and bias of all branches."""
@@ -76,47 +87,49 @@ class Prepared(nn.Module):
             Whether the folded weights may be used: not where changes cannot be noticed.
         """
         try:
-            found = [table[name] for table, name in self._places]
-            seen = [(tensor.data_ptr(), tensor._version) for tensor in found if tensor is not None]
+            entries = [table[name] for table, name in self._entries]
+            sources = [tensor for tensor in entries if tensor is not None]
+            versions = [(tensor.data_ptr(), tensor._version) for tensor in sources]
         except (RuntimeError, KeyError):
             # Tensors made in inference mode count no changes; parametrized ones are elsewhere.
             return False
-        setting = _FusedSteps.taken, setting
-        if seen != self._seen or setting != self._setting:
+        setting = _FusedOptimizers.steps, setting
+        if versions != self._versions or setting != self._setting:
             with _PREPARING, torch.no_grad():
-                self._folded, self._parts = self.fold(), {}
-                # Holding on to the sources keeps their addresses from being given to others.
-                self._sources = [tensor.detach() for tensor in found if tensor is not None]
-                self._seen, self._setting = seen, setting
+                self._folded, self._cache = self.fold(), {}
+                # While the sources are referred to, no new tensor can get the address of one that
+                # was replaced, and with it pass for the old one.
+                self._sources = [tensor.detach() for tensor in sources]
+                self._versions, self._setting = versions, setting
         return True
 
-    def kept(self, key: Any, prepare: Callable[..., Weights]) -> Weights:
+    def cached(self, key: Any, prepare: Callable[..., Weights]) -> Weights:
         """Weights prepared for a use, as `prepare(weight, bias, *key)` makes them the first time.
 
         Args:
             key: arguments that tell uses apart.
-            prepare: its result is kept until the next fold, or until newer ones need the room.
+            prepare: its result is cached until the next fold, or until newer ones need the room.
         """
-        found = self._parts.get(key)
-        if found is None:
+        weights = self._cache.get(key)
+        if weights is None:
             with _PREPARING:
                 assert self._folded is not None
-                found = self._parts[key] = prepare(*self._folded, *key)
-                self._drop_oldest(_KEPT * self._folded[0].numel())
-        return found
+                weights = self._cache[key] = prepare(*self._folded, *key)
+                self._drop_oldest(_CACHE_SIZE * self._folded[0].numel())
+        return weights
 
     def _drop_oldest(self, limit: int) -> None:
-        held = sum(weight.numel() for weight, _ in self._parts.values())
-        while held > limit:
-            weight, _ = self._parts.pop(next(iter(self._parts)))
-            held -= weight.numel()
+        size = sum(weight.numel() for weight, _ in self._cache.values())
+        while size > limit:
+            weight, _ = self._cache.pop(next(iter(self._cache)))
+            size -= weight.numel()
 
 
-def _places(module: nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
-    """Where a module's tensors are found, whatever they are replaced by."""
+def _entries(module: nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
+    """The tables that hold a module's tensors, each with a tensor's name."""
     # A name in neither table is a parametrized weight, which `refresh` then misses and refuses.
-    tables = (module._buffers, module._parameters)
-    return [(next((own for own in tables if name in own), tables[1]), name) for name in names]
+    buffers, parameters = module._buffers, module._parameters
+    return [(buffers if name in buffers else parameters, name) for name in names]
 
 
 def takes_onednn(x: Tensor) -> bool:

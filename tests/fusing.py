@@ -57,3 +57,17 @@ def fused_modules(hne: Ensemble, kind: type[nn.Module]) -> list[Any]:
         for module in segment.module.modules()
         if isinstance(module, kind)
     ]
+
+
+def step(hne: Ensemble) -> None:
+    """A step of training."""
+    optimizer = torch.optim.SGD(hne.parameters(), lr=0.5)
+    hne(small.images()).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def assign_data(hne: Ensemble) -> None:
+    """Other data in the same parameters."""
+    for parameter in hne.parameters():
+        parameter.data = parameter.data * 1.5

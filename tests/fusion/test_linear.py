@@ -6,7 +6,16 @@ from collections.abc import Callable
 import pytest
 import small
 import torch
-from fusing import EXECUTIONS, Ensemble, assert_fused_equals, fused_modules, run, settle
+from fusing import (
+    EXECUTIONS,
+    Ensemble,
+    assert_fused_equals,
+    assign_data,
+    fused_modules,
+    run,
+    settle,
+    step,
+)
 from timm.layers import DropPath
 from timm.layers import Linear as TimmLinear
 from torch import Tensor, nn
@@ -167,12 +176,6 @@ def _in_place(hne: Ensemble) -> None:
         parameter.copy_(parameter * 1.5)
 
 
-def _step(hne: Ensemble) -> None:
-    optimizer = torch.optim.SGD(hne.parameters(), lr=0.5)
-    hne(small.images()).square().sum().backward()
-    optimizer.step()
-
-
 @torch.inference_mode()
 def _load(hne: Ensemble) -> None:
     hne.load_state_dict({name: 1.5 * tensor for name, tensor in hne.state_dict().items()})
@@ -185,18 +188,13 @@ def _replace(hne: Ensemble) -> None:
                 module._parameters[name] = nn.Parameter(parameter.detach() * 1.5)
 
 
-def _assign_data(hne: Ensemble) -> None:
-    for parameter in hne.parameters():
-        parameter.data = parameter.data * 1.5
-
-
 def _write_data(hne: Ensemble) -> None:
     for parameter in hne.parameters():
         parameter.data.mul_(1.5)  # leaves no trace
     hne.train().eval()
 
 
-CHANGES = (_in_place, _step, _load, _replace, _assign_data, _write_data)
+CHANGES = (_in_place, step, _load, _replace, assign_data, _write_data)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))

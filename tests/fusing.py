@@ -28,26 +28,26 @@ def run(
     x: Tensor,
     *,
     fuse: bool,
-    way: str = "packed",
+    execution: str = "packed",
     leaves: int | None = None,
     channels_last: bool | None = None,
 ) -> Tensor:
-    plan = Plan((way,) * hne.tree.levels, channels_last, fuse)
+    plan = Plan((execution,) * hne.tree.levels, channels_last, fuse)
     with torch.no_grad():
         result: Tensor = hne.run(x, leaves or hne.leaves, plan)
     return result
 
 
 def assert_fused_equals(hne: Ensemble, x: Tensor | None = None) -> None:
-    """In both ways, for every number of leaves, called once and again."""
+    """Packed and looped, for every number of leaves, called once and again."""
     x = small.images(3) if x is None else x
-    given = x.clone()
+    before = x.clone()
     expected = run(hne, x, fuse=False)
-    for way in EXECUTIONS:
+    for execution in EXECUTIONS:
         for leaves in (1, hne.leaves - 1, hne.leaves, hne.leaves):
-            found = run(hne, x, fuse=True, way=way, leaves=leaves)
-            assert_close(found, expected[:, :leaves], rtol=1e-4, atol=1e-5)
-    assert torch.equal(x, given)
+            logits = run(hne, x, fuse=True, execution=execution, leaves=leaves)
+            assert_close(logits, expected[:, :leaves], rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
 
 
 def fused_modules(hne: Ensemble, kind: type[nn.Module]) -> list[Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import small
 import torch
+import torch.nn.functional as F
 from fusing import EXECUTIONS, assert_fused_equals, fused_modules, run
 from fusing_nets import WIDTH, Net, Residual, conv, convert, ensemble
 from timm.layers import BatchNormAct2d
@@ -102,7 +103,7 @@ def test_a_norm_in_training_mode_uses_the_batch() -> None:
     for twin, fuse in zip(twins, (True, False), strict=True):
         run(twin, x, fuse=fuse)
         twin.get_submodule("stage1.norm").train()
-        logits.append(run(twin, x, fuse=fuse, way="looped"))
+        logits.append(run(twin, x, fuse=fuse, execution="looped"))
         logits.append(run(twin, x, fuse=fuse))
     assert_close(logits[:2], logits[2:], rtol=1e-4, atol=1e-5)
     buffers = zip(twins[0].buffers(), twins[1].buffers(), strict=True)
@@ -123,13 +124,13 @@ def test_a_norm_with_its_activation_in_training_mode_uses_the_batch() -> None:
 def test_batches_dtypes_and_memory_formats(count: int, dtype: torch.dtype, onednn: bool) -> None:
     stages = [nn.Sequential(conv(), nn.BatchNorm2d(WIDTH), nn.ReLU()), nn.Conv2d(WIDTH, WIDTH, 1)]
     hne, x = convert(Net(*stages)).to(dtype), small.images(count).to(dtype)
-    for way in EXECUTIONS:
+    for execution in EXECUTIONS:
         expected = torch.cat([hne.leaf(n)(x)[:, None].detach() for n in range(4)], dim=1)
         for channels_last in (None, True, False):
             with torch.backends.mkldnn.flags(enabled=onednn):
-                found = run(hne, x, fuse=True, way=way, channels_last=channels_last)
-            assert found.dtype == dtype
-            assert_close(found, expected, rtol=1e-4, atol=1e-5)
+                logits = run(hne, x, fuse=True, execution=execution, channels_last=channels_last)
+            assert logits.dtype == dtype
+            assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_images_of_any_layout_and_size() -> None:
@@ -152,8 +153,8 @@ def test_images_of_any_layout_and_size() -> None:
 def test_mixed_precision() -> None:
     hne, x = ensemble(), small.images()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(hne, x, fuse=True)
-    assert_close(found.float(), run(hne, x, fuse=False), rtol=0.05, atol=0.05)
+        logits = run(hne, x, fuse=True)
+    assert_close(logits.float(), run(hne, x, fuse=False), rtol=0.05, atol=0.05)
 
 
 def test_hooks_on_modules_are_called() -> None:

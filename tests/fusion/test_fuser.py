@@ -174,10 +174,10 @@ def test_functional_calls_use_the_given_weights() -> None:
     other = {name: 1.5 * tensor.detach() for name, tensor in hne.named_parameters()}
     with torch.no_grad():
         before = hne(x)
-        found = torch.func.functional_call(hne, other, (x,))
+        logits = torch.func.functional_call(hne, other, (x,))
         assert torch.equal(hne(x), before)
         hne.load_state_dict(other, strict=False)
-        assert_close(found, run(hne, x, fuse=False), rtol=1e-4, atol=1e-5)
+        assert_close(logits, run(hne, x, fuse=False), rtol=1e-4, atol=1e-5)
 
 
 def test_fusing_leaves_the_other_programs_alone() -> None:

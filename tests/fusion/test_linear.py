@@ -129,10 +129,10 @@ def test_an_activation_that_cannot_overwrite_its_input_stays() -> None:
 def test_levels_of_both_kinds() -> None:
     hne, x = ensemble(), small.images(3)
     expected = run(hne, x, fuse=False)
-    for ways in (("packed", "looped", "packed"), ("looped", "packed", "looped")):
+    for executions in (("packed", "looped", "packed"), ("looped", "packed", "looped")):
         with torch.no_grad():
-            found = hne.run(x, hne.leaves, Plan(ways, None, fuse=True))
-        assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            logits = hne.run(x, hne.leaves, Plan(executions, None, fuse=True))
+        assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sums_are_written_over_what_they_alone_read() -> None:
@@ -200,31 +200,31 @@ CHANGES = (_in_place, step, _load, _replace, assign_data, _write_data)
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 def test_prepared_weights_follow_the_weights(change: Callable[[Ensemble], None]) -> None:
     hne, x = ensemble(), small.images()
-    before = {way: run(hne, x, fuse=True, way=way) for way in EXECUTIONS}
+    before = {execution: run(hne, x, fuse=True, execution=execution) for execution in EXECUTIONS}
     assert prepared(hne)
     change(hne)
-    for way in EXECUTIONS:
-        found = run(hne, x, fuse=True, way=way)
-        assert not torch.allclose(found, before[way], rtol=1e-3)
-        assert_close(found, run(hne, x, fuse=False), rtol=1e-4, atol=1e-5)
+    for execution in EXECUTIONS:
+        logits = run(hne, x, fuse=True, execution=execution)
+        assert not torch.allclose(logits, before[execution], rtol=1e-3)
+        assert_close(logits, run(hne, x, fuse=False), rtol=1e-4, atol=1e-5)
 
 
 def test_copies_prepare_their_own_weights() -> None:
     hne, x = ensemble(), small.images()
-    before = run(hne, x, fuse=True, way="looped")
+    before = run(hne, x, fuse=True, execution="looped")
     twin = copy.deepcopy(hne)
     assert prepared(twin) == 0
     with torch.no_grad():
         for tensor in twin.parameters():
             tensor.zero_()
-    assert run(twin, x, fuse=True, way="looped").abs().max() == 0
-    assert_close(run(hne, x, fuse=True, way="looped"), before, rtol=0, atol=0)
+    assert run(twin, x, fuse=True, execution="looped").abs().max() == 0
+    assert_close(run(hne, x, fuse=True, execution="looped"), before, rtol=0, atol=0)
 
 
 def test_prepared_weights_do_not_pile_up() -> None:
     hne = ensemble()
     for count in range(1, 12):
-        run(hne, small.images(count), fuse=True, way="looped")
+        run(hne, small.images(count), fuse=True, execution="looped")
     for module in fused_modules(hne, FusedLinear):
         cached = sum(weight.numel() for weight, _ in module._cache.values())
         assert 0 < cached <= 4 * module._module[0].weight.numel()
@@ -232,16 +232,16 @@ def test_prepared_weights_do_not_pile_up() -> None:
 
 def test_packed_levels_keep_no_copies() -> None:
     hne = ensemble()
-    run(hne, small.images(), fuse=True, way="packed")
+    run(hne, small.images(), fuse=True, execution="packed")
     assert prepared(hne) == 2  # of level 0, which has one branch
 
 
 def test_small_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("treeify.fusion.linear.SMALL", 2 * 4 * WIDTH * 2 * WIDTH + 1)
     hne = ensemble()
-    run(hne, small.images(2), fuse=True, way="looped")
+    run(hne, small.images(2), fuse=True, execution="looped")
     assert prepared(hne) == 0
-    run(hne, small.images(3), fuse=True, way="looped")
+    run(hne, small.images(3), fuse=True, execution="looped")
     assert prepared(hne) > 0
 
 
@@ -249,10 +249,10 @@ def test_small_products_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_types_run_plainly(dtype: torch.dtype, count: int) -> None:
     hne, x = ensemble().to(dtype), small.images(count).to(dtype)
-    for way in EXECUTIONS:
-        found = run(hne, x, fuse=True, way=way)
+    for execution in EXECUTIONS:
+        logits = run(hne, x, fuse=True, execution=execution)
         exact = {"rtol": 0.05, "atol": 0.05} if dtype is torch.bfloat16 else {}
-        assert_close(found, run(hne, x, fuse=False), **exact)
+        assert_close(logits, run(hne, x, fuse=False), **exact)
     assert prepared(hne) == 0
 
 
@@ -266,18 +266,18 @@ def test_without_onednn() -> None:
 
 def test_other_devices_run_plainly() -> None:
     hne = ensemble().to("meta")
-    found = run(hne, small.images().to("meta"), fuse=True, way="looped")
-    assert found.device.type == "meta"
+    logits = run(hne, small.images().to("meta"), fuse=True, execution="looped")
+    assert logits.device.type == "meta"
     assert prepared(hne) == 0
 
 
 def test_mixed_precision_is_respected() -> None:
     hne, x = ensemble(), small.images()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = run(hne, x, fuse=True, way="looped")
-    assert found.dtype == torch.bfloat16
+        logits = run(hne, x, fuse=True, execution="looped")
+    assert logits.dtype == torch.bfloat16
     assert prepared(hne) == 0
-    assert_close(found.float(), run(hne, x, fuse=False), rtol=0.05, atol=0.05)
+    assert_close(logits.float(), run(hne, x, fuse=False), rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("name", ["blocks.0.fc1", "blocks.1.drop", "blocks.0.scale"])
@@ -298,12 +298,12 @@ def test_a_dropout_in_training_mode_drops(name: str) -> None:
     hne, x = ensemble(), small.images(4)
     still = run(hne, x, fuse=True)
     hne.get_submodule(name).train()
-    found = []
+    logits = []
     for fuse in (True, False):
         torch.manual_seed(1)
-        found.append(run(hne, x, fuse=fuse))
-    assert_close(found[0], found[1])
-    assert not torch.allclose(found[0], still, rtol=1e-3)
+        logits.append(run(hne, x, fuse=fuse))
+    assert_close(logits[0], logits[1])
+    assert not torch.allclose(logits[0], still, rtol=1e-3)
     hne.eval()
     assert_close(run(hne, x, fuse=True), still, rtol=0, atol=0)
 
@@ -313,7 +313,7 @@ def test_a_dropout_in_training_mode_drops(name: str) -> None:
 def test_parametrized_weights_are_followed(name: str, run_before: bool) -> None:
     hne, x = ensemble(), small.images()
     if run_before:
-        run(hne, x, fuse=True, way="looped")
+        run(hne, x, fuse=True, execution="looped")
     layer = hne.get_submodule(name)
     torch.nn.utils.parametrizations.weight_norm(layer)
     assert_fused_equals(hne)

@@ -109,18 +109,18 @@ CHANGES = [
 def test_folded_weights_follow_the_weights(change: Callable[[Ensemble], None]) -> None:
     hne, x = ensemble(), small.images()
     before = {
-        way: [run(hne, x, fuse=True, way=way, leaves=leaves) for leaves in (6, 4)]
-        for way in EXECUTIONS
+        execution: [run(hne, x, fuse=True, execution=execution, leaves=leaves) for leaves in (6, 4)]
+        for execution in EXECUTIONS
     }
     change(hne)
     assert not hne.training
-    for way in EXECUTIONS:
-        for old in before[way]:
+    for execution in EXECUTIONS:
+        for old in before[execution]:
             leaves = old.shape[1]
-            found = run(hne, x, fuse=True, way=way, leaves=leaves)
+            logits = run(hne, x, fuse=True, execution=execution, leaves=leaves)
             expected = run(hne, x, fuse=False, leaves=leaves)
-            assert not torch.allclose(found, old, rtol=1e-3)
-            assert_close(found, expected, rtol=1e-4, atol=1e-5)
+            assert not torch.allclose(logits, old, rtol=1e-3)
+            assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_folded_weights_follow_dtype_and_memory_format() -> None:
@@ -153,17 +153,19 @@ def test_copies_fold_their_own_weights() -> None:
     assert convolutions <= {id(module) for module in twin.modules()}
 
 
-@pytest.mark.parametrize("way", EXECUTIONS)
-def test_inference_mode(way: str) -> None:
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_inference_mode(execution: str) -> None:
     hne, x = ensemble(), small.images()
     expected = run(hne, x, fuse=False)
     with torch.inference_mode():
-        inside = hne.run(x, 6, Plan((way,) * 3, None, fuse=True))
+        inside = hne.run(x, 6, Plan((execution,) * 3, None, fuse=True))
     assert_close(inside, expected, rtol=1e-4, atol=1e-5)
     # What inference mode folded serves calls outside of it, and follows the weights.
-    assert_close(run(hne, x, fuse=True, way=way), expected, rtol=1e-4, atol=1e-5)
+    assert_close(run(hne, x, fuse=True, execution=execution), expected, rtol=1e-4, atol=1e-5)
     _copy(hne)
-    assert_close(run(hne, x, fuse=True, way=way), run(hne, x, fuse=False), rtol=1e-4, atol=1e-5)
+    assert_close(
+        run(hne, x, fuse=True, execution=execution), run(hne, x, fuse=False), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("changed", ["all", "norm", "conv"])
@@ -176,9 +178,11 @@ def test_tensors_made_in_inference_mode(changed: str) -> None:
                 for table in (module._parameters, module._buffers):
                     for name, tensor in table.items():
                         if tensor is not None:
-                            own = isinstance(tensor, nn.Parameter)
+                            is_parameter = isinstance(tensor, nn.Parameter)
                             new = tensor.clone()
-                            table[name] = nn.Parameter(new, requires_grad=False) if own else new
+                            table[name] = (
+                                nn.Parameter(new, requires_grad=False) if is_parameter else new
+                            )
     assert_fused_equals(hne, x)
     with torch.inference_mode():
         for tensor in (*hne.parameters(), *hne.buffers()):

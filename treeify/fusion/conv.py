@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from treeify.engine.forms import read_once
 from treeify.engine.packed_tensors import narrow
-from treeify.fusion.overwrite import Activation, add_into
+from treeify.fusion.overwrite import Activation, add_into, attributes
 from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, takes_onednn
 from treeify.rules.operations.conv import WidenedConv, swap
 from treeify.rules.operations.widened import Widened
@@ -147,13 +147,10 @@ class FusedConv(Prepared):
         weight, bias = self._tensors(span, parents, x.shape)
         convolve = torch.ops.mkldnn._convolution_pointwise.default
         groups = parents * self.groups
-        activation = self.activation
-        if addend is None and activation is not None and activation.name:
-            ending = (activation.name, activation.scalars, activation.algorithm)
-            result: Tensor = convolve(x, weight, bias, *self.geometry, groups, *ending)
-            return result
-        result = convolve(x, weight, bias, *self.geometry, groups, "none", [], "")
-        return self._finish(result, addend)
+        activation = self.activation if addend is None else None  # which follows the sum
+        result: Tensor = convolve(x, weight, bias, *self.geometry, groups, *attributes(activation))
+        fused = activation is not None and activation.name
+        return result if fused else self._finish(result, addend)
 
     def _tensors(self, span: Span, parents: int, shape: torch.Size | None = None) -> Weights:
         """The weight and bias of a span, for convolving over its parents.

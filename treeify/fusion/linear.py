@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import narrow
-from treeify.fusion.overwrite import Activation
+from treeify.fusion.overwrite import Activation, attributes
 from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, takes_onednn
 from treeify.rules.operations.linear import PackedLinear
 from treeify.tree import Span
@@ -53,12 +53,8 @@ class FusedLinear(Prepared):
         weight, bias = self.cached((span, rows), self._prepare)
         multiply = torch.ops.mkldnn._linear_pointwise.default
         activation = self.activation
-        if activation is not None and activation.name:
-            ending = (activation.name, activation.scalars, activation.algorithm)
-            result: Tensor = multiply(x, weight, bias, *ending)
-            return result
-        result = multiply(x, weight, bias, "none", [], "")
-        return result if activation is None else activation.apply(result)
+        result: Tensor = multiply(x, weight, bias, *attributes(activation))
+        return result if activation is None or activation.name else activation.apply(result)
 
     def _prepare(self, weight: Tensor, bias: Tensor | None, span: Span, rows: int) -> Weights:
         """One branch's weight and bias, laid out for that many rows."""

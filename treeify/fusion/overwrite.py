@@ -27,6 +27,13 @@ class Activation:
     algorithm: str = ""
 
 
+def attributes(activation: Activation | None) -> tuple[str, list[float], str]:
+    """What oneDNN's operations take to compute an activation in the same pass, or none."""
+    if activation is None or not activation.name:
+        return "none", [], ""
+    return activation.name, activation.scalars, activation.algorithm
+
+
 def add_into(x: Tensor, addend: Tensor | float) -> Tensor:
     """The sum, written over `x` where shapes and types allow."""
     if not isinstance(addend, Tensor) or x.shape != addend.shape or x.dtype != addend.dtype:

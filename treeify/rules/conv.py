@@ -26,6 +26,8 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 @widens(*_CONVOLUTIONS, *_TRANSPOSED)
 def pack_conv_module(conv: nn.Conv2d, branches: int) -> None:
     """`branches` convolutions as one grouped convolution: [N, G*C, H, W], branch-major."""
+    # Branch-major, as a grouped convolution takes neighbouring channels for a group; and a span of
+    # branches is then a view of the weights, not a copy.
     conv.in_channels *= branches
     conv.out_channels *= branches
     conv.groups *= branches

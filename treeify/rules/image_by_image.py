@@ -55,6 +55,7 @@ def to_batch_along(position: int, default: int | None = None) -> Callable[[Call]
 
     def pack_along(call: Call) -> ToBatch:
         operation = to_batch(call)
+        # The shape of the result does not tell here: along the batch it would be the same.
         dims = dims_of(call, len(call.input_facts().shape), position, default)
         if not dims or 0 in dims:
             raise Unpackable(_ALONG_BATCH if dims else _NO_CONSTANT)

@@ -41,6 +41,7 @@ class WidenedConv(Widened):
         ratio: int,
         input_facts: TensorFacts,
     ) -> None:
+        """Make the convolutions that read for siblings where a split comes before."""
         super().__init__(module, base, branches)
         self.ratio = ratio
         self.input_facts = input_facts
@@ -61,7 +62,9 @@ class WidenedConv(Widened):
         if self._is_product(span, x):
             part = self.tensors(span)
             return patches.convolve(self.base, x, part["weight"], part.get("bias"), parents)
-        return super().forward(span, x) if self.ratio == 1 else self._grouped(span, parents, x)
+        if self.ratio == 1:
+            return super().forward(span, x)
+        return self._grouped(span, parents, x)
 
     def _is_product(self, span: Span, x: Tensor) -> bool:
         """Whether to multiply patches instead; hooks and parametrizations need the module."""

@@ -54,7 +54,8 @@ class ToBatch(TargetOperation):
         """The packed result."""
         count = span.size
 
-        # Image-major, unlike a value that stays in the batch: this reshape needs no copy.
+        # Image-major, unlike a value that stays in the batch: so the reshape there and back is a
+        # view of channels that lie in order, where branch-major would copy.
         def to_batch(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf

@@ -38,6 +38,8 @@ def pays(conv: Any, branches: int, x: Tensor) -> bool:
         branches: how many are computed.
         x: the input, `[N, ..., H, W]`.
     """
+    # Who records a forward pass, to count MACs, wants to meet a convolution. Without gradients
+    # there is nothing to gain: fused convolutions lay their weights out once (`treeify.fusion`).
     is_recorded = torch._C._get_tracing_state() is not None
     if is_recorded or x.device.type != "cpu" or not torch.is_grad_enabled():
         return False

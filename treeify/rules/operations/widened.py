@@ -51,6 +51,7 @@ class Widened(nn.Module):
         """The base architecture's module, widened for `count` branches; its tensors go unused."""
         if count not in self._resized:
             module = copy.copy(self.base)
+            # The ensemble's own submodules, whose mode and hooks users may change.
             module._modules = self.module._modules
             widen = rules_of(type(self.base)).widen
             assert widen is not None

@@ -19,7 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from treeify.engine.forms import read_once
 from treeify.engine.packed_tensors import narrow
 from treeify.fusion.overwrite import Activation, add_into, attributes
-from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, takes_onednn
+from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, suits_onednn
 from treeify.rules.operations.conv import WidenedConv, swap
 from treeify.rules.operations.widened import Widened
 from treeify.tree import Span
@@ -95,7 +95,7 @@ class FusedConv(Prepared):
             return self._exchanged(span, parents, x, addend)
         if self.is_pointwise and span.size == 1 and self._is_small(x):
             return self._product(span, x, addend)
-        if self.has_onednn and x.ndim == 4 and takes_onednn(x):
+        if self.has_onednn and x.ndim == 4 and suits_onednn(x):
             return self._onednn(span, parents, x, addend)
         weight, bias = self._tensors(span, parents)
         return self._finish(self._convolve(x, weight, bias, parents), addend)

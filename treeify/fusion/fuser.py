@@ -126,8 +126,8 @@ class _Fuser:
     def _fuse_linear(self, node: fx.Node) -> None:
         """A linear layer, with its activation if that alone reads it."""
         operation = self._operation(node)
-        takes_span = isinstance(operation, PackedLinear)
-        if type(operation) in _LINEAR and len(node.args) == 1 + takes_span and not node.kwargs:
+        has_span = isinstance(operation, PackedLinear)
+        if type(operation) in _LINEAR and len(node.args) == 1 + has_span and not node.kwargs:
             assert operation is not None
             last, activation = self._activation_after(node)
             self._replace(last, FusedLinear(operation, activation), (self.span, node.args[-1]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import narrow
 from treeify.fusion.overwrite import Activation, attributes
-from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, takes_onednn
+from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, suits_onednn
 from treeify.rules.operations.linear import PackedLinear
 from treeify.tree import Span
 
@@ -35,17 +35,17 @@ class FusedLinear(Prepared):
         self._module: tuple[Any] = (module,)
         self.activation = activation
         self.branches = 1 if packed is None else packed.branches
-        self.takes_span = packed is not None
+        self.is_packed = packed is not None
         self.has_onednn = has_onednn()
 
     def forward(self, span: Span, x: Tensor) -> Tensor:
         """`[G*N, ..., I] -> [G*N, ..., O]`."""
-        if self.has_onednn and span.size == 1 and takes_onednn(x) and self.refresh():
+        if self.has_onednn and span.size == 1 and suits_onednn(x) and self.refresh():
             outputs = self._module[0].weight.shape[0] // self.branches
             if x.numel() * outputs >= SMALL:
                 return self._onednn(span, x)
         linear, activation = self.operations[0], self.activation
-        result: Tensor = linear(span, x) if self.takes_span else linear(x)
+        result: Tensor = linear(span, x) if self.is_packed else linear(x)
         return result if activation is None else activation.apply(result)
 
     def _onednn(self, span: Span, x: Tensor) -> Tensor:

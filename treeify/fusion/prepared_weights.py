@@ -132,7 +132,7 @@ def _entries(module: nn.Module, names: Sequence[str]) -> list[tuple[dict[str, An
     return [(buffers if name in buffers else parameters, name) for name in names]
 
 
-def takes_onednn(x: Tensor) -> bool:
+def suits_onednn(x: Tensor) -> bool:
     """Whether oneDNN's fused operations take this input; autocast would be lost on them."""
     if torch.is_autocast_enabled("cpu"):
         return False

@@ -79,7 +79,7 @@ def pack_broadcast(call: Call) -> Direct | Broadcast:
         raise Unpackable(_BY_KEYWORD)
     result = call.facts.value
     if not isinstance(result, TensorFacts):
-        raise Unpackable("its result is no tensor")
+        raise Unpackable("its result is not a tensor")
     _require_number(call, operands)
     tensors = [operand for operand in operands if operand is not None]
     if tensors and all(
@@ -121,7 +121,7 @@ def _require_number(call: Call, operands: Sequence[TensorFacts | None]) -> None:
     if call.target == "masked_fill":
         for argument, operand in zip(call.node.args[1:], operands[1:], strict=True):
             if operand is not None and not operand.shape and argument in call.varying:
-                raise Unpackable("it takes one number to fill in")
+                raise Unpackable("it fills in a number that differs from branch to branch")
 
 
 def require_aligned(operands: Sequence[TensorFacts | None], result: TensorFacts) -> None:

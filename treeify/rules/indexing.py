@@ -77,13 +77,13 @@ def run_set_item(call: Call) -> Direct:
     assert operand.batch_dim is not None
     indices = list(index) if isinstance(index, tuple) else [index]
     if not all(item is Ellipsis or type(item) in (int, slice) for item in indices):
-        raise Unpackable("it is told where by more than numbers and slices")
+        raise Unpackable("its index is not only numbers and slices")
     by_dim = _by_dim(indices, len(operand.shape))
     if by_dim[operand.batch_dim] != _EVERYTHING:
         raise Unpackable("it sets some images")
     replacement = call.tensor(value)
     if replacement is not None and replacement.batch_dim is None and value in call.varying:
-        raise Unpackable("it sets one value a branch")
+        raise Unpackable("the new value differs from branch to branch")
     # A number as index drops its dim; the replacement broadcasts to the dims that remain.
     remaining = [dim for dim, item in enumerate(by_dim) if type(item) is slice]
     shape = tuple(operand.shape[dim] for dim in remaining)

@@ -24,5 +24,5 @@ def run_linear_function(call: Call) -> LinearFunction:
     call.batch_first_facts(least_rank=2)
     weight, bias = call.branch_tensors((1, "weight"), (2, "bias"))
     if weight is None or len(weight.shape) != 2 or (bias and bias.shape != weight.shape[:1]):
-        raise Unpackable("its weight and bias are no [O, I] and [O]")
+        raise Unpackable("its weight and bias are not [O, I] and [O]")
     return LinearFunction()

@@ -66,7 +66,7 @@ def pack_norm(call: Call) -> Widened:
     _require_momentum(norm)
     if type(norm) in _NORM_ACTS:
         if type(norm.act) not in ACTIVATIONS:
-            raise Unpackable("its activation is no function of single numbers")
+            raise Unpackable("its activation is not element-wise")
         if type(norm.drop) not in (nn.Identity, nn.Dropout):
             raise Unpackable("its dropout draws for several channels at once")
     return widened(call, of_channels=True)

@@ -47,7 +47,7 @@ def run_einsum(call: Call) -> Direct | EinsumOfBranches:
     for argument, subscripts in zip(arguments, sources, strict=True):
         operand = call.tensor(argument)
         if operand is None:
-            raise Unpackable("an operand is no single tensor")
+            raise Unpackable("an operand is not a single tensor")
         if operand.batch_dim is None:
             dims.append(None if argument in call.varying else -1)
         elif subscripts[operand.batch_dim] != target[result.batch_dim]:

@@ -26,7 +26,7 @@ def pack_reshape(call: Call) -> Reshape:
     call.require_channels()
     _require_plain_shape(call)
     if call.node.kwargs or any(call.tensor(size) for size in call.node.args[1:]):
-        raise Unpackable("it is given no plain shape")
+        raise Unpackable("its shape is not a list of sizes")
     return Reshape()
 
 
@@ -43,7 +43,7 @@ def run_reshape(call: Call) -> Direct:
 def _require_plain_shape(call: Call) -> None:
     """Refuse `x.view(torch.int32)`, which reads the same memory as another type."""
     if any(isinstance(argument, torch.dtype) for argument in call.node.args[1:]):
-        raise Unpackable("it is given no plain shape")
+        raise Unpackable("its shape is not a list of sizes")
 
 
 @batch_rule("reshape_as", "view_as", pure=True)

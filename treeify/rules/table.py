@@ -20,7 +20,7 @@ from treeify.rules.call import Call
 
 Rule = Callable[[Call], nn.Module]
 _R = TypeVar("_R", bound=Rule)
-_W = TypeVar("_W", bound=Widen)
+_W = TypeVar("_W", bound=Callable[..., None])
 
 
 def _always(call: Call) -> bool:

@@ -133,15 +133,8 @@ class HierarchicalEnsemble(nn.Module):
         whole = {target for target, level in calls if level == 0} - {
             target for target, level in calls if level > 0
         }
-        build(
-            self,
-            traced.skeleton,
-            self._slots,
-            splits.tree,
-            widen_rules(),
-            dict(tensors(like)),
-            whole,
-        )
+        packer = Packer(self._slots, splits.tree, widen_rules(), dict(named_tensors(like)), whole)
+        packer.pack_children(self, traced.skeleton)
         base = without_in_place(traced.skeleton)
         self._programs = {
             training: rewrite(traced, base, training, own, self._slots, self, splits.tree)

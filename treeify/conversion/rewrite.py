@@ -242,7 +242,7 @@ class _Rewriter:
             return False
         module = self._module(node)
         if module is not None:
-            return rules_of(type(module)).pure and not any(True for _ in tensors(module))
+            return rules_of(type(module)).pure and not any(True for _ in named_tensors(module))
         touches = any(facts(source).tensors for source in inputs)
         makes_tensor = bool(facts(node).tensors)
         return rules_of(node.target).pure or not (touches or makes_tensor)

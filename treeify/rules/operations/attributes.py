@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.engine.forms import Form
-from treeify.engine.packed_tensors import Slot, lookup, narrow, owner
+from treeify.engine.packed_tensors import Slot, get_parent, get_tensor, narrow
 from treeify.tree import Span
 
 
@@ -28,13 +28,13 @@ class ReadTensor(nn.Module):
     ) -> None:
         super().__init__()
         # In a tuple, so that the ensemble does not become a submodule of its own segment.
-        self.owner = (owner(root, slot.key)[0],)
+        self.owner = (get_parent(root, slot.key)[0],)
         self.name = slot.key.rpartition(".")[2]
         self.slot, self.branches, self.level, self.form = slot, branches, level, form
 
     def forward(self, span: Span) -> Tensor:
         """The tensor, for the branches of `span`."""
-        packed = lookup(self.owner[0], self.name)
+        packed = get_tensor(self.owner[0], self.name)
         stored = self.branches[self.slot.level]
         if self.form is Form.SHARED:
             return self.slot.branch(packed, stored, 0)

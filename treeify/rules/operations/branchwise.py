@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from treeify.engine.forms import Branches, pick
-from treeify.engine.packed_tensors import Slot, call_assigning, lookup
+from treeify.engine.packed_tensors import Slot, call_assigning, get_tensor
 from treeify.rules.operations.direct import Target, TargetOperation, call_target
 from treeify.tracing.aliasing import is_library
 from treeify.tree import Span
@@ -129,7 +129,7 @@ class EachBranchModule(nn.Module):
             for branch, tensor in assigned.items():
                 states[branch][name] = tensor
             return
-        slot, packed = self.layout[name], lookup(self.packed_module, name)
+        slot, packed = self.layout[name], get_tensor(self.packed_module, name)
         # A new tensor, since autograd may still need the values that the calls read.
         fresh = packed.detach().clone()
         for branch, tensor in assigned.items():
@@ -153,7 +153,7 @@ class EachBranchModule(nn.Module):
 
     def _part(self, name: str, branch: int) -> Tensor:
         slot = self.layout[name]
-        packed = lookup(self.packed_module, name)
+        packed = get_tensor(self.packed_module, name)
         return slot.branch(packed, self.branches[slot.level], branch // self._siblings(name))
 
     def _siblings(self, name: str) -> int:

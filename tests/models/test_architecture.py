@@ -14,14 +14,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from treeify.errors import ModelError
-from treeify.models.architecture import (
-    Architecture,
-    example_shape,
-    fingerprint,
-    recognise,
-    resized,
-    skeleton,
-)
+from treeify.models.architecture import Architecture
+from treeify.models.fingerprint import fingerprint
+from treeify.models.image_size import example_shape, resized
+from treeify.models.recognise import recognise
+from treeify.models.skeleton import skeleton
 
 NAMED = [
     Architecture("timm/resnet18", {"num_classes": 10}),

@@ -19,7 +19,8 @@ from torchvision.transforms import v2
 from treeify import data
 from treeify.cli.saved import recipe_of
 from treeify.errors import DataError, InputError
-from treeify.models.architecture import TIMM, TORCHVISION, Architecture
+from treeify.models.architecture import Architecture
+from treeify.models.builders import TIMM, TORCHVISION
 from treeify.training.recipe_file import load_recipe
 
 # How Pillow names pixels with so many channels.

@@ -26,7 +26,9 @@ from treeify.conversion.splits import choose
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors, set_memory_format
 from treeify.engine.plan import AUTO, TUNING
 from treeify.errors import CheckpointError, TreeifyError
-from treeify.models.architecture import Architecture, fingerprint, recognise
+from treeify.models.architecture import Architecture
+from treeify.models.fingerprint import fingerprint
+from treeify.models.recognise import recognise
 from treeify.tracing.trace import plain_tensors
 from treeify.versions import MODEL_LIBRARIES, versions_of
 

@@ -26,7 +26,7 @@ from treeify.data.source import (
 )
 from treeify.data.tars import folders_in
 from treeify.errors import DataError
-from treeify.models.architecture import TIMM, TORCHVISION
+from treeify.models.builders import TIMM, TORCHVISION
 from treeify.registry import Fraction
 
 

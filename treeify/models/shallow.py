@@ -7,7 +7,8 @@ import re
 import torch
 from torch import nn
 
-from treeify.models.architecture import Architecture, ParametersOnMeta
+from treeify.models.architecture import Architecture
+from treeify.models.skeleton import ParametersOnMeta
 
 # A module's class, and its parameters' names and shapes.
 _Shape = tuple[type[nn.Module], tuple[tuple[str, torch.Size], ...]]

@@ -28,7 +28,10 @@ from treeify.conversion.splits import choose, inner_point, listed, parse
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import ModelError, ParityError, SplitError
 from treeify.models import shallow
-from treeify.models.architecture import Architecture, example_shape, family, resized, skeleton
+from treeify.models.architecture import Architecture
+from treeify.models.builders import family
+from treeify.models.image_size import example_shape, resized
+from treeify.models.skeleton import skeleton
 from treeify.parity.deterministic import held
 from treeify.parity.results import FULL, META, REDUCED
 from treeify.parity.verify import (

@@ -1,0 +1,135 @@
+"""From a model to its name.
+
+A model *given* as an instance gets its name back by rebuilding it from what timm or torchvision
+leave on it and comparing fingerprints, so a wrong guess is never accepted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from treeify.errors import ModelError
+from treeify.models.architecture import Architecture
+from treeify.models.builders import TORCHVISION, torchvision_names
+from treeify.models.fingerprint import fingerprint
+from treeify.models.image_size import image_size, input_channels
+from treeify.models.skeleton import ParametersOnMeta
+
+
+def recognise(model: nn.Module) -> Architecture | None:
+    """How to build a model like `model` again, if it comes from timm or torchvision.
+
+    The answer rebuilds exactly this structure: its fingerprint was compared. A model that was
+    changed after it was built, cast to another dtype, or whose class is the user's own has no
+    name; its constructor is never called.
+
+    Args:
+        model: any module; not modified, and no random state is used.
+
+    Returns:
+        The architecture, or None where there is none.
+    """
+    origin = type(model).__module__
+    if origin.startswith("timm."):
+        guesses = _timm_guesses(model)
+    elif origin.startswith("torchvision.models."):
+        guesses = _torchvision_guesses(model)
+    else:
+        return None
+    wanted = fingerprint(model)
+    with torch.random.fork_rng(devices=[]):
+        return next((found for guess in guesses if (found := _match(guess, model, wanted))), None)
+
+
+def _match(guess: Architecture, model: nn.Module, wanted: str) -> Architecture | None:
+    """`guess`, given whatever else `model` notes about itself, if that rebuilds `model`."""
+    candidate = _rebuild(guess)
+    if candidate is None or type(candidate) is not type(model):
+        return None
+    if fingerprint(candidate) == wanted:
+        return guess
+    accepted = inspect.signature(type(model).__init__).parameters
+    noted = {
+        key: value
+        for key, value in vars(model).items()
+        if key in accepted
+        and isinstance(value, bool | int | float | str)
+        and vars(candidate).get(key) != value
+    }
+    if not noted.keys() - guess.kwargs.keys():
+        return None
+    second = Architecture(guess.name, {**guess.kwargs, **noted})
+    candidate = _rebuild(second)
+    return second if candidate is not None and fingerprint(candidate) == wanted else None
+
+
+def _rebuild(architecture: Architecture) -> nn.Module | None:
+    """The model of a guess; None if its builder refuses it, as wrong guesses may."""
+    try:
+        with ParametersOnMeta():
+            return architecture.build()
+    except ModelError:
+        pass
+    try:
+        return architecture.build()
+    except ModelError:
+        return None
+
+
+def _timm_guesses(model: nn.Module) -> Iterator[Architecture]:
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(cfg, Mapping) or not timm.is_model(cfg.get("architecture") or ""):
+        return
+    name, tag = cfg["architecture"], cfg.get("tag")
+    usual = get_pretrained_cfg(name)
+    if tag and (usual is None or usual.tag != tag):
+        name = f"{name}.{tag}"
+    if arguments := getattr(model, "_model_args", None):  # timm 1.0.31 keeps what it was given
+        with contextlib.suppress(ModelError):
+            yield Architecture(name, arguments)
+    kwargs: dict[str, Any] = {}
+    if (classes := getattr(model, "num_classes", None)) not in (None, cfg.get("num_classes")):
+        kwargs["num_classes"] = classes
+    usual_channels, *usual_size = cfg.get("input_size") or (3, 224, 224)
+    if (channels := input_channels(model, default=usual_channels)) != usual_channels:
+        kwargs["in_chans"] = channels
+    if (size := image_size(model)) not in (None, tuple(usual_size)):
+        kwargs["img_size"] = size
+    yield Architecture(name, kwargs)
+    for module in model.modules():
+        if isinstance(pooling := getattr(module, "pool_type", None), str):
+            yield Architecture(name, {**kwargs, "global_pool": pooling})
+
+
+def _torchvision_guesses(model: nn.Module) -> Iterator[Architecture]:
+    family = type(model).__module__
+    size = sum(parameter.numel() for parameter in model.parameters())
+    kwargs = {}
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
+    if layers and (classes := len(layers[-1].weight)) != 1000:
+        kwargs["num_classes"] = classes
+        size += (1000 - classes) * (layers[-1].weight[0].numel() + 1)
+    names = [
+        name
+        for name in torchvision_names()
+        if torchvision.models.get_model_builder(name).__module__ == family
+    ]
+    # Siblings differ far more in size than their options make them: the nearest three will do.
+    for name in sorted(names, key=lambda name: abs(_documented_size(name) - size))[:3]:
+        yield Architecture(TORCHVISION + name, kwargs)
+
+
+def _documented_size(name: str) -> int:
+    """How many parameters torchvision says its trained model has."""
+    weights = next(iter(torchvision.models.get_model_weights(name)))
+    parameters: int = weights.meta["num_params"]
+    return parameters

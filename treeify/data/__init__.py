@@ -9,9 +9,17 @@ and sets its options. Adding one:
 or name it in the recipe as `package.module:my_images`.
 """
 
-from treeify.data.photographs import image_folder, preparation, timm_dataset
-from treeify.data.shards import webdataset
-from treeify.data.small import (
+from treeify.data.data_set import (
+    IMAGENET,
+    SOURCES,
+    Data,
+    Examples,
+    Statistics,
+    UnreadableImageError,
+    register,
+)
+from treeify.data.image_folders import image_folder, preparation, timm_dataset
+from treeify.data.small_images import (
     CIFAR10,
     CIFAR100,
     DIGITS,
@@ -21,15 +29,7 @@ from treeify.data.small import (
     digits,
     fashion_mnist,
 )
-from treeify.data.source import (
-    IMAGENET,
-    SOURCES,
-    Data,
-    Examples,
-    Statistics,
-    UnreadableImageError,
-    register,
-)
+from treeify.data.webdataset_shards import webdataset
 
 __all__ = [
     "CIFAR10",

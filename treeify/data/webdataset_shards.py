@@ -9,9 +9,9 @@ from glob import glob
 
 from pydantic import PositiveInt
 
-from treeify.data.photographs import transforms
-from treeify.data.source import Data, in_parts, register
-from treeify.data.tars import IMAGES, Entry, TarImages
+from treeify.data.data_set import Data, in_parts, register
+from treeify.data.image_folders import transforms
+from treeify.data.tar_images import IMAGES, Entry, TarImages
 from treeify.errors import DataError
 from treeify.registry import Fraction
 

@@ -11,7 +11,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from treeify.data.source import UnreadableImageError
+from treeify.data.data_set import UnreadableImageError
 from treeify.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")

@@ -12,7 +12,7 @@ from torch.utils.data import TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from treeify.data.source import (
+from treeify.data.data_set import (
     Data,
     Statistics,
     Transform,

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from torchvision import datasets, models
 from torchvision.transforms import v2
 
-from treeify.data.source import (
+from treeify.data.data_set import (
     IMAGENET,
     Data,
     Transform,
@@ -24,7 +24,7 @@ from treeify.data.source import (
     prepare,
     register,
 )
-from treeify.data.tars import folders_in
+from treeify.data.tar_images import folders_in
 from treeify.errors import DataError
 from treeify.models.builders import TIMM, TORCHVISION
 from treeify.registry import Fraction

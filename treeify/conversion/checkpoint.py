@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -237,7 +238,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "format": FORMAT,
         "treeify": version("treeify"),
         "versions": versions_of(*MODEL_LIBRARIES),
-        "architecture": None if architecture is None else architecture.to_dict(),
+        "architecture": None if architecture is None else asdict(architecture),
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),

@@ -1,7 +1,4 @@
-"""Names of base models with their arguments: how to build one again.
-
-A checkpoint holds a name instead of code.
-"""
+"""The name of a base model and the arguments of its builder, as a checkpoint holds them."""
 
 from __future__ import annotations
 
@@ -71,13 +68,9 @@ class Architecture:
             )
         return model
 
-    def to_dict(self) -> dict[str, Any]:
-        """The architecture as JSON values."""
-        return {"name": self.name, "kwargs": dict(self.kwargs)}
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
-        """The architecture that `to_dict` wrote.
+        """The architecture whose `dataclasses.asdict` was written as JSON.
 
         Raises:
             ModelError: `data` is not of that form.

@@ -37,6 +37,7 @@ def fingerprint(model: nn.Module) -> str:
     Returns:
         64 hexadecimal digits.
     """
+    # Saved ensembles hold fingerprints: the lines must stay as they are, to the letter.
     digest = hashlib.sha256()
     for line in chain(_module_lines(model), _tensor_lines(model)):
         # Addresses of functions differ from run to run.
@@ -57,14 +58,14 @@ def _module_lines(model: nn.Module) -> Iterator[str]:
 
 
 def _tensor_lines(model: nn.Module) -> Iterator[str]:
-    kept = model.state_dict(keep_vars=True).keys()
+    saved = model.state_dict(keep_vars=True).keys()
     tensors = chain(
         model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)
     )
     first_name: dict[int, str] = {}
     for name, tensor in tensors:
         shared = first_name.setdefault(id(tensor), name)
-        yield f"{name} {_describe(tensor)} kept={name in kept} is {shared}"
+        yield f"{name} {_describe(tensor)} kept={name in saved} is {shared}"
 
 
 def _describe(value: object, depth: int = 4) -> str:

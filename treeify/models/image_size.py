@@ -1,9 +1,10 @@
-"""The images a base model is fed, and how to build it for others."""
+"""The size of the images that a base model is fed, and how to build it for another."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,18 +31,17 @@ def example_shape(model: nn.Module, architecture: Architecture | None = None) ->
     Returns:
         The shape `(C, H, W)`.
     """
-    cfg = getattr(model, "pretrained_cfg", None)
-    noted = cfg.get("input_size") if isinstance(cfg, Mapping) else None
-    asked = None if architecture is None else _sides(architecture.kwargs.get(_IMAGE_SIZE))
-    if built_for := image_size(model) or asked:
-        size = built_for
-    elif noted:
-        size = tuple(noted[1:])
+    timm_shape = timm_config(model).get("input_size")
+    argument = None if architecture is None else _sides(architecture.kwargs.get(_IMAGE_SIZE))
+    if sides := image_size(model) or argument:
+        size = sides
+    elif timm_shape:
+        size = tuple(timm_shape[1:])
     elif architecture is not None and architecture.name == "torchvision/inception_v3":
         size = (299, 299)
     else:
         size = (224, 224)
-    return (input_channels(model, default=noted[0] if noted else 3), *size)
+    return (input_channels(model, default=timm_shape[0] if timm_shape else 3), *size)
 
 
 def resized(architecture: Architecture, model: nn.Module, size: int) -> Architecture:
@@ -59,22 +59,21 @@ def resized(architecture: Architecture, model: nn.Module, size: int) -> Architec
     if usual == [size, size]:
         return architecture
     if image_size(model) is None and (
-        not _is_noted_as_fixed(model) or _takes(architecture, (channels, size, size))
+        not _has_fixed_size(model) or _takes(architecture, (channels, size, size))
     ):
         return architecture
     key = "image_size" if architecture.name.startswith(TORCHVISION) else _IMAGE_SIZE
     return Architecture(architecture.name, {**architecture.kwargs, key: size})
 
 
-def _is_noted_as_fixed(model: nn.Module) -> bool:
-    """Whether timm notes that a model takes one size, and its builder is told which.
+def _has_fixed_size(model: nn.Module) -> bool:
+    """Whether timm says that a model takes one size only, which its builder can be told.
 
-    Some take others all the same.
+    It is not always right: some of these take other sizes all the same.
     """
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not isinstance(cfg, Mapping) or not cfg.get("fixed_input_size"):
+    if not timm_config(model).get("fixed_input_size"):
         return False
-    # A class may pass on what it is given.
+    # A class may pass its arguments on to the one above it.
     return any(_IMAGE_SIZE in inspect.signature(kind).parameters for kind in type(model).__mro__)
 
 
@@ -86,6 +85,12 @@ def _takes(architecture: Architecture, shape: tuple[int, ...]) -> bool:
     except Exception:  # whatever a library raises for a size it does not take
         return False
     return True
+
+
+def timm_config(model: nn.Module) -> Mapping[str, Any]:
+    """What timm notes on its models about their trained weights; empty for other models."""
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, Mapping) else {}
 
 
 def image_size(model: nn.Module) -> tuple[int, int] | None:

@@ -1,14 +1,14 @@
-"""From a model to its name.
+"""From a model to its architecture, so that a checkpoint can hold a name instead of code.
 
-A model *given* as an instance gets its name back by rebuilding it from what timm or torchvision
-leave on it and comparing fingerprints, so a wrong guess is never accepted.
+Names are guessed from what timm and torchvision leave on their models. A guess counts only if the
+model it builds has the same fingerprint, so a wrong one is never accepted.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import timm
@@ -21,8 +21,8 @@ from treeify.errors import ModelError
 from treeify.models.architecture import Architecture
 from treeify.models.builders import TORCHVISION, torchvision_names
 from treeify.models.fingerprint import fingerprint
-from treeify.models.image_size import image_size, input_channels
-from treeify.models.skeleton import ParametersOnMeta
+from treeify.models.image_size import image_size, input_channels, timm_config
+from treeify.models.skeleton import build_without_weights
 
 
 def recognise(model: nn.Module) -> Architecture | None:
@@ -38,6 +38,7 @@ def recognise(model: nn.Module) -> Architecture | None:
     Returns:
         The architecture, or None where there is none.
     """
+    # A class of the user's own is not constructed: its constructor may do anything.
     origin = type(model).__module__
     if origin.startswith("timm."):
         guesses = _timm_guesses(model)
@@ -45,17 +46,18 @@ def recognise(model: nn.Module) -> Architecture | None:
         guesses = _torchvision_guesses(model)
     else:
         return None
-    wanted = fingerprint(model)
+    expected = fingerprint(model)
     with torch.random.fork_rng(devices=[]):
-        return next((found for guess in guesses if (found := _match(guess, model, wanted))), None)
+        matches = (_match(guess, model, expected) for guess in guesses)
+        return next(filter(None, matches), None)
 
 
-def _match(guess: Architecture, model: nn.Module, wanted: str) -> Architecture | None:
-    """`guess`, given whatever else `model` notes about itself, if that rebuilds `model`."""
+def _match(guess: Architecture, model: nn.Module, expected: str) -> Architecture | None:
+    """The guess, with options that the model notes about itself, if that rebuilds the model."""
     candidate = _rebuild(guess)
     if candidate is None or type(candidate) is not type(model):
         return None
-    if fingerprint(candidate) == wanted:
+    if fingerprint(candidate) == expected:
         return guess
     accepted = inspect.signature(type(model).__init__).parameters
     noted = {
@@ -69,27 +71,23 @@ def _match(guess: Architecture, model: nn.Module, wanted: str) -> Architecture |
         return None
     second = Architecture(guess.name, {**guess.kwargs, **noted})
     candidate = _rebuild(second)
-    return second if candidate is not None and fingerprint(candidate) == wanted else None
+    return second if candidate is not None and fingerprint(candidate) == expected else None
 
 
 def _rebuild(architecture: Architecture) -> nn.Module | None:
     """The model of a guess; None if its builder refuses it, as wrong guesses may."""
     try:
-        with ParametersOnMeta():
-            return architecture.build()
-    except ModelError:
-        pass
-    try:
-        return architecture.build()
+        return build_without_weights(architecture)
     except ModelError:
         return None
 
 
 def _timm_guesses(model: nn.Module) -> Iterator[Architecture]:
-    cfg = getattr(model, "pretrained_cfg", None)
-    if not isinstance(cfg, Mapping) or not timm.is_model(cfg.get("architecture") or ""):
+    """Names and arguments that timm may have built a model from, the likeliest first."""
+    config = timm_config(model)
+    if not timm.is_model(config.get("architecture") or ""):
         return
-    name, tag = cfg["architecture"], cfg.get("tag")
+    name, tag = config["architecture"], config.get("tag")
     usual = get_pretrained_cfg(name)
     if tag and (usual is None or usual.tag != tag):
         name = f"{name}.{tag}"
@@ -97,9 +95,9 @@ def _timm_guesses(model: nn.Module) -> Iterator[Architecture]:
         with contextlib.suppress(ModelError):
             yield Architecture(name, arguments)
     kwargs: dict[str, Any] = {}
-    if (classes := getattr(model, "num_classes", None)) not in (None, cfg.get("num_classes")):
+    if (classes := getattr(model, "num_classes", None)) not in (None, config.get("num_classes")):
         kwargs["num_classes"] = classes
-    usual_channels, *usual_size = cfg.get("input_size") or (3, 224, 224)
+    usual_channels, *usual_size = config.get("input_size") or (3, 224, 224)
     if (channels := input_channels(model, default=usual_channels)) != usual_channels:
         kwargs["in_chans"] = channels
     if (size := image_size(model)) not in (None, tuple(usual_size)):
@@ -111,7 +109,7 @@ def _timm_guesses(model: nn.Module) -> Iterator[Architecture]:
 
 
 def _torchvision_guesses(model: nn.Module) -> Iterator[Architecture]:
-    family = type(model).__module__
+    """The architectures of a model's class in torchvision whose sizes are nearest to its own."""
     size = sum(parameter.numel() for parameter in model.parameters())
     kwargs = {}
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
@@ -121,9 +119,9 @@ def _torchvision_guesses(model: nn.Module) -> Iterator[Architecture]:
     names = [
         name
         for name in torchvision_names()
-        if torchvision.models.get_model_builder(name).__module__ == family
+        if torchvision.models.get_model_builder(name).__module__ == type(model).__module__
     ]
-    # Siblings differ far more in size than their options make them: the nearest three will do.
+    # Variants differ far more in size than their options make them: the nearest three will do.
     for name in sorted(names, key=lambda name: abs(_documented_size(name) - size))[:3]:
         yield Architecture(TORCHVISION + name, kwargs)
 

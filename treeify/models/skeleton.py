@@ -27,18 +27,28 @@ def skeleton(architecture: Architecture) -> nn.Module:
     Raises:
         ModelError: the name is unknown or its builder refuses the arguments.
     """
+    return build_without_weights(architecture).to("meta")
+
+
+def build_without_weights(architecture: Architecture) -> nn.Module:
+    """A model whose parameters are on the meta device, unless its constructor reads them.
+
+    Raises:
+        ModelError: the name is unknown or its builder refuses the arguments.
+    """
     try:
         with ParametersOnMeta():
-            return architecture.build().to("meta")
+            return architecture.build()
     except ModelError:
-        return architecture.build().to("meta")
+        return architecture.build()
 
 
 class ParametersOnMeta(TorchFunctionMode):
-    """Builds layers without memory for their weights.
+    """While entered, layers are built without memory for their weights.
 
-    `torch.device("meta")` would do the same to the tensors some constructors compute widths and
-    rates with, and then fail to read them.
+    Layers ask `torch.empty` for them, and nothing else is put on the meta device:
+    `torch.device("meta")` would do the same to the tensors that some constructors compute widths
+    and rates with, and then fail to read.
     """
 
     def __torch_function__(

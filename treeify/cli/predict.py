@@ -20,7 +20,7 @@ from torch import Tensor
 
 from treeify.anytime.confidence import Budget, answer, thresholds_for
 from treeify.anytime.deadline import Latencies, advance_until, find
-from treeify.cli import images as image_files
+from treeify.data import preparation as image_files
 from treeify.cli import quantities
 from treeify.cli.saved import checkpoint_in, recipe_of
 from treeify.cli.watched import Watched

@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from timm.data import create_transform, resolve_data_config
 from torch.testing import assert_close
 
-from treeify.cli.images import preparation, read
+from treeify.data.preparation import preparation, read
 from treeify.data import CIFAR10, digits, image_folder
 from treeify.errors import DataError, InputError
 from treeify.training.recipe_file import dump_recipe, load_recipe

@@ -181,7 +181,7 @@ def test_photographs_follow_a_trained_model(tmp_path: Path) -> None:
     make_folders(tmp_path, {"a": 1, "b": 1}, {"a": 1, "b": 1})
     for name, mean in (("tf_efficientnet_lite0", 0.5), ("torchvision/resnet18", 0.485)):
         photos = data.image_folder(root=str(tmp_path), size=32, like=name)
-        config = data.preparation(name)
+        config = data.transform_options(name)
         assert config["mean"][0] == mean
         expected = timm.data.create_transform(input_size=32, **config)
         image = Image.open(tmp_path / "val" / "a" / "0.png")
@@ -303,7 +303,7 @@ def test_shards_are_read_by_index(tmp_path: Path) -> None:
     shards = data.webdataset(**options, classes=["even", "odd"])
     assert (len(shards.train), len(shards.held_out)) == (12, 6)
     assert labels_of(shards.held_out) == [0, 1, 0, 0, 1, 0]
-    expected = timm.data.create_transform(input_size=16, **data.preparation(None))
+    expected = timm.data.create_transform(input_size=16, **data.transform_options(None))
     for index, pixels in enumerate(pictures):
         assert torch.equal(shards.held_out[index][0], expected(Image.fromarray(pixels)))
     assert pickle.loads(pickle.dumps(shards.train))[11][1] == 1

@@ -66,7 +66,7 @@ _SHALLOWER: tuple[dict[str, Any], ...] = (
 # Blocks of one shape in a row.
 _IN_A_ROW = (4, 2, 1)
 # What Python and the libraries take before there is a model.
-_BASE_BYTES = 2**30
+BASE_BYTES = 2**30
 
 Tell = Callable[..., None]
 # What is left out, the shallower model, and its skeleton.
@@ -317,7 +317,7 @@ def estimated_bytes(model: nn.Module, leaves: int) -> int:
     else seldom. Activations are small at the sizes checked.
     """
     number = 8 if any(isinstance(own, _BatchNorm) for own in model.modules()) else 4
-    return _BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
+    return BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
 
 
 def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> HierarchicalEnsemble:

@@ -29,10 +29,19 @@ def photo(tmp_path: Path) -> Path:
     return file
 
 
+def folders_of(photo: Path) -> str:
+    """A directory with the photograph to train on and held out, of one class."""
+    root = photo.with_name("photos")
+    for part in ("train", "val"):
+        (root / part / "china").mkdir(parents=True)
+        Image.open(photo).save(root / part / "china" / "1.png")
+    return str(root)
+
+
 def of_run(shape: tuple[int, ...], *options: str) -> Preparation:
     """How images are prepared for an ensemble that was trained on some data set."""
     section = load_recipe(saved.RECIPE, [f"data.{option}" for option in options]).data
-    return preparation_for(shape, section.name, section.options)
+    return preparation_for(shape, data_set=section.name, options=section.options)
 
 
 def test_a_run_on_digits_sees_its_held_out_images(tmp_path: Path) -> None:
@@ -44,13 +53,8 @@ def test_a_run_on_digits_sees_its_held_out_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("padding", ["null", "2"])
-def test_a_run_on_a_folder_sees_its_held_out_images(
-    tmp_path: Path, photo: Path, padding: str
-) -> None:
-    for part in ("train", "val"):
-        (tmp_path / "photos" / part / "china").mkdir(parents=True)
-        Image.open(photo).save(tmp_path / "photos" / part / "china" / "1.png")
-    root = str(tmp_path / "photos")
+def test_a_run_on_a_folder_sees_its_held_out_images(photo: Path, padding: str) -> None:
+    root = folders_of(photo)
     options = ("name=image_folder", f"root={root}", "size=64", f"crop_padding={padding}")
     expected = image_folder(root=root, size=64, crop_padding=None if padding == "null" else 2)
     assert_close(read_files([photo], of_run(SHAPE, *options))[0], expected.held_out[0][0])
@@ -60,12 +64,9 @@ def test_a_run_on_a_folder_sees_its_held_out_images(
     "like", ["tf_efficientnet_lite0", "torchvision/convnext_small", "vit_base_patch16_clip_224"]
 )
 def test_a_run_on_a_folder_sees_its_images_as_the_model_it_follows_did(
-    tmp_path: Path, photo: Path, like: str
+    photo: Path, like: str
 ) -> None:
-    for part in ("train", "val"):
-        (tmp_path / "photos" / part / "china").mkdir(parents=True)
-        Image.open(photo).save(tmp_path / "photos" / part / "china" / "1.png")
-    root = str(tmp_path / "photos")
+    root = folders_of(photo)
     options = ("name=image_folder", f"root={root}", "size=64", f"like={like}")
     expected = image_folder(root=root, size=64, like=like)
     assert_close(read_files([photo], of_run(SHAPE, *options))[0], expected.held_out[0][0])

@@ -57,9 +57,14 @@ def preparation_in(
     architecture = config["architecture"] and Architecture.from_dict(config["architecture"])
     recipe = recipe_of(path)
     section = load_recipe(recipe).data if recipe else None
-    data_set = (section.name, section.options) if section else (None, None)
-    shape = tuple(config["example"])
-    return preparation_for(shape, *data_set, architecture, mean=mean, std=std)
+    return preparation_for(
+        tuple(config["example"]),
+        data_set=section and section.name,
+        options=section and section.options,
+        architecture=architecture,
+        mean=mean,
+        std=std,
+    )
 
 
 def skips_damaged(path: Path) -> bool:

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
 from treeify.data.preparation import Transform
 from treeify.errors import DataError
@@ -109,8 +108,3 @@ class Transformed(Dataset[tuple[Tensor, Any]]):
 
     def __len__(self) -> int:
         return len(self.examples)
-
-
-def transformed(examples: Any, steps: Sequence[Transform]) -> Examples:
-    """Examples whose images go through steps, if there are any."""
-    return Transformed(examples, v2.Compose(steps)) if steps else examples

@@ -184,10 +184,10 @@ class Preparation:
 
 def preparation_for(
     shape: Shape,
+    *,
     data_set: str | None = None,
     options: Mapping[str, Any] | None = None,
     architecture: Architecture | None = None,
-    *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Preparation:

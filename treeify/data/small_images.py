@@ -10,8 +10,9 @@ import torch
 from pydantic import NonNegativeInt, PositiveInt
 from torch.utils.data import TensorDataset
 from torchvision import datasets
+from torchvision.transforms import v2
 
-from treeify.data.data_set import Data, in_parts, register, transformed
+from treeify.data.data_set import Data, Transformed, in_parts, register
 from treeify.data.preparation import (
     CIFAR10,
     CIFAR100,
@@ -66,9 +67,10 @@ def digits(
     train_indices, held_out_indices = train_test_split(
         range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=split_seed
     )
-    augment = augmentation(size, crop_padding, flip, fill=images.min().item())
+    crop = augmentation(size, crop_padding, flip, fill=images.min().item())
+    augment = v2.Compose([v2.Identity(), *crop])
     return Data(
-        transformed(TensorDataset(images[train_indices], labels[train_indices]), augment),
+        Transformed(TensorDataset(images[train_indices], labels[train_indices]), augment),
         TensorDataset(images[held_out_indices], labels[held_out_indices]),
         tuple(map(str, bunch.target_names)),
         f"{held_out:,} of {len(labels):,} images held out, stratified by class, "

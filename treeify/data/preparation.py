@@ -139,10 +139,10 @@ def transform_options(like: str | None) -> dict[str, Any]:
 
 def _timm_options(name: str) -> dict[str, Any] | None:
     """What timm notes for a model's trained weights; None if it knows no such model."""
-    noted = timm.get_pretrained_cfg(name.removeprefix(TIMM))
-    if noted is None:
+    weights = timm.get_pretrained_cfg(name.removeprefix(TIMM))
+    if weights is None:
         return None
-    config: dict[str, Any] = resolve_data_config(pretrained_cfg=asdict(noted))  # type: ignore[no-untyped-call]
+    config: dict[str, Any] = resolve_data_config(pretrained_cfg=asdict(weights))  # type: ignore[no-untyped-call]
     return {key: config[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
 
 

@@ -55,8 +55,8 @@ def resized(architecture: Architecture, model: nn.Module, size: int) -> Architec
     Returns:
         The same architecture, unless the model is built for one size: then with that argument set.
     """
-    channels, *usual = example_shape(model, architecture)
-    if usual == [size, size]:
+    channels, *default_size = example_shape(model, architecture)
+    if default_size == [size, size]:
         return architecture
     if image_size(model) is None and (
         not _has_fixed_size(model) or _takes(architecture, (channels, size, size))

@@ -60,18 +60,18 @@ def _match(guess: Architecture, model: nn.Module, expected: str) -> Architecture
     if fingerprint(candidate) == expected:
         return guess
     accepted = inspect.signature(type(model).__init__).parameters
-    noted = {
+    options = {
         key: value
         for key, value in vars(model).items()
         if key in accepted
         and isinstance(value, bool | int | float | str)
         and vars(candidate).get(key) != value
     }
-    if not noted.keys() - guess.kwargs.keys():
+    if not options.keys() - guess.kwargs.keys():
         return None
-    second = Architecture(guess.name, {**guess.kwargs, **noted})
-    candidate = _rebuild(second)
-    return second if candidate is not None and fingerprint(candidate) == expected else None
+    completed = Architecture(guess.name, {**guess.kwargs, **options})
+    candidate = _rebuild(completed)
+    return completed if candidate is not None and fingerprint(candidate) == expected else None
 
 
 def _rebuild(architecture: Architecture) -> nn.Module | None:
@@ -88,19 +88,19 @@ def _timm_guesses(model: nn.Module) -> Iterator[Architecture]:
     if not timm.is_model(config.get("architecture") or ""):
         return
     name, tag = config["architecture"], config.get("tag")
-    usual = get_pretrained_cfg(name)
-    if tag and (usual is None or usual.tag != tag):
+    default = get_pretrained_cfg(name)
+    if tag and (default is None or default.tag != tag):
         name = f"{name}.{tag}"
-    if arguments := getattr(model, "_model_args", None):  # timm 1.0.31 keeps what it was given
+    if arguments := getattr(model, "_model_args", None):  # timm 1.0.31 keeps the arguments
         with contextlib.suppress(ModelError):
             yield Architecture(name, arguments)
     kwargs: dict[str, Any] = {}
     if (classes := getattr(model, "num_classes", None)) not in (None, config.get("num_classes")):
         kwargs["num_classes"] = classes
-    usual_channels, *usual_size = config.get("input_size") or (3, 224, 224)
-    if (channels := input_channels(model, default=usual_channels)) != usual_channels:
+    default_channels, *default_size = config.get("input_size") or (3, 224, 224)
+    if (channels := input_channels(model, default=default_channels)) != default_channels:
         kwargs["in_chans"] = channels
-    if (size := image_size(model)) not in (None, tuple(usual_size)):
+    if (size := image_size(model)) not in (None, tuple(default_size)):
         kwargs["img_size"] = size
     yield Architecture(name, kwargs)
     for module in model.modules():

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from treeify import files
-from treeify.models.architecture import family, library_names
+from treeify.models.builders import family, library_names
 from treeify.parity import results
 from treeify.parity.results import FULL, META, REDUCED, Row
 from treeify.parity.sweep import Settings

@@ -25,8 +25,8 @@ import torch
 from PIL import Image
 
 from treeify import losses
-from treeify.data.small import CIFAR100
-from treeify.data.source import Data, Transformed, augmentation, prepare
+from treeify.data.data_set import Data, Transformed
+from treeify.data.preparation import CIFAR100, augmentation, prepare
 from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.loaders import Batch, Order, training_loader
 from treeify.training.recipe import Recipe

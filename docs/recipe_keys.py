@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treeify import losses
-from treeify.data import source
+from treeify.data import SOURCES
 from treeify.training.recipe import Recipe, Section, section_in
 
 PAGE = Path(__file__).with_name("recipes.md")
@@ -67,7 +67,7 @@ def updated(page: str) -> str:
     before, _, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     after, _, _ = after.partition(OPTIONS)
-    functions = (*options("data set", source.SOURCES), *options("loss", losses.LOSSES))
+    functions = (*options("data set", SOURCES), *options("loss", losses.LOSSES))
     return "".join((before, BEGIN, *tables(Recipe), end, after, OPTIONS, *functions))
 
 

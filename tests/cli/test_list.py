@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from runner import run
 
-from treeify.models.architecture import library_names
+from treeify.models.builders import library_names
 from treeify.parity import results
 from treeify.parity.results import Row
 

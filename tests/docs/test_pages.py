@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from treeify.models.architecture import library_names
+from treeify.models.builders import library_names
 from treeify.parity import results
 
 ROOT = Path(__file__).parents[2]

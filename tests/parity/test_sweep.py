@@ -19,7 +19,8 @@ from torch import nn
 
 import treeify
 from treeify.errors import InputError, ModelError, ParityError
-from treeify.models.architecture import Architecture, check_names, family, library_names
+from treeify.models.architecture import Architecture
+from treeify.models.builders import check_names, family, library_names
 from treeify.parity import results
 from treeify.parity.results import Coverage, Row
 from treeify.parity.sweep import Settings, shard, sweep, todo

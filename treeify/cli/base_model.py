@@ -9,7 +9,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from treeify.models.architecture import Architecture, example_shape, recognise, resized
+from treeify.models.architecture import Architecture
+from treeify.models.image_size import example_shape, resized
+from treeify.models.recognise import recognise
 
 Name = Annotated[
     str,

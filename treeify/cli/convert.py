@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,7 +177,7 @@ def _as_json(
 ) -> dict[str, Any]:
     conversion = hne.conversion
     return {
-        "model": base.architecture.to_dict(),
+        "model": asdict(base.architecture),
         "input": list(hne.example),
         "splits": [
             {

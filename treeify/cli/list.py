@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify.cli import quantities
-from treeify.models.architecture import TIMM, family, library_names
+from treeify.models.builders import TIMM, family, library_names
 from treeify.parity import results
 from treeify.parity.results import Row
 

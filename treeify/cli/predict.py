@@ -20,12 +20,12 @@ from torch import Tensor
 
 from treeify.anytime.confidence import Budget, answer, thresholds_for
 from treeify.anytime.deadline import Latencies, advance_until, find
-from treeify.cli import images as image_files
 from treeify.cli import quantities
-from treeify.cli.saved import checkpoint_in, recipe_of
+from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.cli.watched import Watched
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.data.preparation import Preparation, read_files
 from treeify.engine.plan import Situation
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.training.distributed import resolve_device
@@ -101,9 +101,9 @@ def predict(
     statistics = _statistics(mean, std)
     path = checkpoint_in(directory)
     console = Console(quiet=as_json)
-    preparation = image_files.preparation(path, checkpoint.read_config(path), *statistics)
+    preparation = preparation_in(path, *statistics)
     with console.status("reading"):
-        batch = image_files.read(images, preparation)
+        batch = read_files(images, preparation)
         names = None if labels is None else _read_labels(labels)
         hne = checkpoint.load(path).to(resolve_device(device))
     like = next(hne.parameters())
@@ -423,9 +423,7 @@ class _Display:
         return self.labels[index] if self.labels else str(index)
 
 
-def _as_json(
-    call: _Call, display: _Display, preparation: image_files.Preparation
-) -> dict[str, Any]:
+def _as_json(call: _Call, display: _Display, preparation: Preparation) -> dict[str, Any]:
     limit, watched = call.limit, call.watched
     return {
         "ensemble": str(call.path),

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from treeify.conversion import checkpoint
+from treeify.data.preparation import Preparation, preparation_for
 from treeify.errors import RecipeError
+from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_recipe, load_recipe
 from treeify.training.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, measured
@@ -36,6 +38,33 @@ def recipe_of(path: Path) -> Path | None:
     recipe = run / RECIPE
     known = state.parent.name == STATES or state.name in CHECKPOINTS
     return recipe if known and recipe.is_file() else None
+
+
+def preparation_in(
+    path: Path, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+) -> Preparation:
+    """What images go through before a checkpoint's ensemble sees them.
+
+    Args:
+        path: the checkpoint.
+        mean: of each channel, or of all, instead of the known one.
+        std: of each channel, or of all; to be set together with the mean.
+
+    Raises:
+        InputError: the ensemble takes no images, or the numbers do not fit its channels.
+    """
+    config = checkpoint.read_config(path)
+    architecture = config["architecture"] and Architecture.from_dict(config["architecture"])
+    recipe = recipe_of(path)
+    section = load_recipe(recipe).data if recipe else None
+    return preparation_for(
+        tuple(config["example"]),
+        data_set=section and section.name,
+        options=section and section.options,
+        architecture=architecture,
+        mean=mean,
+        std=std,
+    )
 
 
 def skips_damaged(path: Path) -> bool:

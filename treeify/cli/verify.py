@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from treeify.cli import quantities
 from treeify.conversion.splits import listed
 from treeify.errors import InputError
-from treeify.models.architecture import TIMM, check_names, library_names
+from treeify.models.builders import TIMM, check_names, library_names
 from treeify.parity import results
 from treeify.parity.results import META, Row
 from treeify.parity.sweep import Settings, shard, sweep, todo

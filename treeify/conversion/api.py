@@ -16,7 +16,10 @@ from treeify.conversion.initialize import PERTURBATION, Initialization, branch_s
 from treeify.conversion.splits import Splits, choose, listed, parse
 from treeify.engine.packed_tensors import named_tensors
 from treeify.errors import InputError, ModelError
-from treeify.models.architecture import Architecture, example_shape, fingerprint, recognise
+from treeify.models.architecture import Architecture
+from treeify.models.fingerprint import fingerprint
+from treeify.models.image_size import example_shape
+from treeify.models.recognise import recognise
 from treeify.rules import leaf_types
 from treeify.tracing.model_copy import hooks_of
 from treeify.tracing.trace import Traced, plain_tensors, trace

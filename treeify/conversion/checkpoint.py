@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from treeify.conversion.splits import choose
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors, set_memory_format
 from treeify.engine.plan import AUTO, TUNING
 from treeify.errors import CheckpointError, TreeifyError
-from treeify.models.architecture import Architecture, fingerprint, recognise
+from treeify.models.architecture import Architecture
+from treeify.models.fingerprint import fingerprint
+from treeify.models.recognise import recognise
 from treeify.tracing.trace import plain_tensors
 from treeify.versions import MODEL_LIBRARIES, versions_of
 
@@ -235,7 +238,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "format": FORMAT,
         "treeify": version("treeify"),
         "versions": versions_of(*MODEL_LIBRARIES),
-        "architecture": None if architecture is None else architecture.to_dict(),
+        "architecture": None if architecture is None else asdict(architecture),
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),

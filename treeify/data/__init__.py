@@ -9,27 +9,20 @@ and sets its options. Adding one:
 or name it in the recipe as `package.module:my_images`.
 """
 
-from treeify.data.photographs import image_folder, preparation, timm_dataset
-from treeify.data.shards import webdataset
-from treeify.data.small import (
+from treeify.data.data_set import SOURCES, Data, Examples, UnreadableImageError, register
+from treeify.data.image_folders import image_folder
+from treeify.data.preparation import (
     CIFAR10,
     CIFAR100,
     DIGITS,
     FASHION_MNIST,
-    cifar10,
-    cifar100,
-    digits,
-    fashion_mnist,
-)
-from treeify.data.source import (
     IMAGENET,
-    SOURCES,
-    Data,
-    Examples,
     Statistics,
-    UnreadableImageError,
-    register,
+    transform_options,
 )
+from treeify.data.small_images import cifar10, cifar100, digits, fashion_mnist
+from treeify.data.timm_datasets import timm_dataset
+from treeify.data.webdataset_shards import webdataset
 
 __all__ = [
     "CIFAR10",
@@ -47,8 +40,8 @@ __all__ = [
     "digits",
     "fashion_mnist",
     "image_folder",
-    "preparation",
     "register",
     "timm_dataset",
+    "transform_options",
     "webdataset",
 ]

@@ -76,6 +76,7 @@ class CifarResNet(nn.Module):
         layers: Sequence[int] = DEPTH_50,
         strides: Sequence[int] = STRIDES,
     ) -> None:
+        """Build the layers, initialised."""
         super().__init__()
         _check_blocks(layers, strides)
         first, second = (_scaled(channels, width) for channels in STEM_CHANNELS)
@@ -101,20 +102,14 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def cifar_resnet50(
-    num_classes: int = 100,
-    width: float = 1.0,
-    layers: Sequence[int] = DEPTH_50,
-    strides: Sequence[int] = STRIDES,
-) -> CifarResNet:
-    """The base model of the paper's HNE, with `width=0.5` of its HNE_small: see `CifarResNet`."""
-    return CifarResNet(num_classes, width, layers, strides)
+# The name that recipes and saved ensembles hold.
+cifar_resnet50 = CifarResNet
 
 
 def _block(inputs: int, outputs: int, layers: int, stride: int) -> nn.Sequential:
     first = Bottleneck(inputs, outputs, stride=stride, shortcut=True)
-    rest = (Bottleneck(outputs, outputs, stride=1, shortcut=False) for _ in range(layers - 1))
-    return nn.Sequential(first, *rest)
+    others = (Bottleneck(outputs, outputs, stride=1, shortcut=False) for _ in range(layers - 1))
+    return nn.Sequential(first, *others)
 
 
 def _check_blocks(layers: Sequence[int], strides: Sequence[int]) -> None:

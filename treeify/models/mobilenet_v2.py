@@ -47,6 +47,7 @@ class MobileNetV2(nn.Module):
         layers: Sequence[int] = LAYERS,
         strides: Sequence[int] = STRIDES,
     ) -> None:
+        """Build the layers, initialised."""
         super().__init__()
         _check_blocks("layers", layers, "integers of at least 1", min(layers, default=0) >= 1)
         _check_blocks("strides", strides, "strides of 1 or 2", set(strides) <= {1, 2})
@@ -74,20 +75,14 @@ class MobileNetV2(nn.Module):
         return logits
 
 
-def mobilenetv2_hne(
-    num_classes: int = 1000,
-    width: float = 1.0,
-    layers: Sequence[int] = LAYERS,
-    strides: Sequence[int] = STRIDES,
-) -> MobileNetV2:
-    """The base model of the paper's ImageNet HNE: see `MobileNetV2`."""
-    return MobileNetV2(num_classes, width, layers, strides)
+# The name that recipes and saved ensembles hold.
+mobilenetv2_hne = MobileNetV2
 
 
 def _block(inputs: int, outputs: int, layers: int, stride: int) -> nn.Sequential:
     first = InvertedResidual(inputs, outputs, stride, EXPANSION)
-    rest = (InvertedResidual(outputs, outputs, 1, EXPANSION) for _ in range(layers - 1))
-    return nn.Sequential(first, *rest)
+    others = (InvertedResidual(outputs, outputs, 1, EXPANSION) for _ in range(layers - 1))
+    return nn.Sequential(first, *others)
 
 
 def _initialize(module: nn.Module) -> None:

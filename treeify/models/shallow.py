@@ -7,7 +7,8 @@ import re
 import torch
 from torch import nn
 
-from treeify.models.architecture import Architecture, ParametersOnMeta
+from treeify.models.architecture import Architecture
+from treeify.models.skeleton import ParametersOnMeta
 
 # A module's class, and its parameters' names and shapes.
 _Shape = tuple[type[nn.Module], tuple[tuple[str, torch.Size], ...]]
@@ -25,10 +26,9 @@ def cut(architecture: Architecture, blocks: int) -> Architecture:
 def build(model: str, blocks: int, **options: object) -> nn.Module:
     """A model in which at most some blocks of one shape follow one another.
 
-    Where a sequence or list of modules holds more in a row that are of one class and have
-    parameters of the same shapes, those after the first are left out; so are further turns of
-    blocks that take turns. The full model's weights never take memory; what is left is initialised
-    by its layers.
+    Where more modules in a row are of one class and have parameters of the same shapes, those after
+    the first are left out; so are further turns of blocks that take turns. The full model's weights
+    never take memory: what is left is initialised by its layers.
 
     Args:
         model: as `Architecture` takes it.
@@ -62,37 +62,43 @@ def _is_sequence(module: nn.Module) -> bool:
 
 
 def _leave_out(sequence: nn.Module, blocks: int) -> None:
+    """Remove the blocks of a sequence that repeat those before them too often."""
     names = [name for name, _ in sequence.named_children()]
     shapes = [_shape(child) for child in sequence.children()]
-    for position in reversed(_spare(shapes, blocks)):
+    for position in reversed(_repeats(shapes, blocks)):
         if isinstance(sequence, nn.ModuleList):
             del sequence[position]  # numbers those that follow anew
         else:
             delattr(sequence, names[position])
 
 
-def _spare(shapes: list[_Shape], times: int) -> list[int]:
-    """Where there is what has come so many times in a row before, be it one block or some."""
-    left = list(range(len(shapes)))
+def _repeats(shapes: list[_Shape], times: int) -> list[int]:
+    """Positions that repeat what comes `times` times in a row before them.
+
+    What repeats may be one block or several that take turns.
+    """
+    remaining = list(range(len(shapes)))
     for period in range(1, len(shapes)):
         start = 0
-        while (end := start + period * (times + 1)) <= len(left):
-            run = [shapes[position] for position in left[start:end]]
+        while (end := start + period * (times + 1)) <= len(remaining):
+            run = [shapes[position] for position in remaining[start:end]]
             # What has no weights may be a pooling, on which what follows depends.
             if run == run[:period] * (times + 1) and all(weights for _, weights in run):
-                del left[end - period : end]
+                del remaining[end - period : end]
             else:
                 start += 1
-    return sorted(set(range(len(shapes))) - set(left))
+    return sorted(set(range(len(shapes))) - set(remaining))
 
 
 def _shape(module: nn.Module) -> _Shape:
-    """What blocks of one shape have in common; nothing to leave out where there are no weights."""
-    return type(module), tuple((name, own.shape) for name, own in module.named_parameters())
+    """What blocks of one shape have in common."""
+    parameters = tuple((name, parameter.shape) for name, parameter in module.named_parameters())
+    return type(module), parameters
 
 
 def _meta_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {key: own for key, own in module.named_buffers(recurse=False) if own.is_meta}
+    buffers = module.named_buffers(recurse=False)
+    return {name: buffer for name, buffer in buffers if buffer.is_meta}
 
 
 def _computes_buffers(module: nn.Module) -> bool:
@@ -103,22 +109,27 @@ def _computes_buffers(module: nn.Module) -> bool:
 
 
 def _materialize(model: nn.Module) -> None:
-    """Give what is on the meta device memory and values: its layer's own, or small noise."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    """Give memory and values to what is on the meta device.
+
+    Layers initialise their own parameters; those that no layer initialises get small noise.
+    """
+    # By parameter, so that shared ones stay shared.
+    replacements: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
-        missing = [(key, own) for key, own in module.named_parameters(recurse=False) if own.is_meta]
-        for key, own in missing:
-            if own not in made:
-                values = torch.empty(own.shape, dtype=own.dtype).normal_(0, 0.02)
-                made[own] = nn.Parameter(values, own.requires_grad)
-            module.register_parameter(key, made[own])
+        parameters = list(module.named_parameters(recurse=False))
+        missing = [(name, parameter) for name, parameter in parameters if parameter.is_meta]
+        for name, parameter in missing:
+            if parameter not in replacements:
+                noise = torch.empty(parameter.shape, dtype=parameter.dtype).normal_(0, 0.02)
+                replacements[parameter] = nn.Parameter(noise, parameter.requires_grad)
+            module.register_parameter(name, replacements[parameter])
         reset = getattr(module, "reset_parameters", None)
         if missing and callable(reset):
             reset()
-    if any(own.is_meta for own in model.parameters()):
+    if any(parameter.is_meta for parameter in model.parameters()):
         return  # a skeleton is being built: under its mode nothing took memory
     for module in model.modules():
         if buffers := _meta_buffers(module):
-            for key, buffer in buffers.items():
-                setattr(module, key, torch.empty_like(buffer, device="cpu"))
+            for name, buffer in buffers.items():
+                setattr(module, name, torch.empty_like(buffer, device="cpu"))
             getattr(module, _COMPUTE_BUFFERS)()

@@ -28,7 +28,10 @@ from treeify.conversion.splits import choose, inner_point, listed, parse
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import ModelError, ParityError, SplitError
 from treeify.models import shallow
-from treeify.models.architecture import Architecture, example_shape, family, resized, skeleton
+from treeify.models.architecture import Architecture
+from treeify.models.builders import family
+from treeify.models.image_size import example_shape, resized
+from treeify.models.skeleton import skeleton
 from treeify.parity.deterministic import held
 from treeify.parity.results import FULL, META, REDUCED
 from treeify.parity.verify import (
@@ -63,7 +66,7 @@ _SHALLOWER: tuple[dict[str, Any], ...] = (
 # Blocks of one shape in a row.
 _IN_A_ROW = (4, 2, 1)
 # What Python and the libraries take before there is a model.
-_BASE_BYTES = 2**30
+BASE_BYTES = 2**30
 
 Tell = Callable[..., None]
 # What is left out, the shallower model, and its skeleton.
@@ -314,7 +317,7 @@ def estimated_bytes(model: nn.Module, leaves: int) -> int:
     else seldom. Activations are small at the sizes checked.
     """
     number = 8 if any(isinstance(own, _BatchNorm) for own in model.modules()) else 4
-    return _BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
+    return BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
 
 
 def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> HierarchicalEnsemble:

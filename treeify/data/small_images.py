@@ -12,23 +12,19 @@ from torch.utils.data import TensorDataset
 from torchvision import datasets
 from torchvision.transforms import v2
 
-from treeify.data.source import (
-    Data,
+from treeify.data.data_set import Data, Transformed, in_parts, register
+from treeify.data.preparation import (
+    CIFAR10,
+    CIFAR100,
+    DIGITS,
+    FASHION_MNIST,
     Statistics,
     Transform,
     augmentation,
-    in_parts,
     prepare,
-    register,
-    transformed,
+    stretch,
 )
 from treeify.errors import DataError
-
-# Mean and standard deviation of the training images' channels, pixels in [0, 1].
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100 = ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
-FASHION_MNIST = ((0.2860,) * 3, (0.3530,) * 3)
-DIGITS = ((0.3053,) * 3, (0.3759,) * 3)
 
 
 @register("digits")
@@ -46,7 +42,7 @@ def digits(
         size: height and width in pixels; the scans are 8 x 8 and resized bilinearly.
         crop_padding: pixels of black border that random training crops may reach into.
         flip: mirror half of the training images.
-        held_out: number of held-out images, the same share of each class.
+        held_out: number of held-out images, the same fraction of each class.
         split_seed: scikit-learn's `random_state` for the split.
 
     Returns:
@@ -66,15 +62,16 @@ def digits(
             expected=f"at least {len(bunch.target_names)} images on both sides of the split",
         )
     pixels = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    images = prepare(DIGITS, v2.Resize([size, size], antialias=True))(pixels)
+    images = prepare(DIGITS, stretch((3, size, size)))(pixels)
     labels = torch.from_numpy(bunch.target)
-    train, rest = train_test_split(
+    train_indices, held_out_indices = train_test_split(
         range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=split_seed
     )
-    augment = augmentation(size, crop_padding, flip, fill=images.min().item())
+    crop = augmentation(size, crop_padding, flip, fill=images.min().item())
+    augment = v2.Compose([v2.Identity(), *crop])
     return Data(
-        transformed(TensorDataset(images[train], labels[train]), augment),
-        TensorDataset(images[rest], labels[rest]),
+        Transformed(TensorDataset(images[train_indices], labels[train_indices]), augment),
+        TensorDataset(images[held_out_indices], labels[held_out_indices]),
         tuple(map(str, bunch.target_names)),
         f"{held_out:,} of {len(labels):,} images held out, stratified by class, "
         f"random_state={split_seed}",
@@ -166,6 +163,7 @@ def _from_torchvision(
     statistics: Statistics,
     augment: Sequence[Transform],
 ) -> Data:
+    """A data set of torchvision's that comes in a training part and a test part."""
     try:
         train, held_out = (kind(root, train=train, download=download) for train in (True, False))
     except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError for missing files

@@ -1,4 +1,4 @@
-"""Images inside tar files, read by their place in the file: nothing is kept open or unpacked."""
+"""Images inside tar files, read by their place in the file: nothing stays open or is unpacked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from treeify.data.source import UnreadableImageError
+from treeify.data.data_set import UnreadableImageError
 from treeify.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
@@ -67,25 +67,20 @@ def folders_in(path: Path) -> tuple[TarImages, tuple[str, ...]]:
     """
     try:
         with tarfile.open(path) as tar:
-            members = [own for own in tar if own.isfile() and _extension(own.name) in IMAGES]
+            members = [info for info in tar if info.isfile() and _extension(info.name) in IMAGES]
     except (OSError, tarfile.TarError) as error:
         raise DataError(f"{str(path)!r} is damaged.", found=str(error)) from error
-    members.sort(key=lambda own: natural_key(own.name))  # type: ignore[no-untyped-call]
-    classes = tuple(sorted({Path(own.name).parent.name for own in members}, key=natural_key))
+    members.sort(key=lambda member: natural_key(member.name))  # type: ignore[no-untyped-call]
+    labels = [Path(member.name).parent.name for member in members]
+    classes = tuple(sorted(set(labels), key=natural_key))
     if not classes or "" in classes:
         raise DataError(
             f"{str(path)!r} has no folder per class with images in it.",
             expected=f"members such as 'cat/1.jpg', of {', '.join(IMAGES)}",
         )
     entries = [
-        Entry(
-            str(path),
-            own.name,
-            own.offset_data,
-            own.size,
-            classes.index(Path(own.name).parent.name),
-        )
-        for own in members
+        Entry(str(path), member.name, member.offset_data, member.size, classes.index(label))
+        for member, label in zip(members, labels, strict=True)
     ]
     return TarImages(entries), classes
 

@@ -9,9 +9,9 @@ from glob import glob
 
 from pydantic import PositiveInt
 
-from treeify.data.photographs import transforms
-from treeify.data.source import Data, in_parts, register
-from treeify.data.tars import IMAGES, Entry, TarImages
+from treeify.data.data_set import Data, in_parts, register
+from treeify.data.preparation import timm_transforms
+from treeify.data.tar_images import IMAGES, Entry, TarImages
 from treeify.errors import DataError
 from treeify.registry import Fraction
 
@@ -53,7 +53,7 @@ def webdataset(
     """
     names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
     first, second = (TarImages(_entries(pattern, len(names))) for pattern in (train, held_out))
-    crop, fit = transforms(size, like, flip, auto_augment, random_erasing)
+    crop, fit = timm_transforms(size, like, flip, auto_augment, random_erasing)
     return in_parts(first, second, crop, fit, names, f"images of {held_out}")
 
 
@@ -70,16 +70,17 @@ def _entries(pattern: str, classes: int) -> list[Entry]:
 
 def expanded(pattern: str) -> list[str]:
     """`a-{08..10}.tar` as three names."""
-    found = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if found is None:
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if braces is None:
         return [pattern]
-    begin, end = found.groups()
-    numbers = range(int(begin), int(end) + 1)
-    head, tail = pattern[: found.start()], pattern[found.end() :]
-    return [name for own in numbers for name in expanded(f"{head}{own:0{len(begin)}d}{tail}")]
+    begin, end = braces.groups()
+    head, tail = pattern[: braces.start()], pattern[braces.end() :]
+    numbers = (f"{number:0{len(begin)}d}" for number in range(int(begin), int(end) + 1))
+    return [name for number in numbers for name in expanded(head + number + tail)]
 
 
 def _index(path: str, classes: int) -> list[Entry]:
+    """Every image of one shard and its class, by the key that the two members of a sample share."""
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     problems: dict[str, list[str]] = defaultdict(list)
@@ -104,10 +105,13 @@ def _index(path: str, classes: int) -> list[Entry]:
         elif not 0 <= labels[key] < classes:
             problems[f"class {labels[key]}, of {classes}"].append(key)
     if problems:
-        found = "; ".join(f"{what}: {', '.join(keys[:3])}" for what, keys in problems.items())
+        examples = (f"{problem}: {', '.join(keys[:3])}" for problem, keys in problems.items())
         raise DataError(
             f"shard {path!r} has samples that cannot be used.",
             expected=f"an image and a .{_LABEL} for every key",
-            found=found,
+            found="; ".join(examples),
         )
-    return [Entry(path, key, own.offset_data, own.size, labels[key]) for key, own in images.items()]
+    return [
+        Entry(path, key, member.offset_data, member.size, labels[key])
+        for key, member in images.items()
+    ]

@@ -1,29 +1,23 @@
-"""What a data set is, and the registry of those known by name."""
+"""What a data set is, and the registry that finds one by name."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
+from treeify.data.preparation import Transform
 from treeify.errors import DataError
 from treeify.registry import Registry
 
-Transform = Callable[[Any], Any]
 Examples = Dataset[Any]
-Statistics = tuple[Sequence[float], Sequence[float]]
 
 SOURCES = Registry("data set")
 register = SOURCES.register
-
-# Mean and standard deviation of ImageNet's training images by channel, pixels in [0, 1].
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class UnreadableImageError(DataError):
@@ -114,29 +108,3 @@ class Transformed(Dataset[tuple[Tensor, Any]]):
 
     def __len__(self) -> int:
         return len(self.examples)
-
-
-def transformed(examples: Any, steps: Sequence[Transform]) -> Examples:
-    """Examples whose images go through steps, if there are any."""
-    return Transformed(examples, v2.Compose(steps)) if steps else examples
-
-
-def prepare(statistics: Statistics, *steps: Transform) -> v2.Compose:
-    """From images through `steps` to normalised floats [..., 3, H, W]."""
-    mean, std = statistics
-    return v2.Compose(
-        [
-            v2.ToImage(),
-            v2.RGB(),
-            *steps,
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
-            v2.ToPureTensor(),
-        ]
-    )
-
-
-def augmentation(size: int, crop_padding: int, flip: bool, fill: float = 0.0) -> list[Transform]:
-    """Random crops reaching into a border, and mirror images."""
-    crop = [v2.RandomCrop(size, padding=crop_padding, fill=fill)] if crop_padding else []
-    return [*crop, *([v2.RandomHorizontalFlip()] if flip else [])]

@@ -1,0 +1,80 @@
+"""Folders of images: classes, sizes and damaged files."""
+
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from pictures import images_of, labels_of, make_folders
+from PIL import Image
+
+from treeify import data
+from treeify.errors import DataError
+from treeify.training.loaders import Order, training_loader
+
+
+def test_image_folder_reads_sizes_and_classes(tmp_path: Path) -> None:
+    root = make_folders(tmp_path, {"cat": 3, "dog": 2}, {"cat": 1, "dog": 2})
+    folder = data.image_folder(root=str(root), size=16)
+    assert folder.classes == ("cat", "dog")
+    assert images_of(folder.train).shape == (5, 3, 16, 16)
+    assert images_of(folder.held_out).shape == (3, 3, 16, 16)
+    assert labels_of(folder.held_out) == [0, 1, 1]
+    padded = data.image_folder(root=str(root), size=16, crop_padding=2)
+    assert images_of(padded.train).shape == (5, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "match"),
+    [
+        ({}, {}, "no images"),
+        ({"cat": 1}, {}, "no images.*val"),
+        ({"cat": 1, "dog": 0}, {"cat": 1, "dog": 1}, "no images.*train"),
+        ({"cat": 1, "dog": 1}, {"cat": 1, "bird": 1}, r"only in train: \['dog'\].*\['bird'\]"),
+    ],
+)
+def test_image_folders_that_do_not_fit_are_refused(
+    tmp_path: Path, train: dict, val: dict, match: str
+) -> None:
+    root = make_folders(tmp_path, train, val)
+    with pytest.raises(DataError, match=f"(?s){match}"):
+        data.image_folder(root=str(root))
+
+
+def test_a_damaged_image_is_named(tmp_path: Path) -> None:
+    root = make_folders(tmp_path, {"cat": 1}, {"cat": 1})
+    (root / "val" / "cat" / "0.png").write_bytes(b"no image")
+    folder = data.image_folder(root=str(root), size=16)
+    with pytest.raises(DataError, match=re.escape("0.png")):
+        folder.held_out[0]
+
+
+def test_photographs_follow_a_trained_model(tmp_path: Path) -> None:
+    make_folders(tmp_path, {"a": 1, "b": 1}, {"a": 1, "b": 1})
+    for name, mean in (("tf_efficientnet_lite0", 0.5), ("torchvision/resnet18", 0.485)):
+        photos = data.image_folder(root=str(tmp_path), size=32, like=name)
+        config = data.transform_options(name)
+        assert config["mean"][0] == mean
+        expected = timm.data.create_transform(input_size=32, **config)
+        image = Image.open(tmp_path / "val" / "a" / "0.png")
+        assert torch.equal(photos.held_out[0][0], expected(image))
+        assert photos.train[0][0].shape == (3, 32, 32)
+    with pytest.raises(DataError, match="nothing is known"):
+        data.image_folder(root=str(tmp_path), like="no_such_model")
+    with pytest.raises(DataError, match="no room"):
+        data.image_folder(root=str(tmp_path), like="resnet18", crop_padding=1)
+
+
+def test_augmentations_of_timm_are_drawn_anew(tmp_path: Path) -> None:
+    make_folders(tmp_path, {"a": 1, "b": 1}, {"a": 1, "b": 1})
+    photos = data.image_folder(
+        root=str(tmp_path), size=32, auto_augment="rand-m9-mstd0.5", random_erasing=1.0
+    )
+    first, second = photos.train[0][0], photos.train[0][0]
+    assert not torch.equal(first, second)
+    order = Order(2, 2, 0)
+    (one,), (two,) = list(training_loader(photos, order)), list(training_loader(photos, order))
+    assert torch.equal(one.images, two.images)
+    with pytest.raises(DataError, match="no policy"):
+        data.image_folder(root=str(tmp_path), auto_augment="no-such-policy")

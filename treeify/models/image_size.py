@@ -1,0 +1,118 @@
+"""The size of the images that a base model is fed, and how to build it for another."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from treeify.models.architecture import Architecture
+from treeify.models.builders import TORCHVISION
+from treeify.models.skeleton import skeleton
+
+_IMAGE_SIZE = "img_size"  # what timm calls it, as an argument and in modules
+
+
+def example_shape(model: nn.Module, architecture: Architecture | None = None) -> tuple[int, ...]:
+    """The image a model is usually fed.
+
+    The channels are those of the first layer if it is a convolution; the size is, in this order,
+    what the model says it was built for (`img_size` or `image_size`), what its builder was asked
+    for, what timm notes as its input size, 299 for torchvision's `inception_v3`, and 224. A model
+    that takes another size needs an example input of the caller's.
+
+    Args:
+        model: the base model.
+        architecture: its architecture, where known.
+
+    Returns:
+        The shape `(C, H, W)`.
+    """
+    timm_shape = timm_config(model).get("input_size")
+    argument = None if architecture is None else _sides(architecture.kwargs.get(_IMAGE_SIZE))
+    if sides := image_size(model) or argument:
+        size = sides
+    elif timm_shape:
+        size = tuple(timm_shape[1:])
+    elif architecture is not None and architecture.name == "torchvision/inception_v3":
+        size = (299, 299)
+    else:
+        size = (224, 224)
+    return (input_channels(model, default=timm_shape[0] if timm_shape else 3), *size)
+
+
+def resized(architecture: Architecture, model: nn.Module, size: int) -> Architecture:
+    """The architecture for square images of another size.
+
+    Args:
+        architecture: how to build `model`.
+        model: the base model.
+        size: height and width of the images.
+
+    Returns:
+        The same architecture, unless the model is built for one size: then with that argument set.
+    """
+    channels, *default_size = example_shape(model, architecture)
+    if default_size == [size, size]:
+        return architecture
+    if image_size(model) is None and (
+        not _has_fixed_size(model) or _takes(architecture, (channels, size, size))
+    ):
+        return architecture
+    key = "image_size" if architecture.name.startswith(TORCHVISION) else _IMAGE_SIZE
+    return Architecture(architecture.name, {**architecture.kwargs, key: size})
+
+
+def _has_fixed_size(model: nn.Module) -> bool:
+    """Whether timm says that a model takes one size only, which its builder can be told.
+
+    It is not always right: some of these take other sizes all the same.
+    """
+    if not timm_config(model).get("fixed_input_size"):
+        return False
+    # A class may pass its arguments on to the one above it.
+    return any(_IMAGE_SIZE in inspect.signature(kind).parameters for kind in type(model).__mro__)
+
+
+def _takes(architecture: Architecture, shape: tuple[int, ...]) -> bool:
+    """Whether a model runs on an image of a shape."""
+    try:
+        with torch.no_grad():
+            skeleton(architecture).eval()(torch.zeros(1, *shape, device="meta"))
+    except Exception:  # whatever a library raises for a size it does not take
+        return False
+    return True
+
+
+def timm_config(model: nn.Module) -> Mapping[str, Any]:
+    """What timm notes on its models about their trained weights; empty for other models."""
+    config = getattr(model, "pretrained_cfg", None)
+    return config if isinstance(config, Mapping) else {}
+
+
+def image_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width that a model says it was built for, in any of its modules."""
+    for module in model.modules():
+        for key in (_IMAGE_SIZE, "image_size"):
+            if sides := _sides(getattr(module, key, None)):
+                return sides
+    return None
+
+
+def _sides(size: object) -> tuple[int, int] | None:
+    match size:
+        case int(side) | (int(side),):
+            return side, side
+        case (int(height), int(width)):
+            return height, width
+    return None
+
+
+def input_channels(model: nn.Module, default: int) -> int:
+    """Channels of the first layer's input if that is a convolution, else the default."""
+    layers = (layer for layer in model.modules() if next(layer.children(), None) is None)
+    first = next(layers, None)
+    return first.in_channels if isinstance(first, nn.Conv2d) else default

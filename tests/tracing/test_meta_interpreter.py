@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from treeify.tracing.meta_interpreter import Recorder
+from treeify.tracing.meta_interpreter import RecordingInterpreter
 
 # What a model might hand over: as it comes, channels last, tokens taken from images.
 IMAGES = torch.zeros(2, 4, 5, 6)
@@ -33,7 +33,7 @@ BATCH_NORMS = {
 }
 
 
-class Watched(Recorder):
+class Watched(RecordingInterpreter):
     """Keeps what its one module gives."""
 
     given: Tensor

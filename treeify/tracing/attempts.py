@@ -207,11 +207,8 @@ def _assigned_buffer(
 ) -> tuple[str, str] | None:
     """A module and its buffer that a traced pass has assigned to, as `self.steps += 1` does.
 
-    Caches, which no state dict has, do not count: each pass makes its own.
-
-    Args:
-        model: what was traced.
-        versions: by id of its buffers before, how often each had been changed.
+    `versions` has, by their ids, how often the buffers had been changed before. Caches, which no
+    state dict has, do not count: each pass makes its own.
     """
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():

@@ -56,12 +56,11 @@ def stride(value: Tensor, *args: Any, **kwargs: Any) -> Any:
     return value.contiguous().stride(*args, **kwargs)
 
 
-def join_constants(graph: fx.Graph) -> None:
-    """Let all readers of a tensor that `forward` made read one node, so that changes reach them.
+_OF_DENSE = {"as_strided": as_strided, torch.as_strided: as_strided, "stride": stride}
 
-    Args:
-        graph: changed in place.
-    """
+
+def join_constants(graph: fx.Graph) -> None:
+    """Let all readers of a tensor that `forward` made read one node, so that changes reach them."""
     first: dict[str, fx.Node] = {}
     for node in graph.nodes:
         if _is_constant(node):
@@ -108,19 +107,15 @@ def reshape_views(graph: fx.Graph) -> None:
     """Let views be copies where a value has another memory format than in the base model.
 
     Packed branches, channels-last images and fused operations give values with strides of which
-    `view` cannot take a view; `reshape` copies then.
-
-    Args:
-        graph: functional, so that nothing is changed through a view any more.
+    `view` cannot take a view; `reshape` copies then. The graph has to be functional: a change in
+    place would not reach what a copy was taken of.
     """
     for node in graph.nodes:
         if node.op == "call_method" and node.target in _RESHAPED and not _needs_view(node):
             node.target = _RESHAPED[node.target]
             node.kwargs = {_RENAMED.get(key, key): value for key, value in node.kwargs.items()}
-        elif node.target in ("as_strided", torch.as_strided):
-            node.op, node.target = "call_function", as_strided
-        elif node.target == "stride":
-            node.op, node.target = "call_function", stride
+        elif node.target in _OF_DENSE:
+            node.op, node.target = "call_function", _OF_DENSE[node.target]
 
 
 def isolate(
@@ -303,16 +298,10 @@ def _is_slice(index: Any) -> bool:
 def _check_unread(
     source: fx.Node | None, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
 ) -> None:
-    """Refuse to change what is read later.
-
-    Args:
-        source: that must not be read later, nor whatever it is a view of.
-        changed: the value that `node` changes in place.
-        node: the call.
-        order: the nodes' places in the graph.
+    """Let neither `source` nor what it is a view of be read after `node`, which changes `changed`.
 
     Raises:
-        ReadLaterError: it is.
+        ReadLaterError: one of them is.
     """
     while source is not None:
         late = [user for user in source.users if order.get(user, -1) > order[node]]

@@ -49,11 +49,6 @@ def _require_copyable_module(path: str, module: nn.Module, module_ids: Collectio
     `copy.deepcopy` copies no function: what a lambda, a cache or a weak reference holds of the
     model would go on being used by the copy, with the weights of the model.
 
-    Args:
-        path: of the module; empty for the model itself.
-        module: one of the model's.
-        module_ids: of all the model's modules.
-
     Raises:
         TraceError: see `require_copyable`.
     """

@@ -112,10 +112,6 @@ def trace(
 def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:
     """Make a traced graph functional, and annotate its nodes.
 
-    Args:
-        graph: changed in place.
-        runner: of the model in the graph's mode.
-
     Raises:
         InPlaceError: an operation in place that no other can stand for.
         InputError: the model does not run on the example's shape.
@@ -126,7 +122,6 @@ def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:
     aliases = Aliases(runner.model, partial(runner.values, graph))
     functionalize(graph, runner.model, aliases)
     annotate(graph, runner, aliases)
-    # Only now: a reshape may copy, and no longer hides a change in place from what it was taken of.
     reshape_views(graph)
     _keep_single_images(graph)
     graph.lint()
@@ -134,10 +129,6 @@ def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:
 
 def _add_leaf_module(error: InPlaceError, leaf_modules: dict[str, str]) -> None:
     """Let the innermost module with the operation be one call: inside of it, nothing is replaced.
-
-    Args:
-        error: names the operation.
-        leaf_modules: by path, why a module is one call; changed in place.
 
     Raises:
         InPlaceError: the given one, if the operation is in the model's own forward.

@@ -1,4 +1,4 @@
-"""Tensors that `forward` makes, and what it does with them in place."""
+"""What the tracer records: tensors that `forward` makes, loops, names, modules marked as leaves."""
 
 from typing import Any
 
@@ -6,10 +6,12 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
+from treeify.conversion.api import open_up
 from treeify.engine.preserve import preserve_buffers
 from treeify.errors import TraceError
 
@@ -201,3 +203,23 @@ def test_opened_and_right(model: type[nn.Module]) -> None:
     )
     assert not hne.traced.leaf_modules
     assert treeify.verify(hne, small.images(2)).worst <= 1
+
+
+@register_notrace_module
+class Marked(nn.Module):
+    """Could be opened, and its author does not want that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_module_marked_by_its_author_stays_closed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Marked(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    traced = open_up(model, example_input=small.EXAMPLE)
+    for graph in traced.graphs.values():
+        calls = [node.target for node in graph.nodes if node.op == "call_module"]
+        assert calls == ["0", "1", "2", "3"]

@@ -1,12 +1,13 @@
 """What is found out about each node."""
 
+import pytest
 import small
 import torch
 from torch import Tensor, nn
 
 import treeify
 from treeify.conversion.api import open_up
-from treeify.tracing.facts import facts
+from treeify.tracing.facts import TensorFacts, facts, growth, merge_shapes
 
 
 def test_facts_of_a_traced_model() -> None:
@@ -36,3 +37,29 @@ def test_the_number_of_images_is_that_of_one_network() -> None:
     torch.manual_seed(0)
     hne = treeify.hierarchicalize(Shared(), ["norm"], init="perturb", example_input=small.EXAMPLE)
     assert treeify.verify(hne, small.images(3)).worst <= 1
+
+
+@pytest.mark.parametrize(
+    ("small_shape", "large_shape", "expected"),
+    [
+        ((2, 4), (3, 4), TensorFacts((2, 4), True, 0)),
+        ((4, 2), (4, 3), TensorFacts((4, 2), False, 1)),
+        ((8, 5), (12, 5), TensorFacts((8, 5), False, 0)),  # windows of every image
+        ((2, 2), (2, 2), TensorFacts((2, 2), False, None)),
+        ((2, 2), (3, 3), TensorFacts((2, 2), False, None)),
+        ((2, 5), (3, 6), TensorFacts((2, 5), False, None)),
+        ((1, 4), (2, 4), TensorFacts((1, 4), False, None)),  # one less than the batch
+        ((), (), TensorFacts((), False, None)),
+    ],
+)
+def test_two_runs_tell_the_batch_from_what_is_as_large(
+    small_shape: tuple[int, ...], large_shape: tuple[int, ...], expected: TensorFacts
+) -> None:
+    merged = merge_shapes(torch.Size(small_shape), torch.Size(large_shape))
+    assert merged == expected
+
+
+def test_numbers_grow_with_the_batch_or_not() -> None:
+    assert growth([2, 7, {"rows": 4}], [3, 7, {"rows": 6}]) == (True, False, {"rows": True})
+    assert growth([2, 7], [3, 8]) is None
+    assert growth("2", "3") is None

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 import treeify
 from treeify.errors import TraceError
+from treeify.tracing.side_effects import Snapshot, StateError, undo_side_effects
 
 
 class Caching(nn.Module):
@@ -229,3 +230,46 @@ def test_modules_of_a_model_keep_the_modes_they_were_given() -> None:
     hne = treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
     assert hne.training and hne.get_submodule("stem").training
     assert not hne.get_submodule("stage1").training
+
+
+class Remembering(nn.Module):
+    """Fills caches, assigns to a buffer and counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0.0))
+        self.calls, self.table, self.seen = 0, dict[str, Tensor](), list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps = self.steps + 1
+        self.calls += 1
+        self.table["x"] = x
+        self.seen.append(x)
+        self.last = x
+        return x
+
+
+def test_what_passes_leave_behind_is_undone_but_for_the_tracers_constants() -> None:
+    model = Remembering().eval()
+    steps, table = model.steps, model.table
+    with undo_side_effects(model):
+        model.train()
+        model(torch.ones(()))
+        model._tensor_constant0 = torch.ones(())
+    assert model.steps is steps and model.steps == 0
+    assert model.table is table and not model.table and not model.seen
+    assert model.calls == 0 and not model.training and not hasattr(model, "last")
+    assert torch.equal(model._tensor_constant0, torch.ones(()))
+
+
+def test_a_snapshot_refuses_numbers_and_random_draws() -> None:
+    model = Remembering()
+    before = Snapshot(model)
+    assert before.compare() == []
+    torch.rand(())
+    with pytest.raises(TraceError, match="random numbers"):
+        before.compare()
+    before = Snapshot(model)
+    model(torch.ones(()))
+    with pytest.raises(StateError, match="changes its attribute 'calls'"):
+        before.compare()

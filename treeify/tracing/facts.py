@@ -95,8 +95,8 @@ def annotate(graph: fx.Graph, runner: GraphRunner, aliases: Aliases) -> None:
         node.meta["treeify"] = Facts(
             path=paths[node],
             scope=_scope(node),
-            value=tree_map(_merge, small.shapes[node], large.shapes[node], is_leaf=_is_leaf),
-            grows=_growth(small.others[node], large.others[node]),
+            value=tree_map(merge_shapes, small.shapes[node], large.shapes[node], is_leaf=_is_leaf),
+            grows=growth(small.others[node], large.others[node]),
             macs=small.macs[node] // BATCHES[0],
             rows=_follows_batch(small, large, node),
         )
@@ -105,7 +105,7 @@ def annotate(graph: fx.Graph, runner: GraphRunner, aliases: Aliases) -> None:
 def _follows_batch(small: RecordingInterpreter, large: RecordingInterpreter, node: fx.Node) -> bool:
     """Whether only dim 0 of tensors differs between the batch sizes, and no number does."""
     shapes = (tree_leaves(run.shapes[node], is_leaf=_is_leaf) for run in (small, large))
-    merged = [one == other or _merge(one, other) for one, other in zip(*shapes, strict=True)]
+    merged = [one == other or merge_shapes(one, other) for one, other in zip(*shapes, strict=True)]
     batched = all(shape.batched for shape in merged if isinstance(shape, TensorFacts))
     return batched and small.others[node] == large.others[node]
 
@@ -114,7 +114,7 @@ def _is_leaf(value: Any) -> bool:
     return value is None or isinstance(value, torch.Size)
 
 
-def _merge(small: torch.Size | None, large: torch.Size | None) -> TensorFacts | None:
+def merge_shapes(small: torch.Size | None, large: torch.Size | None) -> TensorFacts | None:
     """Merge the shapes of a tensor seen at both batch sizes; None for what is no tensor."""
     if small is None or large is None:
         return None
@@ -135,14 +135,14 @@ def _grows_with_batch(small: int, large: int) -> bool:
     return small * BATCHES[1] == large * BATCHES[0]
 
 
-def _growth(small: Any, large: Any) -> Any:
+def growth(small: Any, large: Any) -> Any:
     """Where integers grow with the batch; None where a number differs in another way."""
     if isinstance(small, dict):
-        growth = {key: _growth(value, large[key]) for key, value in small.items()}
-        return None if None in growth.values() else growth
+        parts = {key: growth(value, large[key]) for key, value in small.items()}
+        return None if None in parts.values() else parts
     if isinstance(small, list | tuple):
-        parts = [_growth(value, other) for value, other in zip(small, large, strict=True)]
-        return None if None in parts else tuple(parts)
+        members = tuple(growth(value, other) for value, other in zip(small, large, strict=True))
+        return None if None in members else members
     if small == large:
         return False
     are_integers = type(small) is int and type(large) is int

@@ -7,6 +7,7 @@ import pytest
 import small
 import timm
 import torch
+from leaf_modules import Counting
 from torch import Tensor, nn
 
 import treeify
@@ -64,21 +65,19 @@ class Picky(nn.Module):
         return x if not self.training or x.sum() > 0 else x * 2
 
 
-def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() -> None:
-    for model, closed in ((Wrapped(), ["body.1.1"]), (nn.Sequential(Wrapped()), ["0.body.1.1"])):
+def test_a_module_that_stops_the_tracer_is_a_leaf_module_and_no_other() -> None:
+    for model, leaf in ((Wrapped(), "body.1.1"), (nn.Sequential(Wrapped()), "0.body.1.1")):
         traced = open_up(model, example_input=small.EXAMPLE)
-        assert "if x.mean() > 0:" in traced.leaf_modules[closed[0]]
+        assert "if x.mean() > 0:" in traced.leaf_modules[leaf]
         for graph in traced.graphs.values():
             calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-            assert closed[0] in calls
-            assert not any(call.startswith(f"{closed[0]}.") for call in calls)
-            assert closed[0].replace("1.1", "0") in calls
+            assert leaf in calls
+            assert not any(call.startswith(f"{leaf}.") for call in calls)
+            assert leaf.replace("1.1", "0") in calls
         hne = treeify.hierarchicalize(model, 1, example_input=small.EXAMPLE)
         x = small.images(3)
         assert treeify.verify(hne, x).worst <= 1
-        assert any(
-            f"{closed[0]} (Flipping) runs as one call" in note for note in hne.conversion.notes
-        )
+        assert any(f"{leaf} (Flipping) runs as one call" in note for note in hne.conversion.notes)
         (reason,) = (own for own in hne.conversion.fallbacks if own.startswith("Flipping: "))
         assert "its inside cannot be traced: " in reason
         assert "if x.mean() > 0:" in reason
@@ -86,7 +85,7 @@ def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() ->
         assert not any(folder in reason for folder in sys.path if folder)
 
 
-def test_what_is_closed_in_one_mode_is_closed_in_the_other() -> None:
+def test_a_leaf_module_of_one_mode_is_one_in_the_other() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Picky(), nn.Flatten(), nn.Linear(4 * 64, 2))
     traced = open_up(model, example_input=small.EXAMPLE)
     assert list(traced.leaf_modules) == ["1"]
@@ -146,24 +145,9 @@ def test_a_model_that_makes_tensors_of_as_many_rows_takes_any_size() -> None:
     assert treeify.verify(hne, torch.rand(4, 3, 12, 20)).worst <= 1
 
 
-class Counting(nn.Module):
-    """Counts its training steps by assignment, which leaves no node behind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner = nn.Conv2d(4, 4, 1)
-        self.register_buffer("steps", torch.tensor(0.0))
-        self.register_buffer("sum", torch.tensor(0.0))
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training:
-            self.steps += 1
-            self.sum = self.sum + 2 * self.steps
-        return self.inner(x)
-
-
-def test_a_module_that_assigns_to_its_buffers_stays_closed() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 1), Counting(), nn.Flatten(), nn.Linear(4 * 64, 3))
+def test_a_module_that_assigns_to_its_buffers_is_a_leaf_module() -> None:
+    counting = Counting(4, evaluating=False)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), counting, nn.Flatten(), nn.Linear(4 * 64, 3))
     hne = treeify.hierarchicalize(model, ["1:3"], init="perturb", example_input=small.EXAMPLE)
     assert hne.traced.leaf_modules == {
         "1": "it assigns to its buffer 'steps', which no graph shows"
@@ -174,10 +158,10 @@ def test_a_module_that_assigns_to_its_buffers_stays_closed() -> None:
     assert hne.leaf(2)[1].steps == 2
     assert hne.leaf(2)[1].sum == 6
     with pytest.raises(TraceError, match="assigns to its buffer 'steps'"):
-        treeify.hierarchicalize(Counting(), [], example_input=torch.zeros(1, 4, 8, 8))
+        treeify.hierarchicalize(counting, [], example_input=torch.zeros(1, 4, 8, 8))
 
 
-def test_control_flow_of_gemma_is_opened() -> None:
+def test_control_flow_of_gemma_is_traced() -> None:
     """Asks for the number of dims, the sides, and whether a mask holds anything."""
     options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "head_dim": 16, "intermediate_size": 48}
     model = timm.create_model("gemma4_vit_167m_enc", **options, position_embedding_size=8)

@@ -17,7 +17,7 @@ def halved(x: Tensor) -> Tensor:
 
 
 class Halving(nn.Module):
-    """The same as a module that stays closed."""
+    """Changes its input in place, and cannot be traced into."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.sum() > 1e9:
@@ -131,7 +131,7 @@ class Overlapping(nn.Module):
 
 
 class LateReader(nn.Module):
-    """Reads what a closed module has changed, though nothing about that says so."""
+    """Reads what a leaf module has changed, though nothing about that says so."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class LateReader(nn.Module):
 
 
 class Nested(nn.Module):
-    """Reads what a module in it has changed, that stays closed for its own sake already."""
+    """Reads what a module in it has changed, that is a leaf module for its own sake already."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,7 +156,7 @@ class Nested(nn.Module):
 
 @pytest.mark.parametrize("split", ["stem", "odd.0", "head"])
 @pytest.mark.parametrize("odd", [Overlapping, Outer, LateReader, Nested])
-def test_a_module_that_reads_what_it_changed_in_place_stays_closed(
+def test_a_module_that_reads_what_it_changed_in_place_is_a_leaf_module(
     odd: type[nn.Module], split: str
 ) -> None:
     torch.manual_seed(0)

@@ -105,7 +105,7 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize("case", UNSEEN)
-def test_a_module_that_does_what_no_graph_shows_stays_closed(case: str) -> None:
+def test_a_module_that_does_what_no_graph_shows_is_a_leaf_module(case: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 4, stride=4), Unseen(case), nn.Conv2d(4, 2, 2), nn.Flatten()
@@ -196,7 +196,7 @@ def test_a_value_that_is_put_away_and_not_read_again_is_named() -> None:
     assert treeify.verify(hne, small.images()).worst <= 1
 
 
-def test_a_closed_module_may_keep_a_size() -> None:
+def test_a_leaf_module_may_keep_a_size() -> None:
     hne = stateful("width")
     assert list(hne.traced.leaf_modules) == ["1"]
     assert treeify.verify(hne, small.images()).worst <= 1

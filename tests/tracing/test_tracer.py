@@ -111,20 +111,20 @@ class FromList(nn.Module):
         return x * one + x.relu() * two
 
 
-CLOSED: dict[type[nn.Module], str] = {
+LEAF_MODULES: dict[type[nn.Module], str] = {
     Late: "it changes a tensor that it has used before",
     FromList: "it takes parameters from a list",
 }
 
 
-@pytest.mark.parametrize("kind", CLOSED)
-def test_what_no_graph_shows_of_made_tensors_keeps_a_module_closed(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("kind", LEAF_MODULES)
+def test_what_no_graph_shows_of_made_tensors_makes_a_leaf_module(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = small.SmallNet()
     model.stage2 = nn.Sequential(kind(), nn.ReLU())
     hne = treeify.hierarchicalize(model, ["stage1"], init="perturb", example_input=small.EXAMPLE)
     assert list(hne.traced.leaf_modules) == ["stage2.0"]
-    assert hne.traced.leaf_modules["stage2.0"].startswith(CLOSED[kind])
+    assert hne.traced.leaf_modules["stage2.0"].startswith(LEAF_MODULES[kind])
     assert treeify.verify(hne, small.images(2)).worst <= 1
 
 
@@ -196,7 +196,7 @@ class MadeInForward(small.SmallNet):
 
 
 @pytest.mark.parametrize("model", [SettingAView, ByName, MadeInForward])
-def test_opened_and_right(model: type[nn.Module]) -> None:
+def test_traced_and_right(model: type[nn.Module]) -> None:
     torch.manual_seed(0)
     hne = treeify.hierarchicalize(
         model(), ["stem", "stage2"], init="perturb", example_input=small.EXAMPLE
@@ -207,7 +207,7 @@ def test_opened_and_right(model: type[nn.Module]) -> None:
 
 @register_notrace_module
 class Marked(nn.Module):
-    """Could be opened, and its author does not want that."""
+    """Could be traced into, and its author does not want that."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class Marked(nn.Module):
         return self.inner(x)
 
 
-def test_a_module_marked_by_its_author_stays_closed() -> None:
+def test_a_module_marked_by_its_author_is_a_leaf_module() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Marked(), nn.Flatten(), nn.Linear(4 * 64, 3))
     traced = open_up(model, example_input=small.EXAMPLE)
     for graph in traced.graphs.values():

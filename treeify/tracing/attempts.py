@@ -241,7 +241,6 @@ def _user_line(error: BaseException, *, imported: bool = False) -> str:
 
 def _below_imports(file: Path) -> Path:
     """A file's path below the folder it was imported from."""
-    folders = [folder for folder in map(Path, sys.path) if folder in file.parents]
-    if not folders:
-        return file
-    return file.relative_to(max(folders, key=lambda folder: len(folder.parts)))
+    folders = (folder for folder in map(Path, sys.path) if folder in file.parents)
+    innermost = max(folders, key=lambda folder: len(folder.parts), default=None)
+    return file if innermost is None else file.relative_to(innermost)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import Any
@@ -99,11 +99,7 @@ def trace(
                 break
             except InPlaceError as error:
                 _add_leaf_module(error, attempts.leaf_modules)
-        constants = {
-            target: value
-            for graph in graphs.values()
-            for target, value in _constants(graph, private).items()
-        }
+        constants = _constants(graphs.values(), private)
     for graph in graphs.values():  # they outlive the tracer and the copies that it ran
         graph._tracer_cls, graph.owning_module = None, None
     return Traced(skeleton, graphs, image, constants, attempts.leaf_modules, limits)
@@ -187,8 +183,9 @@ def _is_torchs(function: Any) -> bool:
     return (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch"
 
 
-def _constants(graph: fx.Graph, private: nn.Module) -> dict[str, Any]:
-    """Values the graph reads that are neither parameters nor buffers, left behind by tracing."""
+def _constants(graphs: Iterable[fx.Graph], private: nn.Module) -> dict[str, Any]:
+    """Values the graphs read that are neither parameters nor buffers, left behind by tracing."""
     state = {name for name, _ in (*private.named_parameters(), *private.named_buffers())}
-    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - state
-    return {target: operator.attrgetter(target)(private) for target in targets}
+    nodes = (node for graph in graphs for node in graph.nodes if node.op == "get_attr")
+    targets = {str(node.target) for node in nodes} - state
+    return {target: operator.attrgetter(target)(private) for target in sorted(targets)}

@@ -45,6 +45,7 @@ class Tracer(fx.Tracer):
         *,
         known_sizes: bool,
     ) -> None:
+        """Note what is one call, and what holds before the model's code runs."""
         timm_fx: Any = timm_registry  # has no annotations
         functions = set(timm_fx.get_notrace_functions()).difference(TRACED_ANYWAY)
         super().__init__(autowrap_functions=tuple(filter(callable, functions)))

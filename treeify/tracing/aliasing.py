@@ -36,12 +36,7 @@ Values = Mapping[fx.Node, Any]
 
 
 class InPlaceError(TraceError):
-    """An in-place operation that no other can stand for.
-
-    Args:
-        node: the operation.
-        texts: as other errors take them.
-    """
+    """An in-place operation, `node`, that no other can stand for."""
 
     def __init__(self, node: fx.Node, **texts: str) -> None:
         super().__init__(**texts)
@@ -49,13 +44,9 @@ class InPlaceError(TraceError):
 
 
 class ReadLaterError(InPlaceError):
-    """An in-place operation on memory that is read later.
+    """An operation that changes a value in place, where `reader` reads it or an alias afterwards.
 
-    Args:
-        node: the operation.
-        changed: the value it changes in place.
-        alias: what lies in the same memory, as words after a comma.
-        reader: reads it afterwards.
+    `alias` says what lies in the same memory, as words after a comma.
     """
 
     def __init__(self, node: fx.Node, changed: fx.Node, alias: str, reader: fx.Node) -> None:
@@ -83,16 +74,12 @@ class Aliases:
     def read_later(
         self, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
     ) -> list[fx.Node]:
-        """The values that are the same tensor as `changed`, and that are read after the change.
+        """The values that are the same tensor as `changed`, and read after `node` changes it.
 
-        Args:
-            changed: the value that `node` changes in place.
-            node: the operation.
-            order: the nodes' places in the graph.
+        `order` has the nodes' places in the graph.
 
         Raises:
-            ReadLaterError: a value overlaps with the one changed, is another one, and is read
-                later.
+            ReadLaterError: another value that overlaps with the one changed is read later.
         """
         late = {
             other: readers[0]

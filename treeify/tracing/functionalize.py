@@ -123,10 +123,7 @@ def isolate(
 ) -> None:
     """Give calls that change their inputs, though nothing about them says so, copies of these.
 
-    Args:
-        graph: changed in place.
-        changing: by functions whose inside was not traced, or leaf modules: the inputs they change.
-        aliases: of the graph's values.
+    `changing` has the inputs they change, by functions that were not traced into and leaf modules.
 
     Raises:
         ReadLaterError: an input, what it is a view of, or a part of it is read again afterwards.

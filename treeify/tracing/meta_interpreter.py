@@ -43,12 +43,7 @@ _COUNTED = {
 
 
 class RecordingInterpreter(fx.Interpreter):
-    """Runs a graph and records what each node gives and costs.
-
-    Args:
-        root: holds what the graph's targets name.
-        graph: to run.
-    """
+    """Runs a graph on the module its targets name, and records what each node gives and costs."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)

@@ -66,11 +66,7 @@ class StateError(TraceError):
 
 
 class Snapshot:
-    """A module's attributes and the random generators' states, before its forward pass.
-
-    Args:
-        module: about to run.
-    """
+    """A module's attributes and the random generators' states, before its forward pass."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -3,6 +3,7 @@
 import pytest
 import small
 import torch
+from leaf_modules import Counting
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -22,19 +23,6 @@ class Averaging(nn.Module):
         if self.training:
             self.scale = 0.5 * self.scale + 2 * x.detach().abs().mean((0, 2, 3))[:, None, None]
         return x
-
-
-class Counting(nn.Module):
-    """Counts in evaluation mode too, and lets the count matter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 1)
-        self.register_buffer("seen", torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.seen = self.seen + 1
-        return self.conv(x) * self.seen
 
 
 class Shrinking(nn.Module):

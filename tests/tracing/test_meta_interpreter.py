@@ -1,145 +1,107 @@
-"""Graphs run without values, where norms and activations are answered for torch."""
-
-import copy
-from inspect import signature
-from typing import Any
+"""Graphs run node by node: what is recorded of each, and on which device."""
 
 import pytest
-import torch
+import small
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.testing import assert_close
 
-from treeify.tracing.meta_interpreter import Recorder
-
-# What a model might hand over: as it comes, channels last, tokens taken from images.
-IMAGES = torch.zeros(2, 4, 5, 6)
-INPUTS = {
-    "plain": IMAGES,
-    "channels last": IMAGES.contiguous(memory_format=torch.channels_last),
-    "permuted": IMAGES.permute(0, 2, 3, 1),
-    "part": IMAGES[:, :, 1:4, ::2],
-    "half": IMAGES.bfloat16(),
-}
-ACTIVATIONS = (
-    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.Mish, nn.Hardtanh),
-    *(nn.Hardswish, nn.Hardsigmoid, nn.GELU, nn.Softplus),
-)
-BATCH_NORMS = {
-    "1d": (nn.BatchNorm1d(4), torch.zeros(2, 4)),
-    "2d": (nn.BatchNorm2d(4), torch.zeros(2, 4, 5, 5).to(memory_format=torch.channels_last)),
-    "3d": (nn.BatchNorm3d(4, affine=False), torch.zeros(2, 4, 3, 2, 2)),
-    "no statistics": (nn.BatchNorm2d(4, track_running_stats=False), torch.zeros(2, 4, 5, 5)),
-    "half": (nn.BatchNorm2d(4), torch.zeros(2, 4, 5, 5, dtype=torch.bfloat16)),
-}
+from treeify.errors import InputError
+from treeify.tracing.meta_interpreter import GraphRunner
+from treeify.tracing.model_copy import meta_copy
+from treeify.tracing.side_effects import StateError
 
 
-class Watched(Recorder):
-    """Keeps what its one module gives."""
-
-    given: Tensor
-
-    def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        self.given = super().call_module(target, args, kwargs)
-        return self.given
+@fx.wrap
+def halve_rows(x: Tensor) -> int:
+    """Changes its input, though its name does not say so."""
+    x[::2] *= 0.5
+    return 2 * len(x)
 
 
-def recorded(module: nn.Module, x: Tensor, *, count: bool = False) -> Watched:
-    model = nn.Sequential(module).train(module.training)
-    recorder = Watched(model, fx.symbolic_trace(model).graph)
-    with torch.no_grad():
-        recorder.record(x, count=count)
-    return recorder
+@fx.wrap
+def nonzero(x: Tensor) -> Tensor:
+    return x.nonzero() if not x.is_meta else x.tolist()
 
 
-def given(module: nn.Module, x: Tensor) -> Tensor:
-    return recorded(module, x).given
-
-
-def assert_alike(found: Tensor, expected: Tensor) -> None:
-    assert found.is_meta
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    assert found.stride() == expected.stride()
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("case", BATCH_NORMS)
-def test_batch_norms_give_what_torch_gives(case: str, training: bool) -> None:
-    norm, x = (copy.deepcopy(own).to("meta") for own in BATCH_NORMS[case])
-    with torch.no_grad():
-        expected = norm.train(training)(x)
-    assert_alike(given(norm, x), expected)
-
-
-def test_values_are_computed_where_there_are_any() -> None:
-    """Models that look at values run with them."""
-    norm, x = nn.BatchNorm2d(3), torch.rand(2, 3, 4, 4)
-    assert torch.equal(given(norm, x), norm(x))
-
-
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("case", BATCH_NORMS)
-def test_batch_norms_count_the_same_without_values(case: str, training: bool) -> None:
-    norm, x = BATCH_NORMS[case]
-    norm.train(training)
-    real = recorded(copy.deepcopy(norm), x, count=True)
-    meta = recorded(copy.deepcopy(norm).to("meta"), x.to("meta"), count=True)
-    assert list(real.macs.values()) == list(meta.macs.values())
-    has_statistics = norm.track_running_stats and not training
-    assert sum(meta.macs.values()) == (2 * x.numel() if has_statistics else 0)
-    uncounted = recorded(copy.deepcopy(norm).to("meta"), x.to("meta"))
-    assert sum(uncounted.macs.values()) == 0
-
-
-@pytest.mark.parametrize("case", INPUTS)
-@pytest.mark.parametrize("kind", ACTIVATIONS)
-def test_activations_give_what_torch_gives(kind: type[nn.Module], case: str) -> None:
-    x = INPUTS[case].to("meta")
-    assert_alike(given(kind(), x), kind()(INPUTS[case]))
-
-
-@pytest.mark.parametrize(
-    "kind", [kind for kind in ACTIVATIONS if "inplace" in signature(kind).parameters]
-)
-def test_activations_in_place_give_their_input_changed(kind: type[nn.Module]) -> None:
-    x = IMAGES.to("meta", copy=True)
-    version = x._version
-    assert given(kind(inplace=True), x) is x
-    assert x._version > version
-
-
-@pytest.mark.parametrize("case", INPUTS)
-def test_layer_norms_give_what_torch_gives(case: str) -> None:
-    x = INPUTS[case]
-    norm = nn.LayerNorm(x.shape[-1], dtype=x.dtype)
-    assert_alike(given(copy.deepcopy(norm).to("meta"), x.to("meta")), norm(x))
-
-
-def test_layer_norms_that_do_not_fit_fail_as_they_do() -> None:
-    with pytest.raises(RuntimeError, match="normalized_shape"):
-        given(nn.LayerNorm([5, 7], device="meta"), IMAGES.to("meta"))
-
-
-class Operations(TorchDispatchMode):
-    """Notes which operations are computed."""
-
+class Halving(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.names: set[str] = set()
+        self.conv = nn.Conv2d(3, 4, 1)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        x = self.conv(x)
+        return x, halve_rows(x)
 
 
-@pytest.mark.parametrize(
-    "module",
-    [*(kind() for kind in ACTIVATIONS), nn.BatchNorm2d(4), nn.LayerNorm(6)],
-    ids=lambda module: type(module).__name__,
-)
-def test_activations_and_norms_are_not_computed(module: nn.Module) -> None:
-    module, x = module.to("meta").eval(), IMAGES.to("meta")
-    with Operations() as computed:
-        given(module, x)
-    assert computed.names == {"empty_like"}
+class LookingAtValues(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nonzero(x)
+
+
+class Calls(nn.Module):
+    """Counts its calls, or remembers a size."""
+
+    def __init__(self, *, counts: bool) -> None:
+        super().__init__()
+        self.counts, self.number = counts, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.number = self.number + 1 if self.counts else x.shape[-1]
+        return x
+
+
+class Leaves(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def prepared(model: nn.Module, *, training: bool = False) -> tuple[GraphRunner, fx.Graph]:
+    graph = Leaves().trace(model)
+    return GraphRunner(model, meta_copy(model), small.EXAMPLE, training), graph
+
+
+def test_shapes_numbers_macs_and_changed_inputs_are_recorded() -> None:
+    runner, graph = prepared(Halving())
+    recorded = runner.record(graph, 2)
+    nodes = {node.name: node for node in graph.nodes}
+    conv, call = nodes["conv"], nodes["halve_rows"]
+    assert recorded.shapes[conv] == (2, 4, 8, 8)
+    assert recorded.others[call] == 4
+    assert recorded.macs[conv] == 2 * 3 * 4 * 8 * 8
+    assert recorded.mutating_calls == {call: [conv]}
+
+
+@pytest.mark.parametrize(("batch", "training"), [(3, False), (2, True)])
+def test_macs_are_counted_once(batch: int, training: bool) -> None:
+    runner, graph = prepared(Halving(), training=training)
+    assert not any(runner.record(graph, batch).macs.values())
+
+
+def test_all_values_are_kept_and_the_weights_left_alone() -> None:
+    runner, graph = prepared(Halving())
+    before = {key: value.clone() for key, value in runner.model.state_dict().items()}
+    assert list(runner.values(graph)) == list(graph.nodes)
+    assert_close(runner.model.state_dict(), before)
+    assert all(parameter.requires_grad for parameter in runner.model.parameters())
+
+
+def test_models_that_look_at_values_run_with_them() -> None:
+    runner, graph = prepared(LookingAtValues())
+    recorded = runner.record(graph, 2)
+    assert recorded.shapes[next(reversed(graph.nodes))] == (0, 4)
+
+
+def test_a_size_may_be_remembered_and_calls_not_counted() -> None:
+    runner, graph = prepared(nn.Sequential(Calls(counts=False)))
+    runner.record(graph, 2)
+    assert runner.model[0].number == 0
+    runner, graph = prepared(nn.Sequential(Calls(counts=True)))
+    with pytest.raises(StateError, match="changes its attribute 'number' at every call"):
+        runner.record(graph, 2)
+
+
+def test_an_example_that_does_not_fit_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 1))
+    runner, graph = prepared(model)
+    with pytest.raises(InputError, match=r"Sequential does not run .* shape \[N, 3, 8, 8\]"):
+        runner.record(graph, 2)

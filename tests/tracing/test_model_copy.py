@@ -10,6 +10,7 @@ import pytest
 import small
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import treeify
@@ -142,3 +143,22 @@ def test_an_activation_kept_from_training_is_left_out() -> None:
     assert treeify.verify(hne, x).worst <= 1
     with torch.no_grad():
         assert_close(hne.eval()(x)[:, 1], model.eval()(x))
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.utils.spectral_norm, lambda own: prune.l1_unstructured(own, "weight", 0.5)]
+)
+def test_weights_computed_by_hooks_are_refused_with_a_way_out(norm: Any) -> None:
+    model = small.SmallNet()
+    norm(model.stage1[0])
+    with pytest.raises(TraceError, match=r"weights of stage1\.0.*(?s:.*)parametrizations"):
+        treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
+
+
+def test_weight_norm_is_architecture() -> None:
+    model = small.SmallNet()
+    nn.utils.parametrizations.weight_norm(model.stage1[0])
+    hne = treeify.hierarchicalize(
+        model, ["stage1", "stage2"], init="perturb", example_input=small.EXAMPLE
+    )
+    assert treeify.verify(hne, small.images()).worst <= 1

@@ -1,4 +1,4 @@
-"""What stands in for what libraries keep closed computes the same."""
+"""Replacements of functions of libraries compute the same."""
 
 import pytest
 import torch

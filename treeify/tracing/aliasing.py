@@ -1,6 +1,6 @@
-"""Values of a graph that lie where another one does, so that changing one changes both.
+"""Aliases: values of a graph in the memory of another one, so that changing one changes both.
 
-Which values may be such is read from the graph. Only if one of them is read after an in-place
+Which values may be aliases is read from the graph. Only if one of them is read after an in-place
 operation on another is the graph run, to see where in memory they lie.
 """
 
@@ -20,14 +20,14 @@ VIEWS = {
     *("squeeze", "unsqueeze", "expand", "select", "getitem", "swapaxes", "movedim", "view_as", "t"),
 }
 # Further operations whose result may be their input, or lie within it.
-_PASSING = VIEWS | {
+_ALIASING = VIEWS | {
     *("contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16", "cpu", "cuda"),
     *("detach", "identity", "getattr", "unflatten", "ravel", "moveaxis", "swapdims", "expand_as"),
     *("reshape_as", "diagonal", "unfold", "as_strided", "tensor_split", "split_with_sizes"),
     *("hsplit", "vsplit", "dsplit", "broadcast_to", "broadcast_tensors", "positive", "real"),
     *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout"),
 }
-_PASSING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+_ALIASING_MODULES = (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
 # Attributes of tensors that are no tensors.
 _NUMBERS = ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad", "training")
 _LIBRARY = ("torch", "_operator", "math", "builtins")
@@ -36,12 +36,7 @@ Values = Mapping[fx.Node, Any]
 
 
 class InPlaceError(TraceError):
-    """An in-place operation that no other can stand for.
-
-    Args:
-        node: the operation.
-        texts: as other errors take them.
-    """
+    """An in-place operation, `node`, that no other can stand for."""
 
     def __init__(self, node: fx.Node, **texts: str) -> None:
         super().__init__(**texts)
@@ -49,19 +44,15 @@ class InPlaceError(TraceError):
 
 
 class ReadLaterError(InPlaceError):
-    """An in-place operation on memory that is read later.
+    """An operation that changes a value in place, where `reader` reads it or an alias afterwards.
 
-    Args:
-        node: the operation.
-        changed: the value it changes in place.
-        also: what lies in the same memory, as words after a comma.
-        reader: reads it afterwards.
+    `alias` says what lies in the same memory, as words after a comma.
     """
 
-    def __init__(self, node: fx.Node, changed: fx.Node, also: str, reader: fx.Node) -> None:
+    def __init__(self, node: fx.Node, changed: fx.Node, alias: str, reader: fx.Node) -> None:
         super().__init__(
             node,
-            where=f"{node.name} changes {changed.name} in place{also},"
+            where=f"{node.name} changes {changed.name} in place{alias},"
             f" which {reader.name} reads afterwards.",
             expected="in-place operations on values of their own",
             next_step="Use the out-of-place operation, or move both lines into a module of their"
@@ -69,25 +60,12 @@ class ReadLaterError(InPlaceError):
         )
 
 
-class Keeper(fx.Interpreter):
-    """Runs a graph and keeps every value, so that no two lie in the same place by chance.
-
-    Args:
-        root: holds what the graph's targets name.
-        graph: to run.
-    """
-
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(fx.GraphModule(root, graph), garbage_collect_values=False)
-        self.graph = graph
-
-
 class Aliases:
-    """Of a graph whose in-place operations are being replaced.
+    """Aliases in a graph whose in-place operations are being replaced.
 
     Args:
         root: holds what the graph's targets name.
-        run: gives the value of every node of the graph as it is at the time.
+        run: gives the value of every node of the graph, in its present state.
     """
 
     def __init__(self, root: nn.Module, run: Callable[[], Values]) -> None:
@@ -96,16 +74,12 @@ class Aliases:
     def read_later(
         self, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
     ) -> list[fx.Node]:
-        """The values that are `changed` under another name, and that are read after the change.
+        """The values that are the same tensor as `changed`, and read after `node` changes it.
 
-        Args:
-            changed: the value that `node` changes in place.
-            node: the operation.
-            order: the nodes' places in the graph.
+        `order` has the nodes' places in the graph.
 
         Raises:
-            ReadLaterError: a value overlaps with the one changed, is another one, and is read
-                later.
+            ReadLaterError: another value that overlaps with the one changed is read later.
         """
         late = {
             other: readers[0]
@@ -115,6 +89,7 @@ class Aliases:
         late.pop(changed, None)
         if not late:
             return []
+        # Whether a `contiguous` or `reshape` copies depends on memory formats: no graph shows it.
         values = self._run()
         same = []
         for other, reader in late.items():
@@ -128,31 +103,32 @@ class Aliases:
         self, start: fx.Node, before: int, order: Mapping[fx.Node, int]
     ) -> Iterator[fx.Node]:
         """Values made before some place that may lie where `start` does."""
-        seen, left = {start}, [start]
-        while left:
-            value = left.pop()
+        seen, pending = {start}, [start]
+        while pending:
+            value = pending.pop()
             yield value
-            sources = value.all_input_nodes if self._passes(value) else []
-            views = [
-                user for user in value.users if order.get(user, -1) < before and self._passes(user)
+            related = list(value.all_input_nodes) if self._may_alias(value) else []
+            related += [
+                user
+                for user in value.users
+                if order.get(user, -1) < before and self._may_alias(user)
             ]
-            for other in (*sources, *views):
-                if other not in seen:
-                    seen.add(other)
-                    left.append(other)
+            pending += [other for other in related if other not in seen]
+            seen.update(related)
 
-    def _passes(self, node: fx.Node) -> bool:
+    def _may_alias(self, node: fx.Node) -> bool:
         """Whether a node may give back its input, or a part of it."""
         if node.op == "call_method":
-            return str(node.target) in _PASSING
+            return str(node.target) in _ALIASING
         if node.op == "call_function":
             if node.target is getattr:
                 return node.args[1] not in _NUMBERS
-            return not is_library(node.target) or getattr(node.target, "__name__", "") in _PASSING
+            # A function of the user's may give back anything.
+            return not is_library(node.target) or getattr(node.target, "__name__", "") in _ALIASING
         if node.op == "call_module":
             module = self._root.get_submodule(str(node.target))
-            known = type(module).__module__.startswith("torch.nn.modules")
-            return not known or isinstance(module, _PASSING_MODULES)
+            is_torchs = type(module).__module__.startswith("torch.nn.modules")
+            return not is_torchs or isinstance(module, _ALIASING_MODULES)
         return False
 
 
@@ -164,32 +140,34 @@ def is_library(code: Any) -> bool:
 def _is_same(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
         return False
-    own, its = ((_storage(tensor), tensor.dtype, *_place(tensor)) for tensor in (one, other))
-    return own == its
+    first, second = ((_storage(each), each.dtype, *_geometry(each)) for each in (one, other))
+    return first == second
 
 
 def _overlap(one: Any, other: Any) -> bool:
     """Whether tensors of two values share an element of memory."""
     return any(
-        _share_elements(own, its)
-        for own in tree_leaves(one)
-        for its in tree_leaves(other)
-        if isinstance(own, Tensor) and isinstance(its, Tensor) and _storage(own) == _storage(its)
+        _share_elements(first, second)
+        for first in tree_leaves(one)
+        for second in tree_leaves(other)
+        if isinstance(first, Tensor) and isinstance(second, Tensor)
+        if _storage(first) == _storage(second)
     )
 
 
 def _share_elements(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors in one storage share an element of it; strides may leave gaps for others."""
     if one.dtype != other.dtype:
         return True
     elements = torch.arange(one.untyped_storage().nbytes() // one.element_size())
-    taken = torch.zeros(len(elements), dtype=torch.bool)
-    taken[elements.as_strided(*_place(one)).flatten()] = True
-    return bool(taken[elements.as_strided(*_place(other)).flatten()].any())
+    covered = torch.zeros(len(elements), dtype=torch.bool)
+    covered[elements.as_strided(*_geometry(one)).flatten()] = True
+    return bool(covered[elements.as_strided(*_geometry(other)).flatten()].any())
 
 
 def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _place(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
+def _geometry(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], int]:
     return tensor.shape, tensor.stride(), int(tensor.storage_offset())

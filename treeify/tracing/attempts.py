@@ -1,7 +1,7 @@
-"""A model -> its fx graphs, opened as deep as tracing goes.
+"""A model -> its fx graphs, traced as deep as it can be.
 
 Tracing is tried with the images' size unknown, then with the sizes of an example, on which some
-models' control flow depends. A module whose inside stops the tracer even so stays closed.
+models' control flow depends. A module whose inside stops the tracer even so becomes a leaf module.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,49 +17,20 @@ import torch
 from torch import fx, nn
 
 from treeify.errors import TraceError
-from treeify.tracing.proxies import Value, instances_told, recorded_factories
-from treeify.tracing.side_effects import StateError, Watch, changes, closed_functions
+from treeify.tracing.proxies import ValueProxy, proxies_are_tensors, recorded_factories
+from treeify.tracing.side_effects import (
+    Snapshot,
+    StateError,
+    refuse_autograd_functions,
+    version,
+)
 from treeify.tracing.sizes import Sizes
 from treeify.tracing.tracer import Tracer
 
 
-def trace_modes(
-    private: nn.Module,
-    leaf_types: frozenset[type[nn.Module]],
-    sizes: Sizes,
-    leaf_modules: dict[str, str],
-) -> tuple[dict[bool, fx.Graph], Limits]:
-    """Both modes' graphs, and what they are limited to.
-
-    Args:
-        private: the model.
-        leaf_types: module types to keep whole.
-        sizes: answers to what the model asks about sizes.
-        leaf_modules: by module that runs as one call, the reason; those that have to, in either
-            mode, are added.
-
-    Raises:
-        TraceError: the model's own forward cannot be traced.
-    """
-    while True:
-        before = len(leaf_modules)
-        found = {
-            training: _trace_mode(private, training, leaf_types, leaf_modules, sizes)
-            for training in (False, True)
-        }
-        if len(leaf_modules) == before:
-            graphs = {training: graph for training, (graph, _) in found.items()}
-            limits = [own for _, own in found.values()]
-            fixed = sorted({name for own in limits for name in own.fixed})
-            one_size = any(own.one_size for own in limits)
-            recomputed = any(own.recomputed for own in limits)
-            assigned = sorted({name for own in limits for name in own.assigned})
-            return graphs, Limits(one_size, tuple(fixed), recomputed, tuple(assigned))
-
-
 @dataclass(frozen=True)
 class Limits:
-    """What holds beyond the graph's own inputs.
+    """What holds beyond the graphs' own inputs.
 
     Args:
         one_size: images must have the example's height and width, since what the model does depends
@@ -77,7 +48,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class _Stop:
-    """Where a try at tracing ended.
+    """Where an attempt ended.
 
     Args:
         nodes: how many there were by then.
@@ -98,155 +69,178 @@ class _Stop:
         return f"{type(self.error).__name__} at {where}"
 
 
-def _trace_mode(
-    private: nn.Module,
-    training: bool,
-    leaf_types: frozenset[type[nn.Module]],
-    leaf_modules: dict[str, str],
-    sizes: Sizes,
-) -> tuple[fx.Graph, Limits]:
-    """One mode's graph, and what it is limited to; what stops the tracer is left closed."""
-    while True:
-        # A model that branches on sizes can only be traced with those of the example's images.
-        stops: list[_Stop] = []
-        for sized in (False, True):
-            try:
-                found = _try(private, training, leaf_types, leaf_modules, sizes, stops, sized=sized)
-            except StateError as error:
-                raise _untraceable(private, training, error) from error
-            if found is not None:
-                return found
-        furthest = max(stops, key=lambda stop: stop.nodes)
-        if not furthest.inside or furthest.inside in leaf_modules:
-            raise _untraceable(private, training, furthest.error) from furthest.error
-        leaf_modules[furthest.inside] = furthest.reason
-
-
-def _try(
-    private: nn.Module,
-    training: bool,
-    leaf_types: frozenset[type[nn.Module]],
-    leaf_modules: Collection[str],
-    sizes: Sizes,
-    stops: list[_Stop],
-    *,
-    sized: bool,
-) -> tuple[fx.Graph, Limits] | None:
-    """A mode's graph, with the images' size unknown or known; else where that stopped.
-
-    Buffers are values of the graph, which keeps their in-place updates. One that decides what the
-    model does (a counter, a flag) has its present value instead.
-
-    Raises:
-        StateError: a module has a state that branches cannot have one each of.
-    """
-    buffers = {id(buffer): changes(buffer) for buffer in private.buffers()}
-    fixed: set[str] = set()
-    while True:
-        ids = {id(private.get_buffer(name)) for name in fixed}
-        tracer = Tracer(leaf_types, leaf_modules, sizes, ids, sized=sized)
-        with (
-            sizes.mode(training),
-            recorded_factories(),
-            instances_told(),
-            closed_functions() as left_out,
-        ):
-            watch = Watch(private)
-            try:
-                graph = tracer.trace(private)
-                tracer.check(watch, "")
-            except StateError:
-                raise
-            except Exception as error:
-                stops.append(_Stop(len(tracer.graph.nodes), tracer.stopped_in, error))
-                further = _deciding(tracer.graph, private) - fixed
-                if not further:
-                    return None
-                fixed |= further
-                continue
-            assigned = _assigned(private, buffers)
-            if assigned is None:
-                recomputed = tracer.recomputed or bool(left_out)
-                return graph, Limits(sized, tuple(fixed), recomputed, tuple(tracer.assigned))
-            path, name = assigned
-            problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
-            stops[:] = [_Stop(len(tracer.graph.nodes), path, problem)]
-            return None
-
-
-def _deciding(graph: fx.Graph, model: nn.Module) -> set[str]:
-    """The buffers that the last value of a graph was computed from, if from nothing else."""
-    buffers = {name for name, _ in model.named_buffers()}
-    found, left = set(), [next(reversed(graph.nodes))] if len(graph.nodes) else []
-    while left:
-        node = left.pop()
-        if node.op == "get_attr" and str(node.target) in buffers:
-            found.add(str(node.target))
-        elif node.op not in ("call_method", "call_function"):
-            return set()
-        left += node.all_input_nodes
-    return found
-
-
-def _assigned(model: nn.Module, before: Mapping[int, int | None]) -> tuple[str, str] | None:
-    """A module and its buffer that a traced pass has assigned to, as `self.steps += 1` does.
-
-    Caches, which no state dict has, do not count: each pass makes its own.
+@dataclass(frozen=True)
+class Attempts:
+    """Attempts at tracing a model, each with one more module left as it is.
 
     Args:
-        model: what was traced.
-        before: the ids of its buffers before, and how often each had been changed.
+        model: the copy that is traced.
+        leaf_types: module types that are one call.
+        sizes: answers to what the model asks about sizes.
+        leaf_modules: modules that have to be one call, by path, and why; more are added.
+    """
+
+    model: nn.Module
+    leaf_types: frozenset[type[nn.Module]]
+    sizes: Sizes
+    leaf_modules: dict[str, str]
+
+    def trace(self) -> tuple[dict[bool, fx.Graph], Limits]:
+        """The graphs of evaluation and of training, and what they are limited to.
+
+        Raises:
+            TraceError: the model's own forward cannot be traced.
+        """
+        while True:
+            before = len(self.leaf_modules)
+            results = {training: self._trace_mode(training) for training in (False, True)}
+            # What stops the tracer in training is a leaf module in evaluation too, or the modes
+            # would name different modules: a split there would fit one of them only.
+            if len(self.leaf_modules) > before:
+                continue
+            limits = [limits for _, limits in results.values()]
+            return {training: graph for training, (graph, _) in results.items()}, Limits(
+                one_size=any(mode.one_size for mode in limits),
+                fixed=tuple(sorted({name for mode in limits for name in mode.fixed})),
+                recomputed=any(mode.recomputed for mode in limits),
+                assigned=tuple(sorted({name for mode in limits for name in mode.assigned})),
+            )
+
+    def _trace_mode(self, training: bool) -> tuple[fx.Graph, Limits]:
+        """One mode's graph, and what it is limited to; what stops the tracer is a leaf module."""
+        while True:
+            stops = []
+            # Unknown sizes first: such a graph takes images of any size. A model that branches on
+            # sizes can only be traced with those of the example's images.
+            for known_sizes in (False, True):
+                try:
+                    result = self._attempt(training, known_sizes=known_sizes)
+                except StateError as error:
+                    raise self._untraceable(training, error) from error
+                if not isinstance(result, _Stop):
+                    return result
+                stops.append(result)
+            # Of two obstacles the later one: the other attempt has got around the first.
+            stop = max(stops, key=lambda stop: stop.nodes)
+            if not stop.inside or stop.inside in self.leaf_modules:
+                raise self._untraceable(training, stop.error) from stop.error
+            self.leaf_modules[stop.inside] = stop.reason
+
+    def _attempt(self, training: bool, *, known_sizes: bool) -> tuple[fx.Graph, Limits] | _Stop:
+        """A mode's graph and limits, with the images' size unknown or known; or what stopped it.
+
+        Buffers are values of the graph, which keeps their in-place updates. One that decides what
+        the model does (a counter, a flag) has its present value instead.
+
+        Raises:
+            StateError: a module has a state that branches cannot have one each of.
+        """
+        versions = {id(buffer): version(buffer) for buffer in self.model.buffers()}
+        fixed: set[str] = set()
+        while True:
+            ids = {id(self.model.get_buffer(name)) for name in fixed}
+            tracer = Tracer(
+                self.leaf_types, self.leaf_modules, self.sizes, ids, known_sizes=known_sizes
+            )
+            with (
+                self.sizes.new_pass(training),
+                recorded_factories(),
+                proxies_are_tensors(),
+                refuse_autograd_functions() as left_out,
+            ):
+                before = Snapshot(self.model)
+                try:
+                    graph = tracer.trace(self.model)
+                    tracer.check_side_effects(before, "")
+                except StateError:
+                    raise
+                except Exception as error:
+                    deciding = _deciding_buffers(tracer.graph, self.model) - fixed
+                    if not deciding:
+                        return _Stop(len(tracer.graph.nodes), tracer.stopped_in, error)
+                    fixed |= deciding
+                    continue
+                assigned = _assigned_buffer(self.model, versions)
+                if assigned is not None:
+                    path, name = assigned
+                    problem = TraceError(f"it assigns to its buffer {name!r}, which no graph shows")
+                    # It got to the end, further than any attempt that did not.
+                    return _Stop(sys.maxsize, path, problem)
+                recomputed = tracer.recomputed or bool(left_out)
+                return graph, Limits(known_sizes, tuple(fixed), recomputed, tuple(tracer.assigned))
+
+    def _untraceable(self, training: bool, failure: Exception) -> TraceError:
+        """What is told of a model whose own forward stops the tracer."""
+        ours = isinstance(failure, TraceError)
+        return TraceError(
+            f"{type(self.model).__name__} cannot be traced in {'training' if training else 'eval'}"
+            f" mode: {failure if ours else f'{type(failure).__name__}: {failure}'}",
+            expected="a forward pass whose effects are all seen in its tensors"
+            if ours
+            else "a forward pass whose control flow does not depend on tensor values",
+            found=f"stopped at {_user_line(failure)}",
+            next_step="Keep it in a buffer, or set it outside of forward."
+            if isinstance(failure, StateError)
+            else "Move that line into a module of its own: it then runs as one call per branch.",
+        )
+
+
+def _deciding_buffers(graph: fx.Graph, model: nn.Module) -> set[str]:
+    """The buffers that the last value of a graph was computed from, if from nothing else.
+
+    It is what a truth value or a number was asked of when the tracer stopped.
+    """
+    buffers = {name for name, _ in model.named_buffers()}
+    deciding, pending = set(), [next(reversed(graph.nodes))] if len(graph.nodes) else []
+    while pending:
+        node = pending.pop()
+        if node.op == "get_attr" and str(node.target) in buffers:
+            deciding.add(str(node.target))
+        elif node.op not in ("call_method", "call_function"):
+            return set()
+        pending += node.all_input_nodes
+    return deciding
+
+
+def _assigned_buffer(
+    model: nn.Module, versions: Mapping[int, int | None]
+) -> tuple[str, str] | None:
+    """A module and its buffer that a traced pass has assigned to, as `self.steps += 1` does.
+
+    `versions` has, by their ids, how often the buffers had been changed before. Caches, which no
+    state dict has, do not count: each pass makes its own.
     """
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
-            lasting = name not in module._non_persistent_buffers_set
-            if not lasting or buffer is None:
+            if buffer is None or name in module._non_persistent_buffers_set:
                 continue
-            if id(buffer) not in before or changes(buffer) != before[id(buffer)]:
+            if id(buffer) not in versions or version(buffer) != versions[id(buffer)]:
                 return path, name
     return None
 
 
-def _untraceable(private: nn.Module, training: bool, failure: Exception) -> TraceError:
-    ours = isinstance(failure, TraceError)
-    return TraceError(
-        f"{type(private).__name__} cannot be traced in {'training' if training else 'eval'} mode:"
-        f" {failure if ours else f'{type(failure).__name__}: {failure}'}",
-        expected="a forward pass whose effects are all seen in its tensors"
-        if ours
-        else "a forward pass whose control flow does not depend on tensor values",
-        found=f"stopped at {_user_line(failure)}",
-        next_step="Keep it in a buffer, or set it outside of forward."
-        if isinstance(failure, StateError)
-        else "Move that line into a module of its own: it then runs as one call per branch.",
-    )
-
-
-# Their lines say nothing about where in the user's code tracing stopped.
-_TRACER_FILES = (__file__, *map(inspect.getfile, (Tracer, Sizes, Value, Watch)))
+# Lines of these files say nothing about where in the user's code tracing stopped.
+_TRACER_FILES = (__file__, *map(inspect.getfile, (Tracer, Sizes, ValueProxy, Snapshot)))
 
 
 def _user_line(error: BaseException, *, imported: bool = False) -> str:
     """The innermost line of the traceback that belongs neither to torch nor to the tracer.
 
-    Its file's whole path, or that below the folder it was imported from: the same on any machine.
+    Its file's full path, or that below the folder it was imported from: the same on any machine.
     """
-    torch_root = str(Path(torch.__file__).parent)
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((torch_root, *_TRACER_FILES, "<"))
-    ]
-    if not frames:
+    ignored = (str(Path(torch.__file__).parent), *_TRACER_FILES, "<")
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = next(
+        (frame for frame in reversed(frames) if not frame.filename.startswith(ignored)), None
+    )
+    if frame is None:
         return "an unknown line"
-    last = frames[-1]
-    file = _below_imports(Path(last.filename)) if imported else last.filename
-    return f"{file}:{last.lineno} in {last.name}: {last.line}"
+    file = _below_imports(Path(frame.filename)) if imported else frame.filename
+    return f"{file}:{frame.lineno} in {frame.name}: {frame.line}"
 
 
 def _below_imports(file: Path) -> Path:
     """A file's path below the folder it was imported from."""
-    folders = [folder for folder in map(Path, sys.path) if folder in file.parents]
-    if not folders:
-        return file
-    return file.relative_to(max(folders, key=lambda folder: len(folder.parts)))
+    folders = (folder for folder in map(Path, sys.path) if folder in file.parents)
+    innermost = max(folders, key=lambda folder: len(folder.parts), default=None)
+    return file if innermost is None else file.relative_to(innermost)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from treeify.tracing.aliasing import Aliases
 from treeify.tracing.functionalize import isolate
-from treeify.tracing.meta_interpreter import Recorder, Running
+from treeify.tracing.meta_interpreter import GraphRunner, RecordingInterpreter
 from treeify.tracing.sizes import BATCHES
 
 
@@ -74,85 +74,79 @@ class Facts:
 
 def facts(node: fx.Node) -> Facts:
     """The annotation `trace` left on a node."""
-    found: Facts = node.meta["treeify"]
-    return found
+    annotation: Facts = node.meta["treeify"]
+    return annotation
 
 
-def annotate(graph: fx.Graph, model: Running, aliases: Aliases) -> None:
+def annotate(graph: fx.Graph, runner: GraphRunner, aliases: Aliases) -> None:
     """Leave the facts on every node of a graph, calls in it that change their inputs isolated.
 
     Raises:
         InPlaceError: such a call changes what is read later.
         InputError: the model does not run on the example's shape.
     """
-    small, large = (model.record(graph, batch) for batch in BATCHES)
-    if small.changing:
-        isolate(graph, small.changing, aliases)
-        annotate(graph, model, aliases)
+    small, large = (runner.record(graph, batch) for batch in BATCHES)
+    if small.mutating_calls:
+        isolate(graph, small.mutating_calls, aliases)
+        annotate(graph, runner, aliases)  # the copies are nodes of their own
         return
     paths = _paths(graph)
     for node in graph.nodes:
-        scope = _scope(node)
         node.meta["treeify"] = Facts(
             path=paths[node],
-            scope=scope,
-            value=tree_map(_merge, small.values[node], large.values[node], is_leaf=_is_leaf),
-            grows=_growth(small.others[node], large.others[node]),
+            scope=_scope(node),
+            value=tree_map(merge_shapes, small.shapes[node], large.shapes[node], is_leaf=_is_leaf),
+            grows=growth(small.others[node], large.others[node]),
             macs=small.macs[node] // BATCHES[0],
             rows=_follows_batch(small, large, node),
         )
 
 
-def _follows_batch(small: Recorder, large: Recorder, node: fx.Node) -> bool:
+def _follows_batch(small: RecordingInterpreter, large: RecordingInterpreter, node: fx.Node) -> bool:
     """Whether only dim 0 of tensors differs between the batch sizes, and no number does."""
-    shapes = zip(
-        *(tree_leaves(run.values[node], is_leaf=_is_leaf) for run in (small, large)), strict=True
-    )
-    same = all(
-        one is None or other is None or one == other or _compare(one, other).batched
-        for one, other in shapes
-    )
-    return same and small.others[node] == large.others[node]
+    shapes = (tree_leaves(run.shapes[node], is_leaf=_is_leaf) for run in (small, large))
+    merged = [one == other or merge_shapes(one, other) for one, other in zip(*shapes, strict=True)]
+    batched = all(shape.batched for shape in merged if isinstance(shape, TensorFacts))
+    return batched and small.others[node] == large.others[node]
 
 
 def _is_leaf(value: Any) -> bool:
     return value is None or isinstance(value, torch.Size)
 
 
-def _merge(small: torch.Size | None, large: torch.Size | None) -> TensorFacts | None:
-    return None if small is None or large is None else _compare(small, large)
-
-
-def _compare(small: torch.Size, large: torch.Size) -> TensorFacts:
-    """Merge the shapes seen at both batch sizes."""
-    rest_fixed = small[1:] == large[1:]
-    batched = bool(small) and (small[0], large[0]) == BATCHES and rest_fixed
-    differing = [
-        dim for dim, sizes in enumerate(zip(small, large, strict=False)) if sizes[0] != sizes[1]
-    ]
-    same_rank = len(small) == len(large)
-    dim = differing[0] if same_rank and len(differing) == 1 else None
-    if dim is not None and not _grows_with_batch(small[dim], large[dim]):
-        dim = None
-    return TensorFacts(tuple(small), batched, dim)
+def merge_shapes(small: torch.Size | None, large: torch.Size | None) -> TensorFacts | None:
+    """Merge the shapes of a tensor seen at both batch sizes; None for what is no tensor."""
+    if small is None or large is None:
+        return None
+    batched = bool(small) and (small[0], large[0]) == BATCHES and small[1:] == large[1:]
+    pairs = enumerate(zip(small, large, strict=False))
+    differing = [dim for dim, (size, other) in pairs if size != other]
+    # A dim may hold a multiple of the batch, as windows of all images do; but where several dims
+    # differ, or one in another way, no dim could be said to be the images'.
+    grows = (
+        len(small) == len(large)
+        and len(differing) == 1
+        and _grows_with_batch(small[differing[0]], large[differing[0]])
+    )
+    return TensorFacts(tuple(small), batched, differing[0] if grows else None)
 
 
 def _grows_with_batch(small: int, large: int) -> bool:
     return small * BATCHES[1] == large * BATCHES[0]
 
 
-def _growth(small: Any, large: Any) -> Any:
+def growth(small: Any, large: Any) -> Any:
     """Where integers grow with the batch; None where a number differs in another way."""
     if isinstance(small, dict):
-        found = {key: _growth(own, large[key]) for key, own in small.items()}
-        return None if None in found.values() else found
+        parts = {key: growth(value, large[key]) for key, value in small.items()}
+        return None if None in parts.values() else parts
     if isinstance(small, list | tuple):
-        parts = [_growth(own, other) for own, other in zip(small, large, strict=True)]
-        return None if None in parts else tuple(parts)
+        members = tuple(growth(value, other) for value, other in zip(small, large, strict=True))
+        return None if None in members else members
     if small == large:
         return False
-    whole = type(small) is int and type(large) is int
-    return True if whole and _grows_with_batch(small, large) else None
+    are_integers = type(small) is int and type(large) is int
+    return True if are_integers and _grows_with_batch(small, large) else None
 
 
 def _scope(node: fx.Node) -> str:

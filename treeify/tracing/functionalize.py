@@ -1,4 +1,8 @@
-"""In-place operations of a graph replaced by others: a value may be shared by siblings."""
+"""In-place operations of a graph replaced by others.
+
+A value may be shared by siblings: if the first of them changed it in place, the others would go on
+from what it made of it.
+"""
 
 from __future__ import annotations
 
@@ -18,18 +22,11 @@ _COPY = "treeify_copy"
 # How fx names tensors that are neither parameters nor buffers, in the model it traces.
 CONSTANT = "_tensor_constant"
 IN_PLACE_OPERATORS: dict[Callable[..., Any], Callable[..., Any]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.iand: operator.and_,
-    operator.ior: operator.or_,
-    operator.ixor: operator.xor,
-    operator.ipow: operator.pow,
-    operator.imod: operator.mod,
-    operator.ilshift: operator.lshift,
-    operator.irshift: operator.rshift,
+    getattr(operator, f"__i{name}__"): getattr(operator, f"__{name}__")
+    for name in (
+        *("add", "sub", "mul", "truediv", "floordiv", "pow", "mod"),
+        *("and", "or", "xor", "lshift", "rshift"),
+    )
 }
 
 _RESHAPED = {"view": "reshape", "view_as": "reshape_as"}
@@ -59,18 +56,17 @@ def stride(value: Tensor, *args: Any, **kwargs: Any) -> Any:
     return value.contiguous().stride(*args, **kwargs)
 
 
-def join_constants(graph: fx.Graph) -> None:
-    """Let all readers of a tensor that `forward` made read one node, so that changes reach them.
+_OF_DENSE = {"as_strided": as_strided, torch.as_strided: as_strided, "stride": stride}
 
-    Args:
-        graph: changed in place.
-    """
+
+def join_constants(graph: fx.Graph) -> None:
+    """Let all readers of a tensor that `forward` made read one node, so that changes reach them."""
     first: dict[str, fx.Node] = {}
     for node in graph.nodes:
         if _is_constant(node):
-            kept = first.setdefault(str(node.target), node)
-            if kept is not node:
-                node.replace_all_uses_with(kept)
+            reader = first.setdefault(str(node.target), node)
+            if reader is not node:
+                node.replace_all_uses_with(reader)
                 graph.erase_node(node)
         elif node.op == "call_method" and node.target == "__setitem__":
             node.op, node.target = "call_function", operator.setitem
@@ -81,14 +77,14 @@ def _is_constant(node: fx.Node) -> bool:
 
 
 def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
-    """Replace in-place operations on values, since a value may be shared by siblings.
+    """Replace in-place operations on values; updates of buffers stay, being the model's state.
 
-    Later readers of the changed value read the result instead, whatever name they know it by.
-    Updates of buffers stay as they are: those are the model's state.
+    Later readers of the changed value, or of an alias that is the same tensor, read the result
+    instead. An alias that is only a part of it, or of which it is a part, must not be read later:
+    no value of the graph would be what that reader expects, a part changed and the rest as it was.
 
     Raises:
-        InPlaceError: an operation has no twin, or a view is changed in place and what it looks into
-            is read afterwards, or a part of the changed value is.
+        InPlaceError: an operation has no out-of-place twin, or such an alias is read later.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node in graph.nodes:
@@ -98,30 +94,28 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
         if node.target in IN_PLACE_OPERATORS and (_is_number(target) or _is_put_back(node, target)):
             _make_out_of_place(node)
             continue
-        _check_unread(looks_into(target), target, node, order)
-        names = [target, *aliases.read_later(target, node, order)]
+        _check_unread(view_source(target), target, node, order)
+        same = [target, *aliases.read_later(target, node, order)]
         _make_out_of_place(node)
-        # Later readers of the value itself get the result.
-        for name in names:
-            for reader in list(name.users):
+        for value in same:
+            for reader in list(value.users):
                 if order[reader] > order[node]:
-                    reader.replace_input_with(name, node)
+                    reader.replace_input_with(value, node)
 
 
 def reshape_views(graph: fx.Graph) -> None:
-    """Let views be copies where memory is laid out in another way than in the base model.
+    """Let views be copies where a value has another memory format than in the base model.
 
-    Args:
-        graph: functional, so that nothing is changed through a view any more.
+    Packed branches, channels-last images and fused operations give values with strides of which
+    `view` cannot take a view; `reshape` copies then. The graph has to be functional: a change in
+    place would not reach what a copy was taken of.
     """
     for node in graph.nodes:
         if node.op == "call_method" and node.target in _RESHAPED and not _needs_view(node):
             node.target = _RESHAPED[node.target]
-            node.kwargs = {_RENAMED.get(key, key): own for key, own in node.kwargs.items()}
-        elif node.target in ("as_strided", torch.as_strided):
-            node.op, node.target = "call_function", as_strided
-        elif node.target == "stride":
-            node.op, node.target = "call_function", stride
+            node.kwargs = {_RENAMED.get(key, key): value for key, value in node.kwargs.items()}
+        elif node.op in ("call_method", "call_function") and node.target in _OF_DENSE:
+            node.op, node.target = "call_function", _OF_DENSE[node.target]
 
 
 def isolate(
@@ -129,11 +123,7 @@ def isolate(
 ) -> None:
     """Give calls that change their inputs, though nothing about them says so, copies of these.
 
-    Args:
-        graph: changed in place.
-        changing: by functions whose inside was not traced, or modules that stayed closed: the
-            inputs they change.
-        aliases: of the graph's values.
+    `changing` has the inputs they change, by functions that were not traced into and leaf modules.
 
     Raises:
         ReadLaterError: an input, what it is a view of, or a part of it is read again afterwards.
@@ -155,17 +145,16 @@ def isolate(
 
 
 def is_isolating_copy(node: fx.Node) -> bool:
-    """Whether a value was made to be changed."""
+    """Whether a value is a copy that `isolate` made, to be changed."""
     return _COPY in node.meta
 
 
 def _needs_view(node: fx.Node) -> bool:
     """Whether a view shows the same bits as another dtype, or is one of the model's state."""
-    first, *rest = node.args
-    given = [own for own in (*rest, *node.kwargs.values()) if not isinstance(own, int)]
-    if isinstance(first, fx.Node) and stems_from_state(first):
+    source, *arguments = (*node.args, *node.kwargs.values())
+    if isinstance(source, fx.Node) and stems_from_state(source):
         return True
-    return any(isinstance(own, torch.dtype) or _reads_dtype(own) for own in given)
+    return any(isinstance(value, torch.dtype) or _reads_dtype(value) for value in arguments)
 
 
 def _reads_dtype(value: Any) -> bool:
@@ -176,8 +165,8 @@ def _reads_dtype(value: Any) -> bool:
 def _on_copies(function: Any) -> Callable[..., Any]:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        own = tree_map_only(Tensor, torch.clone, (args, kwargs))
-        return function(*own[0], **own[1])
+        args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+        return function(*args, **kwargs)
 
     return call
 
@@ -233,6 +222,11 @@ def _says_in_place(name: str) -> bool:
 
 
 def _make_out_of_place(node: fx.Node) -> None:
+    """Let a node compute what it would have put into its first input.
+
+    Raises:
+        InPlaceError: torch has no such operation.
+    """
     if node.op == "call_module":
         return  # the rewriter runs modules with their `inplace` flag off
     if node.op == "call_method":
@@ -272,16 +266,16 @@ def _in_place_flag(node: fx.Node) -> inspect.BoundArguments | None:
 
 def stems_from_state(node: fx.Node) -> bool:
     """Whether a value is a parameter or buffer, or a view of one."""
-    while looks_into(node) is not None:
-        node = looks_into(node)  # type: ignore[assignment]
+    while (source := view_source(node)) is not None:
+        node = source
     return node.op == "get_attr" and not _is_constant(node)
 
 
-def looks_into(node: fx.Node) -> fx.Node | None:
+def view_source(node: fx.Node) -> fx.Node | None:
     """The value a node is a view of, or gives back after changing it, if any."""
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    data = node.target is getattr and node.args[1] == "data"
-    gives_back = name in VIEWS or name == "detach" or _says_in_place(name) or data
+    reads_data = node.target is getattr and node.args[1] == "data"
+    gives_back = name in VIEWS or name == "detach" or _says_in_place(name) or reads_data
     is_view = node.op in ("call_method", "call_function") and gives_back
     if name == "getitem" and not _is_slice(node.args[1]):
         return None  # what is picked is a copy
@@ -301,20 +295,14 @@ def _is_slice(index: Any) -> bool:
 def _check_unread(
     source: fx.Node | None, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
 ) -> None:
-    """Refuse to change what is read later.
-
-    Args:
-        source: that must not be read later, nor whatever it is a view of.
-        changed: the value that `node` changes in place.
-        node: the call.
-        order: the nodes' places in the graph.
+    """Let neither `source` nor what it is a view of be read after `node`, which changes `changed`.
 
     Raises:
-        ReadLaterError: it is.
+        ReadLaterError: one of them is.
     """
     while source is not None:
         late = [user for user in source.users if order.get(user, -1) > order[node]]
         if late:
             view = "" if source is changed else f", a view of {source.name}"
             raise ReadLaterError(node, changed, view, late[0])
-        source = looks_into(source)
+        source = view_source(source)

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from treeify.errors import InputError
-from treeify.tracing.aliasing import Keeper, Values
+from treeify.tracing.aliasing import Values
 from treeify.tracing.functionalize import in_place_target, is_isolating_copy, stems_from_state
 from treeify.tracing.meta_kernels import MetaKernels, batch_norm_flops
 from treeify.tracing.side_effects import (
@@ -22,6 +22,7 @@ from treeify.tracing.side_effects import (
     changed_number,
     numbers_within,
     undo_side_effects,
+    version,
 )
 from treeify.tracing.sizes import BATCHES
 
@@ -41,30 +42,29 @@ _COUNTED = {
 }
 
 
-class Recorder(fx.Interpreter):
-    """Runs a graph and keeps each node's output shapes and MACs."""
+class RecordingInterpreter(fx.Interpreter):
+    """Runs a graph on the module its targets name, and records what each node gives and costs."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
-        super().__init__(fx.GraphModule(root, graph))
-        self.graph = graph
-        self.values: dict[fx.Node, Any] = {}
-        self.macs: dict[fx.Node, int] = {}
+        super().__init__(root, graph=graph)
+        # Each node's output, with shapes for tensors, and with what else can be compared.
+        self.shapes: dict[fx.Node, Any] = {}
         self.others: dict[fx.Node, Any] = {}
+        self.macs: dict[fx.Node, int] = {}
         # Calls that change inputs in place, though nothing about them says so.
-        self.changing: dict[fx.Node, list[fx.Node]] = {}
-        self._root = root
+        self.mutating_calls: dict[fx.Node, list[fx.Node]] = {}
         self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
-        self._shortcuts = MetaKernels()
+        self._kernels = MetaKernels()
 
-    def record(self, example: Tensor, *, count: bool) -> None:
+    def record(self, images: Tensor, *, count: bool) -> None:
         """Run the graph; counting makes it take twice as long."""
-        self._shortcuts.counting = count
-        with self._counter if count else nullcontext(), self._shortcuts:
-            self.run(example)
+        self._kernels.counting = count
+        with self._counter if count else nullcontext(), self._kernels:
+            self.run(images)
 
     @property
     def _flops(self) -> int:
-        return self._counter.get_total_flops() + self._shortcuts.flops
+        return self._counter.get_total_flops() + self._kernels.flops
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a module.
@@ -73,7 +73,8 @@ class Recorder(fx.Interpreter):
             StateError: it, or one in it, counts its calls: branches cannot have a counter each.
         """
         module = self.fetch_attr(target)
-        for _ in range(2):  # a size that is kept for the next call stays what it is then
+        # Twice: a size remembered from the first call is the same at the second, a count is not.
+        for _ in range(2):
             before = numbers_within(module)
             value = super().call_module(target, args, kwargs)
             changed = changed_number(before, numbers_within(module))
@@ -86,36 +87,31 @@ class Recorder(fx.Interpreter):
         )
 
     def run_node(self, n: fx.Node) -> Any:
-        """Run a node as fx does, and note what it gives."""
-        before = self._flops
+        """Run a node as fx does, and record what it gives."""
+        flops = self._flops
+        # State is every branch's own, and a copy is there to be changed.
         inputs = {
             source: self.env[source]
             for source in n.all_input_nodes
             if not (stems_from_state(source) or is_isolating_copy(source))
         }
-        versions = {source: _version(value) for source, value in inputs.items()}
+        versions = {source: version(value) for source, value in inputs.items()}
         value = super().run_node(n)
-        changed = [own for own, tensor in inputs.items() if _version(tensor) != versions[own]]
-        if changed and in_place_target(n, self._root) is None:
-            self.changing[n] = changed
-        self.macs[n] = (self._flops - before) // 2
-        self.values[n] = tree_map(_shape, value)
-        self.others[n] = tree_map(_number, value)
+        mutated = [source for source in inputs if version(inputs[source]) != versions[source]]
+        if mutated and in_place_target(n, self.module) is None:
+            self.mutating_calls[n] = mutated
+        self.macs[n] = (self._flops - flops) // 2
+        self.shapes[n] = tree_map(_shape, value)
+        self.others[n] = tree_map(_comparable, value)
         return value
-
-
-def _version(value: Any) -> int | None:
-    """How often a tensor has been changed in place; None for what does not tell."""
-    tells = isinstance(value, Tensor) and not value.is_inference()
-    return int(value._version) if tells else None
 
 
 def _shape(value: Any) -> torch.Size | None:
     return value.shape if isinstance(value, Tensor) else None
 
 
-def _number(value: Any) -> Any:
-    """What a value that is no tensor can be compared by."""
+def _comparable(value: Any) -> Any:
+    """What an output that is no tensor is compared by between runs."""
     if isinstance(value, Tensor):
         return ""
     if isinstance(value, torch.Size):
@@ -124,15 +120,15 @@ def _number(value: Any) -> Any:
 
 
 @contextmanager
-def _frozen(root: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient: counting FLOPs fails on some views of those that do."""
-    wanting = [parameter for parameter in root.parameters() if parameter.requires_grad]
+def _without_gradients(root: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient: counting FLOPs fails on some views of those that do."""
+    trained = [parameter for parameter in root.parameters() if parameter.requires_grad]
     try:
-        for parameter in wanting:
+        for parameter in trained:
             parameter.requires_grad = False
         yield
     finally:
-        for parameter in wanting:
+        for parameter in trained:
             parameter.requires_grad = True
 
 
@@ -144,22 +140,22 @@ def _first_line(failure: Exception | None) -> str:
 
 
 @dataclass(frozen=True)
-class Running:
-    """A model in one mode, to run graphs of.
+class GraphRunner:
+    """Runs graphs of a model in one mode.
 
     Args:
-        private: with its weights.
-        skeleton: on the meta device.
+        model: with its weights.
+        skeleton: the model on the meta device.
         example: an input of any batch size.
         training: the mode.
     """
 
-    private: nn.Module
+    model: nn.Module
     skeleton: nn.Module
     example: Tensor
     training: bool
 
-    def run(self, batch: int, action: Callable[[nn.Module, Tensor], _T]) -> _T:
+    def _run(self, batch: int, action: Callable[[nn.Module, Tensor], _T]) -> _T:
         """Run something on a root and so many images, and undo what it leaves behind.
 
         Raises:
@@ -167,13 +163,13 @@ class Running:
             StateError: a module counts its calls.
         """
         failure: Exception | None = None
-        # The meta device costs nothing; models that look at values while running need the real
-        # thing.
-        for root, device in ((self.skeleton, "meta"), (self.private, self.example.device)):
-            root = root if device == "meta" else copy.deepcopy(root)
+        # The meta device costs next to nothing; models that look at values while they run, or that
+        # use what it has not, need a real one.
+        for device in ("meta", self.example.device):
+            root = self.skeleton if device == "meta" else copy.deepcopy(self.model)
             shape = (batch, *self.example.shape[1:])
             images = torch.zeros(shape, dtype=self.example.dtype, device=device)
-            with undo_side_effects(root), torch.no_grad(), _frozen(root):
+            with undo_side_effects(root), torch.no_grad(), _without_gradients(root):
                 root.train(self.training)
                 try:
                     return action(root, images)
@@ -183,29 +179,29 @@ class Running:
                     failure = error
         text = f"[N, {', '.join(map(str, self.example.shape[1:]))}]"
         raise InputError(
-            f"{type(self.private).__name__} does not run on an input of shape {text}:"
+            f"{type(self.model).__name__} does not run on an input of shape {text}:"
             f" {_first_line(failure)}",
             expected="an input shape the model accepts",
             next_step="Pass example_input=torch.zeros(1, C, H, W) of the right size"
             " (--input-size).",
         ) from failure
 
-    def record(self, graph: fx.Graph, batch: int) -> Recorder:
+    def record(self, graph: fx.Graph, batch: int) -> RecordingInterpreter:
         """What each node gives for so many images; MACs are counted where they are needed."""
 
-        def action(root: nn.Module, images: Tensor) -> Recorder:
-            recorder = Recorder(root, graph)
-            recorder.record(images, count=batch == BATCHES[0] and not self.training)
-            return recorder
+        def action(root: nn.Module, images: Tensor) -> RecordingInterpreter:
+            interpreter = RecordingInterpreter(root, graph)
+            interpreter.record(images, count=batch == BATCHES[0] and not self.training)
+            return interpreter
 
-        return self.run(batch, action)
+        return self._run(batch, action)
 
     def values(self, graph: fx.Graph) -> Values:
-        """Every node's value."""
+        """Every node's value, all kept to the end: so no two lie in one place by chance."""
 
         def action(root: nn.Module, images: Tensor) -> Values:
-            keeper = Keeper(root, graph)
-            keeper.run(images)
-            return keeper.env
+            interpreter = fx.Interpreter(root, garbage_collect_values=False, graph=graph)
+            interpreter.run(images)
+            return interpreter.env
 
-        return self.run(BATCHES[0], action)
+        return self._run(BATCHES[0], action)

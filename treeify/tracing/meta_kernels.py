@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-# What the meta device computes in Python, in milliseconds, and is shaped like its input.
+# They give a tensor shaped like their input; the meta device finds that out in Python, which takes
+# it milliseconds a call.
 _ELEMENTWISE = frozenset(
     {
         *(torch.relu, F.relu, F.relu6, F.leaky_relu, F.elu, F.selu, F.celu, F.gelu, F.mish),
@@ -24,7 +25,7 @@ def batch_norm_flops(shape: torch.Size, *, training: bool) -> int:
 
 
 class MetaKernels(TorchFunctionMode):
-    """On the meta device activations and norms give an empty tensor; may count FLOPs of norms."""
+    """Kernels of activations and norms on the meta device; they may count the FLOPs of norms."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""The copies of a model that everything is done to, and what such a copy could not be right with.
+"""The copies of a model that all is done to, and models of which a copy would not be right.
 
-The given model itself is never modified.
+The user's model itself is never modified.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from treeify.tracing.side_effects import attributes
 _PARAMETER_SOURCES = ("torch.nn.utils",)
 
 
-def require_own_code(model: nn.Module) -> None:
+def require_copyable(model: nn.Module) -> None:
     """Refuse a model of which a copy would show no code, or run that of the model itself.
 
     Raises:
         TraceError: it is scripted, needs more than images, or has functions, weak references or
             hooks that a copy would share with it or lose.
     """
-    own = {id(module) for module in model.modules()}
+    module_ids = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
-        _require_own_code(path, module, own)
+        _require_copyable_module(path, module, module_ids)
     try:
         inspect.signature(model.forward, follow_wrapped=False).bind(None)
     except TypeError as error:
@@ -43,16 +43,14 @@ def require_own_code(model: nn.Module) -> None:
         ) from error
 
 
-def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> None:
-    """The same for one of its modules.
+def _require_copyable_module(path: str, module: nn.Module, module_ids: Collection[int]) -> None:
+    """Refuse a module of a model of which a copy would not be right.
 
-    Args:
-        path: of the module; empty for the model itself.
-        module: it.
-        own: ids of all modules of the model.
+    `copy.deepcopy` copies no function: what a lambda, a cache or a weak reference holds of the
+    model would go on being used by the copy, with the weights of the model.
 
     Raises:
-        TraceError: see `require_own_code`.
+        TraceError: see `require_copyable`.
     """
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError(
@@ -60,7 +58,8 @@ def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> Non
             expected="modules written in Python",
             next_step="Give the module that it was scripted from.",
         )
-    if any(isinstance(held, nn.Module) for held in _held(vars(module).get("forward"))):
+    forward = vars(module).get("forward")
+    if any(isinstance(captured, nn.Module) for captured in _captured(forward)):
         raise TraceError(
             f"forward of {path or 'the model'} was replaced by a function that calls this very"
             " model, not a copy of it.",
@@ -68,7 +67,8 @@ def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> Non
             next_step="Or give a module of its own whose forward calls the model.",
         )
     for name, value in attributes(module).items():
-        if any(id(held) in own for leaf in tree_leaves(value) for held in _held(leaf)):
+        captured = (each for leaf in tree_leaves(value) for each in _captured(leaf))
+        if any(id(each) in module_ids for each in captured):
             raise TraceError(
                 f"{name!r} of {path or 'the model'} is a function, cache or weak reference that"
                 " holds a module of this very model: a copy of it would go on using that module.",
@@ -78,7 +78,8 @@ def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> Non
     for hook in hooks_of(module):
         while isinstance(hook, partial):
             hook = hook.func
-        if any(id(held) in own for held in (getattr(hook, "__self__", None), *_held(hook))):
+        holders = (getattr(hook, "__self__", None), *_captured(hook))
+        if any(id(holder) in module_ids for holder in holders):
             raise TraceError(
                 f"a hook of {path or 'the model'} belongs to the model itself, whose outputs may"
                 " depend on it.",
@@ -87,22 +88,22 @@ def _require_own_code(path: str, module: nn.Module, own: Collection[int]) -> Non
             )
 
 
-def _held(value: Any) -> Iterator[Any]:
+def _captured(value: Any) -> Iterator[Any]:
     """Objects that a copy of a function, a cache of one or a weak reference shares with it."""
     if isinstance(value, weakref.ref):
         yield value()
     elif isinstance(value, partial):
-        yield from _held(value.func)
+        yield from _captured(value.func)
     elif isinstance(value, MethodType):
-        yield from _held(value.__func__)
+        yield from _captured(value.__func__)
     elif isinstance(value, _lru_cache_wrapper):
         yield getattr(value.__wrapped__, "__self__", None)
-        yield from _held(value.__wrapped__)
+        yield from _captured(value.__wrapped__)
     elif isinstance(value, FunctionType):
-        outer = map(_content, value.__closure__ or ())
-        given = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
-        for own in (*outer, *given):
-            yield getattr(own, "__self__", own)
+        closure = map(_content, value.__closure__ or ())
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        for captured in (*closure, *defaults):
+            yield getattr(captured, "__self__", captured)
 
 
 def _content(cell: CellType) -> Any:
@@ -141,9 +142,11 @@ def private_copy(model: nn.Module) -> nn.Module:
                     next_step="Use torch.nn.utils.parametrizations instead, or make its weights"
                     " permanent: torch.nn.utils.remove_weight_norm, prune.remove.",
                 )
-    kept = (leaf for own in model.modules() for leaf in tree_leaves(attributes(own)))
-    # Activations kept from a pass with gradients, which torch refuses to copy, are left out.
-    memo = {id(own): None for own in kept if isinstance(own, Tensor) and own.grad_fn is not None}
+    leaves = (leaf for module in model.modules() for leaf in tree_leaves(attributes(module)))
+    # Activations left from a pass with gradients, which torch refuses to copy, are left out.
+    memo = {
+        id(leaf): None for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None
+    }
     try:
         private = copy.deepcopy(model, memo)
     except Exception as error:
@@ -157,7 +160,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     return private
 
 
-def on_meta(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module) -> nn.Module:
     """A copy without weights; tensors that are one in the model are one in the copy."""
     memo: dict[int, Any] = {}
     for _, tensor in (*model.named_parameters(), *model.named_buffers()):

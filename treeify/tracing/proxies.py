@@ -16,12 +16,16 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from treeify.errors import TraceError
-from treeify.tracing.functionalize import IN_PLACE_OPERATORS, looks_into, stems_from_state
+from treeify.tracing.functionalize import IN_PLACE_OPERATORS, stems_from_state, view_source
 from treeify.tracing.side_effects import StateError
 
 
-class Value(fx.Proxy):
-    """A value that may be changed in place, but whose data are not to be exchanged."""
+class ValueProxy(fx.Proxy):
+    """A value that may be changed in place, but whose data are not to be exchanged.
+
+    It answers `ndim` and `dim()` with a number. A rank hardly ever depends on the images' size, so
+    the many models that check it (`if x.ndim == 3`) take images of any size all the same.
+    """
 
     tracer: Any
 
@@ -31,38 +35,38 @@ class Value(fx.Proxy):
         super().__setattr__(name, value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        if looks_into(self.node) is not None and stems_from_state(self.node):
+        if view_source(self.node) is not None and stems_from_state(self.node):
             raise TraceError("it sets a part of a view of a parameter or buffer")
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     @property
     def ndim(self) -> Any:
-        """As of a tensor: a number, which does not depend on the images' size."""
-        rank = self.tracer.rank(self.node)
-        return fx.proxy.Attribute(self, "ndim") if rank is None else rank
+        """The rank as of a tensor; an attribute of the value where it cannot be computed."""
+        shapes = self.tracer.shapes(self.node)
+        return fx.proxy.Attribute(self, "ndim") if shapes is None else len(shapes[0])
 
     def dim(self) -> Any:
-        """As of a tensor."""
-        rank = self.tracer.rank(self.node)
-        if rank is None:
+        """The rank as of a tensor; a call where it cannot be computed."""
+        shapes = self.tracer.shapes(self.node)
+        if shapes is None:
             return self.tracer.create_proxy("call_method", "dim", (self,), {})
-        return rank
+        return len(shapes[0])
 
 
-def _in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
+def _record_in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
     """What `x += y` and the like record: fx itself takes them for `x = x + y`."""
 
-    def change(own: fx.Proxy, other: Any) -> Any:
-        return own.tracer.create_proxy("call_function", operation, (own, other), {})
+    def change(proxy: fx.Proxy, other: Any) -> Any:
+        return proxy.tracer.create_proxy("call_function", operation, (proxy, other), {})
 
     return change
 
 
 for _operation in IN_PLACE_OPERATORS:
-    setattr(Value, f"__{_operation.__name__}__", _in_place(_operation))
+    setattr(ValueProxy, f"__{_operation.__name__}__", _record_in_place(_operation))
 
 
-class Sized(Value):
+class SizedProxy(ValueProxy):
     """A tensor whose sizes are numbers while tracing, but for those that grow with the batch."""
 
     def __init__(
@@ -70,44 +74,44 @@ class Sized(Value):
     ) -> None:
         super().__init__(node, tracer)
         self._sizes = tuple(
-            one if one == other else None for one, other in zip(small, large, strict=True)
+            size if size == other else None for size, other in zip(small, large, strict=True)
         )
 
     @property
     def shape(self) -> tuple[Any, ...]:
-        """Numbers, but for dims that grow with the batch."""
+        """The sizes of all dims."""
         return tuple(self.size(dim) for dim in range(len(self._sizes)))
 
     def size(self, dim: int | None = None) -> Any:
-        """As of a tensor."""
+        """The size of one dim as of a tensor, or of all."""
         if dim is None:
             return self.shape
-        known = self._sizes[dim]
-        if known is not None:
-            return known
+        size = self._sizes[dim]
+        if size is not None:
+            return size
         return self.tracer.create_proxy("call_method", "size", (self, dim % len(self._sizes)), {})
 
 
-# Packages that would take values for tensors in memory.
-_NOT_TOLD = ("torch", "treeify")
+# Packages that would go on to read a proxy's memory if they took it for a tensor.
+_UNPATCHED_PACKAGES = ("torch", "treeify")
 
 
 @contextmanager
-def instances_told() -> Iterator[None]:
+def proxies_are_tensors() -> Iterator[None]:
     """Let `isinstance(x, torch.Tensor)` in a model's code be true of values that are tensors."""
     original = builtins.isinstance
 
-    def told(found: Any, kinds: Any) -> bool:
-        if original(found, kinds):
+    def patched(instance: Any, kinds: Any) -> bool:
+        if original(instance, kinds):
             return True
-        if not issubclass(type(found), Value) or not _asks_for_tensors(kinds):
+        if not issubclass(type(instance), ValueProxy) or not _asks_for_tensors(kinds):
             return False
-        frame = sys._getframe(1)
-        package = frame.f_globals.get("__name__", "").partition(".")[0]
-        asked = package not in _NOT_TOLD or frame.f_code.co_name == "is_tensor"
-        return asked and found.tracer.makes_tensor(found.node)
+        caller = sys._getframe(1)
+        package = caller.f_globals.get("__name__", "").partition(".")[0]
+        asked = package not in _UNPATCHED_PACKAGES or caller.f_code.co_name == "is_tensor"
+        return asked and instance.tracer.shapes(instance.node) is not None
 
-    with mock.patch.object(builtins, "isinstance", told):
+    with mock.patch.object(builtins, "isinstance", patched):
         yield
 
 
@@ -118,7 +122,8 @@ def _asks_for_tensors(kinds: Any) -> bool:
     return any(map(_asks_for_tensors, several))
 
 
-# They take sizes, and look for no tensor's say in them as other functions do.
+# Other functions of torch ask their arguments whether they override them, as a proxy does. These
+# take sizes, which they do not ask: they fail on a proxy.
 _FACTORIES = (
     *("arange", "empty", "eye", "full", "linspace", "ones", "zeros"),
     *("rand", "randint", "randn", "randperm"),

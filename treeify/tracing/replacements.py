@@ -1,6 +1,6 @@
-"""What libraries keep closed to fx, written so that rules can run its parts packed.
+"""Functions of libraries that fx records as one call, in operations that rules can run packed.
 
-`treeify.verify` compares them with the libraries' own, which leaves run.
+`treeify.verify` compares them with the libraries' functions, which the leaves' networks run.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def _geometry(
     x: Tensor, window: Sequence[int], shift: Sequence[int]
 ) -> tuple[list[int], list[int]]:
     """Height and width padded to whole windows, and the shifts where there is more than one."""
-    padded = [side + -side % own for side, own in zip(x.shape[1:3], window, strict=True)]
-    by = [own if side > size else 0 for own, side, size in zip(shift, padded, window, strict=True)]
-    return padded, by
+    padded = [side + -side % size for side, size in zip(x.shape[1:3], window, strict=True)]
+    sides = zip(shift, padded, window, strict=True)
+    return padded, [step if side > size else 0 for step, side, size in sides]
 
 
 def _partitioned(x: Tensor, window: Sequence[int]) -> Tensor:
@@ -64,9 +64,9 @@ def masked(scores: Tensor, images: Tensor, window: Sequence[int], shift: Sequenc
     if not any(by):
         return scores
     regions = []
-    for side, size, own in zip(padded, window, by, strict=True):
+    for side, size, step in zip(padded, window, by, strict=True):
         places = torch.arange(side, device=scores.device)
-        regions.append((places >= side - size).long() + (places >= side - own).long())
+        regions.append((places >= side - size).long() + (places >= side - step).long())
     region = _partitioned((3 * regions[0][:, None] + regions[1])[None, :, :, None], window)
     apart = region[0] != region[0].transpose(1, 2)
     return scores + scores.new_zeros(apart.shape).masked_fill(apart, -100.0).unsqueeze(1)
@@ -100,7 +100,7 @@ def _shifted_window_attention(
     logit_scale: Tensor | None = None,
     training: bool = True,
 ) -> Tensor:
-    """As torchvision's, `[N, H, W, C] -> [N, H, W, C]`."""
+    """Torchvision's attention within shifted windows, `[N, H, W, C] -> [N, H, W, C]`."""
     if logit_scale is not None and qkv_bias is not None:
         qkv_bias = without_keys(qkv_bias)
     qkv = F.linear(cut(input, window_size, shift_size), qkv_weight, qkv_bias)
@@ -115,42 +115,42 @@ def _shifted_window_attention(
         scores = scores * torch.clamp(logit_scale, max=math.log(100.0)).exp()
     scores = masked(scores + relative_position_bias, input, window_size, shift_size)
     attention = F.dropout(F.softmax(scores, dim=-1), p=attention_dropout, training=training)
-    found = (attention @ value).transpose(2, 3).flatten(3)
-    found = F.dropout(F.linear(found, proj_weight, proj_bias), p=dropout, training=training)
-    return join(found, input, window_size, shift_size)
+    tokens = F.linear((attention @ value).transpose(2, 3).flatten(3), proj_weight, proj_bias)
+    tokens = F.dropout(tokens, p=dropout, training=training)
+    return join(tokens, input, window_size, shift_size)
 
 
 @fx.wrap
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, eps: float) -> Tensor:
-    """Without a softmax, at least in float32, `[N, heads, T, D]` and a column of ones in `value`.
+    """Attention without a softmax, `[N, heads, T, D]`, at least in float32.
 
-    The last column of the products is what the others are divided by.
+    `value` has a last column of ones: that of the products is what the others are divided by.
     """
     device = query.device.type
     with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
-        found = query.float() @ (key.float().transpose(-1, -2) @ value.float())
-        return (found[..., :-1] / (found[..., -1:] + eps)).to(value.dtype)
+        sums = query.float() @ (key.float().transpose(-1, -2) @ value.float())
+        return (sums[..., :-1] / (sums[..., -1:] + eps)).to(value.dtype)
 
 
 def _lite_mla(module: LiteMLA, x: Tensor) -> Tensor:
-    """As timm's, `[N, C, H, W] -> [N, C, H, W]`."""
+    """The forward of timm's `LiteMLA`, `[N, C, H, W] -> [N, C, H, W]`."""
     images, _, height, width = x.shape
     first = module.qkv(x)
     scales = torch.cat([first, *(scale(first) for scale in module.aggreg)], dim=1)
     tokens = scales.reshape(images, -1, 3 * module.dim, height * width).transpose(-1, -2)
     query, key, value = tokens.chunk(3, dim=-1)
     query, key = module.kernel_func(query), module.kernel_func(key)
-    found = linear_attention(query, key, F.pad(value, (0, 1), value=1.0), module.eps)
-    result: Tensor = module.proj(found.transpose(-1, -2).reshape(images, -1, height, width))
+    tokens = linear_attention(query, key, F.pad(value, (0, 1), value=1.0), module.eps)
+    result: Tensor = module.proj(tokens.transpose(-1, -2).reshape(images, -1, height, width))
     return result
 
 
-# What timm keeps closed for the sake of other tracers.
-OPENED = (mvitv2.reshape_pre_pool, mvitv2.reshape_post_pool, mvitv2.cal_rel_pos_type)
+# Functions that timm has marked as not to be traced into, and that this tracer gets through.
+TRACED_ANYWAY = (mvitv2.reshape_pre_pool, mvitv2.reshape_post_pool, mvitv2.cal_rel_pos_type)
 # Functions, and the forward methods of modules.
 REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     swin_transformer.shifted_window_attention: _shifted_window_attention,
     LiteMLA.forward: _lite_mla,
 }
-# What of them, and of what stays closed, treats every image by itself.
+# Functions in them, or called as they are, that treat every image by itself.
 OF_EACH_IMAGE = (cut, join, masked, scaled, linear_attention, swin_transformer._patch_merging_pad)

@@ -1,4 +1,4 @@
-"""What a forward pass may do that no fx graph shows: a module that does it has to stay closed."""
+"""What a forward pass may do that no fx graph shows: a module that does it has to be one call."""
 
 from __future__ import annotations
 
@@ -24,19 +24,21 @@ _TABLES = frozenset(vars(nn.Module()))
 _WITHOUT_GRADIENT = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "detach"}
 
 
-def contexts() -> tuple[Any, ...]:
+def gradient_and_autocast() -> tuple[bool, tuple[Any, ...]]:
     """What `torch.no_grad` and `torch.autocast` set, and how many of the latter are entered.
 
     `torch.autocast(..., enabled=False)` sets nothing that is not set already while tracing.
     """
     kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    casts = [(torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+    enabled = [
+        (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)
+    ]
     torch.autocast_increment_nesting()
     depth = torch.autocast_decrement_nesting()
-    return torch.is_grad_enabled(), (depth, [own for own in casts if own[0]])
+    return torch.is_grad_enabled(), (depth, enabled)
 
 
-def recomputes() -> bool:
+def has_saved_tensor_hooks() -> bool:
     """Whether activations are not kept as they are, as `torch.utils.checkpoint` does not."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
@@ -44,17 +46,17 @@ def recomputes() -> bool:
 def has_gradient(node: fx.Node, root: nn.Module) -> bool:
     """Whether a value may depend on a parameter in a way that gradients follow."""
     parameters = {name for name, _ in root.named_parameters(remove_duplicate=False)}
-    seen, left = {node}, [node]
-    while left:
-        value = left.pop()
-        name = str(value.target)
-        if value.op == "get_attr" and name in parameters:
+    seen, pending = {node}, [node]
+    while pending:
+        value = pending.pop()
+        target = str(value.target)
+        if value.op == "get_attr" and target in parameters:
             return True
-        if value.op == "call_module" and any(own.startswith(f"{name}.") for own in parameters):
+        if value.op == "call_module" and any(name.startswith(f"{target}.") for name in parameters):
             return True
-        reads = value.args[1] if value.target is getattr else name
+        reads = value.args[1] if value.target is getattr else target
         if reads not in _WITHOUT_GRADIENT:
-            left += [own for own in value.all_input_nodes if own not in seen]
+            pending += [source for source in value.all_input_nodes if source not in seen]
             seen.update(value.all_input_nodes)
     return False
 
@@ -63,23 +65,19 @@ class StateError(TraceError):
     """A module has a state that branches cannot have one each of."""
 
 
-class Watch:
-    """Compares a module before and after its forward pass.
-
-    Args:
-        module: about to run.
-    """
+class Snapshot:
+    """A module's attributes and the random generators' states, before its forward pass."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self._numbers, self._draws = _numbers(module), _draws()
-        self._held = {
-            key: dict(own) if isinstance(own, dict) else own
-            for key, own in attributes(module).items()
+        self._numbers, self._random_states = _numbers(module), _random_states()
+        self._attributes = {
+            key: dict(value) if isinstance(value, dict) else value
+            for key, value in attributes(module).items()
         }
 
-    def check(self) -> list[str]:
-        """What a module did besides computing.
+    def compare(self) -> list[str]:
+        """See what the module has done besides computing.
 
         Returns:
             Attributes that it assigned values of the graph to, and that held none before.
@@ -91,16 +89,18 @@ class Watch:
         changed = changed_number(self._numbers, _numbers(self.module))
         if changed is not None:
             self._refuse(changed)
-        if _draws() != self._draws:
+        if _random_states() != self._random_states:
             raise TraceError("it draws random numbers, of which a graph would keep one draw")
-        kept = []
-        for key, now in attributes(self.module).items():
-            if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(now)):
+        assigned = []
+        for key, value in attributes(self.module).items():
+            if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value)):
                 continue
-            if _displaces_tensors(self._held.get(key), now):
+            # What was put where a tensor was is read by the next pass, as a running mean is; what
+            # was put where none was (a cache, an output to look at) is made anew by every pass.
+            if _displaces_tensors(self._attributes.get(key), value):
                 self._refuse(key)
-            kept.append(key)
-        return kept
+            assigned.append(key)
+        return assigned
 
     def _refuse(self, key: str) -> NoReturn:
         kind = type(self.module).__name__
@@ -109,36 +109,41 @@ class Watch:
 
 def attributes(module: nn.Module) -> dict[str, Any]:
     """Attributes that are no parameters, buffers, modules or hooks."""
-    return {key: own for key, own in vars(module).items() if key not in _TABLES}
+    return {key: value for key, value in vars(module).items() if key not in _TABLES}
 
 
 def _displaces_tensors(before: Any, now: Any) -> bool:
     """Whether what an attribute holds now took a tensor's place, or was added to a list."""
     if isinstance(before, dict) and isinstance(now, dict):  # a cache gets new keys
-        before = [own for key, own in before.items() if now.get(key) is not own]
-    return now is before or any(isinstance(own, Tensor) for own in tree_leaves(before))
+        before = [value for key, value in before.items() if now.get(key) is not value]
+    return now is before or any(isinstance(leaf, Tensor) for leaf in tree_leaves(before))
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
-    held = vars(module).items()
-    return {key: own for key, own in held if type(own) in _NUMBERS and key not in _TABLES}
+    return {key: value for key, value in attributes(module).items() if type(value) in _NUMBERS}
 
 
 def numbers_within(module: nn.Module) -> dict[str, Any]:
     """Attributes of a module, and of those in it, that hold numbers or text, by their path."""
     return {
-        f"{path}.{key}" if path else key: own
+        f"{path}.{key}" if path else key: value
         for path, inner in module.named_modules()
-        for key, own in _numbers(inner).items()
+        for key, value in _numbers(inner).items()
     }
 
 
 def changed_number(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """The first attribute that holds another number or text than before; None if none does."""
-    return next((key for key, own in before.items() if now.get(key, own) != own), None)
+    return next((key for key, value in before.items() if now.get(key, value) != value), None)
 
 
-def _draws() -> tuple[Any, ...]:
+def version(value: Any) -> int | None:
+    """How often a tensor was changed in place; None for what does not tell."""
+    tells = isinstance(value, Tensor) and not value.is_inference()
+    return int(value._version) if tells else None
+
+
+def _random_states() -> tuple[Any, ...]:
     state: Any = np.random.get_state()
     kind, keys, position, *_ = state
     return (
@@ -149,8 +154,11 @@ def _draws() -> tuple[Any, ...]:
 
 
 @contextmanager
-def closed_functions() -> Iterator[list[type]]:
-    """Within, an `autograd.Function` of the user's stops tracing: its backward would be lost.
+def refuse_autograd_functions() -> Iterator[list[type]]:
+    """Within, an `autograd.Function` of the user's stops tracing.
+
+    The operations in its forward would be recorded one by one, and autograd would differentiate
+    them, where the user has written another backward.
 
     Yields:
         Of torch's own what runs as if it was not there: that of `torch.utils.checkpoint`.
@@ -173,34 +181,35 @@ def closed_functions() -> Iterator[list[type]]:
 
 @contextmanager
 def undo_side_effects(model: nn.Module) -> Iterator[None]:
-    """Undo what passes leave behind in a model, such as caches, and changes of its mode."""
+    """Undo what passes leave behind in a model, such as caches, and changes of its mode.
+
+    Constants that the tracer put into it stay, since its graphs read them.
+    """
     tables = ("_parameters", "_buffers", "_modules")
     before = [
         (module, {**vars(module), **{table: dict(vars(module)[table]) for table in tables}})
         for module in model.modules()
     ]
+    # A cache that is filled is the same object before and after: its contents are put back.
     caches = [
-        (own, copy.copy(own))
+        (cache, copy.copy(cache))
         for module in model.modules()
-        for own in attributes(module).values()
-        if isinstance(own, dict | list)
+        for cache in attributes(module).values()
+        if isinstance(cache, dict | list)
     ]
     try:
         yield
     finally:
-        found = {name: value for name, value in vars(model).items() if name.startswith(CONSTANT)}
+        constants = {
+            name: value for name, value in vars(model).items() if name.startswith(CONSTANT)
+        }
         for module, state in before:
             vars(module).clear()
             vars(module).update(state)
-        for own, was in caches:
-            own.clear()
-            if isinstance(own, dict):
-                own.update(was)
+        for cache, contents in caches:
+            cache.clear()
+            if isinstance(cache, dict):
+                cache.update(contents)
             else:
-                own.extend(was)
-        vars(model).update(found)
-
-
-def changes(tensor: Tensor) -> int | None:
-    """How often a tensor was changed; None where that is not counted."""
-    return None if tensor.is_inference() else tensor._version
+                cache.extend(contents)
+        vars(model).update(constants)

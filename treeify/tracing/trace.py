@@ -1,15 +1,14 @@
-"""Base model -> fx graphs, one for training and one for evaluation, with what each node computes.
+"""A base model -> fx graphs, one for training and one for evaluation, with facts on every node.
 
 Tracing freezes `self.training` into functional calls, so both modes get their own graph over the
-same parameters. Every node is annotated with `Facts`: the module it stems from, the values it
-produces (found by running the graph at two batch sizes on the meta device) and its MACs.
+same parameters.
 """
 
 from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import SUPPORTED_NODES
 
 from treeify.tracing.aliasing import Aliases, InPlaceError
-from treeify.tracing.attempts import Limits, trace_modes
+from treeify.tracing.attempts import Attempts, Limits
 from treeify.tracing.facts import TensorFacts, annotate, enclosing, facts
 from treeify.tracing.functionalize import (
     CONSTANT,
@@ -27,14 +26,14 @@ from treeify.tracing.functionalize import (
     join_constants,
     reshape_views,
 )
-from treeify.tracing.meta_interpreter import Running
-from treeify.tracing.model_copy import on_meta, private_copy, require_own_code
+from treeify.tracing.meta_interpreter import GraphRunner
+from treeify.tracing.model_copy import meta_copy, private_copy, require_copyable
 from treeify.tracing.sizes import Sizes
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A base model opened up.
+    """A base model's graphs.
 
     Args:
         skeleton: the base architecture on the meta device; graph targets refer to it.
@@ -61,9 +60,9 @@ class Traced:
 def plain_tensors(traced: Traced) -> dict[str, Tensor]:
     """Attributes that the graphs read and that are tensors, but no parameters and no buffers."""
     return {
-        name: own
-        for name, own in traced.constants.items()
-        if isinstance(own, Tensor) and not name.startswith(CONSTANT)
+        name: value
+        for name, value in traced.constants.items()
+        if isinstance(value, Tensor) and not name.startswith(CONSTANT)
     }
 
 
@@ -73,72 +72,59 @@ def trace(
     """Trace a classifier in both modes and annotate every node.
 
     A model whose control flow depends on the images' size is traced for the example's. A module
-    whose inside cannot be traced even so (control flow that depends on tensor values) stays closed
-    and is one call; all the others are opened.
+    whose inside cannot be traced even so (control flow that depends on tensor values) is one call
+    of the graphs; all the others are traced into.
 
     Args:
         model: the base model, `[N, C, H, W] -> [N, K]`. Not modified.
         example: an input of any batch size; only its shape and dtype matter.
-        leaf_types: module types to keep whole, besides torch's own and those marked so for timm.
+        leaf_types: module types that are one call, besides torch's and those marked so for timm.
 
     Raises:
         TraceError: the model's own forward cannot be traced; names the line that stopped it, or the
             operation in place that no other can stand for.
         InputError: the model does not run on the example's shape.
     """
-    require_own_code(model)
+    require_copyable(model)
+    image = tuple(example.shape[1:])
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         private = private_copy(model)
-        skeleton = on_meta(private)
-        sizes = Sizes(private, skeleton, tuple(example.shape[1:]))
-        leaf_modules: dict[str, str] = {}
+        skeleton = meta_copy(private)
+        attempts = Attempts(private, leaf_types, Sizes(private, skeleton, image), {})
         while True:
-            graphs, limits = trace_modes(private, leaf_types, sizes, leaf_modules)
+            graphs, limits = attempts.trace()
             try:
                 for training, graph in graphs.items():
-                    _prepare(graph, Running(private, skeleton, example, training))
+                    _prepare(graph, GraphRunner(private, skeleton, example, training))
                 break
             except InPlaceError as error:
-                _close_around(error, leaf_modules)
-        constants = {
-            target: value
-            for graph in graphs.values()
-            for target, value in _constants(graph, private).items()
-        }
+                _add_leaf_module(error, attempts.leaf_modules)
+        constants = _constants(graphs.values(), private)
     for graph in graphs.values():  # they outlive the tracer and the copies that it ran
         graph._tracer_cls, graph.owning_module = None, None
-    shape = tuple(example.shape[1:])
-    return Traced(skeleton, graphs, shape, constants, leaf_modules, limits)
+    return Traced(skeleton, graphs, image, constants, attempts.leaf_modules, limits)
 
 
-def _prepare(graph: fx.Graph, running: Running) -> None:
+def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:
     """Make a traced graph functional, and annotate its nodes.
-
-    Args:
-        graph: changed in place.
-        running: the model in the graph's mode.
 
     Raises:
         InPlaceError: an operation in place that no other can stand for.
         InputError: the model does not run on the example's shape.
     """
     _register_dataclasses(graph)
-    _give_by_position(graph, running.private)
+    _pass_first_by_position(graph, runner.model)
     join_constants(graph)
-    aliases = Aliases(running.private, partial(running.values, graph))
-    functionalize(graph, running.private, aliases)
-    annotate(graph, running, aliases)
+    aliases = Aliases(runner.model, partial(runner.values, graph))
+    functionalize(graph, runner.model, aliases)
+    annotate(graph, runner, aliases)
     reshape_views(graph)
     _keep_single_images(graph)
     graph.lint()
 
 
-def _close_around(error: InPlaceError, leaf_modules: dict[str, str]) -> None:
-    """Let the innermost module with the operation stay closed: inside of it, it is as it was.
-
-    Args:
-        error: names the operation.
-        leaf_modules: by module, why it stays closed; changed in place.
+def _add_leaf_module(error: InPlaceError, leaf_modules: dict[str, str]) -> None:
+    """Let the innermost module with the operation be one call: inside of it, nothing is replaced.
 
     Raises:
         InPlaceError: the given one, if the operation is in the model's own forward.
@@ -155,9 +141,9 @@ def _keep_single_images(graph: fx.Graph) -> None:
     """Let `squeeze()` drop the dims it drops of several images, and not the batch of one image."""
     for node in graph.nodes:
         if node.target in ("squeeze", torch.squeeze) and len(node.args) == 1 and not node.kwargs:
-            known = facts(node.args[0]).value
-            if isinstance(known, TensorFacts) and known.batch_dim is not None:
-                dims = tuple(dim for dim, size in enumerate(known.shape) if size == 1)
+            tensor = facts(node.args[0]).value
+            if isinstance(tensor, TensorFacts) and tensor.batch_dim is not None:
+                dims = tuple(dim for dim, size in enumerate(tensor.shape) if size == 1)
                 node.args = (node.args[0], dims)
 
 
@@ -173,8 +159,11 @@ def _register_dataclasses(graph: fx.Graph) -> None:
 _FIRST = {torch.where: "condition", torch.searchsorted: "sorted_sequence"}
 
 
-def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
-    """Let calls have their first argument in its place, as `module(input=x)` has not."""
+def _pass_first_by_position(graph: fx.Graph, root: nn.Module) -> None:
+    """Let calls have their first argument in its place, as `module(input=x)` has not.
+
+    Rules look for the tensor there.
+    """
     for node in graph.nodes:
         if node.args or not node.kwargs:
             continue
@@ -187,15 +176,16 @@ def _give_by_position(graph: fx.Graph, root: nn.Module) -> None:
             continue
         if first in node.kwargs:
             node.args = (node.kwargs[first],)
-            node.kwargs = {key: own for key, own in node.kwargs.items() if key != first}
+            node.kwargs = {key: value for key, value in node.kwargs.items() if key != first}
 
 
 def _is_torchs(function: Any) -> bool:
     return (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch"
 
 
-def _constants(graph: fx.Graph, private: nn.Module) -> dict[str, Any]:
-    """Values the graph reads that are neither parameters nor buffers, left behind by tracing."""
+def _constants(graphs: Iterable[fx.Graph], private: nn.Module) -> dict[str, Any]:
+    """Values the graphs read that are neither parameters nor buffers, left behind by tracing."""
     state = {name for name, _ in (*private.named_parameters(), *private.named_buffers())}
-    targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"} - state
-    return {target: operator.attrgetter(target)(private) for target in targets}
+    nodes = (node for graph in graphs for node in graph.nodes if node.op == "get_attr")
+    targets = {str(node.target) for node in nodes} - state
+    return {target: operator.attrgetter(target)(private) for target in sorted(targets)}

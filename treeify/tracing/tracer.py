@@ -1,57 +1,70 @@
-"""The fx tracer: it goes into what rules do not handle as one call, and stops at side effects."""
+"""The fx tracer: it goes into all but leaf modules, and stops at what no graph shows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import nullcontext
+from functools import partial
 from typing import Any, TypeVar
-from unittest import mock
 
 import torch
 from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
 
 from treeify.errors import TraceError
-from treeify.tracing.proxies import Sized, Value
-from treeify.tracing.replacements import OPENED, REPLACEMENTS
-from treeify.tracing.side_effects import Watch, changes, contexts, has_gradient, recomputes
+from treeify.tracing.proxies import SizedProxy, ValueProxy
+from treeify.tracing.replacements import REPLACEMENTS, TRACED_ANYWAY
+from treeify.tracing.side_effects import (
+    Snapshot,
+    gradient_and_autocast,
+    has_gradient,
+    has_saved_tensor_hooks,
+    version,
+)
 from treeify.tracing.sizes import Sizes
 
 _T = TypeVar("_T")
 
 
 class Tracer(fx.Tracer):
-    """fx tracer that opens what rules do not handle whole, but for timm's notrace functions."""
+    """Traces one mode of a model with either unknown or known sizes.
+
+    Args:
+        leaf_types: types of modules that rules handle as one call.
+        leaf_modules: paths of modules that stopped the tracer before.
+        sizes: answers to what the model asks about sizes.
+        fixed_buffers: ids of buffers that decide what the model does, and are read as they are now.
+        known_sizes: whether sizes are numbers while tracing, but for those of the batch.
+    """
 
     def __init__(
         self,
         leaf_types: frozenset[type[nn.Module]],
         leaf_modules: Collection[str],
         sizes: Sizes,
-        fixed: Collection[int],
+        fixed_buffers: Collection[int],
         *,
-        sized: bool,
+        known_sizes: bool,
     ) -> None:
+        """Note what is one call, and what holds before the model's code runs."""
         timm_fx: Any = timm_registry  # has no annotations
-        closed = (own for own in timm_fx.get_notrace_functions() if own not in OPENED)
-        functions = tuple(own for own in closed if callable(own))
-        super().__init__(autowrap_functions=functions)
+        functions = set(timm_fx.get_notrace_functions()).difference(TRACED_ANYWAY)
+        super().__init__(autowrap_functions=tuple(filter(callable, functions)))
+        # Buffers become nodes as parameters do, so that every branch reads and updates its own.
         self.proxy_buffer_attributes = True
-        self._fixed = fixed
-        self._contexts = contexts()
-        # timm marks some of its own modules for the sake of other tracers; yours are left alone.
-        marked = (own for own in timm_fx.get_notrace_modules() if own.__module__[:5] != "timm.")
-        self._leaf_types = leaf_types.union(marked)
-        self._leaf_modules = leaf_modules
-        self._sizes, self._sized = sizes, sized
-        self._running = False
+        # timm marks modules of its own for the sake of other tracers; a user's marks are meant.
+        marked = {kind for kind in timm_fx.get_notrace_modules() if kind.__module__[:5] != "timm."}
+        self._leaf_types, self._leaf_modules = leaf_types | marked, leaf_modules
+        self._sizes, self._known_sizes, self._fixed_buffers = sizes, known_sizes, fixed_buffers
+        # While `sizes` runs the model's modules, fx's patches of `nn.Module` are to record nothing.
+        self._computing_sizes = False
+        self._contexts, self._had_hooks = gradient_and_autocast(), has_saved_tensor_hooks()
+        # Tensors made while tracing, and how often each had been changed when it was first used.
+        self._constants: dict[int, tuple[Tensor, int | None]] = {}
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
         # Attributes that values were assigned to, and that held none before.
         self.assigned: set[str] = set()
-        # Tensors made while tracing, and how often each had been changed when it was first used.
-        self._made: dict[int, tuple[Tensor, int | None]] = {}
-        self.recomputed, self._recomputes = False, recomputes()
+        self.recomputed = False
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -61,45 +74,38 @@ class Tracer(fx.Tracer):
         def run(root: nn.Module, images: fx.Proxy) -> Any:
             return root.forward(images)  # the instance's own, if it has one
 
-        # fx looks for each tensor among all of them.
-        self._tensors = (*self.root.named_buffers(), *self.root.named_parameters())
-        self._names = {id(own): name for name, own in self._tensors}
-
+        # fx looks for each tensor among all of them: a table is faster.
+        tensors = (*self.root.named_buffers(), *self.root.named_parameters())
+        self._names = {id(tensor): name for name, tensor in tensors}
         return run, [self.root, self.create_proxy("placeholder", "images", (), {})]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """What stands for a node's value in the model's code."""
-        found = self._shapes(node) if self._sized else None
-        return Value(node, self) if found is None else Sized(node, self, *found)
+        shapes = self.shapes(node) if self._known_sizes else None
+        return ValueProxy(node, self) if shapes is None else SizedProxy(node, self, *shapes)
 
-    def makes_tensor(self, node: fx.Node) -> bool:
-        """Whether a node's value is a tensor, as far as that can be computed."""
-        return self._shapes(node) is not None
-
-    def rank(self, node: fx.Node) -> int | None:
-        """How many dims a node's value has; None if it is no tensor or cannot be computed."""
-        found = self._shapes(node)
-        return None if found is None else len(found[0])
+    def shapes(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
+        """Both shapes of a node's value; None if it is no tensor or cannot be computed."""
+        return self._compute(self._sizes.shapes, node)
 
     def iter(self, obj: Any) -> Iterator[Any]:
         """A loop over parts that are as many for images of any size."""
-        if not _is_parted(obj.node) or (count := self._computed(obj.node, Sizes.count)) is None:
+        if not _splits_tensor(obj.node):
             return super().iter(obj)
-        return iter([obj[index] for index in range(count)])
+        length = self._compute(self._sizes.tuple_length, obj.node)
+        return super().iter(obj) if length is None else iter([obj[part] for part in range(length)])
 
-    def _shapes(self, node: fx.Node) -> tuple[torch.Size, torch.Size] | None:
-        return self._computed(node, Sizes.of)
-
-    def _computed(self, node: fx.Node, of: Callable[[Sizes, fx.Node], _T]) -> _T:
-        self._running, before = True, self._running
+    def _compute(self, answer: Callable[[fx.Node], _T], node: fx.Node) -> _T:
+        # What a size is asked for may ask for another: the outer question ends the computing.
+        before, self._computing_sizes = self._computing_sizes, True
         try:
-            return of(self._sizes, node)
+            return answer(node)
         finally:
-            self._running = before
+            self._computing_sizes = before
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
-        """What `module.attr` gives: a proxy, where it is a parameter or buffer of the model."""
-        if self._running or id(attr_val) in self._fixed:
+        """What `module.attr` gives: a proxy where it is a parameter or buffer of the model."""
+        if self._computing_sizes or id(attr_val) in self._fixed_buffers:
             return attr_val
         name = self._names.get(id(attr_val))
         if name is None or not isinstance(attr_val, Tensor):  # or made while tracing
@@ -109,91 +115,105 @@ class Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        """What a node holds of an argument; tensors are remembered, to see if they change.
+        """An argument as a node holds it.
 
         Raises:
-            TraceError: a tensor was computed from parameters without a node.
+            TraceError: a tensor was computed from parameters that the tracer did not see.
         """
         if isinstance(a, Tensor):
             if a.grad_fn is not None:
                 raise TraceError("it takes parameters from a list, which no graph shows")
-            self._made.setdefault(id(a), (a, changes(a)))
+            # The graph reads the tensor as it is at the end: see `check_side_effects`.
+            self._constants.setdefault(id(a), (a, version(a)))
         return super().create_arg(a)
 
     def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **named: Any
+        self, kind: str, target: Any, args: Any, kwargs: Any, *options: Any, **named: Any
     ) -> Any:
         """Record a call, or those of the function that replaces the one called."""
         if kind == "call_function" and target in REPLACEMENTS:
             return REPLACEMENTS[target](*args, **kwargs)
-        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
+        return super().create_proxy(kind, target, args, kwargs, *options, **named)
 
-    def create_node(self, kind: str, target: Any, args: Any, *rest: Any, **named: Any) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, *options: Any, **named: Any
+    ) -> fx.Node:
         """Add a node to the graph.
 
         Raises:
-            TraceError: it reads a value of another graph, or stands where gradients or autocast are
-                switched.
+            TraceError: it reads another graph's value, or gradients or autocast were switched.
         """
-        grad, casts = contexts()
-        node = super().create_node(kind, target, args, *rest, **named)
-        if any(own.graph is not self.graph for own in node.all_input_nodes):
+        node = super().create_node(kind, target, args, *options, **named)
+        if any(source.graph is not self.graph for source in node.all_input_nodes):
             raise TraceError("it reads a value of another pass, as a cache keeps them")
-        self.recomputed |= recomputes() and not self._recomputes
-        was_grad, were_casts = self._contexts
-        # What no gradient would reach may be computed without.
-        if casts != were_casts or (grad != was_grad and has_gradient(node, self.root)):
+        self.recomputed |= has_saved_tensor_hooks() and not self._had_hooks
+        # A graph has no `with`: its nodes would run outside of it. `no_grad` does no harm where no
+        # gradient would reach anyway.
+        (gradient, autocast), (had_gradient, had_autocast) = gradient_and_autocast(), self._contexts
+        switched = gradient != had_gradient and has_gradient(node, self.root)
+        if autocast != had_autocast or switched:
             raise TraceError("it switches gradients or autocast, which no graph shows")
         return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Whether a module is one call."""
-        known = type(m) in self._leaf_types or module_qualified_name in self._leaf_modules
-        return known or super().is_leaf_module(m, module_qualified_name)
+        """Whether a module is one call of the graph."""
+        return (
+            type(m) in self._leaf_types
+            or module_qualified_name in self._leaf_modules
+            or super().is_leaf_module(m, module_qualified_name)
+        )
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """Record the call of a leaf module, or what any other module computes."""
-        if self._running:
+        """Record the call of a leaf module, or what any other module computes.
+
+        Raises:
+            NameError: it has parameters that the traced model has not.
+        """
+        if self._computing_sizes:
             return forward(*args, **kwargs)
         try:
             path = self.path_of_module(m)
         except NameError:
             # What forward makes of the model's own modules (`self.layers[:2]`), or of none.
-            if self._has_more(m):
+            if self._has_foreign_tensors(m):
                 raise
             return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
-        watch = Watch(m)
-        replacement = REPLACEMENTS.get(type(m).forward)
+        method = getattr(m.forward, "__func__", None)
+        if method in REPLACEMENTS:
+            forward = partial(REPLACEMENTS[method], m)
+        before = Snapshot(m)
         try:
-            with (
-                mock.patch.object(type(m), "forward", replacement) if replacement else nullcontext()
-            ):
-                result = super().call_module(m, forward, args, kwargs)
-            self.check(watch, path)
+            result = super().call_module(m, forward, args, kwargs)
+            self.check_side_effects(before, path)
         except Exception:
             self.stopped_in = self.stopped_in or path
             raise
         return result
 
-    def _has_more(self, m: nn.Module) -> bool:
+    def _has_foreign_tensors(self, m: nn.Module) -> bool:
         """Whether a module has parameters or buffers that the traced model has not."""
-        own = {id(tensor) for tensor in (*self.root.parameters(), *self.root.buffers())}
-        return any(id(tensor) not in own for tensor in (*m.parameters(), *m.buffers()))
+        ids = {id(tensor) for tensor in (*self.root.parameters(), *self.root.buffers())}
+        return any(id(tensor) not in ids for tensor in (*m.parameters(), *m.buffers()))
 
-    def check(self, watch: Watch, path: str) -> None:
-        """Look at what the module at a path did besides computing."""
-        self.assigned.update(f"{path}.{key}" if path else key for key in watch.check())
-        if any(changes(own) != before for own, before in self._made.values()):
+    def check_side_effects(self, before: Snapshot, path: str) -> None:
+        """Note what the module at a path assigned, and refuse what else it did besides computing.
+
+        Raises:
+            TraceError: it drew random numbers, or changed a constant of the graph.
+            StateError: it changed an attribute that holds numbers or tensors.
+        """
+        self.assigned.update(f"{path}.{key}" if path else key for key in before.compare())
+        if any(version(tensor) != first for tensor, first in self._constants.values()):
             raise TraceError("it changes a tensor that it has used before, which no graph shows")
 
 
-def _is_parted(node: fx.Node) -> bool:
+def _splits_tensor(node: fx.Node) -> bool:
     """Whether a value is a tensor in so many parts, or in parts of these sizes."""
     name = getattr(node.target, "__name__", str(node.target))
     parts = [*node.args[1:2], *node.kwargs.values()]
-    listed = any(isinstance(own, list | tuple) for own in parts)
+    listed = any(isinstance(part, list | tuple) for part in parts)
     return name == "chunk" or (name in ("split", "split_with_sizes") and listed)

@@ -1,4 +1,4 @@
-"""Tensors that `forward` makes, and what it does with them in place."""
+"""What the tracer records: tensors that `forward` makes, loops, names, modules marked as leaves."""
 
 from typing import Any
 
@@ -6,10 +6,12 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
+from treeify.conversion.api import open_up
 from treeify.engine.preserve import preserve_buffers
 from treeify.errors import TraceError
 
@@ -109,20 +111,20 @@ class FromList(nn.Module):
         return x * one + x.relu() * two
 
 
-CLOSED: dict[type[nn.Module], str] = {
+LEAF_MODULES: dict[type[nn.Module], str] = {
     Late: "it changes a tensor that it has used before",
     FromList: "it takes parameters from a list",
 }
 
 
-@pytest.mark.parametrize("kind", CLOSED)
-def test_what_no_graph_shows_of_made_tensors_keeps_a_module_closed(kind: type[nn.Module]) -> None:
+@pytest.mark.parametrize("kind", LEAF_MODULES)
+def test_what_no_graph_shows_of_made_tensors_makes_a_leaf_module(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model = small.SmallNet()
     model.stage2 = nn.Sequential(kind(), nn.ReLU())
     hne = treeify.hierarchicalize(model, ["stage1"], init="perturb", example_input=small.EXAMPLE)
     assert list(hne.traced.leaf_modules) == ["stage2.0"]
-    assert hne.traced.leaf_modules["stage2.0"].startswith(CLOSED[kind])
+    assert hne.traced.leaf_modules["stage2.0"].startswith(LEAF_MODULES[kind])
     assert treeify.verify(hne, small.images(2)).worst <= 1
 
 
@@ -194,10 +196,30 @@ class MadeInForward(small.SmallNet):
 
 
 @pytest.mark.parametrize("model", [SettingAView, ByName, MadeInForward])
-def test_opened_and_right(model: type[nn.Module]) -> None:
+def test_traced_and_right(model: type[nn.Module]) -> None:
     torch.manual_seed(0)
     hne = treeify.hierarchicalize(
         model(), ["stem", "stage2"], init="perturb", example_input=small.EXAMPLE
     )
     assert not hne.traced.leaf_modules
     assert treeify.verify(hne, small.images(2)).worst <= 1
+
+
+@register_notrace_module
+class Marked(nn.Module):
+    """Could be traced into, and its author does not want that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def test_a_module_marked_by_its_author_is_a_leaf_module() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), Marked(), nn.Flatten(), nn.Linear(4 * 64, 3))
+    traced = open_up(model, example_input=small.EXAMPLE)
+    for graph in traced.graphs.values():
+        calls = [node.target for node in graph.nodes if node.op == "call_module"]
+        assert calls == ["0", "1", "2", "3"]

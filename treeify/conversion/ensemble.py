@@ -18,7 +18,7 @@ from treeify.anytime.deadline import Latencies, Pace, advance_until, check_deadl
 from treeify.anytime.session import Answer, Session, mean_over_leaves, steps
 from treeify.conversion import splits as split_module
 from treeify.conversion.initialize import State, pack_states
-from treeify.conversion.rewrite import rewrite, without_in_place
+from treeify.conversion.decide import rewrite, without_in_place
 from treeify.conversion.splits import Splits
 from treeify.engine.forms import Form
 from treeify.engine.packed_tensors import Slot, build, lookup, owner, slots, tensors

@@ -11,19 +11,20 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from treeify.anytime.confidence import Budget, Prediction, answer, thresholds_for
 from treeify.anytime.deadline import Latencies, Pace, advance_until, check_deadline, find, measure
 from treeify.anytime.session import Answer, Session, mean_over_leaves, steps
 from treeify.conversion import splits as split_module
+from treeify.conversion.decide import Decider, Decision, without_in_place
+from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import State, pack_states
-from treeify.conversion.decide import rewrite, without_in_place
 from treeify.conversion.splits import Splits
 from treeify.engine.forms import Form
-from treeify.engine.packed_tensors import Slot, build, lookup, owner, slots, tensors
+from treeify.engine.packed_tensors import Slot, build, lookup, slots, submodule, tensors
 from treeify.engine.plan import Plan, Planner, Situation, Tuning
-from treeify.engine.program import PACKED, NodeReport, Program
+from treeify.engine.program import PACKED, Program
 from treeify.engine.tuning import tune
 from treeify.errors import InputError
 from treeify.fusion.fuser import Fused
@@ -51,8 +52,8 @@ class Conversion:
     """
 
     splits: Splits
-    nodes: tuple[NodeReport, ...]
-    training_nodes: tuple[NodeReport, ...]
+    nodes: tuple[Decision, ...]
+    training_nodes: tuple[Decision, ...]
     notes: tuple[str, ...] = ()
 
     @property
@@ -128,11 +129,17 @@ class HierarchicalEnsemble(nn.Module):
         }
         build(self, traced.skeleton, self._slots, splits.tree, WIDEN, dict(tensors(like)), whole)
         base = without_in_place(traced.skeleton)
-        self._programs = {
-            training: rewrite(traced, base, training, own, self._slots, self, splits.tree)
+        decisions = {
+            training: Decider(traced, base, own, self._slots, self, splits.tree).run(
+                traced.graphs[training]
+            )
             for training, own in levels.items()
         }
-        _allow_in_place(self, self._programs[False], self._programs[True])
+        self._programs = {
+            training: Emitter(decisions[training], splits.tree).run(graph)
+            for training, graph in traced.graphs.items()
+        }
+        _allow_in_place(self, *decisions.values())
         self._fused = Fused(self._programs[False])
         # A fused layer does not call the modules it stands for, nor their hooks.
         self._hooks = [
@@ -148,8 +155,10 @@ class HierarchicalEnsemble(nn.Module):
         self._shared_buffers = _shared_buffers(traced.skeleton, self._slots, calls)
         self._conversion = Conversion(
             splits,
-            self._programs[False].nodes,
-            self._programs[True].nodes,
+            *(
+                tuple(own for node, own in decisions[training].items() if node.op != "placeholder")
+                for training in (False, True)
+            ),
             (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced)),
         )
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
@@ -632,14 +641,14 @@ def _tracing_notes(traced: Traced) -> Iterator[str]:
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
 
 
-def _allow_in_place(root: nn.Module, *programs: Program) -> None:
-    """Switch in-place activations on again where every program finds them safe."""
-    verdicts: dict[str, bool] = {}
-    for program in programs:
-        for target, safe in program.in_place.items():
-            verdicts[target] = verdicts.get(target, True) and safe
-    for target, safe in verdicts.items():
-        holder, name = owner(root, target)
-        storage = holder._modules[name]
-        if safe and hasattr(storage, "inplace"):
-            storage.inplace = True  # type: ignore[union-attr]
+def _allow_in_place(root: nn.Module, *decisions: Mapping[fx.Node, Decision]) -> None:
+    """Switch in-place activations on again where every call of them, in both modes, is safe."""
+    safe: dict[str, bool] = {}
+    for node, decision in (pair for mode in decisions for pair in mode.items()):
+        if decision.overwrites is not None:
+            target = str(node.target)
+            safe[target] = safe.get(target, True) and decision.overwrites
+    for target, overwrites in safe.items():
+        storage = submodule(root, target)
+        if overwrites and hasattr(storage, "inplace"):
+            storage.inplace = True  # type: ignore[assignment]

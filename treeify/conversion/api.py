@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,13 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import PERTURBATION, Initialization, branch_seed, initialization
+from treeify.conversion.initialize import branch_seed, initialization
+from treeify.conversion.report import hook_notes, initialization_notes
 from treeify.conversion.splits import Splits, choose, listed, parse
 from treeify.engine.packed_tensors import tensors
 from treeify.errors import InputError, ModelError
 from treeify.models.architecture import Architecture, example_shape, fingerprint, recognise
 from treeify.rules import leaf_types
-from treeify.tracing.model_copy import hooks_of
 from treeify.tracing.trace import Traced, plain_tensors, trace
 from treeify.tree import fanouts_for
 
@@ -70,7 +70,7 @@ def hierarchicalize(
     _log.info("splits: %s", ", ".join(chosen.specs) or "none")
     plan = initialization(base, architecture, init, seed, is_first=named)
     hne = HierarchicalEnsemble(
-        traced, chosen, base, architecture, (*_notes(plan), *hook_notes(base))
+        traced, chosen, base, architecture, (*initialization_notes(plan), *hook_notes(base))
     )
     del base  # its memory, if it was built here, serves the branches
     hne.fill(plan.sources)
@@ -204,21 +204,3 @@ def _splits_for(traced: Traced, splits: int | str | Sequence[str], leaves: int) 
         names = tuple(name for name, _ in named)
         fanouts = fanouts_for(leaves, [own for _, own in named])
     return choose(traced, [f"{name}:{own}" for name, own in zip(names, fanouts, strict=True)])
-
-
-def _notes(plan: Initialization) -> tuple[str, ...]:
-    if not plan.perturbed:
-        return ()
-    return (
-        f"perturbed by {PERTURBATION} times their root mean square, since they cannot initialise"
-        f" themselves again: {', '.join(plan.perturbed)}",
-    )
-
-
-def hook_notes(base: nn.Module) -> Iterator[str]:
-    """Whose hooks are left out, but for torch's own."""
-    hooked = [
-        path or "the model itself" for path, module in base.named_modules() if hooks_of(module)
-    ]
-    if hooked:
-        yield "leaves out the hooks of " + ", ".join(hooked)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from treeify import files
 from treeify.anytime.confidence import Budget
 from treeify.anytime.deadline import Latencies
-from treeify.conversion.api import blank_image, hook_notes, open_up, resolve
+from treeify.conversion.api import blank_image, open_up, resolve
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.report import hook_notes
 from treeify.conversion.splits import choose
 from treeify.engine.packed_tensors import lay_out, lookup, owner, tensors
 from treeify.engine.plan import AUTO, TUNING

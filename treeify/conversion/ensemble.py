@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,8 +19,8 @@ from treeify.conversion import splits as split_module
 from treeify.conversion.decide import Decider, Decision, without_in_place
 from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import State, pack_states
+from treeify.conversion.report import Conversion, shared_buffer_notes, tracing_notes
 from treeify.conversion.splits import Splits
-from treeify.engine.forms import Form
 from treeify.engine.packed_tensors import Slot, build, lookup, slots, submodule, tensors
 from treeify.engine.plan import Plan, Planner, Situation, Tuning
 from treeify.engine.program import PACKED, Program
@@ -38,51 +37,6 @@ if TYPE_CHECKING:
 
 # Called with an answer on the way and the positions `[M]` in the batch of the images it is for.
 Observer = Callable[[Answer, Tensor], None]
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion did: the splits and how every node runs.
-
-    Args:
-        splits: the split points.
-        nodes: every node of the evaluation graph.
-        training_nodes: every node of the training graph.
-        notes: what a user should know, e.g. modules that could not re-initialise themselves.
-    """
-
-    splits: Splits
-    nodes: tuple[Decision, ...]
-    training_nodes: tuple[Decision, ...]
-    notes: tuple[str, ...] = ()
-
-    @property
-    def packed_share(self) -> float:
-        """Share of the branches' MACs (level 1 and up) that runs packed, 0 to 1."""
-        branched = [node for node in self.nodes if node.level > 0]
-        total = sum(node.macs for node in branched)
-        packed = sum(node.macs for node in branched if node.form is not Form.BRANCHES)
-        return packed / total if total else 1.0
-
-    @property
-    def fallbacks(self) -> dict[str, int]:
-        """Reasons why nodes run per branch, with how many nodes each concerns."""
-        reasons = Counter(
-            f"{node.operation}: {node.reason}" for node in self.nodes if node.form is Form.BRANCHES
-        )
-        return dict(reasons.most_common())
-
-    def __str__(self) -> str:
-        """One line a level, then the reasons for what runs per branch."""
-        lines = [f"splits: {', '.join(self.splits.specs) or 'none'}"]
-        for level, branches in enumerate(self.splits.tree.branches):
-            counts = Counter(node.form.value for node in self.nodes if node.level == level)
-            forms = ", ".join(f"{count} {form}" for form, count in sorted(counts.items()))
-            lines.append(f"level {level} x {branches}: {forms or 'nothing'}")
-        lines.append(f"{self.packed_share:.1%} of the branches' MACs run packed")
-        lines += [f"per branch: {count} x {reason}" for reason, count in self.fallbacks.items()]
-        lines += list(self.notes)
-        return "\n".join(lines)
 
 
 class HierarchicalEnsemble(nn.Module):
@@ -159,7 +113,7 @@ class HierarchicalEnsemble(nn.Module):
                 tuple(own for node, own in decisions[training].items() if node.op != "placeholder")
                 for training in (False, True)
             ),
-            (*notes, *_notes(self._shared_buffers), *_tracing_notes(traced)),
+            (*notes, *shared_buffer_notes(self._shared_buffers), *tracing_notes(traced)),
         )
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with undo_side_effects(traced.skeleton):
@@ -613,32 +567,6 @@ def _take_modes(model: nn.Module, like: nn.Module) -> None:
     for path, own in _named(like):
         if path in modules:
             modules[path].training = own.training
-
-
-def _notes(shared_buffers: Sequence[str]) -> tuple[str, ...]:
-    if not shared_buffers:
-        return ()
-    return (
-        "updated at several levels, so that branches share the mean of their training updates: "
-        + ", ".join(shared_buffers),
-    )
-
-
-def _tracing_notes(traced: Traced) -> Iterator[str]:
-    limits = traced.limits
-    if limits.one_size:
-        size = " x ".join(map(str, traced.example[1:]))
-        yield f"takes images of {size} alone, since what the model does depends on their size"
-    if limits.fixed:
-        yield "does what these buffers said when it was converted: " + ", ".join(limits.fixed)
-    if limits.recomputed:
-        yield "keeps all activations in training: torch.utils.checkpoint is left out"
-    if limits.assigned:
-        more = f" and {len(limits.assigned) - 3} more" if len(limits.assigned) > 3 else ""
-        yield "does not set the attributes " + ", ".join(limits.assigned[:3]) + more
-    for path, reason in traced.leaf_modules.items():
-        kind = type(traced.skeleton.get_submodule(path)).__name__
-        yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
 
 
 def _allow_in_place(root: nn.Module, *decisions: Mapping[fx.Node, Decision]) -> None:

@@ -166,7 +166,7 @@ class Enlarging(small.SmallNet):
 
 def test_transposed_convolutions_are_given_their_output_size() -> None:
     hne = converted(Enlarging(), ["down"])
-    assert hne.conversion.packed_share == 1
+    assert hne.conversion.packed_fraction == 1
     assert treeify.verify(hne, small.images()).worst <= 1
 
 

@@ -16,7 +16,7 @@ from torch.nn.utils import prune
 from torch.testing import assert_close
 
 import treeify
-from treeify.conversion.api import open_up
+from treeify.conversion.assemble import trace_model
 from treeify.engine.forms import Form
 from treeify.errors import InputError, ModelError, ParityError, TraceError
 from treeify.tracing.facts import facts
@@ -74,7 +74,7 @@ class Picky(nn.Module):
 
 def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() -> None:
     for model, closed in ((Wrapped(), ["body.1.1"]), (nn.Sequential(Wrapped()), ["0.body.1.1"])):
-        traced = open_up(model, example_input=small.EXAMPLE)
+        traced = trace_model(model, example_input=small.EXAMPLE)
         assert "if x.mean() > 0:" in traced.leaf_modules[closed[0]]
         for graph in traced.graphs.values():
             calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
@@ -96,7 +96,7 @@ def test_a_module_that_stops_the_tracer_stays_closed_and_the_rest_is_opened() ->
 
 def test_what_is_closed_in_one_mode_is_closed_in_the_other() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Picky(), nn.Flatten(), nn.Linear(4 * 64, 2))
-    traced = open_up(model, example_input=small.EXAMPLE)
+    traced = trace_model(model, example_input=small.EXAMPLE)
     assert list(traced.leaf_modules) == ["1"]
     targets = [
         [node.target for node in graph.nodes if node.op == "call_module"]
@@ -168,7 +168,7 @@ class Marked(nn.Module):
 
 def test_a_module_marked_by_its_author_stays_closed() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Marked(), nn.Flatten(), nn.Linear(4 * 64, 3))
-    traced = open_up(model, example_input=small.EXAMPLE)
+    traced = trace_model(model, example_input=small.EXAMPLE)
     for graph in traced.graphs.values():
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
         assert calls == ["0", "1", "2", "3"]
@@ -360,7 +360,7 @@ def test_what_is_no_model() -> None:
 
 
 def test_facts_of_a_traced_model() -> None:
-    traced = open_up(small.SmallNet(), example_input=small.EXAMPLE)
+    traced = trace_model(small.SmallNet(), example_input=small.EXAMPLE)
     known = {facts(node).path: facts(node) for node in traced.graphs[False].nodes}
     assert known["stage1.0"].macs == 64 * 9 * 8 * 8
     assert known["stage1.0"].tensors[0].shape == (2, 8, 8, 8)

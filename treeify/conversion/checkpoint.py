@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from treeify import files
 from treeify.anytime.confidence import Budget
 from treeify.anytime.deadline import Latencies
-from treeify.conversion.api import blank_image, open_up, resolve
+from treeify.conversion.api import resolve
+from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.report import hook_notes
-from treeify.conversion.splits import choose
+from treeify.conversion.initialize import copies
 from treeify.engine.packed_tensors import lay_out, lookup, owner, tensors
 from treeify.engine.plan import AUTO, TUNING
 from treeify.errors import CheckpointError, TreeifyError
@@ -169,15 +169,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
             next_step="Save the ensemble again.",
         )
-    given = _architecture(path, config) if model is None else model
+    builder = _architecture(path, config) if model is None else model
     try:
-        base, architecture = resolve(given)
+        base, architecture = resolve(builder)
         base = _with_constants(base, weights)
-        architecture = architecture or recognise(base)
-        traced = open_up(base, architecture, blank_image(base, config["example"]))
-        chosen = choose(traced, config["splits"])
-        hne = HierarchicalEnsemble(traced, chosen, base, architecture, tuple(hook_notes(base)))
-        hne.fill(lambda network: dict(tensors(base)))
+        hne = assemble(
+            base,
+            architecture or recognise(base),
+            config["splits"],
+            copies(base),
+            example_input=blank_image(base, config["example"]),
+        )
     except TreeifyError as error:
         raise CheckpointError(
             f"{path}: its base model no longer converts as recorded: {error}",

@@ -18,8 +18,8 @@ from treeify.anytime.session import Answer, Session, mean_over_leaves, steps
 from treeify.conversion import splits as split_module
 from treeify.conversion.decide import Decider, Decision, without_in_place
 from treeify.conversion.emit import Emitter
-from treeify.conversion.initialize import State, pack_states
-from treeify.conversion.report import Conversion, shared_buffer_notes, tracing_notes
+from treeify.conversion.initialize import Source, fill
+from treeify.conversion.report import Conversion, notes
 from treeify.conversion.splits import Splits
 from treeify.engine.packed_tensors import Slot, build, lookup, slots, submodule, tensors
 from treeify.engine.plan import Plan, Planner, Situation, Tuning
@@ -55,7 +55,6 @@ class HierarchicalEnsemble(nn.Module):
         splits: where it splits.
         like: the base model, for the tensors' devices, dtypes and mode.
         architecture: how to build the base model again, if known.
-        notes: for the conversion report.
     """
 
     def __init__(
@@ -64,13 +63,11 @@ class HierarchicalEnsemble(nn.Module):
         splits: Splits,
         like: nn.Module,
         architecture: Architecture | None = None,
-        notes: tuple[str, ...] = (),
     ) -> None:
         super().__init__()
         self._traced = traced
         self._splits = splits
         self._architecture = architecture
-        self._given_notes = notes
         levels = {
             training: split_module.levels(graph, splits.names)
             for training, graph in traced.graphs.items()
@@ -107,14 +104,11 @@ class HierarchicalEnsemble(nn.Module):
         self._paces: dict[Situation, Pace] = {}
         self.budgets: dict[int, Budget] = {}
         self._shared_buffers = _shared_buffers(traced.skeleton, self._slots, calls)
-        self._conversion = Conversion(
-            splits,
-            *(
-                tuple(own for node, own in decisions[training].items() if node.op != "placeholder")
-                for training in (False, True)
-            ),
-            (*notes, *shared_buffer_notes(self._shared_buffers), *tracing_notes(traced)),
-        )
+        self._nodes = {
+            training: tuple(own for node, own in mode.items() if node.op != "placeholder")
+            for training, mode in decisions.items()
+        }
+        self._perturbed: tuple[str, ...] = ()
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with undo_side_effects(traced.skeleton):
             traced.skeleton.train()
@@ -122,9 +116,10 @@ class HierarchicalEnsemble(nn.Module):
         self.train(like.training)
         _take_modes(self, like)
 
-    def fill(self, source: Callable[[int], State], *, by_leaf: bool = False) -> None:
-        """Fill the packed tensors, uninitialised so far; see `initialize.pack_states`."""
-        pack_states(self, self._slots.values(), self.tree, source, by_leaf=by_leaf)
+    def fill(self, source: Source) -> None:
+        """Fill the packed tensors, which the constructor leaves uninitialised."""
+        fill(self, self._slots.values(), self.tree, source)
+        self._perturbed = source.perturbed
 
     @property
     def tree(self) -> Tree:
@@ -139,7 +134,8 @@ class HierarchicalEnsemble(nn.Module):
     @property
     def conversion(self) -> Conversion:
         """Every node's level, whether it runs packed or per branch, and why."""
-        return self._conversion
+        known = notes(self._traced, self._shared_buffers, self._perturbed)
+        return Conversion(self._splits, self._nodes[False], self._nodes[True], tuple(known))
 
     def forward(self, x: Tensor, leaves: int | None = None) -> Any:
         """Logits of the first `leaves` leaves, depth-first.
@@ -456,11 +452,9 @@ class HierarchicalEnsemble(nn.Module):
             LeafError: the first `leaves` leaves form no tree; every nested size does.
         """
         dropped, tree = self.tree.first(leaves)
-        kept = self._splits.points[dropped:]
-        smaller = HierarchicalEnsemble(
-            self._traced, Splits(kept, tree), self, self._architecture, self._given_notes
-        )
-        smaller.fill(self._branch, by_leaf=True)
+        splits = Splits(self._splits.points[dropped:], tree)
+        smaller = HierarchicalEnsemble(self._traced, splits, self, self._architecture)
+        smaller.fill(Source(self._branch, by_leaf=True, perturbed=self._perturbed))
         return smaller
 
     @property
@@ -508,7 +502,7 @@ class HierarchicalEnsemble(nn.Module):
         Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
         """
         counts = self.tree.branch_count(self.leaves if leaves is None else leaves)
-        return sum(node.macs * counts[node.level] for node in self._conversion.nodes)
+        return sum(node.macs * counts[node.level] for node in self._nodes[False])
 
     def extra_repr(self) -> str:
         """The tree and the splits."""

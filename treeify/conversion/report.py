@@ -6,13 +6,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
 from treeify.conversion.decide import Decision
-from treeify.conversion.initialize import PERTURBATION, Initialization
+from treeify.conversion.initialize import PERTURBATION
 from treeify.conversion.splits import Splits
 from treeify.engine.forms import Form
-from treeify.tracing.model_copy import hooks_of
 from treeify.tracing.trace import Traced
 
 
@@ -33,8 +30,8 @@ class Conversion:
     notes: tuple[str, ...] = ()
 
     @property
-    def packed_share(self) -> float:
-        """Share of the branches' MACs (level 1 and up) that runs packed, 0 to 1."""
+    def packed_fraction(self) -> float:
+        """Fraction of the branches' MACs (level 1 and up) that runs packed, 0 to 1."""
         branched = [node for node in self.nodes if node.level > 0]
         total = sum(node.macs for node in branched)
         packed = sum(node.macs for node in branched if node.form is not Form.BRANCHES)
@@ -55,43 +52,37 @@ class Conversion:
             counts = Counter(node.form.value for node in self.nodes if node.level == level)
             forms = ", ".join(f"{count} {form}" for form, count in sorted(counts.items()))
             lines.append(f"level {level} x {branches}: {forms or 'nothing'}")
-        lines.append(f"{self.packed_share:.1%} of the branches' MACs run packed")
+        lines.append(f"{self.packed_fraction:.1%} of the branches' MACs run packed")
         lines += [f"per branch: {count} x {reason}" for reason, count in self.fallbacks.items()]
         lines += list(self.notes)
         return "\n".join(lines)
 
 
-def initialization_notes(plan: Initialization) -> tuple[str, ...]:
-    """Which modules could not initialise themselves."""
-    if not plan.perturbed:
-        return ()
-    return (
-        f"perturbed by {PERTURBATION} times their root mean square, since they cannot initialise"
-        f" themselves again: {', '.join(plan.perturbed)}",
-    )
+def notes(traced: Traced, shared_buffers: Sequence[str], perturbed: Sequence[str]) -> Iterator[str]:
+    """Say what a user should know of an ensemble.
 
+    Args:
+        traced: the base model.
+        shared_buffers: buffers of modules called at several levels.
+        perturbed: modules that could not initialise themselves.
 
-def hook_notes(base: nn.Module) -> Iterator[str]:
-    """Whose hooks are left out, but for torch's own."""
-    hooked = [
-        path or "the model itself" for path, module in base.named_modules() if hooks_of(module)
-    ]
-    if hooked:
-        yield "leaves out the hooks of " + ", ".join(hooked)
-
-
-def shared_buffer_notes(shared_buffers: Sequence[str]) -> tuple[str, ...]:
-    """Which buffers branches share."""
-    if not shared_buffers:
-        return ()
-    return (
-        "updated at several levels, so that branches share the mean of their training updates: "
-        + ", ".join(shared_buffers),
-    )
-
-
-def tracing_notes(traced: Traced) -> Iterator[str]:
-    """What the traced graphs are limited to."""
+    Yields:
+        One note for each thing that differs from the base model.
+    """
+    if perturbed:
+        yield (
+            f"perturbed by {PERTURBATION} times their root mean square, since they cannot"
+            f" initialise themselves again: {', '.join(perturbed)}"
+        )
+    if traced.hooked:
+        paths = ", ".join(path or "the model itself" for path in traced.hooked)
+        yield f"leaves out the hooks of {paths}"
+    if shared_buffers:
+        buffers = ", ".join(shared_buffers)
+        yield (
+            "updated at several levels, so that branches share the mean of their training updates:"
+            f" {buffers}"
+        )
     limits = traced.limits
     if limits.one_size:
         size = " x ".join(map(str, traced.example[1:]))

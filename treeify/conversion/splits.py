@@ -17,7 +17,7 @@ from torch import fx
 from treeify.errors import SplitError, nearest
 from treeify.tracing.facts import facts
 from treeify.tracing.trace import Traced
-from treeify.tree import Tree
+from treeify.tree import Tree, fanouts_for
 
 INPUT = "input"
 
@@ -155,24 +155,34 @@ def _names(nodes: Iterable[fx.Node]) -> list[str]:
     return list(names)
 
 
-def choose(traced: Traced, splits: int | str | Sequence[str], fanout: int = 2) -> Splits:
+def choose(
+    traced: Traced,
+    splits: int | str | Sequence[str],
+    fanout: int = 2,
+    leaves: int | None = None,
+) -> Splits:
     """Turn what the user wrote into a frozen choice.
 
     Args:
         traced: the model.
         splits: how many (`4`, `"4"`), names in order (`["layer2", "layer3:4"]`, `"layer2,layer3"`).
         fanout: children per split that names none.
+        leaves: how many the tree shall have, if its fanouts are to follow from that.
 
     Raises:
-        SplitError: a split is unknown, repeated or out of order, there are not that many points, or
-            a fanout is below 2.
+        SplitError: a split is unknown, repeated or out of order, there are not that many points, a
+            fanout is below 2, or no fanouts give as many leaves.
     """
-    wanted = listed(splits)
-    if isinstance(wanted, int):
-        tree = Tree((fanout,) * wanted)
-        return Splits(_even_points(traced, wanted), tree)
-    named = [parse(spec) for spec in wanted]
-    tree = Tree(tuple(fanout if own is None else own for _, own in named))
+    specs = listed(splits)
+    named = [] if isinstance(specs, int) else [parse(spec) for spec in specs]
+    explicit = [None] * specs if isinstance(specs, int) else [own for _, own in named]
+    if leaves is not None:
+        fanouts = fanouts_for(leaves, explicit)
+    else:
+        fanouts = tuple(fanout if own is None else own for own in explicit)
+    tree = Tree(fanouts)
+    if isinstance(specs, int):
+        return Splits(_even_points(traced, specs), tree)
     return Splits(_named_points(traced, [name for name, _ in named]), tree)
 
 

@@ -28,7 +28,7 @@ from treeify.tracing.functionalize import (
     reshape_views,
 )
 from treeify.tracing.meta_interpreter import Running
-from treeify.tracing.model_copy import on_meta, private_copy, require_own_code
+from treeify.tracing.model_copy import hooks_of, on_meta, private_copy, require_own_code
 from treeify.tracing.sizes import Sizes
 
 
@@ -44,6 +44,7 @@ class Traced:
         leaf_modules: modules whose insides stopped the tracer, by path, and what did so; each runs
             as one call.
         limits: what holds beyond the graphs' own inputs.
+        hooked: modules whose hooks are left out.
     """
 
     skeleton: nn.Module
@@ -52,6 +53,7 @@ class Traced:
     constants: Mapping[str, Any]
     leaf_modules: Mapping[str, str]
     limits: Limits
+    hooked: tuple[str, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Itself: nothing ever changes it, so copies of an ensemble share it."""
@@ -108,7 +110,8 @@ def trace(
     for graph in graphs.values():  # they outlive the tracer and the copies that it ran
         graph._tracer_cls, graph.owning_module = None, None
     shape = tuple(example.shape[1:])
-    return Traced(skeleton, graphs, shape, constants, leaf_modules, limits)
+    hooked = tuple(path for path, module in model.named_modules() if hooks_of(module))
+    return Traced(skeleton, graphs, shape, constants, leaf_modules, limits, hooked)
 
 
 def _prepare(graph: fx.Graph, running: Running) -> None:

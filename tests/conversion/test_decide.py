@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.conversion.decide import Decider, Decision, without_in_place
-from treeify.conversion.splits import levels
+from treeify.conversion.levels import levels
 from treeify.engine.forms import Form
 
 

@@ -14,8 +14,9 @@ from treeify.conversion import initialize
 from treeify.conversion.decide import Decider, Decision, without_in_place
 from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import Source
+from treeify.conversion.levels import levels
 from treeify.conversion.report import Conversion, notes
-from treeify.conversion.splits import Splits, levels
+from treeify.conversion.splits import Splits
 from treeify.engine.packed_tensors import Slot, build, lookup, slots, submodule, tensors
 from treeify.engine.plan import Plan, Planner
 from treeify.engine.program import PACKED, Program

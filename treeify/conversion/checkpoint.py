@@ -18,14 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treeify import files
-from treeify.anytime.confidence import Budget
-from treeify.anytime.deadline import Latencies
 from treeify.conversion.api import resolve
 from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import copies
-from treeify.engine.packed_tensors import lay_out, lookup, owner, tensors
-from treeify.engine.plan import AUTO, TUNING
+from treeify.conversion.measurements import MEASUREMENTS
+from treeify.engine.packed_tensors import lookup, owner, tensors
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture, fingerprint, recognise
 from treeify.tracing.trace import plain_tensors
@@ -92,44 +90,12 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
         raise CheckpointError(
             f"{path} holds another ensemble.", expected="the one that was measured"
         )
-    text = json.dumps({**config, **_measurements(hne)}, indent=2) + "\n"
+    text = json.dumps({**config, **_measured(hne)}, indent=2) + "\n"
     try:
         files.replace_text(path / CONFIG, text)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written: {error}", next_step="It is as it was."
-        ) from error
-
-
-def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
-    execution = hne.execution
-    return {
-        "execution": execution if isinstance(execution, str) else list(execution),
-        "tunings": [
-            TUNING.dump_python(tuning, mode="json", by_alias=True)
-            for tuning in hne.tunings.values()
-        ],
-        "latencies": [latencies.to_dict() for latencies in hne.latencies.values()],
-        "budgets": [budget.to_dict() for budget in hne.budgets.values()],
-    }
-
-
-def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[str, Any]) -> None:
-    try:
-        hne.execution = config.get("execution", AUTO)
-        for tuning in map(TUNING.validate_python, config.get("tunings", ())):
-            hne.tunings[tuning.situation] = tuning
-            if tuning.plan.channels_last:
-                lay_out(hne, torch.channels_last)
-        for latencies in map(Latencies.from_dict, config.get("latencies", ())):
-            hne.latencies[latencies.situation] = latencies
-        for budget in map(Budget.from_dict, config.get("budgets", ())):
-            hne.budgets[budget.target_macs] = budget
-    except (KeyError, TypeError, ValueError, TreeifyError) as error:
-        raise CheckpointError(
-            f"{path / CONFIG}: the measurements are damaged: {error!r}",
-            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
-            " (treeify calibrate).",
         ) from error
 
 
@@ -190,7 +156,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
             parameter.requires_grad_(key not in frozen)
-    _take_measurements(path, hne, config)
+    try:
+        hne.measurements = MEASUREMENTS.validate_python(config)
+    except (KeyError, TypeError, ValueError, TreeifyError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG}: the measurements are damaged: {error!r}",
+            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
+            " (treeify calibrate).",
+        ) from error
     return hne.eval()
 
 
@@ -237,8 +210,14 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
         "frozen": sorted(key for key, own in hne.named_parameters() if not own.requires_grad),
-        **_measurements(hne),
+        **_measured(hne),
     }
+
+
+def _measured(hne: HierarchicalEnsemble) -> dict[str, Any]:
+    """What was measured, as JSON values."""
+    values: dict[str, Any] = MEASUREMENTS.dump_python(hne.measurements, mode="json", by_alias=True)
+    return values
 
 
 def _versions_text(config: Mapping[str, Any]) -> str:

@@ -14,8 +14,10 @@ from treeify.anytime.confidence import Budget, Prediction, answer, thresholds_fo
 from treeify.anytime.deadline import Latencies, Pace, advance_until, check_deadline, find, measure
 from treeify.anytime.session import Answer, Session, mean_over_leaves, steps
 from treeify.conversion.initialize import Source
+from treeify.conversion.measurements import Measurements
 from treeify.conversion.packed_tree import PackedTree
 from treeify.conversion.splits import Splits
+from treeify.engine.packed_tensors import lay_out
 from treeify.engine.plan import Situation, Tuning
 from treeify.engine.preserve import preserve_modes
 from treeify.engine.tuning import tune
@@ -64,6 +66,25 @@ class HierarchicalEnsemble(PackedTree):
     def tunings(self) -> dict[Situation, Tuning]:
         """What `tune` measured and chose, by situation; saved with the ensemble."""
         return self._planner.tunings
+
+    @property
+    def measurements(self) -> Measurements:
+        """All that was measured, as one value."""
+        return Measurements(
+            self.execution,
+            tuple(self.tunings.values()),
+            tuple(self.latencies.values()),
+            tuple(self.budgets.values()),
+        )
+
+    @measurements.setter
+    def measurements(self, measurements: Measurements) -> None:
+        self.execution = measurements.execution
+        self._planner.tunings = {tuning.situation: tuning for tuning in measurements.tunings}
+        self.latencies = {latencies.situation: latencies for latencies in measurements.latencies}
+        self.budgets = {budget.target_macs: budget for budget in measurements.budgets}
+        if any(tuning.plan.channels_last for tuning in measurements.tunings):
+            lay_out(self, torch.channels_last)
 
     def tune(
         self,

@@ -32,12 +32,13 @@ def child(task: str, name: str) -> dict[str, float]:
     import torch
 
     import treeify
-    from treeify.conversion.api import open_up, resolve
+    from treeify.conversion.api import resolve
+    from treeify.conversion.assemble import trace_model
 
     torch.set_num_threads(2)
     # The libraries that a first model imports are no part of the cost.
     base, architecture = resolve(name)
-    open_up(base, architecture)
+    trace_model(base, architecture)
     before = _resident()
     _reset_peak()
     begin = time.perf_counter()
@@ -50,7 +51,7 @@ def child(task: str, name: str) -> dict[str, float]:
             base, _ = resolve(name, seed)
         size = _bytes(base)
     else:
-        open_up(base, architecture)
+        trace_model(base, architecture)
     return {"seconds": time.perf_counter() - begin, "peak": _peak() - before, "size": size}
 
 

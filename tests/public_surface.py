@@ -34,12 +34,18 @@ def _python() -> Iterator[str]:
             yield f"{name}: {type(value).__name__}"
             continue
         yield _signature(name, value)
-        members = vars(value).items() if inspect.isclass(value) else ()
-        for member, own in sorted(members):
+        for member, own in sorted(_members(value).items()):
             if isinstance(own, property):
                 yield f"  {name}.{member}: property"
             elif not member.startswith("_") and callable(own):
                 yield f"  {_signature(f'{name}.{member}', own)}"
+
+
+def _members(value: Any) -> dict[str, Any]:
+    """What a class defines, and what it inherits from others of ours."""
+    classes = reversed(value.__mro__) if inspect.isclass(value) else ()
+    ours = [vars(kind) for kind in classes if kind.__module__.startswith("treeify.")]
+    return {name: member for members in ours for name, member in members.items()}
 
 
 def _signature(name: str, value: Any) -> str:

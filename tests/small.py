@@ -1,5 +1,7 @@
 """A base model that converts in milliseconds, for tests of everything but conversion."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +55,13 @@ def ensemble(
     return treeify.hierarchicalize(
         SmallNet(), chosen, init=init, seed=seed, example_input=EXAMPLE
     ).eval()
+
+
+def converted(
+    model: nn.Module, splits: Sequence[str] = ("stem", "stage1")
+) -> treeify.HierarchicalEnsemble:
+    """An ensemble of a model that takes these images, every branch with weights of its own."""
+    return treeify.hierarchicalize(model, splits, init="perturb", example_input=EXAMPLE)
 
 
 def images(count: int = 2, seed: int = 1) -> Tensor:

@@ -18,10 +18,6 @@ import treeify
 from treeify.errors import ParityError, TraceError
 
 
-def converted(model: nn.Module, splits: list[str]) -> treeify.HierarchicalEnsemble:
-    return treeify.hierarchicalize(model, splits, init="perturb", example_input=small.EXAMPLE)
-
-
 def test_arguments_with_defaults_keep_them() -> None:
     class Optional(small.SmallNet):
         def forward(self, x: Tensor, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:
@@ -78,7 +74,7 @@ class Decorated(small.SmallNet):
     ids=["variadic", "patched", "decorated", "parallel", "compiled"],
 )
 def test_a_forward_of_any_signature_is_given_images(model: nn.Module) -> None:
-    hne = converted(model, ["stage1"])
+    hne = small.converted(model, ["stage1"])
     x = small.images()
     assert_close(hne.eval()(x)[:, 0], model.eval()(x))
     assert treeify.verify(hne, x).worst <= 1
@@ -97,17 +93,17 @@ class ScaledByName(small.SmallNet):
 @pytest.mark.parametrize("model", [Scaled, ScaledByName])
 def test_a_forward_that_needs_more_than_images_is_refused(model: type[nn.Module]) -> None:
     with pytest.raises(TraceError, match=r"with images alone: missing .* 'scale'"):
-        converted(model(), ["stage1"])
+        small.converted(model(), ["stage1"])
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
 def test_scripted_modules_are_refused() -> None:
     model = small.SmallNet()
     with pytest.raises(TraceError, match="the model is scripted"):
-        converted(torch.jit.script(model), ["stage1"])
+        small.converted(torch.jit.script(model), ["stage1"])
     model.stage2 = torch.jit.script(model.stage2)
     with pytest.raises(TraceError, match="stage2 is scripted"):
-        converted(model, ["stage1"])
+        small.converted(model, ["stage1"])
 
 
 def test_a_forward_that_calls_the_given_model_is_refused() -> None:
@@ -115,7 +111,7 @@ def test_a_forward_that_calls_the_given_model_is_refused() -> None:
     original = model.forward
     model.forward = lambda x: 2 * original(x)  # type: ignore[method-assign]
     with pytest.raises(TraceError, match=r"replaced by a function(.|\n)*types\.MethodType"):
-        converted(model, ["stage1"])
+        small.converted(model, ["stage1"])
 
 
 def test_assigning_to_the_data_of_a_weight_is_refused() -> None:
@@ -125,7 +121,7 @@ def test_assigning_to_the_data_of_a_weight_is_refused() -> None:
             return super().forward(x)
 
     with pytest.raises(TraceError, match=r"assigns to a tensor's data(.|\n)*in forward: self.head"):
-        converted(Normalizing(), ["stage1"])
+        small.converted(Normalizing(), ["stage1"])
 
 
 @dataclass
@@ -142,7 +138,7 @@ class Describing(small.SmallNet):
 
 def test_a_dataclass_comes_back_with_the_leaf_dim_in_every_tensor() -> None:
     model = Describing()
-    hne = converted(model, ["stage1"])
+    hne = small.converted(model, ["stage1"])
     x = small.images(2)
     assert treeify.verify(hne, x).worst <= 1
     found, expected = hne.eval()(x), model.eval()(x)
@@ -165,8 +161,8 @@ class Enlarging(small.SmallNet):
 
 
 def test_transposed_convolutions_are_given_their_output_size() -> None:
-    hne = converted(Enlarging(), ["down"])
-    assert hne.conversion.packed_share == 1
+    hne = small.converted(Enlarging(), ["down"])
+    assert hne.conversion.packed_fraction == 1
     assert treeify.verify(hne, small.images()).worst <= 1
 
 
@@ -208,7 +204,7 @@ class Forms(small.SmallNet):
 @pytest.mark.parametrize("case", ["expand", "repeat", "vector", "wide bias", "layout", "moved"])
 def test_what_a_rule_does_not_take_runs_per_branch(case: str) -> None:
     torch.manual_seed(0)
-    hne = converted(Forms(case), ["stage1:3"])
+    hne = small.converted(Forms(case), ["stage1:3"])
     assert treeify.verify(hne, small.images(2)).worst <= 1
 
 
@@ -243,7 +239,7 @@ class Noisy(small.SmallNet):
 @pytest.mark.parametrize("always", [False, True])
 @pytest.mark.parametrize("source", ["like", "sizes", "in place", "chances", "dropout"])
 def test_random_draws_are_held_at_their_mean_by_verify(source: str, always: bool) -> None:
-    hne = converted(Noisy(source, always=always), ["stage1"])
+    hne = small.converted(Noisy(source, always=always), ["stage1"])
     assert treeify.verify(hne, small.images(2)).worst <= 1
     hne.train(not always)
     logits = hne(small.images(2))
@@ -251,7 +247,7 @@ def test_random_draws_are_held_at_their_mean_by_verify(source: str, always: bool
 
 
 def test_noise_that_cannot_be_held_is_not_taken_for_a_bug(monkeypatch: pytest.MonkeyPatch) -> None:
-    hne = converted(Noisy("elsewhere"), ["stage1"])
+    hne = small.converted(Noisy("elsewhere"), ["stage1"])
     message = "times the tolerance in float64.*, and the base architecture itself gives other"
     with pytest.raises(ParityError, match=f"(leaf_train|gradient) .*{message}"):
         treeify.verify(hne, small.images(2))
@@ -278,12 +274,12 @@ class Recomputing(small.SmallNet):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_is_left_out_and_the_notes_say_so(reentrant: bool) -> None:
     torch.manual_seed(0)
-    hne = converted(Recomputing(reentrant=reentrant), ["stage1"])
+    hne = small.converted(Recomputing(reentrant=reentrant), ["stage1"])
     assert any("torch.utils.checkpoint is left out" in note for note in hne.conversion.notes)
     # The base model updates the statistics of its batch norms twice in a step; see verify.
     assert treeify.verify(hne, small.images(4)).worst <= 1
     # No draw is held when activations are recomputed: the base model's own gradients are random.
-    hne = converted(Recomputing(reentrant=reentrant, noise=True), ["stage1"])
+    hne = small.converted(Recomputing(reentrant=reentrant, noise=True), ["stage1"])
     with pytest.raises(ParityError, match=r"gradient parity .* itself gives other values"):
         treeify.verify(hne, small.images(4))
 

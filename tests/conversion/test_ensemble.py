@@ -40,12 +40,6 @@ def test_no_splits_is_the_base_model() -> None:
     assert torch.equal(hne(x)[:, 0], model(x))
 
 
-@pytest.mark.parametrize("leaf", [-1, 6, 1.0, True, "0"])
-def test_a_leaf_that_does_not_exist(leaf: object) -> None:
-    with pytest.raises(LeafError, match="from 0 to 5"):
-        small.ensemble().leaf(leaf)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("leaves", [0, 7, 2.0])
 def test_a_number_of_leaves_that_does_not_exist(leaves: object) -> None:
     with pytest.raises(LeafError, match="from 1 to 6"):
@@ -56,28 +50,6 @@ def test_a_number_of_leaves_that_does_not_exist(leaves: object) -> None:
 def test_an_input_that_does_not_fit(shape: tuple[int, ...]) -> None:
     with pytest.raises(InputError, match=r"Expected images of shape \[N, 3, 8, 8\]"):
         small.ensemble()(torch.zeros(shape))
-
-
-def test_a_leaf_is_the_plain_architecture_with_its_own_copy() -> None:
-    hne = small.ensemble()
-    leaf = hne.leaf(4)
-    assert type(leaf) is small.SmallNet
-    before = hne(small.images())
-    with torch.no_grad():
-        for parameter in leaf.parameters():
-            parameter.zero_()
-    assert torch.equal(hne(small.images()), before)
-    assert not hne.leaf(4).training
-    assert small.SmallNet().load_state_dict(leaf.state_dict()).missing_keys == []
-
-
-def test_a_leaf_has_the_modes_of_the_modules() -> None:
-    hne = small.ensemble().train()
-    hne.get_submodule("stage1").eval()
-    leaf = hne.leaf(1)
-    assert leaf.training
-    assert leaf.stage2.training
-    assert not any(module.training for module in leaf.stage1.modules())
 
 
 @pytest.mark.parametrize("leaves", [1, 3, 6])
@@ -96,94 +68,6 @@ def test_a_sub_ensemble_holds_what_its_leaves_need(leaves: int) -> None:
 def test_leaves_that_form_no_tree() -> None:
     with pytest.raises(LeafError, match=r"nested sizes \(1, 3, 6\)"):
         small.ensemble().sub_ensemble(4)
-
-
-def test_initialisations_differ_as_they_say() -> None:
-    x = small.images()
-    fresh, copied = small.ensemble(init="fresh"), small.ensemble(init="copy")
-    noisy = small.ensemble(init="perturb")
-    torch.manual_seed(0)
-    base = small.SmallNet().eval()
-    assert fresh(x).std(dim=1).min() > 0
-    assert_close(copied(x), base(x)[:, None].expand(-1, 6, -1))
-    assert torch.equal(noisy.leaf(0)(x), base(x))
-    assert not torch.allclose(noisy(x)[:, 0], noisy(x)[:, 1])
-    weight, noise = base.stage2[0].weight, noisy.leaf(1).stage2[0].weight
-    relative = (noise - weight).square().mean().sqrt() / weight.square().mean().sqrt()
-    assert 0.07 < relative < 0.13
-
-
-def test_same_seed_same_weights_and_branches_depend_on_nothing_else() -> None:
-    one, two, other = (small.ensemble(init="fresh", seed=seed) for seed in (3, 3, 4))
-    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
-    assert not torch.equal(one.head.weight, other.head.weight)
-    wider = small.ensemble(["stage1:3", "stage2:3"], init="fresh", seed=3)
-    branches = one.head.weight.shape[0]
-    assert torch.equal(wider.head.weight[:branches], one.head.weight)
-
-
-class Constant(nn.Sequential):
-    """Initialises its layer by itself, after the layer did."""
-
-    def reset_parameters(self) -> None:
-        nn.init.constant_(self[0].weight, 0.05)
-
-
-class Asking(nn.Linear):
-    """Cannot initialise itself without being told how."""
-
-    def reset_parameters(self, scale: float = 0.1) -> None:
-        nn.init.constant_(self.weight, scale)
-
-
-class Demanding(nn.Module):
-    """The same, and has no default."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, 1, 1))
-
-    def reset_parameters(self, scale: float) -> None:
-        nn.init.constant_(self.weight, scale)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.weight
-
-
-def test_a_modules_own_scheme_comes_after_those_of_its_layers() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        Constant(nn.Conv2d(3, 4, 3)), Demanding(), nn.Flatten(), Asking(4 * 36, 2)
-    )
-    hne = treeify.hierarchicalize(model, ["input"], example_input=small.EXAMPLE)
-    for leaf in range(hne.leaves):
-        own = hne.leaf(leaf)
-        assert (own[0][0].weight == 0.05).all()
-        assert own[0][0].bias.std() > 0
-        assert (own[3].weight == 0.1).all()
-    assert any("1" in note and "perturbed by" in note for note in hne.conversion.notes)
-
-
-def test_modules_that_cannot_initialise_themselves_are_named() -> None:
-    class Scaled(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.gain = nn.Parameter(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0]))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * self.gain
-
-    class Net(small.SmallNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = Scaled()
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.scale(super().forward(x))
-
-    hne = treeify.hierarchicalize(Net(), ["stage1"], example_input=small.EXAMPLE)
-    assert any("perturbed by 0.1" in note and "scale" in note for note in hne.conversion.notes)
-    assert not torch.equal(hne.leaf(0).scale.gain, hne.leaf(1).scale.gain)
 
 
 def test_deepcopy_is_independent() -> None:
@@ -280,64 +164,6 @@ def test_names_that_the_ensemble_uses_itself() -> None:
     assert treeify.verify(hne, small.images()).worst <= 1
     assert hne.state_dict().keys() == model.state_dict().keys()
     assert hne.tree.leaves == 2
-
-
-def test_packing_trained_models() -> None:
-    torch.manual_seed(0)
-    models = [small.SmallNet().eval() for _ in range(4)]
-    x = small.images()
-    separate = treeify.pack(models, splits=["input"], example_input=small.EXAMPLE).eval()
-    assert_close(separate(x), torch.stack([model(x) for model in models], dim=1))
-
-    shared = treeify.pack(models, splits=["stage1", "stage2"], example_input=small.EXAMPLE)
-    leaf = shared.leaf(3)
-    assert torch.equal(leaf.head.weight, models[3].head.weight)
-    assert torch.equal(leaf.stage1[0].weight, models[2].stage1[0].weight)
-    assert torch.equal(leaf.stem[0].weight, models[0].stem[0].weight)
-
-
-def test_models_that_cannot_be_packed() -> None:
-    with pytest.raises(treeify.TreeifyError, match="model 1 is not built like model 0"):
-        treeify.pack([small.SmallNet(), small.SmallNet(7)], splits=["stage1"])
-    with pytest.raises(treeify.TreeifyError, match="3 models cannot be the leaves"):
-        treeify.pack(
-            [small.SmallNet() for _ in range(3)],
-            splits=["stage1", "stage2"],
-            example_input=small.EXAMPLE,
-        )
-
-
-def test_models_with_plain_tensors_of_their_own_cannot_be_packed() -> None:
-    models = [small.DrawnNet() for _ in range(2)]
-    with pytest.raises(treeify.TreeifyError, match=r"'mixing' of model 1 differs.*(?s:.*)buffer"):
-        treeify.pack(models, splits=["stage1"], example_input=small.EXAMPLE)
-    models[1].mixing = models[0].mixing.clone()
-    hne = treeify.pack(models, splits=["stage1"], example_input=small.EXAMPLE).eval()
-    assert torch.equal(hne.leaf(1).shifts, models[1].shifts)
-
-
-def test_tied_parameters_stay_tied() -> None:
-    class Tied(small.SmallNet):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stage2[0].weight = self.stage1[0].weight
-
-    for splits in (["stage1"], ["stage1", "stage2"], ["head"]):
-        model = Tied()
-        hne = treeify.hierarchicalize(model, splits, init="perturb", example_input=small.EXAMPLE)
-        leaf = hne.leaf(1)
-        assert leaf.stage1[0].weight is leaf.stage2[0].weight
-        assert hne.get_parameter("stage1.0.weight") is hne.get_parameter("stage2.0.weight")
-        assert treeify.verify(hne, small.images()).worst <= 1
-
-
-def test_frozen_parameters_stay_frozen() -> None:
-    model = small.SmallNet()
-    model.stem.requires_grad_(False)
-    hne = treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
-    frozen = {name for name, parameter in hne.named_parameters() if not parameter.requires_grad}
-    assert frozen == {name for name, _ in model.named_parameters() if name.startswith("stem")}
-    assert not hne.leaf(0).stem[0].weight.requires_grad
 
 
 @pytest.mark.parametrize("leaves", [None, 1, 4])

@@ -13,10 +13,6 @@ from treeify.engine import program
 from treeify.errors import ParityError
 
 
-def converted(model: nn.Module, splits: list[str]) -> treeify.HierarchicalEnsemble:
-    return treeify.hierarchicalize(model, splits, init="perturb", example_input=small.EXAMPLE)
-
-
 class Bounded(small.SmallNet):
     """Keeps a weight behind the split within bounds, by a statement that nothing reads."""
 
@@ -50,7 +46,7 @@ def test_state_that_is_changed_by_a_statement_belongs_to_its_readers_level(
     model: type[nn.Module], key: str, splits: list[str]
 ) -> None:
     torch.manual_seed(0)
-    hne = converted(model(), splits)
+    hne = small.converted(model(), splits)
     assert hne.branches_of(key) == hne.leaves
     assert treeify.verify(hne, small.images(2)).worst <= 1
     hne.train()
@@ -80,7 +76,7 @@ class Named(small.SmallNet):
 def test_a_module_may_have_any_name(name: str) -> None:
     torch.manual_seed(0)
     model = Named(name)
-    hne = converted(model, ["stage1", "stage2:3"]).eval()
+    hne = small.converted(model, ["stage1", "stage2:3"]).eval()
     x = small.images(2)
     assert treeify.verify(hne, x).worst <= 1
     *_, last = hne.anytime(x)
@@ -121,7 +117,7 @@ def test_stacked_values_go_between_packed_and_looped_levels(
     model: type[nn.Module], ways: tuple[str, ...]
 ) -> None:
     torch.manual_seed(0)
-    hne = converted(model(), ["stem", "stage2"]).double().eval()
+    hne = small.converted(model(), ["stem", "stage2"]).double().eval()
     x = small.images(3).double()
     hne.execution = ways
     assert treeify.verify(hne, x).worst <= 1
@@ -137,7 +133,7 @@ def test_stacked_values_go_between_packed_and_looped_levels(
 
 def test_verify_runs_levels_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    hne = converted(Weighted(), ["stem", "stage1"])
+    hne = small.converted(Weighted(), ["stem", "stage1"])
     right = program.chunk
 
     def misplaced(*args: Any) -> Any:
@@ -151,7 +147,7 @@ def test_verify_runs_levels_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_images_leave_a_session_with_the_numbers_that_are_theirs() -> None:
     torch.manual_seed(0)
-    hne = converted(Weighted(), ["stem", "stage2"]).eval()
+    hne = small.converted(Weighted(), ["stem", "stage2"]).eval()
     x = small.images(4)
     session = hne.session(x)
     session.advance(2)
@@ -173,6 +169,6 @@ class Indexed(small.SmallNet):
 
 def test_parameters_of_whole_numbers_are_checked_without_gradients() -> None:
     torch.manual_seed(0)
-    figures = treeify.verify(converted(Indexed(), ["stem"]), small.images(2))
+    figures = treeify.verify(small.converted(Indexed(), ["stem"]), small.images(2))
     assert figures.worst <= 1
     assert "order" in figures.ungraded

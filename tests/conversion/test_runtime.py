@@ -1,7 +1,7 @@
 """What users do with an ensemble but call it: pickle, transform, export, train it."""
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,6 @@ class WithoutNorms(nn.Module):
         return self.head(self.stage2(self.stage1(self.stem(x))).mean((2, 3)))
 
 
-def converted(
-    model: nn.Module, splits: Sequence[str] = ("stem", "stage1")
-) -> treeify.HierarchicalEnsemble:
-    torch.manual_seed(0)
-    return treeify.hierarchicalize(
-        model, splits, init="perturb", example_input=small.EXAMPLE
-    ).eval()
-
-
 def tune_as(hne: treeify.HierarchicalEnsemble, x: Tensor, plan: Plan) -> None:
     """As if a plan had been found to be the fastest."""
     situation = Situation.of(x, training=False)
@@ -48,7 +39,7 @@ def tune_as(hne: treeify.HierarchicalEnsemble, x: Tensor, plan: Plan) -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.Adagrad, torch.optim.SGD])
 def test_prepared_weights_follow_fused_optimizers(kind: Callable[..., Any]) -> None:
-    hne = converted(WithoutNorms())
+    hne = small.converted(WithoutNorms()).eval()
     x = small.images(2)
     optimizer = kind(hne.parameters(), lr=0.1, fused=True)
     for _ in range(2):
@@ -59,7 +50,7 @@ def test_prepared_weights_follow_fused_optimizers(kind: Callable[..., Any]) -> N
 
 
 def test_prepared_weights_are_forgotten_when_training_ends_after_a_tuning_for_inference() -> None:
-    hne = converted(WithoutNorms()).train()
+    hne = small.converted(WithoutNorms()).train()
     x = small.images(2)
     hne.tune(x, training=False, repeats=1)
     for parameter in hne.parameters():
@@ -71,7 +62,7 @@ def test_prepared_weights_are_forgotten_when_training_ends_after_a_tuning_for_in
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own formulas
 def test_forward_derivatives_are_those_of_the_plain_plan() -> None:
-    hne = converted(small.SmallNet())
+    hne = small.converted(small.SmallNet()).eval()
     x, direction = small.images(2), small.images(2, seed=2)
     with torch.no_grad():
         hne.run(x, 4, FUSED)
@@ -89,7 +80,7 @@ def test_forward_derivatives_are_those_of_the_plain_plan() -> None:
 
 
 def test_an_ensemble_can_be_pickled() -> None:
-    hne = converted(small.SmallNet())
+    hne = small.converted(small.SmallNet()).eval()
     x = small.images(2)
     file = io.BytesIO()
     torch.save(hne, file)
@@ -101,7 +92,7 @@ def test_an_ensemble_can_be_pickled() -> None:
 
 
 def test_tuned_ensembles_can_be_transformed() -> None:
-    hne = converted(small.SmallNet())
+    hne = small.converted(small.SmallNet()).eval()
     x = small.images(3)
     expected = hne(x)
     tune_as(hne, x[:1], Plan(FUSED.execution, channels_last=True, fuse=True))
@@ -112,7 +103,7 @@ def test_tuned_ensembles_can_be_transformed() -> None:
 
 @pytest.mark.parametrize("tuned", [False, True])
 def test_packed_ensembles_are_exported_for_any_number_of_images(tuned: bool) -> None:
-    hne = converted(small.SmallNet())
+    hne = small.converted(small.SmallNet()).eval()
     x = small.images(3)
     if tuned:
         hne.tune(x, repeats=1)
@@ -136,7 +127,7 @@ class Deep(small.SmallNet):
 
 
 def test_models_with_weights_of_five_dims_are_tuned(tmp_path: Path) -> None:
-    hne = converted(Deep())
+    hne = small.converted(Deep()).eval()
     x = small.images(2)
     expected = hne(x)
     hne.tune(x, repeats=1)
@@ -172,7 +163,7 @@ def with_extra() -> small.SmallNet:
 
 
 def test_a_module_with_an_extra_state_is_saved(tmp_path: Path) -> None:
-    hne = converted(with_extra(), ["stage1"])
+    hne = small.converted(with_extra(), ["stage1"]).eval()
     treeify.save(hne, tmp_path / "extra")
     x = small.images(2)
     assert_close(treeify.load(tmp_path / "extra", model=with_extra())(x), hne(x))

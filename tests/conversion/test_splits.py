@@ -11,7 +11,7 @@ import torchvision
 from torch import nn
 
 import treeify
-from treeify.conversion.api import open_up
+from treeify.conversion.assemble import trace_model
 from treeify.conversion.splits import choose, inner_point, listed, split_points
 from treeify.errors import SplitError
 from treeify.tracing.trace import Traced
@@ -19,13 +19,13 @@ from treeify.tracing.trace import Traced
 
 @pytest.fixture(scope="module")
 def resnet() -> Traced:
-    return open_up(torchvision.models.resnet18(), example_input=torch.zeros(1, 3, 64, 64))
+    return trace_model(torchvision.models.resnet18(), example_input=torch.zeros(1, 3, 64, 64))
 
 
 @pytest.fixture(scope="module")
 def hrnet() -> Traced:
     model = timm.create_model("hrnet_w18_small", num_classes=10)
-    return open_up(model, example_input=torch.zeros(1, 3, 64, 64))
+    return trace_model(model, example_input=torch.zeros(1, 3, 64, 64))
 
 
 def _shares(traced: Traced, count: int) -> list[float]:
@@ -72,7 +72,7 @@ def test_the_inner_point_begins_no_stage() -> None:
     """The second of these two parts the MACs evenly, as no point inside of either does."""
     stages = [nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))) for _ in range(2)]
     model = nn.Sequential(nn.Sequential(*stages), nn.Flatten(), nn.Linear(4 * 64, 2))
-    point = inner_point(open_up(model, example_input=torch.zeros(1, 4, 8, 8)))
+    point = inner_point(trace_model(model, example_input=torch.zeros(1, 4, 8, 8)))
     assert point is not None
     assert point.name in ("0.0.2", "0.1.1")
 
@@ -171,7 +171,7 @@ def test_inside_of_a_closed_module_there_is_no_split(
             found = self[0](tokens, tokens, tokens)[0] if name == "0.out_proj" else self[0](x)
             return self[1](found.flatten(1))  # type: ignore[no-any-return]
 
-    traced = open_up(Attending(outer, nn.Linear(12, 2)), example_input=torch.zeros(1, 3, 2, 2))
+    traced = trace_model(Attending(outer, nn.Linear(12, 2)), example_input=torch.zeros(1, 3, 2, 2))
     with pytest.raises(SplitError, match=message):
         choose(traced, [name])
 
@@ -182,7 +182,7 @@ def test_a_fanout_below_two(resnet: Traced) -> None:
 
 
 def test_every_listed_point_can_be_split_at() -> None:
-    traced = open_up(small.SmallNet(), example_input=small.EXAMPLE)
+    traced = trace_model(small.SmallNet(), example_input=small.EXAMPLE)
     points = split_points(traced)
     assert [point.name for point in points[:3]] == ["stem", "stem.1", "stem.2"] or points
     for point in points:

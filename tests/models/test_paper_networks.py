@@ -154,7 +154,7 @@ def test_a_tree_of_the_imagenet_network_costs_what_table_3_adds_up_to() -> None:
         ]
     in_millions = [[round(count / 1e6, 1) for count in counts] for counts in counted]
     assert in_millions == [[506.9, 618.2, 956.7, 1709.5, 3293.7], [7.1, 13.1, 25.8, 51.6, 103.1]]
-    assert hne.conversion.packed_share == 1
+    assert hne.conversion.packed_fraction == 1
 
 
 def test_the_imagenet_base_model_costs_what_its_table_says() -> None:

@@ -11,7 +11,7 @@ from leaf_modules import Counting
 from torch import Tensor, nn
 
 import treeify
-from treeify.conversion.api import open_up
+from treeify.conversion.assemble import trace_model
 from treeify.errors import InputError, TraceError
 
 
@@ -67,7 +67,7 @@ class Picky(nn.Module):
 
 def test_a_module_that_stops_the_tracer_is_a_leaf_module_and_no_other() -> None:
     for model, leaf in ((Wrapped(), "body.1.1"), (nn.Sequential(Wrapped()), "0.body.1.1")):
-        traced = open_up(model, example_input=small.EXAMPLE)
+        traced = trace_model(model, example_input=small.EXAMPLE)
         assert "if x.mean() > 0:" in traced.leaf_modules[leaf]
         for graph in traced.graphs.values():
             calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
@@ -87,7 +87,7 @@ def test_a_module_that_stops_the_tracer_is_a_leaf_module_and_no_other() -> None:
 
 def test_a_leaf_module_of_one_mode_is_one_in_the_other() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Picky(), nn.Flatten(), nn.Linear(4 * 64, 2))
-    traced = open_up(model, example_input=small.EXAMPLE)
+    traced = trace_model(model, example_input=small.EXAMPLE)
     assert list(traced.leaf_modules) == ["1"]
     targets = [
         [node.target for node in graph.nodes if node.op == "call_module"]

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 import treeify
-from treeify.conversion.api import open_up
+from treeify.conversion.assemble import trace_model
 from treeify.tracing.facts import TensorFacts, facts, growth, merge_shapes
 
 
 def test_facts_of_a_traced_model() -> None:
-    traced = open_up(small.SmallNet(), example_input=small.EXAMPLE)
+    traced = trace_model(small.SmallNet(), example_input=small.EXAMPLE)
     known = {facts(node).path: facts(node) for node in traced.graphs[False].nodes}
     assert known["stage1.0"].macs == 64 * 9 * 8 * 8
     assert known["stage1.0"].tensors[0].shape == (2, 8, 8, 8)

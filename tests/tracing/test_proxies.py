@@ -7,7 +7,7 @@ import small
 import torch
 from torch import Tensor, fx, nn
 
-from treeify.conversion.api import open_up
+from treeify.conversion.assemble import trace_model
 from treeify.errors import TraceError
 
 
@@ -40,7 +40,7 @@ ANSWERS = {"rank": (4, 4), "kind": (True, True, False), "in place": "iadd", "fac
 @pytest.mark.parametrize("look", ANSWERS)
 def test_values_answer_as_tensors_and_leave_the_size_open(look: str) -> None:
     SEEN.clear()
-    traced = open_up(Asking(look), example_input=small.EXAMPLE)
+    traced = trace_model(Asking(look), example_input=small.EXAMPLE)
     assert SEEN
     assert all(answer == ANSWERS[look] for answer in SEEN)
     assert not traced.limits.one_size
@@ -48,7 +48,7 @@ def test_values_answer_as_tensors_and_leave_the_size_open(look: str) -> None:
 
 def test_nothing_is_patched_afterwards() -> None:
     before = isinstance, torch.zeros, torch.autograd.Function.apply
-    open_up(Asking("kind"), example_input=small.EXAMPLE)
+    trace_model(Asking("kind"), example_input=small.EXAMPLE)
     assert (isinstance, torch.zeros, torch.autograd.Function.apply) == before
 
 
@@ -59,4 +59,4 @@ def exchange_data(x: Tensor) -> None:
 def test_data_are_not_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LOOKS, "data", exchange_data)
     with pytest.raises(TraceError, match="assigns to a tensor's data"):
-        open_up(Asking("data"), example_input=small.EXAMPLE)
+        trace_model(Asking("data"), example_input=small.EXAMPLE)

@@ -92,7 +92,7 @@ def test_windows_run_packed_and_images_of_any_size_are_taken(second: bool) -> No
         model, ["features.1.0:3"], init="perturb", example_input=torch.zeros(1, 3, 32, 32)
     )
     # The second version's network for position biases is as large as the rest of so small a model.
-    assert hne.conversion.packed_share > (0.85 if second else 0.99)
+    assert hne.conversion.packed_fraction > (0.85 if second else 0.99)
     looped = {reason.partition(":")[0] for reason in hne.conversion.fallbacks}
     assert not looped & {own.__name__ for own in (*REPLACEMENTS, *OF_EACH_IMAGE)}
     for sides in ((32, 32), (44, 28)):
@@ -143,5 +143,5 @@ def test_linear_attention_runs_packed(kind: type[LiteMLA]) -> None:
     hne = treeify.hierarchicalize(
         model, ["attention:3"], init="perturb", example_input=torch.zeros(1, 3, 8, 8)
     )
-    assert hne.conversion.packed_share == 1
+    assert hne.conversion.packed_fraction == 1
     assert treeify.verify(hne, torch.rand(2, 3, 9, 6)).worst <= 1

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import treeify
-from treeify.conversion.api import open_up
+from treeify.conversion.assemble import trace_model
 from treeify.engine.preserve import preserve_buffers
 from treeify.errors import TraceError
 
@@ -219,7 +219,7 @@ class Marked(nn.Module):
 
 def test_a_module_marked_by_its_author_is_a_leaf_module() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Marked(), nn.Flatten(), nn.Linear(4 * 64, 3))
-    traced = open_up(model, example_input=small.EXAMPLE)
+    traced = trace_model(model, example_input=small.EXAMPLE)
     for graph in traced.graphs.values():
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
         assert calls == ["0", "1", "2", "3"]

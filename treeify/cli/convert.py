@@ -15,8 +15,9 @@ from rich.table import Table
 from treeify.cli.base_model import BaseModel, InputSize, Name, NumClasses, base_model
 from treeify.conversion import checkpoint
 from treeify.conversion.api import hierarchicalize
+from treeify.conversion.assemble import assemble
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import initialization
+from treeify.conversion.initialize import initial_weights
 from treeify.errors import InputError
 from treeify.evaluation.cost import Cost, base_cost, costs
 from treeify.parity.verify import Figures, verify
@@ -85,9 +86,18 @@ def convert(
     console = Console(quiet=as_json)
     with console.status("building and converting"):
         base = base_model(name, num_classes, input_size, pretrained=pretrained, seed=seed)
-        hne = hierarchicalize(base.architecture, splits, fanout, init, seed, base.example)
         if pretrained:
-            hne.fill(initialization(base.model, base.architecture, init, seed).sources)
+            source = initial_weights(base.model, base.architecture, init, seed)
+            hne = assemble(
+                base.model,
+                base.architecture,
+                splits,
+                source,
+                fanout=fanout,
+                example_input=base.example,
+            )
+        else:
+            hne = hierarchicalize(base.architecture, splits, fanout, init, seed, base.example)
     with console.status("counting MACs"):
         own, nested = base_cost(hne), costs(hne)
     _show(console, base, hne, own, nested)
@@ -202,7 +212,7 @@ def _as_json(
             }
             for cost in nested
         ],
-        "packed_share": conversion.packed_share,
+        "packed_share": conversion.packed_fraction,
         "nodes": [
             {
                 "path": node.path,

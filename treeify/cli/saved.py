@@ -59,8 +59,8 @@ def preparation_in(
     section = load_recipe(recipe).data if recipe else None
     return preparation_for(
         tuple(config["example"]),
-        data_set=section and section.name,
-        options=section and section.options,
+        data_set=section.name if section else None,
+        options=section.options if section else None,
         architecture=architecture,
         mean=mean,
         std=std,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify.cli.base_model import InputSize, Name, NumClasses, base_model
-from treeify.conversion.api import open_up
+from treeify.conversion.assemble import trace_model
 from treeify.conversion.splits import split_points
 
 
@@ -41,7 +41,7 @@ def splits(
         treeify splits torchvision/vit_b_16 --clean --input-size 64
     """
     base = base_model(name, num_classes, input_size)
-    traced = open_up(base.model, base.architecture, base.example)
+    traced = trace_model(base.model, base.architecture, base.example)
     points = [point for point in split_points(traced) if point.live == 1 or not clean]
     if as_json:
         shape = list(base.example.shape[1:])

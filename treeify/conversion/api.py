@@ -1,29 +1,25 @@
-"""The way from a model to an ensemble: trace, choose splits, convert, initialise."""
+"""What a user calls: a model or its name, or trained models, in; an ensemble out."""
 
 from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from treeify.conversion.assemble import assemble
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import PERTURBATION, Initialization, branch_seed, initialization
-from treeify.conversion.splits import Splits, choose, listed, parse
+from treeify.conversion.initialize import Source, branch_seed, initial_weights
 from treeify.engine.packed_tensors import named_tensors
-from treeify.errors import InputError, ModelError
+from treeify.errors import ModelError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
-from treeify.models.image_size import example_shape
 from treeify.models.recognise import recognise
-from treeify.rules import leaf_types
-from treeify.tracing.model_copy import hooks_of
-from treeify.tracing.trace import Traced, plain_tensors, trace
-from treeify.tree import fanouts_for
+from treeify.tracing.trace import plain_tensors
 
 _log = logging.getLogger(__name__)
 
@@ -65,18 +61,14 @@ def hierarchicalize(
     Source: Ruiz & Verbeek, AAAI 2021, section 3.
     """
     base, architecture = resolve(model, seed)
-    named = architecture is not None
+    is_built = architecture is not None
     # Only fresh weights and a reload need to build the model again: look for a builder then.
     architecture = architecture or recognise(base)
-    traced = open_up(base, architecture, example_input)
-    chosen = choose(traced, splits, fanout)
-    _log.info("splits: %s", ", ".join(chosen.specs) or "none")
-    plan = initialization(base, architecture, init, seed, is_first=named)
-    hne = HierarchicalEnsemble(
-        traced, chosen, base, architecture, (*_notes(plan), *hook_notes(base))
-    )
+    source = initial_weights(base, architecture, init, seed, is_first=is_built)
+    hne = assemble(base, architecture, splits, fanout=fanout, example_input=example_input)
+    _log.info("splits: %s", ", ".join(hne.conversion.splits.specs) or "none")
     del base  # its memory, if it was built here, serves the branches
-    hne.fill(plan.sources)
+    hne.fill(source)
     return hne
 
 
@@ -113,32 +105,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def open_up(
-    base: nn.Module, architecture: Architecture | None = None, example_input: Tensor | None = None
-) -> Traced:
-    """Trace a base model on an example of the size it expects.
-
-    Raises:
-        TraceError: it cannot be traced.
-        InputError: it does not run on the example.
-    """
-    if example_input is None:
-        example_input = blank_image(base, example_shape(base, architecture))
-    if example_input.ndim < 2:
-        raise InputError(
-            "example_input is no batch.",
-            expected="a tensor of shape [N, C, H, W]",
-            found=f"shape {tuple(example_input.shape)}",
-        )
-    return trace(base, example_input, leaf_types())
-
-
-def blank_image(base: nn.Module, shape: Sequence[int]) -> Tensor:
-    """A blank image, `[1, C, H, W]`, in the precision of the model's parameters."""
-    dtypes = (own.dtype for own in base.parameters() if own.is_floating_point())
-    return torch.zeros(1, *shape, dtype=next(dtypes, torch.float32))
-
-
 def pack(
     models: Sequence[nn.Module],
     splits: int | str | Sequence[str] = 4,
@@ -162,21 +128,23 @@ def pack(
     if not models:
         raise ModelError("there are no models to pack.", expected="one model per leaf")
     models = [unwrapped(model) for model in models]
-    first = models[0]
     _check_alike(models)
-    architecture = recognise(first)
-    traced = open_up(first, architecture, example_input)
-    _check_constants(models, plain_tensors(traced))
-    chosen = _splits_for(traced, splits, len(models))
-    hne = HierarchicalEnsemble(traced, chosen, first, architecture, tuple(hook_notes(first)))
-    hne.fill(lambda network: dict(named_tensors(models[network])), by_leaf=True)
+    hne = assemble(
+        models[0],
+        recognise(models[0]),
+        splits,
+        leaves=len(models),
+        example_input=example_input,
+    )
+    _check_constants(models, plain_tensors(hne.traced))
+    hne.fill(Source(lambda network: dict(named_tensors(models[network])), by_leaf=True))
     return hne
 
 
 def _check_alike(models: Sequence[nn.Module]) -> None:
-    wanted = fingerprint(models[0])
+    expected = fingerprint(models[0])
     for index, model in enumerate(models):
-        if fingerprint(model) != wanted:
+        if fingerprint(model) != expected:
             raise ModelError(
                 f"model {index} is not built like model 0.",
                 expected=f"{type(models[0]).__name__} with the same layers, widths and options",
@@ -184,44 +152,14 @@ def _check_alike(models: Sequence[nn.Module]) -> None:
             )
 
 
-def _check_constants(models: Sequence[nn.Module], known: Mapping[str, Tensor]) -> None:
+def _check_constants(models: Sequence[nn.Module], constants: Mapping[str, Tensor]) -> None:
     """Tensors that are neither parameters nor buffers are one for all leaves."""
     for index, model in enumerate(models):
-        for name, own in known.items():
-            found = operator.attrgetter(name)(model)
-            if found.shape != own.shape or not torch.equal(found.to(own), own):
+        for name, constant in constants.items():
+            tensor = operator.attrgetter(name)(model)
+            if tensor.shape != constant.shape or not torch.equal(tensor.to(constant), constant):
                 raise ModelError(
                     f"{name!r} of model {index} differs from that of model 0, and is neither a"
                     " parameter nor a buffer: leaves cannot have one each.",
                     next_step="Make it a buffer: self.register_buffer(name, tensor).",
                 )
-
-
-def _splits_for(traced: Traced, splits: int | str | Sequence[str], leaves: int) -> Splits:
-    wanted = listed(splits)
-    if isinstance(wanted, int):
-        fanouts = fanouts_for(leaves, [None] * wanted)
-        names = choose(traced, wanted).names
-    else:
-        named = [parse(spec) for spec in wanted]
-        names = tuple(name for name, _ in named)
-        fanouts = fanouts_for(leaves, [own for _, own in named])
-    return choose(traced, [f"{name}:{own}" for name, own in zip(names, fanouts, strict=True)])
-
-
-def _notes(plan: Initialization) -> tuple[str, ...]:
-    if not plan.perturbed:
-        return ()
-    return (
-        f"perturbed by {PERTURBATION} times their root mean square, since they cannot initialise"
-        f" themselves again: {', '.join(plan.perturbed)}",
-    )
-
-
-def hook_notes(base: nn.Module) -> Iterator[str]:
-    """Whose hooks are left out, but for torch's own."""
-    hooked = [
-        path or "the model itself" for path, module in base.named_modules() if hooks_of(module)
-    ]
-    if hooked:
-        yield "leaves out the hooks of " + ", ".join(hooked)

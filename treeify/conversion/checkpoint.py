@@ -19,13 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treeify import files
-from treeify.anytime.confidence import BUDGET
-from treeify.anytime.deadline import LATENCIES
-from treeify.conversion.api import blank_image, hook_notes, open_up, resolve
+from treeify.conversion.api import resolve
+from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.splits import choose
-from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors, set_memory_format
-from treeify.engine.plan import AUTO, TUNING
+from treeify.conversion.initialize import copies
+from treeify.conversion.measurements import MEASUREMENTS
+from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
@@ -94,50 +93,12 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
         raise CheckpointError(
             f"{path} holds another ensemble.", expected="the one that was measured"
         )
-    text = json.dumps({**config, **_measurements(hne)}, indent=2) + "\n"
+    text = json.dumps({**config, **_measured(hne)}, indent=2) + "\n"
     try:
         files.replace_text(path / CONFIG, text)
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be written: {error}", next_step="It is as it was."
-        ) from error
-
-
-def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
-    execution = hne.execution
-    return {
-        "execution": execution if isinstance(execution, str) else list(execution),
-        "tunings": [
-            TUNING.dump_python(tuning, mode="json", by_alias=True)
-            for tuning in hne.tunings.values()
-        ],
-        "latencies": [
-            LATENCIES.dump_python(latencies, mode="json", by_alias=True)
-            for latencies in hne.latencies.values()
-        ],
-        "budgets": [
-            BUDGET.dump_python(budget, mode="json", by_alias=True)
-            for budget in hne.budgets.values()
-        ],
-    }
-
-
-def _take_measurements(path: Path, hne: HierarchicalEnsemble, config: Mapping[str, Any]) -> None:
-    try:
-        hne.execution = config.get("execution", AUTO)
-        for tuning in map(TUNING.validate_python, config.get("tunings", ())):
-            hne.tunings[tuning.situation] = tuning
-            if tuning.plan.channels_last:
-                set_memory_format(hne, torch.channels_last)
-        for latencies in map(LATENCIES.validate_python, config.get("latencies", ())):
-            hne.latencies[latencies.situation] = latencies
-        for budget in map(BUDGET.validate_python, config.get("budgets", ())):
-            hne.budgets[budget.target_macs] = budget
-    except (KeyError, TypeError, ValueError, TreeifyError) as error:
-        raise CheckpointError(
-            f"{path / CONFIG}: the measurements are damaged: {error!r}",
-            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
-            " (treeify calibrate).",
         ) from error
 
 
@@ -177,15 +138,17 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
             next_step="Save the ensemble again.",
         )
-    given = _architecture(path, config) if model is None else model
+    builder = _architecture(path, config) if model is None else model
     try:
-        base, architecture = resolve(given)
+        base, architecture = resolve(builder)
         base = _with_constants(base, weights)
-        architecture = architecture or recognise(base)
-        traced = open_up(base, architecture, blank_image(base, config["example"]))
-        chosen = choose(traced, config["splits"])
-        hne = HierarchicalEnsemble(traced, chosen, base, architecture, tuple(hook_notes(base)))
-        hne.fill(lambda network: dict(named_tensors(base)))
+        hne = assemble(
+            base,
+            architecture or recognise(base),
+            config["splits"],
+            copies(base),
+            example_input=blank_image(base, config["example"]),
+        )
     except TreeifyError as error:
         raise CheckpointError(
             f"{path}: its base model no longer converts as recorded: {error}",
@@ -196,7 +159,14 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
             parameter.requires_grad_(key not in frozen)
-    _take_measurements(path, hne, config)
+    try:
+        hne.measurements = MEASUREMENTS.validate_python(config)
+    except (KeyError, TypeError, ValueError, TreeifyError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG}: the measurements are damaged: {error!r}",
+            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
+            " (treeify calibrate).",
+        ) from error
     return hne.eval()
 
 
@@ -243,8 +213,14 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
         "frozen": sorted(key for key, own in hne.named_parameters() if not own.requires_grad),
-        **_measurements(hne),
+        **_measured(hne),
     }
+
+
+def _measured(hne: HierarchicalEnsemble) -> dict[str, Any]:
+    """What was measured, as JSON values."""
+    values: dict[str, Any] = MEASUREMENTS.dump_python(hne.measurements, mode="json", by_alias=True)
+    return values
 
 
 def _versions_text(config: Mapping[str, Any]) -> str:

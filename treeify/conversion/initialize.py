@@ -1,4 +1,4 @@
-"""Where the branches' first weights come from: fresh, copied or perturbed.
+"""Where an ensemble's weights come from: fresh, copied or perturbed; and how they fill it.
 
 Branch initialisation depends only on `(seed, level, branch)`: branch `i` of every level takes its
 tensors from network `i`, which is drawn with a generator seeded from `(seed, i)`.
@@ -10,7 +10,7 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -37,31 +37,30 @@ class Buildable(Protocol):
 
 
 @dataclass(frozen=True)
-class Initialization:
-    """How the branches were initialised.
+class Source:
+    """Where an ensemble's weights come from: as many networks as it has leaves.
 
     Args:
-        scheme: fresh, copy or perturb.
-        seed: the seed of everything random.
-        perturbed: modules that could not re-initialise themselves and were perturbed instead.
-        sources: one state for each network; network `i` gives branch `i` of every level.
+        state: the tensors of network `i`, under the base model's keys.
+        by_leaf: network `i` is leaf `i`, so a shared branch comes from the first leaf below it;
+            else network `i` gives branch `i` of every level that has one.
+        perturbed: modules that could not initialise themselves again and were perturbed instead.
     """
 
-    scheme: str
-    seed: int
-    perturbed: tuple[str, ...]
-    sources: Callable[[int], State] = field(repr=False, compare=False)
+    state: Callable[[int], State]
+    by_leaf: bool = False
+    perturbed: tuple[str, ...] = ()
 
 
-def initialization(
+def initial_weights(
     model: nn.Module,
     architecture: Buildable | None,
     scheme: str,
     seed: int,
     *,
     is_first: bool = False,
-) -> Initialization:
-    """Plan the branches' first weights.
+) -> Source:
+    """The branches' first weights.
 
     Args:
         model: the base model. Not modified.
@@ -76,72 +75,70 @@ def initialization(
         InputError: the scheme is unknown.
     """
     if scheme == "copy":
-        own = dict(named_tensors(model))
-        return Initialization(scheme, seed, (), lambda network: own)
+        return copies(model)
     if scheme == "perturb":
-        return Initialization(scheme, seed, (), lambda network: perturbed(model, seed, network))
+        return Source(lambda network: perturbed(model, seed, network))
     if scheme != "fresh":
         raise InputError(f"init={scheme!r} is unknown.", expected=f"one of {', '.join(INITS)}")
-    if architecture is not None:
-        ready = [dict(named_tensors(model))] if is_first else []
+    if architecture is None:
+        stuck = tuple(name for name, module in model.named_modules() if _is_stuck(module))
+        return Source(lambda network: reset(model, seed, network), perturbed=stuck)
+    ready = [dict(named_tensors(model))] if is_first else []
 
-        def source(network: int) -> State:
-            # Given away, so that its memory serves the next networks.
-            if network == 0 and ready:
-                return ready.pop()
-            return built(architecture, seed, network)
+    def state(network: int) -> State:
+        # Given away, so that its memory serves the next networks.
+        if network == 0 and ready:
+            return ready.pop()
+        return built(architecture, seed, network)
 
-        return Initialization(scheme, seed, (), source)
-    stuck = tuple(name for name, module in model.named_modules() if _is_stuck(module))
-    return Initialization(scheme, seed, stuck, lambda network: reset(model, seed, network))
+    return Source(state)
+
+
+def copies(model: nn.Module) -> Source:
+    """The model's own tensors for every network."""
+    state = dict(named_tensors(model))
+    return Source(lambda network: state)
 
 
 @torch.no_grad()
-def pack_states(
-    root: nn.Module,
-    layout: Iterable[Slot],
-    tree: Tree,
-    source: Callable[[int], State],
-    *,
-    by_leaf: bool = False,
-) -> None:
-    """Fill an ensemble's packed tensors from `L` networks; two states are held at a time.
+def fill(root: nn.Module, slots: Iterable[Slot], tree: Tree, source: Source) -> None:
+    """Fill an ensemble's packed tensors from `L` networks; two states are in memory at a time.
 
     Args:
         root: the ensemble.
-        layout: the slot of every tensor.
+        slots: the slot of every tensor.
         tree: its tree.
-        source: the tensors of network `i`.
-        by_leaf: network `i` is leaf `i`, so a shared branch comes from the first leaf below it;
-            else network `i` gives branch `i` of every level that has one.
+        source: the networks.
     """
-    slots = list(layout)
+    slots = list(slots)
 
-    def fill(network: int, state: State) -> None:
+    def copy_branches(network: int, state: State) -> None:
         for slot in slots:
             branches = tree.branches[slot.level]
-            branch, rest = divmod(network, tree.leaves_below(slot.level) if by_leaf else 1)
-            if rest == 0 and branch < branches:
+            siblings = tree.leaves_below(slot.level) if source.by_leaf else 1
+            branch, position = divmod(network, siblings)
+            if position == 0 and branch < branches:
                 part = narrow(get_tensor(root, slot.key), branches, Span(branch, branch + 1))
                 part.copy_(state[slot.key])
 
-    inference = torch.is_inference_mode_enabled()  # like no_grad, it holds for one thread only
+    # Like no_grad, inference mode holds for one thread only: the copying thread enters it again.
+    inference = torch.is_inference_mode_enabled()
 
-    def fill_beside(network: int, state: State) -> None:
+    def copy_beside(network: int, state: State) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            fill(network, state)
+            copy_branches(network, state)
 
-    # Building a network keeps one core busy, copying it another.
+    # Building a network occupies one core, copying it another.
     with ThreadPoolExecutor(1) as copier:
-        copied = None
+        copying = None
         for network in range(tree.leaves):
-            state = source(network)
-            if copied is not None:
-                copied.result()
-            copied = copier.submit(fill_beside, network, state)
-            del state  # or it would be held while the next but one is built
-        if copied is not None:
-            copied.result()
+            state = source.state(network)
+            if copying is not None:
+                copying.result()
+            copying = copier.submit(copy_beside, network, state)
+            del state  # or it would stay in memory while the next but one is built
+        if copying is not None:
+            copying.result()
 
 
 def branch_seed(seed: int, network: int) -> int:
@@ -165,8 +162,8 @@ def reset(model: nn.Module, seed: int, network: int) -> State:
             if _is_stuck(module):
                 for parameter in module.parameters(recurse=False):
                     _perturb(parameter)
-            elif (again := _reset_method(module)) is not None:
-                again()
+            elif (initialise := _reset_method(module)) is not None:
+                initialise()
     return dict(named_tensors(fresh))
 
 
@@ -176,14 +173,16 @@ def perturbed(model: nn.Module, seed: int, network: int) -> State:
         return dict(named_tensors(model))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(branch_seed(seed, network))
-        noisy = {id(own): _perturb(own.detach().clone()) for own in model.parameters()}
-    return {name: noisy.get(id(own), own) for name, own in named_tensors(model)}
+        noisy = {
+            id(parameter): _perturb(parameter.detach().clone()) for parameter in model.parameters()
+        }
+    return {key: noisy.get(id(tensor), tensor) for key, tensor in named_tensors(model)}
 
 
 def _is_stuck(module: nn.Module) -> bool:
     """Whether a module has parameters of its own and no way to initialise them again."""
-    own = any(True for _ in module.parameters(recurse=False))
-    return own and _reset_method(module) is None
+    has_parameters = any(True for _ in module.parameters(recurse=False))
+    return has_parameters and _reset_method(module) is None
 
 
 def _reset_method(module: nn.Module) -> Callable[[], None] | None:

@@ -109,7 +109,7 @@ def chunk(value: Any, facts: Any, count: int, form: Form) -> Branches:
 def _by_branch(value: Any, facts: Any, count: int, form: Form, *, unbind: bool) -> Branches:
     """The values of `count` branches, `unbind` without the dim along which they are stacked."""
 
-    def tensors(fact: TensorFacts | None, tensor: Any) -> Sequence[Any]:
+    def tensors(fact: TensorFacts | None, tensor: Any) -> Any:
         if fact is None:
             return [tensor] * count
         dim = concat_dim(fact, form)

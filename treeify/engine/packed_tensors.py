@@ -116,8 +116,8 @@ def get_parent(root: nn.Module, key: str) -> tuple[nn.Module, str]:
 def get_tensor(root: nn.Module, key: str) -> Tensor:
     """The parameter or buffer under a key."""
     module, name = get_parent(root, key)
-    tensor = module._parameters.get(name)
-    tensor = module._buffers.get(name) if tensor is None else tensor
+    parameter = module._parameters.get(name)
+    tensor = module._buffers.get(name) if parameter is None else parameter
     assert tensor is not None
     return tensor
 

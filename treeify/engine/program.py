@@ -27,27 +27,6 @@ OUTPUT = "return"
 
 
 @dataclass(frozen=True)
-class NodeReport:
-    """How one node of the base graph runs.
-
-    Args:
-        path: module path or function path of the node.
-        operation: what it does.
-        level: its level in the tree.
-        form: shared, packed or per branch.
-        reason: why it does not run packed; empty where it does.
-        macs: multiply-accumulates per image and branch; counted for evaluation only.
-    """
-
-    path: str
-    operation: str
-    level: int
-    form: Form
-    reason: str
-    macs: int
-
-
-@dataclass(frozen=True)
 class Crossing:
     """A value that higher levels read.
 
@@ -188,16 +167,12 @@ class Program:
         segments: one per level.
         image: name of the input value.
         crossings: every value that higher levels read, the input and the output by its name.
-        nodes: what runs how.
-        in_place: for in-place activations, whether they may stay so.
     """
 
     tree: Tree
     segments: tuple[Segment, ...]
     image: str
     crossings: Mapping[str, Crossing]
-    nodes: tuple[NodeReport, ...]
-    in_place: Mapping[str, bool]
     last_reader: Mapping[str, int] = field(init=False)
 
     def __post_init__(self) -> None:

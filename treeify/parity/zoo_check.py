@@ -21,10 +21,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode
 
 from treeify.conversion import checkpoint
-from treeify.conversion.api import hierarchicalize, open_up
+from treeify.conversion.api import resolve
+from treeify.conversion.assemble import assemble, trace_model
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import State, initialization
-from treeify.conversion.splits import choose, inner_point, listed, parse
+from treeify.conversion.initialize import Source, initial_weights
+from treeify.conversion.splits import inner_point, listed, parse
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import ModelError, ParityError, SplitError
 from treeify.models import shallow
@@ -43,7 +44,6 @@ from treeify.parity.verify import (
     verify_outputs,
     verify_shapes,
 )
-from treeify.tracing.trace import Traced
 
 CLASSES = 10
 IMAGES = 2  # the fewest that have batch statistics
@@ -157,10 +157,10 @@ def check_shapes(name: str, splits: str) -> dict[str, Any]:
     base = skeleton(architecture)
     shape = example_shape(base, architecture)
     x = torch.zeros(IMAGES, *shape, device="meta")
-    traced = open_up(base, architecture, x[:1])
+    traced = trace_model(base, architecture, x[:1])
     inner = inner_point(traced)
     for wanted in [splits] if inner is None else [[inner.name], splits]:
-        hne = HierarchicalEnsemble(traced, choose(traced, wanted), base, architecture)
+        hne = assemble(base, architecture, wanted, traced=traced)
         verify_shapes(hne, x)
     return {**_conversion(hne), "inner_split": None if inner is None else inner.name}
 
@@ -169,7 +169,7 @@ def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
     return {
         "splits": hne.conversion.splits.specs,
         "fanouts": hne.tree.fanouts,
-        "packed_share": hne.conversion.packed_share,
+        "packed_share": hne.conversion.packed_fraction,
         "reasons": hne.conversion.fallbacks,
     }
 
@@ -180,8 +180,8 @@ def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
     Raises:
         SplitError: the splits named are not there, or not as many as asked for.
     """
-    sources = _settled(plan)
-    hne = _converted(plan, splits, sources)
+    source = _settled(plan)
+    hne = _converted(plan, splits, source)
     whole = plan.how == FULL
     if whole:
         tell(**_conversion(hne))
@@ -199,8 +199,9 @@ def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
         tell(**{"inner_split" if whole else "shallower_inner_split": inner.name})
         traced = hne.traced
         del hne  # its memory serves the next
-        again = _split_inside(traced, inner.name, plan)
-        again.fill(sources)
+        base = plan.architecture.build()
+        again = assemble(base, plan.architecture, [inner.name], source, traced=traced)
+        del base
         fit_statistics(again, _images(plan))
         if figures.dtypes["eval"] == "float64":  # float32 was too coarse for these weights
             again, x = again.double(), x.double()
@@ -320,11 +321,11 @@ def estimated_bytes(model: nn.Module, leaves: int) -> int:
     return BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
 
 
-def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> HierarchicalEnsemble:
+def _converted(plan: Plan, splits: str, source: Source) -> HierarchicalEnsemble:
     architecture = plan.architecture
     example = torch.zeros(1, *plan.shape)
-    hne = hierarchicalize(architecture, splits, init="copy", example_input=example)
-    hne.fill(sources)
+    base, _ = resolve(architecture)
+    hne = assemble(base, architecture, splits, source, example_input=example)
     fit_statistics(hne, _images(plan))
     return hne
 
@@ -333,20 +334,14 @@ def _images(plan: Plan) -> Tensor:
     return torch.rand(IMAGES, *plan.shape)
 
 
-def _split_inside(traced: Traced, name: str, plan: Plan) -> HierarchicalEnsemble:
-    """The same trace split in two at one point."""
-    base = plan.architecture.build()
-    return HierarchicalEnsemble(traced, choose(traced, [name]), base, plan.architecture)
-
-
-def _settled(plan: Plan) -> Callable[[int], State]:
+def _settled(plan: Plan) -> Source:
     """The weights of networks like the model.
 
     Every network has its own, all of them at work: else a mistake could leave no trace.
     """
     base = plan.architecture.build()
     settle(base)
-    return initialization(base, plan.architecture, "perturb", SEED).sources
+    return initial_weights(base, plan.architecture, "perturb", SEED)
 
 
 def _leaves(splits: str) -> int:

@@ -27,7 +27,7 @@ from treeify.tracing.functionalize import (
     reshape_views,
 )
 from treeify.tracing.meta_interpreter import GraphRunner
-from treeify.tracing.model_copy import meta_copy, private_copy, require_copyable
+from treeify.tracing.model_copy import hooks_of, meta_copy, private_copy, require_copyable
 from treeify.tracing.sizes import Sizes
 
 
@@ -43,6 +43,7 @@ class Traced:
         leaf_modules: modules whose insides stopped the tracer, by path, and what did so; each runs
             as one call.
         limits: what holds beyond the graphs' own inputs.
+        hooked: modules whose hooks are left out.
     """
 
     skeleton: nn.Module
@@ -51,6 +52,7 @@ class Traced:
     constants: Mapping[str, Any]
     leaf_modules: Mapping[str, str]
     limits: Limits
+    hooked: tuple[str, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Itself: nothing ever changes it, so copies of an ensemble share it."""
@@ -102,7 +104,8 @@ def trace(
         constants = _constants(graphs.values(), private)
     for graph in graphs.values():  # they outlive the tracer and the copies that it ran
         graph._tracer_cls, graph.owning_module = None, None
-    return Traced(skeleton, graphs, image, constants, attempts.leaf_modules, limits)
+    hooked = tuple(path for path, module in model.named_modules() if hooks_of(module))
+    return Traced(skeleton, graphs, image, constants, attempts.leaf_modules, limits, hooked)
 
 
 def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:

@@ -48,11 +48,9 @@ class Model(nn.Module):
         return self.head(self.closed(self.stem(x)).mean((2, 3)))
 
 
-def converted(closed: type[nn.Module], split: str = "closed") -> treeify.HierarchicalEnsemble:
+def with_leaf_module(kind: type[nn.Module], split: str = "closed") -> treeify.HierarchicalEnsemble:
     torch.manual_seed(0)
-    hne = treeify.hierarchicalize(
-        Model(closed), [split], init="perturb", example_input=small.EXAMPLE
-    )
+    hne = small.converted(Model(kind), [split])
     assert list(hne.traced.leaf_modules) == ["closed"]
     return hne
 
@@ -66,7 +64,7 @@ def assert_same_state(hne: treeify.HierarchicalEnsemble, networks: list[nn.Modul
 @pytest.mark.parametrize("split", ["stem", "closed", "head"])
 @pytest.mark.parametrize("closed", [Averaging, Counting, Shrinking])
 def test_every_branch_keeps_its_own(closed: type[nn.Module], split: str, training: bool) -> None:
-    hne = converted(closed, split)
+    hne = with_leaf_module(closed, split)
     assert treeify.verify(hne, small.images(2)).worst <= 1
     networks = [hne.leaf(index).train(training) for index in range(hne.leaves)]
     hne.train(training)
@@ -89,7 +87,7 @@ def test_every_branch_keeps_its_own(closed: type[nn.Module], split: str, trainin
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_assigned_buffers_are_kept_under_compile() -> None:
-    hne = converted(Averaging).train()
+    hne = with_leaf_module(Averaging).train()
     networks = [hne.leaf(index) for index in range(hne.leaves)]
     compiled = torch.compile(hne, backend="eager")
     for network in (compiled, *networks):
@@ -99,7 +97,7 @@ def test_assigned_buffers_are_kept_under_compile() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_tuning_leaves_assigned_buffers_alone(training: bool) -> None:
-    hne = converted(Counting).train(training)
+    hne = with_leaf_module(Counting).train(training)
     before = {key: own.clone() for key, own in hne.state_dict().items()}
     hne.tune(small.images(2), repeats=1, budget=0.1)
     assert_close(hne.state_dict(), before)

@@ -1,0 +1,332 @@
+"""A tree of networks as one module: packed tensors, and the programs that run them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from treeify.conversion import initialize
+from treeify.conversion.decide import Decider, Decision, without_in_place
+from treeify.conversion.emit import Emitter
+from treeify.conversion.initialize import Source
+from treeify.conversion.levels import levels
+from treeify.conversion.report import Conversion, notes
+from treeify.conversion.splits import Splits
+from treeify.engine.packed_tensors import (
+    Packer,
+    Slot,
+    get_submodule,
+    get_tensor,
+    named_tensors,
+    slots,
+)
+from treeify.engine.plan import Plan, Planner
+from treeify.engine.program import PACKED, Program
+from treeify.errors import InputError
+from treeify.fusion.fuser import Fused
+from treeify.rules import widen_rules
+from treeify.tracing.side_effects import undo_side_effects
+from treeify.tracing.trace import Traced
+from treeify.tree import Span, Tree
+
+_Self = TypeVar("_Self", bound="PackedTree")
+
+
+class PackedTree(nn.Module):
+    """A tree of `L` networks that share their early layers; maps images to every leaf's logits.
+
+    Parameters carry the base model's own names; each holds the branches of its level, concatenated
+    along dim 0. The constructor only allocates them: see `fill`.
+
+    Args:
+        traced: the base model, traced.
+        splits: where it splits.
+        like: the base model, for the tensors' devices, dtypes and modes.
+    """
+
+    def __init__(self, traced: Traced, splits: Splits, like: nn.Module) -> None:
+        super().__init__()
+        self._traced, self._splits = traced, splits
+        skeleton, tree = traced.skeleton, splits.tree
+        node_levels = {
+            training: levels(graph, splits.names) for training, graph in traced.graphs.items()
+        }
+        uses = [use for mode_levels in node_levels.values() for use in mode_levels.items()]
+        self._slots = slots(skeleton, uses)
+        calls = [(str(node.target), level) for node, level in uses if node.op == "call_module"]
+        # Called before the first split only: these modules stay what they are.
+        whole = {path for path, level in calls if level == 0}
+        whole -= {path for path, level in calls if level > 0}
+        packer = Packer(self._slots, tree, widen_rules(), dict(named_tensors(like)), whole)
+        packer.pack_children(self, skeleton)
+        self._shared_buffers = _shared_buffers(skeleton, self._slots, calls)
+        self._programs: dict[bool, Program] = {}
+        self._nodes: dict[bool, tuple[Decision, ...]] = {}
+        base, overwrites = without_in_place(skeleton), dict[str, bool]()
+        for training, graph in traced.graphs.items():
+            decider = Decider(traced, base, node_levels[training], self._slots, self, tree)
+            decisions = decider.run(graph)
+            self._programs[training] = Emitter(decisions, tree).run(graph)
+            _collect_overwrites(decisions, overwrites)
+            # Without modules: who keeps a report does not want to keep the weights.
+            self._nodes[training] = tuple(
+                replace(decision, module=None)
+                for node, decision in decisions.items()
+                if node.op != "placeholder"
+            )
+        for path, is_safe in overwrites.items():
+            storage = get_submodule(self, path)
+            if is_safe and hasattr(storage, "inplace"):
+                storage.inplace = True  # type: ignore[assignment]
+        self._fused = Fused(self._programs[False])
+        self._hooks = _hook_tables(self)
+        self._planner = Planner(tree.levels)
+        self._perturbed: tuple[str, ...] = ()
+        # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
+        with undo_side_effects(skeleton):
+            skeleton.train()
+            modules = skeleton.named_modules(remove_duplicate=False)
+            self._evaluating = [path for path, module in modules if not module.training]
+        self.train(like.training)
+        _copy_modes(like, self)
+
+    def fill(self, source: Source) -> None:
+        """Fill the packed tensors, which the constructor leaves uninitialised."""
+        initialize.fill(self, self._slots.values(), self.tree, source)
+        self._perturbed = source.perturbed
+
+    @property
+    def tree(self) -> Tree:
+        """The tree's shape: fanouts, branches per level, nested sizes."""
+        return self._splits.tree
+
+    @property
+    def leaves(self) -> int:
+        """Number of leaves `L`."""
+        return self.tree.leaves
+
+    @property
+    def conversion(self) -> Conversion:
+        """Every node's level, whether it runs packed or per branch, and why."""
+        facts = tuple(notes(self._traced, self._shared_buffers, self._perturbed))
+        return Conversion(self._splits, self._nodes[False], self._nodes[True], facts)
+
+    def forward(self, x: Tensor, leaves: int | None = None) -> Any:
+        """Logits of the first `leaves` leaves, depth-first.
+
+        Args:
+            x: images, `[N, C, H, W]`.
+            leaves: how many; all if not given. Only the branches those leaves need are computed.
+
+        Returns:
+            `[N, leaves, K]`. Where the base model returns several tensors, its own structure, each
+            tensor with the leaf dim at 1.
+
+        Raises:
+            LeafError: there are not that many leaves.
+            InputError: the input is no batch of images with the base model's channels.
+        """
+        count = self.leaves if leaves is None else leaves
+        self.tree.check_size(count)
+        self.check_input(x)
+        return self.run(x, count, self.plan(x))
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        """Training or evaluation mode, but for modules that the base's own `train` leaves alone."""
+        if mode or self.training:
+            self._fused.forget()
+        super().train(mode)
+        for path in self._evaluating:
+            self.get_submodule(path).training = False
+        return self
+
+    def run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
+        """Logits of the first `leaves` leaves by a plan of one's own, as `forward` gives them."""
+        return self._program(plan).run(plan.arrange(x), Span(0, leaves), plan.execution)
+
+    def _program(self, plan: Plan) -> Program:
+        """The program that runs a plan in the present mode."""
+        # Folded weights have no gradients of their own, and compiling folds by itself.
+        allowed = not (self.training or torch.is_grad_enabled() or _is_recorded())
+        if plan.fuse and allowed and not any(self._hooks):
+            return self._fused.usable()
+        return self._programs[self.training]
+
+    @property
+    def execution(self) -> str | tuple[str, ...]:
+        """How levels run: `packed`, `looped`, `auto` (as tuned, else packed), or one per level.
+
+        - `packed` runs all branches of a level as one grouped operation;
+        - `looped` runs branch by branch over the same parameters, consecutive looped levels
+          depth-first.
+        """
+        return self._planner.setting
+
+    @execution.setter
+    def execution(self, setting: str | Sequence[str]) -> None:
+        self._planner.set(setting)
+
+    def plan(self, x: Tensor) -> Plan:
+        """How an input like `x` runs in the present mode."""
+        plan = self._planner.plan(x, training=self.training, tuned=not _is_recorded())
+        if self.training and self._shared_buffers:
+            # The mean of the branches' updates needs all branches at once.
+            return replace(plan, execution=(PACKED,) * self.tree.levels)
+        return plan
+
+    def leaf(self, index: int) -> nn.Module:
+        """The untouched base architecture with a copy of one leaf's weights, in the same modes.
+
+        Raises:
+            LeafError: the leaf does not exist.
+        """
+        parts = self._branch(index)
+        # Copying the skeleton with the leaf's tensors in the place of its own keeps tied ones tied.
+        memo: dict[int, Any] = {}
+        for key, base in named_tensors(self._traced.skeleton):
+            if id(base) not in memo:
+                value = parts[key].detach().clone()
+                if isinstance(base, nn.Parameter):
+                    value = nn.Parameter(value, requires_grad=get_tensor(self, key).requires_grad)
+                memo[id(base)] = value
+        leaf = copy.deepcopy(self._traced.skeleton, memo).train(self.training)
+        _copy_modes(self, leaf)
+        return leaf
+
+    def _branch(self, leaf: int) -> dict[str, Tensor]:
+        """Views of one leaf's tensors, under the base model's keys and in its shapes."""
+        return {key: self.part(key, leaf, get_tensor(self, key)) for key in self._slots}
+
+    def part(self, key: str, leaf: int, packed: Tensor) -> Tensor:
+        """What belongs to one leaf of a tensor packed like the parameter or buffer `key`; a view.
+
+        Args:
+            key: state-dict key.
+            leaf: the leaf whose branch is meant.
+            packed: the tensor itself, its gradient, an optimizer's momentum, ...: `[G*D0, ...]`.
+
+        Returns:
+            A tensor of the base model's shape `[D0, ...]`.
+        """
+        slot = self._slots[key]
+        return slot.branch(packed, self.branches_of(key), self.tree.path(leaf)[slot.level])
+
+    def branches_of(self, key: str) -> int:
+        """How many branches the parameter or buffer `key` is packed from."""
+        return self.tree.branches[self._slots[key].level]
+
+    @property
+    def traced(self) -> Traced:
+        """The base model, traced."""
+        return self._traced
+
+    @property
+    def skeleton(self) -> nn.Module:
+        """The untouched base architecture on the meta device, without weights."""
+        return self._traced.skeleton
+
+    @property
+    def shared_buffers(self) -> tuple[str, ...]:
+        """Buffers of modules called at several levels: branches share the mean of their updates."""
+        return self._shared_buffers
+
+    @property
+    def example(self) -> tuple[int, ...]:
+        """The shape of an image `(C, H, W)` that the ensemble was converted for."""
+        return self._traced.example
+
+    def example_images(self, count: int) -> Tensor:
+        """Random images of the example's shape, `[count, C, H, W]`, on the ensemble's device."""
+        like = next(self.parameters())
+        return torch.rand(count, *self.example, device=like.device, dtype=like.dtype)
+
+    def count_parameters(self, leaves: int | None = None) -> int:
+        """Parameters in the branches that the first `leaves` leaves need; of all if not given."""
+        counts = self.tree.branch_count(self.leaves if leaves is None else leaves)
+        return sum(
+            parameter.numel() // self.tree.branches[level] * counts[level]
+            for name, parameter in self.named_parameters()
+            for level in (self._slots[name].level,)
+        )
+
+    def count_macs(self, leaves: int | None = None) -> int:
+        """MACs per image for the first `leaves` leaves: each level's times its branches.
+
+        Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
+        """
+        counts = self.tree.branch_count(self.leaves if leaves is None else leaves)
+        return sum(node.macs * counts[node.level] for node in self._nodes[False])
+
+    def extra_repr(self) -> str:
+        """The tree and the splits."""
+        return f"{self.leaves} leaves, splits {', '.join(self._splits.specs) or 'none'}"
+
+    def check_input(self, x: Tensor) -> None:
+        """Refuse what cannot be images for this model.
+
+        Raises:
+            InputError: it is no `[N, C, H, W]` with the model's channels, or its only size.
+        """
+        example, one_size = self._traced.example, self._traced.limits.one_size
+        fixed = len(example) if one_size else 1
+        is_batch = isinstance(x, Tensor) and x.ndim == len(example) + 1
+        if not is_batch or x.shape[1 : 1 + fixed] != example[:fixed]:
+            hint = "" if one_size else " (H and W as far as the base model allows)"
+            raise InputError(
+                "the input does not fit the model.",
+                expected=f"images of shape [N, {', '.join(map(str, example))}]{hint}",
+                found=f"shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__,
+            )
+
+
+def _is_recorded() -> bool:
+    """Whether the forward pass is being compiled, traced or transformed, as by `torch.func`."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    is_dual = torch.autograd.forward_ad._current_level >= 0
+    return is_dual or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _shared_buffers(
+    skeleton: nn.Module, layout: Mapping[str, Slot], calls: Iterable[tuple[str, int]]
+) -> tuple[str, ...]:
+    """Buffers that are stored for a lower level than one of their module's calls."""
+    keys = {
+        key
+        for path, level in calls
+        for name, _ in skeleton.get_submodule(path).named_buffers()
+        for key in (f"{path}.{name}",)
+        if layout[key].level < level
+    }
+    return tuple(sorted(keys))
+
+
+def _collect_overwrites(decisions: Mapping[fx.Node, Decision], overwrites: dict[str, bool]) -> None:
+    """Note in-place activations by path: safe only where every call of them, in both modes, is."""
+    for node, decision in decisions.items():
+        if decision.overwrites is not None:
+            path = str(node.target)
+            overwrites[path] = overwrites.get(path, True) and decision.overwrites
+
+
+def _hook_tables(root: nn.Module) -> list[dict[int, Any]]:
+    """Where hooks stand that fused layers would pass over: they do not call what they stand for."""
+    return [
+        table
+        for module in root.modules()
+        if module is not root
+        for table in (module._forward_hooks, module._forward_pre_hooks)
+    ]
+
+
+def _copy_modes(source: nn.Module, target: nn.Module) -> None:
+    """Put the target's modules in the mode of the source's of the same path."""
+    modules = dict(target.named_modules(remove_duplicate=False))
+    for path, module in source.named_modules(remove_duplicate=False):
+        if path in modules:
+            modules[path].training = module.training

@@ -33,7 +33,7 @@ from treeify.engine.plan import Plan, Planner, Situation, Tuning
 from treeify.engine.program import PACKED, NodeReport, Program
 from treeify.engine.tuning import tune
 from treeify.errors import InputError
-from treeify.fusion.fuser import Fused
+from treeify.fusion.fuser import FusedTwin
 from treeify.rules import widen_rules
 from treeify.tracing.side_effects import undo_side_effects
 from treeify.tracing.trace import Traced
@@ -141,7 +141,7 @@ class HierarchicalEnsemble(nn.Module):
             for training, own in levels.items()
         }
         _allow_in_place(self, self._programs[False], self._programs[True])
-        self._fused = Fused(self._programs[False])
+        self._fused = FusedTwin(self._programs[False])
         # A fused layer does not call the modules it stands for, nor their hooks.
         self._hooks = [
             hooks

@@ -32,7 +32,7 @@ def call_of(function: Callable[[Any], Any]) -> Call:
         (lambda x: torch.roll(x, 1), 2, None, ()),
         (lambda x: torch.roll(x, (1, 2), dims=(2, 3)), 2, None, (2, 3)),
         (F.normalize, 2, 1, (1,)),
-        (lambda x: x.unbind(), 1, 0, (0,)),
+        (lambda x: x.transpose(0, 1).unbind(), 1, 0, (0,)),
     ],
 )
 def test_dims_of_a_call(

@@ -28,7 +28,7 @@ from treeify.engine.packed_tensors import (
 from treeify.engine.plan import Plan, Planner
 from treeify.engine.program import PACKED, Program
 from treeify.errors import InputError
-from treeify.fusion.fuser import Fused
+from treeify.fusion.fuser import FusedTwin
 from treeify.rules import widen_rules
 from treeify.tracing.side_effects import undo_side_effects
 from treeify.tracing.trace import Traced
@@ -83,7 +83,7 @@ class PackedTree(nn.Module):
             storage = get_submodule(self, path)
             if is_safe and hasattr(storage, "inplace"):
                 storage.inplace = True  # type: ignore[assignment]
-        self._fused = Fused(self._programs[False])
+        self._fused = FusedTwin(self._programs[False])
         self._hooks = _hook_tables(self)
         self._planner = Planner(tree.levels)
         self._perturbed: tuple[str, ...] = ()

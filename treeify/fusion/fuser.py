@@ -57,7 +57,7 @@ _FUNCTIONS: dict[Any, Activation] = {
 }
 
 
-class Fused:
+class FusedTwin:
     """A program's twin with batch norms folded and sums and activations written in place.
 
     Args:
@@ -71,7 +71,7 @@ class Fused:
     @cached_property
     def program(self) -> Program:
         """The twin."""
-        fusers = [_Fuser(part) for part in self.source.segments]
+        fusers = [_SegmentFuser(segment) for segment in self.source.segments]
         segments = tuple(fuser.run() for fuser in fusers)
         self._dropouts = [dropout for fuser in fusers for dropout in fuser.dropouts]
         return replace(self.source, segments=segments)
@@ -90,8 +90,12 @@ class Fused:
                         module.forget()
 
 
-class _Fuser:
-    """Rewrites one segment."""
+class _SegmentFuser:
+    """Rewrites one segment: every step goes over all nodes before the next begins.
+
+    Sums come after layers, so that a sum finds the fused convolution that is to compute it; what is
+    left of the activations comes last.
+    """
 
     def __init__(self, segment: Segment) -> None:
         self.segment = segment

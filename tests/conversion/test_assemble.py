@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from treeify.conversion.assemble import assemble, blank_image, trace_model
 from treeify.conversion.initialize import Source, copies
-from treeify.engine.packed_tensors import tensors
+from treeify.engine.packed_tensors import named_tensors
 from treeify.errors import InputError, SplitError
 
 
@@ -22,7 +22,7 @@ def test_an_ensemble_is_filled_from_its_source() -> None:
 def test_without_a_source_it_is_filled_later() -> None:
     networks = [small.SmallNet().eval() for _ in range(2)]
     hne = assemble(networks[0], None, ["input"], example_input=small.EXAMPLE)
-    hne.fill(Source(lambda network: dict(tensors(networks[network])), by_leaf=True))
+    hne.fill(Source(lambda network: dict(named_tensors(networks[network])), by_leaf=True))
     x = small.images()
     assert_close(hne(x), torch.stack([network(x) for network in networks], 1))
 

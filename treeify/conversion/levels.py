@@ -96,9 +96,9 @@ def levels(graph: fx.Graph, names: Sequence[str]) -> dict[fx.Node, int]:
             lowest[target] = min(level[node], lowest.get(target, level[node]))
     for node in reversed(free):
         if node in unread:
-            readers = [level[user] for user in node.users]
-            readers += [lowest[target] for target in _state(node) if target in lowest]
-            level[node] = min(readers, default=0)
+            above = [level[user] for user in node.users]
+            above += [lowest[target] for target in _state(node) if target in lowest]
+            level[node] = min(above, default=0)
     return level
 
 

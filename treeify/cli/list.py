@@ -128,7 +128,7 @@ def list_models(
 
 
 def _table(shown: dict[str, Row | None]) -> Table:
-    caption = "MACs per image of the usual size, without batch norms"
+    caption = "MACs per image of the usual size"
     table = Table(caption=f"{caption}; packed: share of the branches' MACs")
     table.add_column("model", no_wrap=True)
     table.add_column("family")

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
 
 from treeify.conversion import checkpoint
 from treeify.conversion.api import resolve
@@ -28,6 +27,7 @@ from treeify.conversion.initialize import Source, initial_weights
 from treeify.conversion.splits import inner_point, listed, parse
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import ModelError, ParityError, SplitError
+from treeify.evaluation.cost import count_macs
 from treeify.models import shallow
 from treeify.models.architecture import Architecture
 from treeify.models.builders import family
@@ -401,15 +401,12 @@ def _starved(model: nn.Module, shape: Sequence[int]) -> int | None:
     return sum(one < _ENOUGH for one in counts)
 
 
-def _macs(model: nn.Module, shape: Sequence[int]) -> int | None:
+def _macs(model: nn.Module, shape: tuple[int, ...]) -> int | None:
     """Multiply-accumulates per image of a model on the meta device; None if it does not run."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        try:
-            # Counting fails on some views of parameters that want gradients.
-            model.eval().requires_grad_(False)(torch.zeros(1, *shape, device="meta"))
-        except Exception:  # the checks will tell what is wrong with it
-            return None
-    return int(counter.get_total_flops() // 2)
+    try:
+        return count_macs(model, shape)
+    except Exception:  # the checks will tell what is wrong with it
+        return None
 
 
 def _parameters(model: nn.Module) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import treeify
 from treeify.parity.deterministic import FullPrecision, held
-from treeify.parity.verify import ATOL, RTOL, deviation, scale_of
+from treeify.parity.tolerance import ATOL, RTOL, deviation, scale_of
 
 INF, NAN = math.inf, math.nan
 

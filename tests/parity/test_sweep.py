@@ -22,9 +22,11 @@ from treeify.errors import InputError, ModelError, ParityError
 from treeify.models.architecture import Architecture
 from treeify.models.builders import check_names, family, library_names
 from treeify.parity import results
+from treeify.parity.checks import check_shapes
+from treeify.parity.fresh_weights import fit_statistics
 from treeify.parity.results import Coverage, Row
 from treeify.parity.sweep import Settings, shard, sweep, todo
-from treeify.parity.verify import fit_statistics, verify_outputs, verify_shapes
+from treeify.parity.verify import verify_outputs
 from treeify.parity.zoo_check import Plan, estimated_bytes, plans, prove, round_trip
 
 TESTS = Path(sweep_models.__file__).parent
@@ -432,16 +434,16 @@ def test_a_round_trip_with_other_logits_from_the_same_tensors_is_noticed(
 
 def test_wrong_shapes_are_noticed() -> None:
     hne, x = tiny().to("meta"), torch.rand(2, 3, 16, 16, device="meta")
-    verify_shapes(hne, x)
+    check_shapes(hne, x)
     hne.run = lambda *args: torch.empty(2, 4, 6, device="meta")  # type: ignore[method-assign]
     with pytest.raises(ParityError, match="another shape"):
-        verify_shapes(hne, x)
+        check_shapes(hne, x)
     hne.run = lambda *args: torch.empty(2, 5, 5, device="meta")  # type: ignore[method-assign]
     with pytest.raises(ParityError, match="does not have"):
-        verify_shapes(hne, x)
+        check_shapes(hne, x)
 
 
-@pytest.mark.parametrize(("device", "check"), [("meta", verify_shapes), ("cpu", verify_outputs)])
+@pytest.mark.parametrize(("device", "check"), [("meta", check_shapes), ("cpu", verify_outputs)])
 def test_a_leaf_whose_tensors_are_held_otherwise_is_noticed(
     device: str, check: Callable[..., object]
 ) -> None:

@@ -174,9 +174,9 @@ def test_what_are_no_images_for_the_model_is_refused(check: Callable[..., object
 def test_weights_are_checked_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy with other weights besides, if some are fresh."""
     hne, x = small.ensemble(), small.images()
-    treeify.parity.verify.settle(hne)
+    treeify.parity.fresh_weights.settle(hne)
     seen: list[Any] = []
-    find = treeify.parity.verify.deviation
+    find = treeify.parity.checks.deviation
 
     def watched(actual: Any, expected: Any, scale: float = 1.0) -> float:
         seen.append(expected)
@@ -191,7 +191,7 @@ def test_weights_are_checked_as_they_are(monkeypatch: pytest.MonkeyPatch) -> Non
         shaped = [one for one in seen if isinstance(one, torch.Tensor) and one.shape == own.shape]
         return len({tuple(one.flatten().tolist()) for one in shaped})
 
-    monkeypatch.setattr("treeify.parity.verify.deviation", watched)
+    monkeypatch.setattr("treeify.parity.checks.deviation", watched)
     of_leaves = 2 * hne.leaves  # in both modes
     assert outputs() == of_leaves
     with torch.no_grad():

@@ -20,30 +20,22 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from treeify.conversion import checkpoint
-from treeify.conversion.api import resolve
-from treeify.conversion.assemble import assemble, trace_model
+from treeify.conversion.api import hierarchicalize, open_up
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import Source, initial_weights
-from treeify.conversion.splits import inner_point, listed, parse
+from treeify.conversion.initialize import State, initialization
+from treeify.conversion.splits import choose, inner_point, listed, parse
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import ModelError, ParityError, SplitError
 from treeify.evaluation.cost import count_macs
 from treeify.models import shallow
-from treeify.models.architecture import Architecture
-from treeify.models.builders import family
-from treeify.models.image_size import example_shape, resized
-from treeify.models.skeleton import skeleton
+from treeify.models.architecture import Architecture, example_shape, family, resized, skeleton
+from treeify.parity.checks import check_shapes
 from treeify.parity.deterministic import held
+from treeify.parity.fresh_weights import fit_statistics, settle
 from treeify.parity.results import FULL, META, REDUCED
-from treeify.parity.verify import (
-    deviation,
-    fit_statistics,
-    scale_of,
-    settle,
-    verify,
-    verify_outputs,
-    verify_shapes,
-)
+from treeify.parity.tolerance import deviation, scale_of
+from treeify.parity.verify import verify, verify_outputs
+from treeify.tracing.trace import Traced
 
 CLASSES = 10
 IMAGES = 2  # the fewest that have batch statistics
@@ -66,7 +58,7 @@ _SHALLOWER: tuple[dict[str, Any], ...] = (
 # Blocks of one shape in a row.
 _IN_A_ROW = (4, 2, 1)
 # What Python and the libraries take before there is a model.
-BASE_BYTES = 2**30
+_BASE_BYTES = 2**30
 
 Tell = Callable[..., None]
 # What is left out, the shallower model, and its skeleton.
@@ -127,7 +119,7 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
             input=plan.shape,
         )
         if plan.how != FULL and not has_shapes:
-            tell(**check_shapes(name, splits))
+            tell(**convert_without_weights(name, splits))
             has_shapes = True
         if plan.how == META:
             return
@@ -140,7 +132,7 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
             return
 
 
-def check_shapes(name: str, splits: str) -> dict[str, Any]:
+def convert_without_weights(name: str, splits: str) -> dict[str, Any]:
     """Convert a model as it is usually built and fed, without weights, and check its shapes.
 
     Args:
@@ -157,11 +149,11 @@ def check_shapes(name: str, splits: str) -> dict[str, Any]:
     base = skeleton(architecture)
     shape = example_shape(base, architecture)
     x = torch.zeros(IMAGES, *shape, device="meta")
-    traced = trace_model(base, architecture, x[:1])
+    traced = open_up(base, architecture, x[:1])
     inner = inner_point(traced)
     for wanted in [splits] if inner is None else [[inner.name], splits]:
-        hne = assemble(base, architecture, wanted, traced=traced)
-        verify_shapes(hne, x)
+        hne = HierarchicalEnsemble(traced, choose(traced, wanted), base, architecture)
+        check_shapes(hne, x)
     return {**_conversion(hne), "inner_split": None if inner is None else inner.name}
 
 
@@ -169,7 +161,7 @@ def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
     return {
         "splits": hne.conversion.splits.specs,
         "fanouts": hne.tree.fanouts,
-        "packed_share": hne.conversion.packed_fraction,
+        "packed_share": hne.conversion.packed_share,
         "reasons": hne.conversion.fallbacks,
     }
 
@@ -180,8 +172,8 @@ def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
     Raises:
         SplitError: the splits named are not there, or not as many as asked for.
     """
-    source = _settled(plan)
-    hne = _converted(plan, splits, source)
+    sources = _settled(plan)
+    hne = _converted(plan, splits, sources)
     whole = plan.how == FULL
     if whole:
         tell(**_conversion(hne))
@@ -199,9 +191,8 @@ def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
         tell(**{"inner_split" if whole else "shallower_inner_split": inner.name})
         traced = hne.traced
         del hne  # its memory serves the next
-        base = plan.architecture.build()
-        again = assemble(base, plan.architecture, [inner.name], source, traced=traced)
-        del base
+        again = _split_inside(traced, inner.name, plan)
+        again.fill(sources)
         fit_statistics(again, _images(plan))
         if figures.dtypes["eval"] == "float64":  # float32 was too coarse for these weights
             again, x = again.double(), x.double()
@@ -318,14 +309,14 @@ def estimated_bytes(model: nn.Module, leaves: int) -> int:
     else seldom. Activations are small at the sizes checked.
     """
     number = 8 if any(isinstance(own, _BatchNorm) for own in model.modules()) else 4
-    return BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
+    return _BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
 
 
-def _converted(plan: Plan, splits: str, source: Source) -> HierarchicalEnsemble:
+def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> HierarchicalEnsemble:
     architecture = plan.architecture
     example = torch.zeros(1, *plan.shape)
-    base, _ = resolve(architecture)
-    hne = assemble(base, architecture, splits, source, example_input=example)
+    hne = hierarchicalize(architecture, splits, init="copy", example_input=example)
+    hne.fill(sources)
     fit_statistics(hne, _images(plan))
     return hne
 
@@ -334,14 +325,20 @@ def _images(plan: Plan) -> Tensor:
     return torch.rand(IMAGES, *plan.shape)
 
 
-def _settled(plan: Plan) -> Source:
+def _split_inside(traced: Traced, name: str, plan: Plan) -> HierarchicalEnsemble:
+    """The same trace split in two at one point."""
+    base = plan.architecture.build()
+    return HierarchicalEnsemble(traced, choose(traced, [name]), base, plan.architecture)
+
+
+def _settled(plan: Plan) -> Callable[[int], State]:
     """The weights of networks like the model.
 
     Every network has its own, all of them at work: else a mistake could leave no trace.
     """
     base = plan.architecture.build()
     settle(base)
-    return initial_weights(base, plan.architecture, "perturb", SEED)
+    return initialization(base, plan.architecture, "perturb", SEED).sources
 
 
 def _leaves(splits: str) -> int:

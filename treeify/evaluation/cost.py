@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.engine.packed_tensors import preserve_modes
+from treeify.engine.preserve import preserve_modes
 from treeify.tracing.mac_counter import MacCounter, frozen_parameters
 
 with warnings.catch_warnings():  # fvcore uses torch.jit.script, which torch 2.14 deprecates
@@ -150,16 +150,20 @@ def _by_torch(name: str) -> _Handle:
     """Count an operation by running it on the meta device, which shows the products in it."""
 
     def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
+        arguments = torch._C.parse_schema(outputs[0].node().schema()).arguments
+        values = list(zip(arguments, map(_on_meta, inputs), strict=True))
+        positional = [value for argument, value in values if not argument.kwarg_only]
+        keywords = {argument.name: value for argument, value in values if argument.kwarg_only}
         with MacCounter() as counter:
-            getattr(torch.ops.aten, name)(*map(_on_meta, inputs))
+            getattr(torch.ops.aten, name)(*positional, **keywords)
         return Counter({name: counter.macs})
 
     return count
 
 
 def _on_meta(value: Any) -> Any:
-    """An argument of a traced operation: tensors without values, and constants."""
-    if isinstance(value.type(), torch.ListType) and value.toIValue() is None:
+    """An argument of a traced operation: a constant, or tensors without values."""
+    if value.node().kind() == "prim::ListConstruct":
         return [_on_meta(element) for element in value.node().inputs()]
     shape = get_shape(value)
     return value.toIValue() if shape is None else torch.empty(shape, device="meta")

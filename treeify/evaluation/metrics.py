@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.engine.packed_tensors import preserve_modes
+from treeify.engine.preserve import preserve_modes
 from treeify.errors import DataError
 from treeify.losses import nested_logits
 from treeify.tree import Tree

@@ -24,7 +24,7 @@ from treeify.conversion.api import hierarchicalize
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine import timing
-from treeify.engine.packed_tensors import preserve_modes
+from treeify.engine.preserve import preserve_modes
 from treeify.errors import CheckpointError, DataError, RecipeError, TreeifyError
 from treeify.evaluation.metrics import Scores, measure
 from treeify.models.architecture import Architecture

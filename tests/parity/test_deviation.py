@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import treeify
-from treeify.parity.deterministic import FullPrecision, held
+from treeify.parity.deterministic import FullPrecision, deterministic
 from treeify.parity.tolerance import ATOL, RTOL, deviation, scale_of
 
 INF, NAN = math.inf, math.nan
@@ -116,14 +116,14 @@ def test_in_full_precision_casts_to_float32_are_none() -> None:
 
 def test_draws_are_held_in_full_precision() -> None:
     x = torch.rand(3, dtype=torch.float64)
-    with held(torch.float64):
+    with deterministic(torch.float64):
         drawn = torch.rand_like(x, dtype=torch.float32)
         assert drawn.dtype == torch.float64 and drawn.eq(0.5).all()
         assert torch.equal(F.dropout(x, 0.5, training=True), x)
         assert x.clone().bernoulli_(0.25).eq(0.25).all()
         own = torch.bernoulli(x).float()
         assert own.dtype == torch.float64 and torch.equal(own, x)
-    with held(torch.float32):
+    with deterministic(torch.float32):
         assert torch.rand_like(x, dtype=torch.float32).dtype == torch.float32
 
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from treeify.engine.packed_tensors import preserve_modes
-from treeify.parity.deterministic import held
+from treeify.engine.preserve import preserve_modes
+from treeify.parity.deterministic import deterministic
 
 
 def settle(model: nn.Module) -> None:
@@ -20,7 +20,7 @@ def settle(model: nn.Module) -> None:
         model: changed in place, from torch's random state.
     """
     with torch.no_grad():
-        for name, tensor in idle(model):
+        for name, tensor in idle_tensors(model):
             if name.endswith("running_var"):
                 tensor.uniform_(0.5, 1.5)
             elif name.endswith("running_mean"):
@@ -40,34 +40,39 @@ def fit_statistics(model: nn.Module, images: Tensor) -> None:
         images: `[N, C, H, W]`.
     """
     norms = [
-        own for own in model.modules() if isinstance(own, _BatchNorm) and own.track_running_stats
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
     ]
-    momenta = [own.momentum for own in norms]
-    for own in norms:
-        own.momentum = 1.0  # this batch's statistics, whole
-    with preserve_modes(model), torch.no_grad(), held(images.dtype):
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # nothing but this batch's statistics
+    with preserve_modes(model), torch.no_grad(), deterministic(images.dtype):
         model.train()(images)
-    for own, momentum in zip(norms, momenta, strict=True):
-        own.momentum = momentum
-        mean, var = own.running_mean, own.running_var
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        mean, var = norm.running_mean, norm.running_var
         assert mean is not None
         assert var is not None
         mean.add_(torch.randn_like(mean).mul_(0.1 * var.sqrt()))
         var.mul_(torch.empty_like(var).uniform_(0.8, 1.25))
 
 
-def idle(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Parameters and running statistics of one value throughout; if they have one alone, 0 or 1."""
+def idle_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters and running statistics that hide mistakes, by name.
+
+    They have one value throughout; those of a single element, the value 0 or 1.
+    """
     statistics = ("running_mean", "running_var")
     tensors = (
         *model.named_parameters(),
-        *((name, own) for name, own in model.named_buffers() if name.endswith(statistics)),
+        *((name, buffer) for name, buffer in model.named_buffers() if name.endswith(statistics)),
     )
     return [
-        (name, own)
-        for name, own in tensors
-        if own.is_floating_point()
-        and own.numel()
-        and (low := own.min()) == own.max()
-        and (own.numel() > 1 or low in (0, 1))
+        (name, tensor)
+        for name, tensor in tensors
+        if tensor.is_floating_point()
+        and tensor.numel()
+        and (low := tensor.min()) == tensor.max()
+        and (tensor.numel() > 1 or low in (0, 1))
     ]

@@ -1,4 +1,4 @@
-"""How far outputs may be from those expected, and how far they are."""
+"""How far outputs are from those expected, in multiples of what is tolerated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves, tree_structure
 from treeify.errors import ParityError
 
 RTOL, ATOL = 1e-4, 1e-5
-
 # About so many elements are compared at once.
 _AT_ONCE = 2**20
 
@@ -29,7 +28,7 @@ def deviation(actual: Any, expected: Any, scale: float = 1.0) -> float:
         scale: what the absolute part of the tolerance is multiplied by; see `scale_of`.
 
     Raises:
-        ParityError: the tensors are held in tuples, lists or dictionaries of another structure.
+        ParityError: the tensors are nested in tuples, lists or dictionaries of another structure.
     """
     check_structure(actual, expected)
     worst = 0.0
@@ -37,7 +36,7 @@ def deviation(actual: Any, expected: Any, scale: float = 1.0) -> float:
         if not isinstance(other, Tensor):
             continue
         if one.shape != other.shape or one.dtype != other.dtype:
-            return float("inf")
+            return math.inf
         if other.numel() and not torch.equal(one, other):
             worst = max(worst, *map(_largest, _pieces(one), _pieces(other), repeat(scale)))
     return worst
@@ -45,27 +44,34 @@ def deviation(actual: Any, expected: Any, scale: float = 1.0) -> float:
 
 def scale_of(expected: Any) -> float:
     """The largest value of some tensors together, at most 1; 1 where all are 0."""
-    values = [own for own in tensors_in(expected) if own.is_floating_point() or own.is_complex()]
-    largest = max((own.detach().abs().max().item() for own in values if own.numel()), default=0.0)
-    return min(1.0, largest) or 1.0
-
-
-def check_structure(actual: Any, expected: Any) -> None:
-    # A graph gives a dict for any kind of it.
-    found, wanted = (tree_structure(_with_plain_dicts(own)) for own in (actual, expected))
-    if found != wanted:
-        raise ParityError(
-            "the tensors are held in another structure.", expected=f"{wanted}", found=f"{found}"
-        )
+    largest = (
+        tensor.detach().abs().max().item()
+        for tensor in tensors_in(expected)
+        if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex())
+    )
+    return min(1.0, max(largest, default=0.0)) or 1.0
 
 
 def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in tuples, lists and dictionaries, nested or not."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def check_structure(actual: Any, expected: Any) -> None:
+    """Raise ParityError unless tensors are nested in the same tuples, lists and dictionaries."""
+    # A graph gives a dict for any kind of it.
+    structures = [tree_structure(_with_plain_dicts(value)) for value in (actual, expected)]
+    if structures[0] != structures[1]:
+        raise ParityError(
+            "the tensors are nested in another structure.",
+            expected=f"{structures[1]}",
+            found=f"{structures[0]}",
+        )
 
 
 def _with_plain_dicts(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _with_plain_dicts(own) for key, own in value.items()}
+        return {key: _with_plain_dicts(element) for key, element in value.items()}
     if type(value) in (tuple, list):
         return type(value)(map(_with_plain_dicts, value))
     return value
@@ -76,18 +82,20 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
     return tensor.chunk(-(-tensor.numel() // _AT_ONCE)) if tensor.ndim else (tensor,)
 
 
-def _largest(one: Tensor, other: Tensor, scale: float) -> float:
+def _largest(actual: Tensor, expected: Tensor, scale: float) -> float:
     """The largest of the elements' deviations."""
-    one, other = one.detach(), other.detach()
-    if one.is_complex() or other.is_complex():
-        one, other = (torch.view_as_real(own.to(torch.complex128)) for own in (one, other))
-    if other.dtype not in (torch.float32, torch.float64):
-        one, other = one.double(), other.double()
-    tolerance = other.abs().mul_(RTOL).add_(ATOL * scale)
-    error = (one - other).abs_().div_(tolerance)
+    pair = actual.detach(), expected.detach()
+    if any(tensor.is_complex() for tensor in pair):
+        actual, expected = (torch.view_as_real(tensor.to(torch.complex128)) for tensor in pair)
+    elif expected.dtype in (torch.float32, torch.float64):
+        actual, expected = pair
+    else:
+        actual, expected = (tensor.double() for tensor in pair)
+    tolerance = expected.abs().mul_(RTOL).add_(ATOL * scale)
+    error = (actual - expected).abs_().div_(tolerance)
     largest = error.max().item()
     if math.isfinite(largest):
         return largest
     # Both may be infinite or nan in the same places.
-    error = torch.where((one == other) | (one.isnan() & other.isnan()), 0.0, error)
-    return error.nan_to_num(nan=float("inf"), posinf=float("inf")).max().item()
+    error = torch.where((actual == expected) | (actual.isnan() & expected.isnan()), 0.0, error)
+    return error.nan_to_num(nan=math.inf, posinf=math.inf).max().item()

@@ -10,26 +10,19 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import ParityError
-from treeify.parity.checks import (
-    Leaf,
-    eval_parity,
-    gradients_of,
-    scalar,
-    train_parity,
-    want_gradients,
-)
-from treeify.parity.deterministic import held
-from treeify.parity.fresh_weights import fit_statistics, idle, settle
+from treeify.parity.checks import LeafOf, Pass, check_outputs, check_training, run_pass
+from treeify.parity.fresh_weights import fit_statistics, idle_tensors, settle
 from treeify.parity.tolerance import ATOL, RTOL, deviation, scale_of
 
 # So many times its own rounding a network's outputs may be off in float32 where float64 has to
@@ -37,7 +30,7 @@ from treeify.parity.tolerance import ATOL, RTOL, deviation, scale_of
 # sign.
 _AMPLIFIED = {False: 100.0, True: math.inf}
 
-_Check = Callable[[HierarchicalEnsemble, Leaf, Tensor], dict[str, float]]
+_Check = Callable[[HierarchicalEnsemble, LeafOf, Tensor], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -77,16 +70,19 @@ class Figures:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
-        return asdict(self)
+        return dict(_FIGURES.dump_python(self, mode="json"))
+
+
+_FIGURES = TypeAdapter(Figures)
 
 
 def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
     """Check leaf, prefix and gradient parity against the untouched base architecture.
 
     Fresh weights hide mistakes, so where there are some a copy is checked too in which they have
-    values as training gives them: see `settle` and `fit_statistics`. Of fresh weights themselves
-    only evaluation mode is checked. Trained weights stay as they are.
-    Random draws are held at their mean (see `held.MeanNoise`): they differ in the ensemble and in
+    values as training gives them: see `fresh_weights`. Of fresh weights themselves only evaluation
+    mode is checked. Trained weights stay as they are.
+    Random draws give their mean (see `deterministic.MeanNoise`): they differ in the ensemble and in
     the separate networks.
 
     Args:
@@ -100,18 +96,21 @@ def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
         ParityError: a check exceeds the tolerance in float32 and in float64; names it.
         InputError: the input does not fit the model.
     """
-    ungraded: list[str] = []
+    without_gradient: list[str] = []
     with torch.random.fork_rng(devices=[]):
-        evaluated = [_decide(eval_parity, hne, x, training=False)]
-        with _at_work(hne, x) as checked:
-            if checked is not hne:
-                evaluated.append(_decide(eval_parity, checked, x, training=False))
-            check = partial(train_parity, ungraded=ungraded)
-            trained, train_dtype = _decide(check, checked, x, training=True)
+        evaluated = [_decide(check_outputs, hne, x, training=False)]
+        with _with_settled_weights(hne, x) as settled:
+            if settled is not hne:
+                evaluated.append(_decide(check_outputs, settled, x, training=False))
+            check = partial(check_training, without_gradient=without_gradient)
+            trained, train_dtype = _decide(check, settled, x, training=True)
     return Figures(
-        **{name: max(found[name] for found, _ in evaluated) for name in ("leaf_eval", "prefix")},
+        **{
+            name: max(deviations[name] for deviations, _ in evaluated)
+            for name in ("leaf_eval", "prefix")
+        },
         **trained,
-        ungraded=tuple(dict.fromkeys(ungraded)),
+        ungraded=tuple(dict.fromkeys(without_gradient)),
         dtypes={"eval": max(dtype for _, dtype in evaluated), "train": train_dtype},
     )
 
@@ -125,22 +124,22 @@ def verify_outputs(hne: HierarchicalEnsemble, x: Tensor) -> float:
     Raises:
         ParityError: it exceeds the tolerance in float32 and in float64.
     """
-    found, _ = _decide(eval_parity, hne, x, training=False)
-    return max(found.values())
+    deviations, _ = _decide(check_outputs, hne, x, training=False)
+    return max(deviations.values())
 
 
 @contextmanager
-def _at_work(hne: HierarchicalEnsemble, x: Tensor) -> Iterator[HierarchicalEnsemble]:
-    """The ensemble, or a copy of it where fresh weights would hide mistakes."""
-    fresh = idle(hne)
-    if not fresh:
+def _with_settled_weights(hne: HierarchicalEnsemble, x: Tensor) -> Iterator[HierarchicalEnsemble]:
+    """The ensemble, or a copy with other weights where fresh ones would hide mistakes."""
+    idle = idle_tensors(hne)
+    if not idle:
         yield hne
         return
-    with _copied(hne) as own:
-        settle(own)
-        if any(name.endswith("running_var") for name, _ in fresh):
-            fit_statistics(own, x)
-        yield own
+    with _copied(hne) as settled:
+        settle(settled)
+        if any(name.endswith("running_var") for name, _ in idle):
+            fit_statistics(settled, x)
+        yield settled
 
 
 def _decide(
@@ -162,29 +161,28 @@ def _decide(
     Raises:
         InputError: the images do not fit the model.
         ParityError: a figure exceeds 1 in float64 too, the model's own values are random, or the
-            precision it was given in is off by more than its rounding explains.
+            precision of the ensemble is off by more than its rounding explains.
     """
     hne.check_input(x)
-    text, rough = "", 0.0
+    text = ""
     if x.dtype != torch.float64:
-        found = _on_a_copy(check, hne, hne.leaf, x)
-        if max(found.values()) <= 1:
-            return found, str(x.dtype).removeprefix("torch.")
-        rough = max(found.values())
-        text = f" ({rough:.3g} times in {x.dtype})"
+        deviations = _on_a_copy(check, hne, hne.leaf, x)
+        coarse = max(deviations.values())
+        if coarse <= 1:
+            return deviations, str(x.dtype).removeprefix("torch.")
+        text = f" ({coarse:.3g} times in {x.dtype})"
 
     def leaf_of(index: int) -> nn.Module:
         return hne.leaf(index).double()
 
-    given, x = x, x.double()
-    found = _on_a_copy(check, hne, leaf_of, x)
-    worst = max(found, key=lambda name: found[name])
-    if found[worst] <= 1:
-        if rough:
-            _check_rounding(hne.leaf(0), given, rough, training=training)
-        return found, "float64"
-    text = f"{worst} parity is off by {found[worst]:.3g} times the tolerance in float64{text}"
-    if _is_random(leaf_of, x, training=training):
+    deviations = _on_a_copy(check, hne, leaf_of, x.double())
+    worst = max(deviations, key=lambda name: deviations[name])
+    if deviations[worst] <= 1:
+        if text:
+            _check_rounding(hne.leaf(0), x, coarse, training=training)
+        return deviations, "float64"
+    text = f"{worst} parity is off by {deviations[worst]:.3g} times the tolerance in float64{text}"
+    if _is_random(leaf_of, x.double(), training=training):
         raise ParityError(
             f"{text}, and the base architecture itself gives other values each time.",
             expected="random draws that can be held at their mean: dropout, stochastic depth,"
@@ -201,32 +199,58 @@ def _decide(
 
 
 def _on_a_copy(
-    check: _Check, hne: HierarchicalEnsemble, leaf_of: Leaf, x: Tensor
+    check: _Check, hne: HierarchicalEnsemble, leaf_of: LeafOf, x: Tensor
 ) -> dict[str, float]:
     """Run a check on a copy of the ensemble in the images' precision."""
-    with _copied(hne) as own:
-        return check(own.double() if x.dtype == torch.float64 else own, leaf_of, x)
+    with _copied(hne) as copied:
+        return check(copied.double() if x.dtype == torch.float64 else copied, leaf_of, x)
 
 
 @contextmanager
 def _copied(hne: HierarchicalEnsemble) -> Iterator[HierarchicalEnsemble]:
     """A copy whose memory is freed in the end."""
-    own = copy.deepcopy(hne)
+    copied = copy.deepcopy(hne)
     try:
-        yield own
+        yield copied
     finally:
         # Graphs refer to themselves: what they hold would stay through the next check.
-        own.train().to("meta")
+        copied.train().to("meta")
 
 
-def _is_random(leaf_of: Leaf, x: Tensor, *, training: bool) -> bool:
+def _is_random(leaf_of: LeafOf, x: Tensor, *, training: bool) -> bool:
     """Whether a network gives other values or gradients each time: then there is no comparing them.
 
-    Gradients alone are random where activations are recomputed: no draw is held in backward passes.
+    Gradients alone are random where activations are recomputed: draws in backward passes are not
+    replaced by their mean.
     """
     weights: list[Tensor] = []
-    passes = (_pass(leaf_of(0), x, weights, training=training) for _ in range(2))
+    passes = (run_pass(leaf_of(0), x, weights, training=training) for _ in range(2))
     return _deviation_of_passes(*passes) > 1
+
+
+def _check_rounding(network: nn.Module, x: Tensor, coarse: float, *, training: bool) -> None:
+    """Refuse deviations that float64 does not have and rounding does not explain.
+
+    Args:
+        network: one of the ensemble's.
+        x: images in the precision that is too coarse.
+        coarse: the ensemble's largest deviation in it, in multiples of the tolerance.
+        training: the mode it was found in.
+
+    Raises:
+        ParityError: there is such a deviation.
+    """
+    rounding = _rounding(network, x, training=training)
+    allowed = _AMPLIFIED[training] * max(1.0, rounding)
+    if not (coarse <= allowed and (math.isfinite(coarse) or not math.isfinite(rounding))):
+        raise ParityError(
+            f"parity is off by {coarse:.3g} times the tolerance in {x.dtype}, though not in"
+            " float64.",
+            expected=f"at most {_AMPLIFIED[training]} times what rounding does to one network"
+            f" ({rounding:.3g})",
+            next_step="This is a bug in treeify, in what runs in that precision alone: please"
+            " report the model's name and the splits.",
+        )
 
 
 def _rounding(network: nn.Module, x: Tensor, *, training: bool) -> float:
@@ -235,54 +259,19 @@ def _rounding(network: nn.Module, x: Tensor, *, training: bool) -> float:
     In multiples of the tolerance.
     """
     weights: list[Tensor] = []
-    expected = _pass(copy.deepcopy(network).double(), x.double(), weights, training=training)
-    weights = [own.to(x.dtype) for own in weights]
-    found = _pass(network, x, weights, training=training)
-    return _deviation_of_passes(tree_map_only(Tensor, _widened, found), expected)
+    expected = run_pass(copy.deepcopy(network).double(), x.double(), weights, training=training)
+    weights = [weight.to(x.dtype) for weight in weights]
+    return _deviation_of_passes(run_pass(network, x, weights, training=training), expected)
 
 
-def _deviation_of_passes(actual: tuple[Any, Any], expected: tuple[Any, Any]) -> float:
+def _deviation_of_passes(actual: Pass, expected: Pass) -> float:
     """Of outputs and of gradients, each by their own scale."""
-    pairs = zip(actual, expected, strict=True)
-    return max(deviation(one, other, scale_of(other)) for one, other in pairs)
+    pairs = ((actual.output, expected.output), (actual.gradients, expected.gradients))
+    return max(deviation(_widened(one), other, scale_of(other)) for one, other in pairs)
 
 
-def _widened(value: Tensor) -> Tensor:
-    return value.double() if value.is_floating_point() else value
-
-
-def _pass(
-    network: nn.Module, x: Tensor, weights: list[Tensor], *, training: bool
-) -> tuple[Any, dict[str, Tensor]]:
-    """A network's output and, in training mode, the gradients of a weighted sum of it."""
-    want_gradients(network.train(training), training)
-    with torch.set_grad_enabled(training), held(x.dtype):
-        output = network(x)
-    if training:
-        torch.autograd.backward(scalar(output, weights))
-    return output, gradients_of(network)
-
-
-def _check_rounding(network: nn.Module, x: Tensor, rough: float, *, training: bool) -> None:
-    """Refuse deviations that float64 does not have and rounding does not explain.
-
-    Args:
-        network: one of the ensemble's.
-        x: images in the precision that is too coarse.
-        rough: the ensemble's largest deviation in it, in multiples of the tolerance.
-        training: the mode it was found in.
-
-    Raises:
-        ParityError: there is such a deviation.
-    """
-    rounding = _rounding(network, x, training=training)
-    allowed = _AMPLIFIED[training] * max(1.0, rounding)
-    if not (rough <= allowed and (math.isfinite(rough) or not math.isfinite(rounding))):
-        raise ParityError(
-            f"parity is off by {rough:.3g} times the tolerance in {x.dtype}, though not in"
-            " float64.",
-            expected=f"at most {_AMPLIFIED[training]} times what rounding does to one network"
-            f" ({rounding:.3g})",
-            next_step="This is a bug in treeify, in what runs in that precision alone: please"
-            " report the model's name and the splits.",
-        )
+def _widened(value: Any) -> Any:
+    """Floating-point tensors in float64."""
+    return tree_map_only(
+        Tensor, lambda out: out.double() if out.is_floating_point() else out, value
+    )

@@ -30,7 +30,7 @@ from treeify.evaluation.cost import count_macs
 from treeify.models import shallow
 from treeify.models.architecture import Architecture, example_shape, family, resized, skeleton
 from treeify.parity.checks import check_shapes
-from treeify.parity.deterministic import held
+from treeify.parity.deterministic import deterministic
 from treeify.parity.fresh_weights import fit_statistics, settle
 from treeify.parity.results import FULL, META, REDUCED
 from treeify.parity.tolerance import deviation, scale_of
@@ -227,7 +227,7 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
             expected="the same tensors",
             next_step="This is a bug in treeify: please report the model's name.",
         )
-    with preserve_modes(hne), torch.no_grad(), held(x.dtype):
+    with preserve_modes(hne), torch.no_grad(), deterministic(x.dtype):
         expected = hne.eval()(x)
         found = deviation(loaded(x), expected, scale_of(expected))
     if not found <= 1:

@@ -7,9 +7,9 @@ from torch import nn
 
 from treeify.errors import ModelError
 from treeify.models import shallow
-from treeify.models.architecture import Architecture
-from treeify.models.skeleton import skeleton
-from treeify.parity.zoo_check import estimated_bytes, plans, prove
+from treeify.models.architecture import Architecture, skeleton
+from treeify.parity.check_levels import estimated_bytes, plans
+from treeify.parity.zoo_check import prove
 
 
 def built(model: str, blocks: int, **options: object) -> nn.Module:

@@ -22,12 +22,13 @@ from treeify.errors import InputError, ModelError, ParityError
 from treeify.models.architecture import Architecture
 from treeify.models.builders import check_names, family, library_names
 from treeify.parity import results
+from treeify.parity.check_levels import Plan, estimated_bytes, plans
 from treeify.parity.checks import check_shapes
 from treeify.parity.fresh_weights import fit_statistics
 from treeify.parity.results import Coverage, Row
 from treeify.parity.sweep import Settings, shard, sweep, todo
 from treeify.parity.verify import verify_outputs
-from treeify.parity.zoo_check import Plan, estimated_bytes, plans, prove, round_trip
+from treeify.parity.zoo_check import prove, round_trip
 
 TESTS = Path(sweep_models.__file__).parent
 

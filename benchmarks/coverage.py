@@ -93,7 +93,7 @@ def _families(rows: Sequence[Row], names: Sequence[str]) -> str:
     ]
     for name in sorted({family(row.name) for row in rows}):
         own = [row for row in rows if family(row.name) == name]
-        shares = [row.packed_share for row in own if row.packed_share is not None]
+        shares = [row.packed_fraction for row in own if row.packed_fraction is not None]
         worst = [row.worst for row in own if row.proven and row.worst is not None]
         cells = (
             name,

@@ -22,13 +22,13 @@ from treeify.errors import InputError, ModelError, ParityError
 from treeify.models.architecture import Architecture
 from treeify.models.builders import check_names, family, library_names
 from treeify.parity import results
-from treeify.parity.check_levels import Plan, estimated_bytes, plans
+from treeify.parity.check_levels import CheckLevel, check_levels, estimated_bytes
 from treeify.parity.checks import check_shapes
 from treeify.parity.fresh_weights import fit_statistics
 from treeify.parity.results import Coverage, Row
 from treeify.parity.sweep import Settings, shard, sweep, todo
 from treeify.parity.verify import verify_outputs
-from treeify.parity.zoo_check import prove, round_trip
+from treeify.parity.zoo_check import round_trip, verify_model
 
 TESTS = Path(sweep_models.__file__).parent
 
@@ -53,7 +53,7 @@ def test_every_model_gets_a_row_whatever_happens_to_it() -> None:
         assert row.how == "full"
         assert row.splits == ("second:2", "relu:2")
         assert row.fanouts == (2, 2)
-        assert row.packed_share == 1
+        assert row.packed_fraction == 1
         assert row.input == (3, 64, 64)
         assert row.inner_split is None
         assert set(row.deviations) == {
@@ -80,7 +80,7 @@ def test_every_model_gets_a_row_whatever_happens_to_it() -> None:
 @pytest.mark.parametrize("memory", [8 * 10**9, 1], ids=["full", "meta"])
 def test_a_model_is_split_inside_a_module_too(memory: int) -> None:
     row: dict[str, Any] = {}
-    prove("sweep_models:nested", "1", memory, row.update)
+    verify_model("sweep_models:nested", "1", memory, row.update)
     assert row["inner_split"] == "stage.1"
     assert row["how"] == ("meta" if memory == 1 else "full")
     assert ("inner_split" in row.get("deviations", {})) == (memory > 1)
@@ -96,14 +96,14 @@ def test_a_mistake_of_the_split_inside_alone_is_noticed(monkeypatch: pytest.Monk
     monkeypatch.setattr(treeify.HierarchicalEnsemble, "run", broken)
     row: dict[str, Any] = {}
     with pytest.raises(ParityError):
-        prove("sweep_models:nested", "1", 8 * 10**9, row.update)
+        verify_model("sweep_models:nested", "1", 8 * 10**9, row.update)
     assert set(row["deviations"]) >= {"gradient", "round_trip"}
 
 
 def test_splits_that_only_the_whole_model_has_are_checked_without_weights() -> None:
     row: dict[str, Any] = {}
-    plan = next(plans("vit_tiny_patch16_224", 2, 2**40))
-    prove("vit_tiny_patch16_224", "blocks.8", plan.estimate - 1, row.update)
+    level = next(check_levels("vit_tiny_patch16_224", 2, 2**40))
+    verify_model("vit_tiny_patch16_224", "blocks.8", level.estimate - 1, row.update)
     assert row["how"] == "meta"
     assert row["splits"] == ("blocks.8:2",)
     assert "deviations" not in row
@@ -155,7 +155,7 @@ def test_a_check_that_runs_out_of_memory_is_done_again_shallower() -> None:
     assert row.arguments == {"depth": 4}
     assert row.proven
     assert row.splits == row.shallower_splits == ("second:2", "relu:2")
-    assert row.packed_share == 1
+    assert row.packed_fraction == 1
     assert row.memory == 8 * 10**9
     assert row.estimate is not None
     assert row.estimate < 8 * 10**9
@@ -222,7 +222,7 @@ def test_what_only_shapes_were_checked_of_says_why() -> None:
 
 def test_a_file_cut_off_anywhere_loses_no_other_line() -> None:
     file = Path("rows.jsonl")
-    results.append(file, row("a", packed_share=0.5))
+    results.append(file, row("a", packed_fraction=0.5))
     whole = file.read_bytes()
     results.append(file, row("b"))
     both = file.read_bytes()
@@ -293,7 +293,7 @@ def test_a_file_of_something_else_is_refused(text: str) -> None:
 
 
 def test_compressed_rows_read_the_same() -> None:
-    rows = (row("a", packed_share=1 / 3, deviations={"prefix": 0.1}), row("b", failure="é"))
+    rows = (row("a", packed_fraction=1 / 3, deviations={"prefix": 0.1}), row("b", failure="é"))
     file = Path("rows.jsonl.xz")
     file.write_bytes(results.compressed(reversed(rows)))
     assert results.read(file).rows == rows
@@ -313,25 +313,25 @@ def test_a_shard_that_is_none_is_refused(part: int, parts: int) -> None:
         shard(["a"], part, parts)
 
 
-def first_plan(name: str, leaves: int, memory: int) -> Plan:
-    return next(plans(name, leaves, memory))
+def first_level(name: str, leaves: int, memory: int) -> CheckLevel:
+    return next(check_levels(name, leaves, memory))
 
 
 def test_the_memory_decides_how_a_model_is_checked() -> None:
     name = "vit_tiny_patch16_224"
-    full = first_plan(name, 4, 2**40)
+    full = first_level(name, 4, 2**40)
     assert full.how == "full"
     assert full.shape == (3, 64, 64)
     assert full.architecture == Architecture(name, {"num_classes": 10, "img_size": 64})
-    reduced = first_plan(name, 4, full.estimate - 1)
+    reduced = first_level(name, 4, full.estimate - 1)
     assert reduced.how == "reduced:blocks=4"
     assert len(reduced.architecture.build().blocks) == 4  # type: ignore[arg-type]
     assert reduced.estimate == full.estimate
     fewer = ["full", "reduced:blocks=4", "reduced:blocks=2", "reduced:blocks=1", "meta"]
-    assert [plan.how for plan in plans(name, 4, full.estimate)] == fewer
-    shallowest = first_plan(name, 4, estimated_bytes(nn.Linear(1000, 1000, bias=False), 4))
+    assert [level.how for level in check_levels(name, 4, full.estimate)] == fewer
+    shallowest = first_level(name, 4, estimated_bytes(nn.Linear(1000, 1000, bias=False), 4))
     assert shallowest.how == "reduced:blocks=1"
-    meta = first_plan(name, 4, 1)
+    meta = first_level(name, 4, 1)
     assert meta.how == "meta"
     assert meta.architecture == Architecture(name)
     assert meta.shape == (3, 224, 224)
@@ -339,7 +339,7 @@ def test_the_memory_decides_how_a_model_is_checked() -> None:
     assert full.least is None
     assert meta.estimate == full.estimate
     assert meta.least == estimated_bytes(one_block, 4)
-    assert estimated_bytes(nn.Identity(), 4) < full.estimate < first_plan(name, 16, 2**40).estimate
+    assert estimated_bytes(nn.Identity(), 4) < full.estimate < first_level(name, 16, 2**40).estimate
 
 
 def test_batch_norms_need_more_memory() -> None:
@@ -352,9 +352,9 @@ def test_batch_norms_need_more_memory() -> None:
 
 def test_batch_norms_average_more_than_two_numbers() -> None:
     """At 96 pixels, which it takes, the last maps of this one are a single pixel."""
-    assert first_plan("inception_v3", 4, 2**40).shape == (3, 128, 128)
+    assert first_level("inception_v3", 4, 2**40).shape == (3, 128, 128)
     # The norm in its head has two at every size; at 64 pixels those of its last stage have as few.
-    assert first_plan("shvit_s2", 4, 2**40).shape == (3, 96, 96)
+    assert first_level("shvit_s2", 4, 2**40).shape == (3, 96, 96)
 
 
 @pytest.mark.parametrize(
@@ -371,8 +371,8 @@ def test_a_shallower_model_keeps_its_stages(name: str, blocks: str, how: str) ->
         made = Architecture(name, {"num_classes": 10, blocks: [1] * stages}).build()
         return estimated_bytes(made, 4)
 
-    assert first_plan(name, 4, memory(4)).how == f"reduced:{how}"
-    assert first_plan(name, 4, memory(3)).how == "meta"
+    assert first_level(name, 4, memory(4)).how == f"reduced:{how}"
+    assert first_level(name, 4, memory(3)).how == "meta"
 
 
 def test_the_library_names_are_all_there_and_have_a_family() -> None:
@@ -462,7 +462,7 @@ def test_the_rows_that_ship_have_the_macs_of_every_model() -> None:
 
 def test_macs_are_counted_where_a_view_of_a_parameter_goes_into_a_layer() -> None:
     told: dict[str, object] = {}
-    prove("test_vit3", "1", 8 * 10**9, told.update)
+    verify_model("test_vit3", "1", 8 * 10**9, told.update)
     assert told["macs"] is not None
 
 

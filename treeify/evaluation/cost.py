@@ -104,7 +104,7 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """
     with preserve_modes(model), frozen_parameters(model), torch.no_grad(), MacCounter() as counter:
         model.eval()(torch.zeros(1, *shape, device="meta"))
-    return counter.macs
+    return int(counter.macs)
 
 
 def fvcore_macs(model: nn.Module, x: Tensor) -> int:

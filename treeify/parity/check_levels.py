@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from treeify.engine.preserve import preserve_modes
 from treeify.errors import ModelError
 from treeify.models import shallow
 from treeify.models.architecture import Architecture, example_shape, resized, skeleton
@@ -31,24 +32,24 @@ _SIDES = (64, 96, 128, 160, 192, 224, 256)
 _ENOUGH = 8
 # What timm's builders call the number of blocks, for models that count on it, and small ones; of
 # stages the most that run.
-_SHALLOWER: tuple[dict[str, Any], ...] = (
+_FEWER_BLOCKS: tuple[dict[str, Any], ...] = (
     *({"depth": 4}, {"depth": 2}, {"depth": 1}),
     *({"depths": [1] * stages} for stages in (5, 4, 3)),
     *({"layers": [1] * stages} for stages in (4, 3)),
     *({"num_blocks": 4}, {"num_blocks": 2}),
     {"stages": [1, 1, 1, 1]},
 )
-# Blocks of one shape in a row.
-_IN_A_ROW = (4, 2, 1)
+# How many blocks of one shape in a row are left, most first.
+_BLOCKS_IN_A_ROW = (4, 2, 1)
 # What Python and the libraries take before there is a model.
 _BASE_BYTES = 2**30
 # What is left out, the shallower model, and its skeleton.
-_Fewer = tuple[str, Architecture, nn.Module]
+_Shallower = tuple[str, Architecture, nn.Module]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How a model is checked.
+class CheckLevel:
+    """How fully a model is checked.
 
     Args:
         how: `full`, `reduced:` with the arguments that make it shallower, or `meta`: not with
@@ -66,8 +67,8 @@ class Plan:
     least: int | None = None
 
 
-def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
-    """The ways to check a model, found by building it without weights.
+def check_levels(name: str, leaves: int, memory: int) -> Iterator[CheckLevel]:
+    """How fully a model can be checked, by building it without weights.
 
     Args:
         name: of the model.
@@ -85,40 +86,40 @@ def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
     smallest = skeleton(full[0])
     estimate = estimated_bytes(smallest, leaves)
     if estimate <= memory:
-        yield Plan(FULL, *full, estimate)
-    for how, architecture, fewer in chain(_cut(*full), _built_shallower(*full)):
-        if count_parameters(fewer) < count_parameters(smallest):
-            smallest = fewer
-            if estimated_bytes(fewer, leaves) <= memory:
-                yield Plan(f"{REDUCED}:{how}", architecture, full[1], estimate)
+        yield CheckLevel(FULL, *full, estimate)
+    for how, architecture, shallower in chain(_cut(*full), _built_shallower(*full)):
+        if count_parameters(shallower) < count_parameters(smallest):
+            smallest = shallower
+            if estimated_bytes(shallower, leaves) <= memory:
+                yield CheckLevel(f"{REDUCED}:{how}", architecture, full[1], estimate)
     usual = Architecture(name)
     shape = example_shape(skeleton(usual), usual)
-    yield Plan(META, usual, shape, estimate, estimated_bytes(smallest, leaves))
+    yield CheckLevel(META, usual, shape, estimate, estimated_bytes(smallest, leaves))
 
 
-def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:
+def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Shallower]:
     """The model without the spare ones of its blocks, the most blocks first."""
-    for blocks in _IN_A_ROW:
+    for blocks in _BLOCKS_IN_A_ROW:
         cut = shallow.cut(architecture, blocks)
-        if (model := _running(cut, shape)) is not None:
+        if (model := _skeleton_that_runs(cut, shape)) is not None:
             yield f"blocks={blocks}", cut, model
 
 
-def _built_shallower(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:
+def _built_shallower(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Shallower]:
     """Fewer blocks as far as the builder takes their number, the most first."""
-    staged = set()
-    for fewer in _SHALLOWER:
-        (key, value) = next(iter(fewer.items()))
-        if key in staged:
+    seen = set()
+    for options in _FEWER_BLOCKS:
+        (key, value) = next(iter(options.items()))
+        if key in seen:
             continue
-        built = Architecture(architecture.name, {**architecture.kwargs, **fewer})
-        if (model := _running(built, shape)) is not None:
+        built = Architecture(architecture.name, {**architecture.kwargs, **options})
+        if (model := _skeleton_that_runs(built, shape)) is not None:
             if isinstance(value, list):
-                staged.add(key)  # with fewer stages it would be another model
+                seen.add(key)  # with fewer stages it would be another model
             yield f"{key}={value}", built, model
 
 
-def _running(architecture: Architecture, shape: tuple[int, ...]) -> nn.Module | None:
+def _skeleton_that_runs(architecture: Architecture, shape: tuple[int, ...]) -> nn.Module | None:
     """The skeleton of a model, if it can be built and takes images of that shape."""
     try:
         model = skeleton(architecture)
@@ -135,8 +136,8 @@ def estimated_bytes(model: nn.Module, leaves: int) -> int:
     copy is in float64 if the model has batch norms, under which float32 is often too coarse, and
     else seldom. Activations are small at the sizes checked.
     """
-    number = 8 if any(isinstance(own, _BatchNorm) for own in model.modules()) else 4
-    return _BASE_BYTES + count_parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
+    element = 8 if any(isinstance(module, _BatchNorm) for module in model.modules()) else 4
+    return _BASE_BYTES + count_parameters(model) * (leaves * (4 + 2 * element) + 3 * element)
 
 
 def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int, ...]]:
@@ -146,7 +147,7 @@ def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int
     """
     model = skeleton(architecture)
     usual = example_shape(model, architecture)
-    found, fewest = (architecture, usual), math.inf
+    best, fewest = (architecture, usual), math.inf
     for side in (side for side in _SIDES if side < min(usual[1:])):
         try:
             fitting = resized(architecture, model, side)
@@ -158,10 +159,10 @@ def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int
             continue
         starved = _starved(candidate, shape)
         if starved is not None and starved < fewest:
-            found, fewest = (fitting, shape), starved
+            best, fewest = (fitting, shape), starved
         if starved == 0:
             break
-    return found
+    return best
 
 
 def _starved(model: nn.Module, shape: Sequence[int]) -> int | None:
@@ -170,24 +171,25 @@ def _starved(model: nn.Module, shape: Sequence[int]) -> int | None:
     None if the model, on the meta device, does not take them in both modes.
     """
     x = torch.zeros(IMAGES, *shape, device="meta")
-    counts: list[float] = []
+    sizes: list[float] = []
 
-    def count(_: nn.Module, args: tuple[Any, ...]) -> None:
-        counts.append(args[0].numel() / args[0].shape[1])
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        sizes.append(args[0].numel() / args[0].shape[1])
 
-    norms = [own for own in model.modules() if isinstance(own, _BatchNorm)]
-    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(note) for norm in norms]
     try:
-        for mode in (False, True):
-            with torch.no_grad():
-                model.train(mode)(x)
+        with torch.no_grad(), preserve_modes(model):
+            for training in (False, True):
+                model.train(training)(x)
     except Exception:  # whatever a library raises for a size it does not take
         return None
     finally:
         for hook in hooks:
             hook.remove()
-    return sum(one < _ENOUGH for one in counts)
+    return sum(size < _ENOUGH for size in sizes)
 
 
 def count_parameters(model: nn.Module) -> int:
+    """Of a base model."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from treeify import files
 from treeify.errors import DataError
@@ -45,7 +45,7 @@ class Row(BaseModel):
         inner_split: where it was split once more, by name inside a module; None if it cannot be.
         shallower_splits: of the shallower model; empty where it is not `reduced`.
         shallower_inner_split: the same of that one.
-        packed_share: share of the branches' MACs that runs packed.
+        packed_fraction: fraction of the branches' MACs that runs packed; `packed_share` in files.
         reasons: why nodes run per branch, with how many nodes each concerns.
         deviations: the largest of each check, as multiples of the tolerance: at most 1 passes.
         dtypes: the precision each check was decided in.
@@ -75,7 +75,7 @@ class Row(BaseModel):
     inner_split: str | None = None
     shallower_splits: tuple[str, ...] = ()
     shallower_inner_split: str | None = None
-    packed_share: float | None = None
+    packed_fraction: float | None = Field(None, alias="packed_share")
     reasons: dict[str, int] = {}
     deviations: dict[str, float] = {}
     dtypes: dict[str, str] = {}
@@ -87,7 +87,7 @@ class Row(BaseModel):
     @property
     def converted(self) -> bool:
         """Whether the model itself became an ensemble, whatever the checks found then."""
-        return self.packed_share is not None
+        return self.packed_fraction is not None
 
     @property
     def proven(self) -> bool:

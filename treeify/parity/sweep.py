@@ -23,7 +23,7 @@ from typing import Any
 from treeify.errors import InputError
 from treeify.parity import results
 from treeify.parity.results import FULL, META, Coverage, Row
-from treeify.parity.zoo_check import BASE_BYTES, prove
+from treeify.parity.zoo_check import verify_model
 
 _DONE = "done"
 _OUT_OF_MEMORY = "out of memory"
@@ -198,8 +198,7 @@ def _check(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this one
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     warnings.simplefilter("ignore")
-    # With less than the base no numbers are checked, but Python and torch still need theirs.
-    _limit_memory(max(settings.memory, BASE_BYTES))
+    _limit_memory(settings.memory)
     os.chdir(here)
     tempfile.tempdir = scratch
 
@@ -207,7 +206,7 @@ def _check(
         connection.send(fields)
 
     try:
-        prove(name, settings.splits, settings.memory, tell, exhausted)
+        verify_model(name, settings.splits, settings.memory, tell, exhausted)
     except Exception as error:
         tell(failure=_reason(error, settings.memory))
     tell(peak_memory=_peak_memory(), done=True)

@@ -1,4 +1,4 @@
-"""One model's proof: every check, as fully as there is memory for."""
+"""One model verified by its name: every check, as fully as there is memory for."""
 
 from __future__ import annotations
 
@@ -20,22 +20,19 @@ from treeify.engine.preserve import preserve_modes
 from treeify.errors import ParityError, SplitError
 from treeify.evaluation.cost import count_macs
 from treeify.models.architecture import Architecture, example_shape, family, skeleton
-from treeify.parity.check_levels import IMAGES, Plan, count_parameters, plans
+from treeify.parity.check_levels import IMAGES, CheckLevel, check_levels, count_parameters
 from treeify.parity.checks import check_shapes
 from treeify.parity.deterministic import deterministic
 from treeify.parity.fresh_weights import fit_statistics, settle
 from treeify.parity.results import FULL, META
 from treeify.parity.tolerance import deviation, scale_of
 from treeify.parity.verify import verify, verify_outputs
-from treeify.tracing.trace import Traced
 
 SEED = 0
-
-
 Tell = Callable[..., None]
 
 
-def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -> None:
+def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -> None:
     """Convert a model and run every check on it: `verify`, and a round trip through a file.
 
     It is then split once more, by name at a point inside one of its modules, and the outputs of
@@ -46,9 +43,9 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
     Args:
         name: of the model.
         splits: as `hierarchicalize` takes them, as text.
-        memory: bytes a check may need; decides how the model is checked.
-        tell: called with what is found, as fields of a `results.Row`, as soon as it is.
-        exhausted: how many ways, the fullest first, took more memory than estimated.
+        memory: bytes a check may need; decides how fully the model is checked.
+        tell: called with fields of a `results.Row`, as soon as their values are known.
+        exhausted: how many levels, the fullest first, took more memory than estimated.
 
     Raises:
         TreeifyError: the model cannot be built or converted, or a check found a difference.
@@ -58,51 +55,43 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
     usual = skeleton(Architecture(name))
     tell(family=family(name), network=type(usual).__name__, parameters=count_parameters(usual))
     tell(macs=_macs(usual, example_shape(usual, Architecture(name))))
-    has_shapes = False
-    for plan in islice(plans(name, _leaves(splits), memory), exhausted, None):
+    are_shapes_checked = False
+    for level in islice(check_levels(name, _leaves(splits), memory), exhausted, None):
         tell(
-            how=plan.how,
+            how=level.how,
             memory=memory,
-            estimate=plan.estimate,
-            least=plan.least,
-            arguments=dict(plan.architecture.kwargs),
-            input=plan.shape,
+            estimate=level.estimate,
+            least=level.least,
+            arguments=dict(level.architecture.kwargs),
+            input=level.shape,
         )
-        if plan.how != FULL and not has_shapes:
-            tell(**convert_without_weights(name, splits))
-            has_shapes = True
-        if plan.how == META:
+        if level.how != FULL and not are_shapes_checked:
+            tell(**_check_without_weights(name, splits))
+            are_shapes_checked = True
+        if level.how == META:
             return
         try:
-            _check_numbers(plan, splits, tell)
+            _check_numbers(level, splits, tell)
         except SplitError:  # with fewer blocks it may not have what is named
-            if plan.how == FULL:
+            if level.how == FULL:
                 raise
         else:
             return
 
 
-def convert_without_weights(name: str, splits: str) -> dict[str, Any]:
+def _check_without_weights(name: str, splits: str) -> dict[str, Any]:
     """Convert a model as it is usually built and fed, without weights, and check its shapes.
 
-    Args:
-        name: of the model.
-        splits: as `hierarchicalize` takes them, as text.
-
     Returns:
-        What the conversion did, as fields of a `treeify.parity.results.Row`.
-
-    Raises:
-        TreeifyError: the model cannot be built or converted, or a shape is another.
+        What the conversion did, as fields of a `results.Row`.
     """
     architecture = Architecture(name)
     base = skeleton(architecture)
-    shape = example_shape(base, architecture)
-    x = torch.zeros(IMAGES, *shape, device="meta")
+    x = torch.zeros(IMAGES, *example_shape(base, architecture), device="meta")
     traced = open_up(base, architecture, x[:1])
     inner = inner_point(traced)
-    for wanted in [splits] if inner is None else [[inner.name], splits]:
-        hne = HierarchicalEnsemble(traced, choose(traced, wanted), base, architecture)
+    for specs in [splits] if inner is None else [[inner.name], splits]:
+        hne = HierarchicalEnsemble(traced, choose(traced, specs), base, architecture)
         check_shapes(hne, x)
     return {**_conversion(hne), "inner_split": None if inner is None else inner.name}
 
@@ -111,26 +100,26 @@ def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
     return {
         "splits": hne.conversion.splits.specs,
         "fanouts": hne.tree.fanouts,
-        "packed_share": hne.conversion.packed_share,
+        "packed_fraction": hne.conversion.packed_share,
         "reasons": hne.conversion.fallbacks,
     }
 
 
-def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
-    """All checks of a plan's model, with weights.
+def _check_numbers(level: CheckLevel, splits: str, tell: Tell) -> None:
+    """All checks of a level's model, with weights.
 
     Raises:
         SplitError: the splits named are not there, or not as many as asked for.
     """
-    sources = _settled(plan)
-    hne = _converted(plan, splits, sources)
-    whole = plan.how == FULL
-    if whole:
-        tell(**_conversion(hne))
-    else:
-        tell(shallower_splits=hne.conversion.splits.specs)
-    x = _images(plan)
-    inner = inner_point(hne.traced)
+    architecture, example = level.architecture, torch.zeros(1, *level.shape)
+    sources = _settled(architecture)
+    hne = hierarchicalize(architecture, splits, init="copy", example_input=example)
+    _fill(hne, sources)
+    is_full = level.how == FULL
+    tell(**_conversion(hne) if is_full else {"shallower_splits": hne.conversion.splits.specs})
+    x = torch.rand(IMAGES, *level.shape)
+    traced = hne.traced
+    inner = inner_point(traced)
     figures = verify(hne, x)
     checks = ("leaf_eval", "leaf_train", "buffers", "prefix", "gradient")
     deviations = {check: getattr(figures, check) for check in checks}
@@ -138,16 +127,30 @@ def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
     deviations["round_trip"] = round_trip(hne, x)
     tell(deviations=deviations)
     if inner is not None:
-        tell(**{"inner_split" if whole else "shallower_inner_split": inner.name})
-        traced = hne.traced
+        tell(**{"inner_split" if is_full else "shallower_inner_split": inner.name})
         del hne  # its memory serves the next
-        again = _split_inside(traced, inner.name, plan)
-        again.fill(sources)
-        fit_statistics(again, _images(plan))
+        splits_inside = choose(traced, [inner.name])
+        hne = HierarchicalEnsemble(traced, splits_inside, architecture.build(), architecture)
+        _fill(hne, sources)
         if figures.dtypes["eval"] == "float64":  # float32 was too coarse for these weights
-            again, x = again.double(), x.double()
-        deviations["inner_split"] = verify_outputs(again, x)
+            hne, x = hne.double(), x.double()
+        deviations["inner_split"] = verify_outputs(hne, x)
         tell(deviations=deviations)
+
+
+def _fill(hne: HierarchicalEnsemble, sources: Callable[[int], State]) -> None:
+    hne.fill(sources)
+    fit_statistics(hne, torch.rand(IMAGES, *hne.example))
+
+
+def _settled(architecture: Architecture) -> Callable[[int], State]:
+    """The weights of networks like the model.
+
+    Every network has its own, all of them at work: else a mistake could leave no trace.
+    """
+    base = architecture.build()
+    settle(base)
+    return initialization(base, architecture, "perturb", SEED).sources
 
 
 def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
@@ -167,9 +170,11 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
     with tempfile.TemporaryDirectory(prefix="treeify-") as directory:
         checkpoint.save(hne, directory)
         loaded = checkpoint.load(directory)
-    state, again = hne.state_dict(), loaded.state_dict()
-    changed = sorted(state.keys() ^ again.keys()) or [
-        key for key in state if not torch.equal(state[key], again[key].to(state[key].device))
+    saved_state, state = hne.state_dict(), loaded.state_dict()
+    changed = sorted(saved_state.keys() ^ state.keys()) or [
+        key
+        for key, tensor in saved_state.items()
+        if not torch.equal(tensor, state[key].to(tensor.device))
     ]
     if changed:
         raise ParityError(
@@ -179,54 +184,25 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
         )
     with preserve_modes(hne), torch.no_grad(), deterministic(x.dtype):
         expected = hne.eval()(x)
-        found = deviation(loaded(x), expected, scale_of(expected))
-    if not found <= 1:
+        worst = deviation(loaded(x), expected, scale_of(expected))
+    if not worst <= 1:
         raise ParityError(
-            f"logits after save and load are off by {found:.3g} times the tolerance.",
+            f"logits after save and load are off by {worst:.3g} times the tolerance.",
             expected="the same logits from the same weights",
             next_step="This is a bug in treeify: please report the model's name.",
         )
-    return found
-
-
-def _converted(plan: Plan, splits: str, sources: Callable[[int], State]) -> HierarchicalEnsemble:
-    architecture = plan.architecture
-    example = torch.zeros(1, *plan.shape)
-    hne = hierarchicalize(architecture, splits, init="copy", example_input=example)
-    hne.fill(sources)
-    fit_statistics(hne, _images(plan))
-    return hne
-
-
-def _images(plan: Plan) -> Tensor:
-    return torch.rand(IMAGES, *plan.shape)
-
-
-def _split_inside(traced: Traced, name: str, plan: Plan) -> HierarchicalEnsemble:
-    """The same trace split in two at one point."""
-    base = plan.architecture.build()
-    return HierarchicalEnsemble(traced, choose(traced, [name]), base, plan.architecture)
-
-
-def _settled(plan: Plan) -> Callable[[int], State]:
-    """The weights of networks like the model.
-
-    Every network has its own, all of them at work: else a mistake could leave no trace.
-    """
-    base = plan.architecture.build()
-    settle(base)
-    return initialization(base, plan.architecture, "perturb", SEED).sources
+    return worst
 
 
 def _leaves(splits: str) -> int:
-    wanted = listed(splits)
-    if isinstance(wanted, int):
-        return int(2**wanted)
-    return prod(parse(spec)[1] or 2 for spec in wanted)
+    specs = listed(splits)
+    if isinstance(specs, int):
+        return int(2**specs)
+    return prod(parse(spec)[1] or 2 for spec in specs)
 
 
 def _macs(model: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """Multiply-accumulates per image of a model on the meta device; None if it does not run."""
+    """MACs per image of a model on the meta device; None if it does not run."""
     try:
         return count_macs(model, shape)
     except Exception:  # the checks will tell what is wrong with it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ def _vector_flops(matrix: torch.Size, *args: Any, **kwargs: Any) -> int:
 def _attention_flops(
     query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 # Products that `FlopCounterMode` does not know.
@@ -46,17 +46,17 @@ class MacCounter(MetaKernels):
         self._products = FlopCounterMode(display=False, custom_mapping=_PRODUCTS)
         self._norms = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> MacCounter:
         # As the one operation of the fast path, attention would not be counted.
         self._fast_path = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
-        self._products.__enter__()
-        super().__enter__()
+        self._products.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._products.__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._products.__exit__(*error)  # type: ignore[no-untyped-call]
         torch.backends.mha.set_fastpath_enabled(self._fast_path)
 
     @property

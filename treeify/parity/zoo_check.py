@@ -9,7 +9,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from treeify.conversion import checkpoint
 from treeify.conversion.api import hierarchicalize, open_up
@@ -54,7 +54,7 @@ def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int
     torch.manual_seed(SEED)
     usual = skeleton(Architecture(name))
     tell(family=family(name), network=type(usual).__name__, parameters=count_parameters(usual))
-    tell(macs=_macs(usual, example_shape(usual, Architecture(name))))
+    tell(macs=usual_macs(name))
     are_shapes_checked = False
     for level in islice(check_levels(name, _leaves(splits), memory), exhausted, None):
         tell(
@@ -201,9 +201,11 @@ def _leaves(splits: str) -> int:
     return prod(parse(spec)[1] or 2 for spec in specs)
 
 
-def _macs(model: nn.Module, shape: tuple[int, ...]) -> int | None:
-    """MACs per image of a model on the meta device; None if it does not run."""
+def usual_macs(name: str) -> int | None:
+    """MACs per image of a model as it is usually built and fed; None if it does not run."""
+    architecture = Architecture(name)
+    model = skeleton(architecture)
     try:
-        return count_macs(model, shape)
+        return count_macs(model, example_shape(model, architecture))
     except Exception:  # the checks will tell what is wrong with it
         return None

@@ -76,6 +76,7 @@ class Scores:
     """
 
     def __init__(self, tree: Tree) -> None:
+        """Start from no images: one vector of sums, of which the named totals are views."""
         self.tree = tree
         sizes = tree.levels
         shapes = {

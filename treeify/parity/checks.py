@@ -41,7 +41,7 @@ def check_outputs(hne: HierarchicalEnsemble, leaf_of: LeafOf, x: Tensor) -> dict
     hne.eval()
     outputs: dict[Plan, Any] = {}
     leaf = prefix = 0.0
-    expected = _answer(leaf_of(0), x)
+    expected = run_pass(leaf_of(0), x, [], training=False).output
     for plan in dict.fromkeys((hne.plan(x), *_every_plan(hne))):
         hne.train().eval()  # drops the weights that were prepared for the last plan
         with deterministic(x.dtype), _preserve_state(hne):
@@ -52,7 +52,7 @@ def check_outputs(hne: HierarchicalEnsemble, leaf_of: LeafOf, x: Tensor) -> dict
     if leaf > 1:
         return {"leaf_eval": leaf}
     for index in range(1, hne.leaves):
-        expected = _answer(leaf_of(index), x)
+        expected = run_pass(leaf_of(index), x, [], training=False).output
         deviations = (_leaf_deviation(output, index, expected) for output in outputs.values())
         leaf = max(leaf, *deviations)
     for size in hne.tree.nested_sizes[:-1]:  # the last is all leaves
@@ -61,11 +61,6 @@ def check_outputs(hne: HierarchicalEnsemble, leaf_of: LeafOf, x: Tensor) -> dict
         expected = _first(outputs[hne.plan(x)], size)
         prefix = max(prefix, deviation(prefix_output, expected, scale_of(expected)))
     return {"leaf_eval": leaf, "prefix": prefix}
-
-
-def _answer(network: nn.Module, x: Tensor) -> Any:
-    with deterministic(x.dtype):
-        return network.eval()(x)
 
 
 def _leaf_deviation(output: Any, index: int, expected: Any) -> float:

@@ -44,7 +44,7 @@ class Row(BaseModel):
         fanouts: children per split.
         inner_split: where it was split once more, by name inside a module; None if it cannot be.
         shallower_splits: of the shallower model; empty where it is not `reduced`.
-        shallower_inner_split: the same of that one.
+        shallower_inner_split: where the shallower model was split once more.
         packed_fraction: fraction of the branches' MACs that runs packed; `packed_share` in files.
         reasons: why nodes run per branch, with how many nodes each concerns.
         deviations: the largest of each check, as multiples of the tolerance: at most 1 passes.

@@ -204,8 +204,8 @@ def _leaves(splits: str) -> int:
 def usual_macs(name: str) -> int | None:
     """MACs per image of a model as it is usually built and fed; None if it does not run."""
     architecture = Architecture(name)
-    model = skeleton(architecture)
     try:
+        model = skeleton(architecture)
         return count_macs(model, example_shape(model, architecture))
     except Exception:  # the checks will tell what is wrong with it
         return None

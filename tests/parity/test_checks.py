@@ -105,3 +105,11 @@ def test_a_leaf_whose_tensors_are_held_otherwise_is_noticed(
     hne.run = lambda *args: {"logits": run(*args)}  # type: ignore[method-assign]
     with pytest.raises(ParityError, match="in another structure"):
         check(hne, x)
+
+
+def test_checking_shapes_leaves_frozen_batch_norms_frozen() -> None:
+    hne = small.ensemble().to("meta").train()
+    hne.get_submodule("stem.1").eval()
+    check_shapes(hne, small.images().to("meta"))
+    assert hne.training
+    assert not hne.get_submodule("stem.1").training

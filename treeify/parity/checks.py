@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.engine.packed_tensors import tensors
+from treeify.engine.packed_tensors import named_tensors
 from treeify.engine.plan import Plan
 from treeify.engine.preserve import preserve_buffers, preserve_modes
 from treeify.engine.program import EXECUTIONS
@@ -218,7 +218,7 @@ def _add_shared(
     hne: HierarchicalEnsemble, leaf: int, gradients: dict[str, Tensor], sums: dict[str, Tensor]
 ) -> None:
     """Add a separate network's gradients to the branches that it shares with others."""
-    packed = dict(tensors(hne))
+    packed = dict(named_tensors(hne))
     for key, gradient in gradients.items():
         if hne.branches_of(key) < hne.leaves:
             if key not in sums:

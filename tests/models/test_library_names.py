@@ -3,7 +3,7 @@
 import pytest
 
 from treeify.errors import ModelError
-from treeify.models.architecture import check_names, family, library_names
+from treeify.models.builders import check_names, family, library_names
 
 
 def test_the_library_names_are_all_there_and_have_a_family() -> None:

@@ -7,7 +7,8 @@ from torch import nn
 
 from treeify.errors import ModelError
 from treeify.models import shallow
-from treeify.models.architecture import Architecture, skeleton
+from treeify.models.architecture import Architecture
+from treeify.models.skeleton import skeleton
 from treeify.parity.check_levels import check_levels, estimated_bytes
 from treeify.parity.zoo_check import verify_model
 

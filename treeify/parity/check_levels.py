@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import ModelError
 from treeify.models import shallow
-from treeify.models.architecture import Architecture, example_shape, resized, skeleton
+from treeify.models.architecture import Architecture
+from treeify.models.image_size import example_shape, resized
+from treeify.models.skeleton import skeleton
 from treeify.parity.results import FULL, META, REDUCED
 
 CLASSES = 10
@@ -42,7 +44,7 @@ _FEWER_BLOCKS: tuple[dict[str, Any], ...] = (
 # How many blocks of one shape in a row are left, most first.
 _BLOCKS_IN_A_ROW = (4, 2, 1)
 # What Python and the libraries take before there is a model.
-_BASE_BYTES = 2**30
+BASE_BYTES = 2**30
 # What is left out, the shallower model, and its skeleton.
 _Shallower = tuple[str, Architecture, nn.Module]
 
@@ -137,7 +139,7 @@ def estimated_bytes(model: nn.Module, leaves: int) -> int:
     else seldom. Activations are small at the sizes checked.
     """
     element = 8 if any(isinstance(module, _BatchNorm) for module in model.modules()) else 4
-    return _BASE_BYTES + count_parameters(model) * (leaves * (4 + 2 * element) + 3 * element)
+    return BASE_BYTES + count_parameters(model) * (leaves * (4 + 2 * element) + 3 * element)
 
 
 def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int, ...]]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from treeify.errors import InputError
 from treeify.parity import results
+from treeify.parity.check_levels import BASE_BYTES
 from treeify.parity.results import FULL, META, Coverage, Row
 from treeify.parity.zoo_check import verify_model
 
@@ -198,7 +199,8 @@ def _check(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets Ctrl-C too, and ends this one
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     warnings.simplefilter("ignore")
-    _limit_memory(settings.memory)
+    # With less than the base no numbers are checked, but Python and torch still need theirs.
+    _limit_memory(max(settings.memory, BASE_BYTES))
     os.chdir(directory)
     tempfile.tempdir = scratch
 

@@ -12,14 +12,18 @@ import torch
 from torch import Tensor
 
 from treeify.conversion import checkpoint
-from treeify.conversion.api import hierarchicalize, open_up
+from treeify.conversion.api import resolve
+from treeify.conversion.assemble import assemble, trace_model
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import State, initialization
-from treeify.conversion.splits import choose, inner_point, listed, parse
+from treeify.conversion.initialize import Source, initial_weights
+from treeify.conversion.splits import inner_point, listed, parse
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import ParityError, SplitError
 from treeify.evaluation.cost import count_macs
-from treeify.models.architecture import Architecture, example_shape, family, skeleton
+from treeify.models.architecture import Architecture
+from treeify.models.builders import family
+from treeify.models.image_size import example_shape
+from treeify.models.skeleton import skeleton
 from treeify.parity.check_levels import IMAGES, CheckLevel, check_levels, count_parameters
 from treeify.parity.checks import check_shapes
 from treeify.parity.deterministic import deterministic
@@ -88,10 +92,10 @@ def _check_without_weights(name: str, splits: str) -> dict[str, Any]:
     architecture = Architecture(name)
     base = skeleton(architecture)
     x = torch.zeros(IMAGES, *example_shape(base, architecture), device="meta")
-    traced = open_up(base, architecture, x[:1])
+    traced = trace_model(base, architecture, x[:1])
     inner = inner_point(traced)
     for specs in [splits] if inner is None else [[inner.name], splits]:
-        hne = HierarchicalEnsemble(traced, choose(traced, specs), base, architecture)
+        hne = assemble(base, architecture, specs, traced=traced)
         check_shapes(hne, x)
     return {**_conversion(hne), "inner_split": None if inner is None else inner.name}
 
@@ -100,7 +104,7 @@ def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
     return {
         "splits": hne.conversion.splits.specs,
         "fanouts": hne.tree.fanouts,
-        "packed_fraction": hne.conversion.packed_share,
+        "packed_fraction": hne.conversion.packed_fraction,
         "reasons": hne.conversion.fallbacks,
     }
 
@@ -112,9 +116,9 @@ def _check_numbers(level: CheckLevel, splits: str, tell: Tell) -> None:
         SplitError: the splits named are not there, or not as many as asked for.
     """
     architecture, example = level.architecture, torch.zeros(1, *level.shape)
-    sources = _settled(architecture)
-    hne = hierarchicalize(architecture, splits, init="copy", example_input=example)
-    _fill(hne, sources)
+    source = _settled(architecture)
+    hne = assemble(resolve(architecture)[0], architecture, splits, source, example_input=example)
+    fit_statistics(hne, torch.rand(IMAGES, *level.shape))
     is_full = level.how == FULL
     tell(**_conversion(hne) if is_full else {"shallower_splits": hne.conversion.splits.specs})
     x = torch.rand(IMAGES, *level.shape)
@@ -129,28 +133,22 @@ def _check_numbers(level: CheckLevel, splits: str, tell: Tell) -> None:
     if inner is not None:
         tell(**{"inner_split" if is_full else "shallower_inner_split": inner.name})
         del hne  # its memory serves the next
-        splits_inside = choose(traced, [inner.name])
-        hne = HierarchicalEnsemble(traced, splits_inside, architecture.build(), architecture)
-        _fill(hne, sources)
+        hne = assemble(architecture.build(), architecture, [inner.name], source, traced=traced)
+        fit_statistics(hne, torch.rand(IMAGES, *level.shape))
         if figures.dtypes["eval"] == "float64":  # float32 was too coarse for these weights
             hne, x = hne.double(), x.double()
         deviations["inner_split"] = verify_outputs(hne, x)
         tell(deviations=deviations)
 
 
-def _fill(hne: HierarchicalEnsemble, sources: Callable[[int], State]) -> None:
-    hne.fill(sources)
-    fit_statistics(hne, torch.rand(IMAGES, *hne.example))
-
-
-def _settled(architecture: Architecture) -> Callable[[int], State]:
+def _settled(architecture: Architecture) -> Source:
     """The weights of networks like the model.
 
     Every network has its own, all of them at work: else a mistake could leave no trace.
     """
     base = architecture.build()
     settle(base)
-    return initialization(base, architecture, "perturb", SEED).sources
+    return initial_weights(base, architecture, "perturb", SEED)
 
 
 def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:

@@ -74,3 +74,10 @@ def test_compressed_rows_read_the_same() -> None:
 def test_the_rows_that_ship_have_the_macs_of_every_model() -> None:
     rows = results.shipped().newest().values()
     assert [row.name for row in rows if row.converted and not row.macs] == []
+
+
+def test_the_key_in_files_is_that_of_the_first_rows() -> None:
+    results.append(Path("rows.jsonl"), row("a", packed_fraction=0.5))
+    assert '"packed_share":0.5' in Path("rows.jsonl").read_text(encoding="utf-8")
+    (known,) = results.read(Path("rows.jsonl")).rows
+    assert known.packed_fraction == 0.5

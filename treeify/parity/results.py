@@ -55,7 +55,9 @@ class Row(BaseModel):
         failure: what stopped the check; None where all of it passed.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True
+    )
 
     name: str
     versions: dict[str, str]
@@ -192,7 +194,7 @@ def append(path: Path, row: Row) -> None:
         DataError: the file cannot be written.
     """
     try:
-        files.append_line(path, row.model_dump_json(exclude_defaults=True))
+        files.append_line(path, row.model_dump_json(by_alias=True, exclude_defaults=True))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
 
@@ -210,5 +212,5 @@ def check_writable(path: Path) -> None:
 
 def compressed(rows: Iterable[Row]) -> bytes:
     """A compressed file of the rows, the same for the same rows."""
-    lines = sorted(row.model_dump_json(exclude_defaults=True) + "\n" for row in rows)
+    lines = sorted(row.model_dump_json(by_alias=True, exclude_defaults=True) + "\n" for row in rows)
     return lzma.compress("".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME)

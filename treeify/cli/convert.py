@@ -155,7 +155,7 @@ def _splits_table(hne: HierarchicalEnsemble) -> Table:
 
 def _cost_table(own: Cost, nested: tuple[Cost, ...]) -> Table:
     """Each nested size beside the base model and beside as many independent networks."""
-    table = Table(caption="MACs per image, counted by fvcore; independent: as many base models")
+    table = Table(caption="MACs per image, as fvcore counts; independent: as many base models")
     for heading in ("leaves", "MACs", "x base", "independent", "parameters", "x base"):
         table.add_column(heading, justify="right")
     for cost in (own, *nested):

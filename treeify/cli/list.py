@@ -128,7 +128,7 @@ def list_models(
 
 
 def _table(shown: dict[str, Row | None]) -> Table:
-    caption = "MACs per image of the usual size, without batch norms"
+    caption = "MACs per image of the usual size"
     table = Table(caption=f"{caption}; packed: share of the branches' MACs")
     table.add_column("model", no_wrap=True)
     table.add_column("family")
@@ -139,7 +139,7 @@ def _table(shown: dict[str, Row | None]) -> Table:
         if row is None:
             table.add_row(name, family(name), "?", "?", "?", "no")
         else:
-            share = "?" if row.packed_share is None else f"{row.packed_share:.1%}"
+            share = "?" if row.packed_fraction is None else f"{row.packed_fraction:.1%}"
             counts = (_count(row.parameters), _count(row.macs))
             table.add_row(name, row.family, *counts, share, _checked(row))
     return table
@@ -189,7 +189,7 @@ def _as_json(name: str, row: Row | None) -> dict[str, object]:
         "family": family(name) if row is None else row.family,
         "parameters": row and row.parameters,
         "macs": row and row.macs,
-        "packed_share": row and row.packed_share,
+        "packed_share": row and row.packed_fraction,
         "how": row and row.how,
         "proven": bool(row and row.proven),
         "failure": row and row.failure,

@@ -146,7 +146,7 @@ def _line(row: Row) -> str:
     )
     if row.failure is not None:
         return f"FAILED ({row.how or 'not built'}): {row.failure} ({took})"
-    share = "" if row.packed_share is None else f", {row.packed_share:.1%} of MACs packed"
+    share = "" if row.packed_fraction is None else f", {row.packed_fraction:.1%} of MACs packed"
     if row.how == META:
         reason = "" if row.shortage is None else f": {row.shortage}"
         return f"converted, shapes checked (meta){reason}{share} ({took})"

@@ -26,7 +26,7 @@ from treeify.cli.train import train as train_command
 from treeify.data import digits
 from treeify.errors import CheckpointError, DataError, RecipeError
 from treeify.evaluation.cost import costs
-from treeify.evaluation.metrics import evaluate as score
+from treeify.evaluation.metrics import measure
 from treeify.training import state_file, trainer
 from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.loaders import held_out_loader
@@ -113,7 +113,9 @@ def test_checkpoints_load_and_score_as_recorded(recipe: Recipe) -> None:
     result = train(recipe)
     batches = list(held_out_loader(recipe.data.load().held_out, 2000))
     loaded = treeify.load(result.run.directory / "last")
-    for found, expected in zip(score(loaded, batches), result.last.held_out, strict=True):
+    for found, expected in zip(
+        measure(loaded, batches).result(), result.last.held_out, strict=True
+    ):
         assert (found.leaves, found.accuracy) == (expected.leaves, expected.accuracy)
     images = batches[0][0][:5]
     assert_close(loaded(images), result.run.hne.eval()(images))
@@ -137,7 +139,7 @@ def test_best_is_the_epoch_with_the_highest_accuracy(
 
     def falling(*args, **kwargs):
         scores = measured(*args, **kwargs)
-        scores.totals["correct"][-1] = scores.images * next(shares)
+        scores.state_dict()["correct"][-1] = scores.images * next(shares)
         return scores
 
     monkeypatch.setattr(trainer, "measure", falling)
@@ -248,6 +250,16 @@ def test_a_model_that_returns_more_than_logits_is_refused() -> None:
     hne = treeify.hierarchicalize(Pair(10), ["stage1"], example_input=small.EXAMPLE)
     with pytest.raises(RecipeError, match=r"does not return logits(?s:.)*tuple"):
         trainer.check_classes(hne, digits())
+
+
+def test_counting_classes_leaves_frozen_batch_norms_frozen() -> None:
+    hne = treeify.hierarchicalize(
+        small.SmallNet(10), ["stage1"], example_input=small.EXAMPLE
+    ).train()
+    norm = hne.get_submodule("stem.1").eval()
+    trainer.check_classes(hne, digits())
+    assert hne.training
+    assert not norm.training
 
 
 def test_overwrite_replaces_the_run_and_nothing_else(recipe: Recipe) -> None:
@@ -371,7 +383,7 @@ def test_a_moving_average_is_measured_and_saved(recipe: Recipe, recipe_file: Pat
     averaged = treeify.load(directory / "last" / "ema")
     batches = list(held_out_loader(recipe.data.load().held_out, 2000))
     assert result.last is not None
-    found = [own.accuracy for own in score(averaged, batches)]
+    found = [own.accuracy for own in measure(averaged, batches).result()]
     assert found == [own.accuracy for own in result.last.held_out]
     raw = treeify.load(directory / "last").state_dict()
     assert not torch.equal(raw["head.weight"], averaged.state_dict()["head.weight"])

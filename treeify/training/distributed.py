@@ -150,12 +150,14 @@ class Team:
         """The totals of all of them."""
         if self.size == 1:
             return scores
-        found = Scores(scores.tree)
-        for name, total in scores.totals.items():
-            shared = total.to(self.device, copy=True)
-            dist.all_reduce(shared)
-            found.totals[name].copy_(shared)
-        return found
+        totals = {
+            name: total.to(self.device, copy=True) for name, total in scores.state_dict().items()
+        }
+        for total in totals.values():
+            dist.all_reduce(total)
+        combined = Scores(scores.tree)
+        combined.load_state_dict(totals)
+        return combined
 
     def take_buffers(self, *models: nn.Module) -> None:
         """Give all of them the running statistics of the first, whose models are saved."""

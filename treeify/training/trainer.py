@@ -24,6 +24,7 @@ from treeify.conversion.api import hierarchicalize
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine import timing
+from treeify.engine.preserve import preserve_modes
 from treeify.errors import CheckpointError, DataError, RecipeError, TreeifyError
 from treeify.evaluation.metrics import Scores, measure
 from treeify.models.architecture import Architecture
@@ -157,9 +158,8 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
     """Raise RecipeError unless the ensemble has one logit, and no more, for each class."""
     image = data.example()
     first = next(hne.parameters())
-    was_training = hne.training
-    output = hne.eval()(image[None].to(first.device, first.dtype), leaves=1)
-    hne.train(was_training)
+    with preserve_modes(hne):
+        output = hne.eval()(image[None].to(first.device, first.dtype), leaves=1)
     if not isinstance(output, Tensor):
         raise RecipeError(
             "the model does not return logits.",
@@ -398,12 +398,12 @@ class _Run:
         if self.is_synced:
             with SyncedBatchNorms(counts=weight > 0):
                 yield
-            return
-        if not weight:
-            self.hne.eval()
-        yield
-        if not weight:
-            self.hne.train()
+        elif weight:
+            yield
+        else:
+            with preserve_modes(self.hne):
+                self.hne.eval()
+                yield
 
     def _gather_skipped(self) -> None:
         """Tell all processes of all images that could not be read.
@@ -453,7 +453,7 @@ class _Run:
                 "best": self.best,
                 "best_accuracy": self.best_accuracy,
                 "loss": self.total,
-                "scores": together.totals,
+                "scores": together.state_dict(),
                 "skipped": sorted(self.skipped),
                 "optimizer": self.optimizer.state_dict(),
                 "scaler": None if scaler is None else scaler.state_dict(),
@@ -479,7 +479,7 @@ class _Run:
         self.best, self.best_accuracy = state["best"], state["best_accuracy"]
         self.total = state["loss"]
         if self.team.index == 0:  # the totals of all processes
-            self.scores.take(state["scores"])
+            self.scores.load_state_dict(state["scores"])
         self.skipped = set(state["skipped"])
         self.optimizer.load_state_dict(optimizers.laid_out(state["optimizer"], self.optimizer))
         self.scheduler.step_update(self.step)

@@ -2,6 +2,7 @@
 
 import math
 
+import fusing
 import pytest
 import small
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from treeify.errors import DataError
 from treeify.evaluation.metrics import Score, Scores, measure
+from treeify.fusion.prepared_weights import Prepared
 from treeify.tree import Tree
 
 TREE = Tree((2, 3))
@@ -170,3 +172,11 @@ def test_frozen_batch_norms_stay_frozen() -> None:
     assert scores.images == 3
     assert not norm.training
     assert [module.training for module in hne.modules()] == modes
+
+
+def test_measuring_between_epochs_keeps_no_weights_prepared_for_evaluation() -> None:
+    hne = small.ensemble().train()
+    measure(hne, [(small.images(3), torch.tensor([0, 1, 2]))])
+    prepared = fusing.fused_modules(hne, Prepared)
+    assert prepared
+    assert not any(module._parts for module in prepared)

@@ -42,13 +42,13 @@ def test_the_commands_print_plain_tables(recipe_file: Path) -> None:
 def test_ctrl_c_ends_the_command_with_130(
     recipe_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = trainer._Run._step
+    step = trainer.Trainer._step
 
     def interrupting(self, *args):
         signal.raise_signal(signal.SIGINT)
         return step(self, *args)
 
-    monkeypatch.setattr(trainer._Run, "_step", interrupting)
+    monkeypatch.setattr(trainer.Trainer, "_step", interrupting)
     stopped = CliRunner().invoke(app, ["train", str(recipe_file)])
     assert stopped.exit_code == 130
     assert "the state is saved in runs/tiny/last" in stopped.output

@@ -11,7 +11,7 @@ import runs
 import torch
 
 from treeify.errors import CheckpointError, RecipeError
-from treeify.training.ablation import ablate, cells, expand, last_line, load_grid, results, table
+from treeify.training.ablation import ablate, cells, expand, last_epoch, load_grid, results, table
 from treeify.training.events import Reporter, Step
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "ablations"
@@ -53,14 +53,14 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
         return Stop() if len(count) == 2 else Reporter()
 
     assert not ablate(grid_runs, started=started)
-    assert [last_line(run) is not None for run in grid_runs] == [True, False, False, False]
+    assert [last_epoch(run) is not None for run in grid_runs] == [True, False, False, False]
     assert ablate(grid_runs, started=started)
     assert len(count) == 2 + 3
     assert ablate(grid_runs, started=started)
     assert len(count) == 2 + 3
     found = table(results(grid_runs))
     assert list(found) == ["L_I", "L_HD"]
-    accuracies = [last_line(run)["held_out"][-1]["accuracy"] for run in grid_runs[:2]]
+    accuracies = [last_epoch(run).held_out[-1].accuracy for run in grid_runs[:2]]
     assert found["L_I"][4].mean == pytest.approx(sum(accuracies) / 2)
     assert found["L_I"][4].deviation == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
 
@@ -95,7 +95,7 @@ def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Pat
     """As `kill -9` between the last line of its metrics and its last state leaves it."""
     (run, *_) = expand(grid, tmp_path / "out", seeds=1)
     assert ablate([run])
-    finished = last_line(run)
+    finished = last_epoch(run)
     assert finished is not None
     bits = runs.weights(run.directory)
     shutil.rmtree((run.directory / "last").resolve())
@@ -110,11 +110,11 @@ def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Pat
     for state in (earlier.directory / "checkpoints").iterdir():
         shutil.copytree(state, run.directory / "checkpoints" / state.name)
         (run.directory / "last").symlink_to(Path("checkpoints", state.name))
-    assert last_line(run) is None
+    assert last_epoch(run) is None
     assert ablate([run])
-    again = last_line(run)
+    again = last_epoch(run)
     assert again is not None
-    assert again["held_out"] == finished["held_out"]
+    assert again.held_out == finished.held_out
     assert all(torch.equal(own, bits[key]) for key, own in runs.weights(run.directory).items())
 
 

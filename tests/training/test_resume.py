@@ -55,15 +55,15 @@ def assert_ends_like(whole: Path, run: Path) -> None:
 
 # When a process is killed with -9: a function of whom, at which call, before or after it.
 MOMENTS = {
-    "before the first state": ("treeify.training.trainer:_Run", "_part", 1, False),
-    "in a step": ("treeify.training.trainer:_Run", "_part", 6, False),
+    "before the first state": ("treeify.training.trainer:Trainer", "_accumulate", 1, False),
+    "in a step": ("treeify.training.trainer:Trainer", "_accumulate", 6, False),
     "while measuring": ("treeify.training.trainer", "measure", 1, False),
-    "before the metrics": ("treeify.training.trainer:_Run", "_record", 1, False),
+    "before the metrics": ("treeify.training.trainer:Trainer", "_finish_epoch", 1, False),
     "in a save, weights written": ("treeify.training.state_file", "write_state", 3, False),
     "in a save, not yet named": ("treeify.files", "_bring_to_disk", 9, False),
     "between name and link": ("treeify.files", "point", 4, False),
     "between last and best": ("treeify.files", "point", 6, False),
-    "after the last step": ("treeify.training.trainer:_Run", "_step", 2 * runs.STEPS, True),
+    "after the last step": ("treeify.training.trainer:Trainer", "_step", 2 * runs.STEPS, True),
 }
 
 

@@ -6,16 +6,14 @@ from pathlib import Path
 
 import pytest
 import runs
-import small
 import torch
 from torch.testing import assert_close
 
 import treeify
 from treeify import losses
-from treeify.data import digits
 from treeify.errors import CheckpointError, DataError, RecipeError
 from treeify.evaluation.metrics import measure
-from treeify.training import state_file, trainer
+from treeify.training import state_file
 from treeify.training.loaders import held_out_loader
 from treeify.training.recipe import LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
 from treeify.training.recipe_file import load_recipe
@@ -96,27 +94,6 @@ def test_nothing_is_written_for_bad_input(
     assert [path.name for path in Path().iterdir()] == ["tiny.yaml"]
 
 
-def test_a_model_that_returns_more_than_logits_is_refused() -> None:
-    class Pair(small.SmallNet):
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
-            logits = super().forward(x)
-            return logits, logits
-
-    hne = treeify.hierarchicalize(Pair(10), ["stage1"], example_input=small.EXAMPLE)
-    with pytest.raises(RecipeError, match=r"does not return logits(?s:.)*tuple"):
-        trainer.check_classes(hne, digits())
-
-
-def test_counting_classes_leaves_frozen_batch_norms_frozen() -> None:
-    hne = treeify.hierarchicalize(
-        small.SmallNet(10), ["stage1"], example_input=small.EXAMPLE
-    ).train()
-    norm = hne.get_submodule("stem.1").eval()
-    trainer.check_classes(hne, digits())
-    assert hne.training
-    assert not norm.training
-
-
 def test_a_moving_average_is_measured_and_saved(recipe: Recipe, recipe_file: Path) -> None:
     result = train(load_recipe(recipe_file, ["ema={decay: 0.5}"]))
     directory = result.run.directory
@@ -138,14 +115,6 @@ def test_other_precisions_train(recipe_file: Path, precision: str) -> None:
     assert result.last.loss == pytest.approx(usual.loss, rel=0.1 if precision == "bf16" else 1e-3)
     dtype = {"bf16": torch.float32, "fp64": torch.float64}[precision]
     assert runs.weights(result.run.directory)["head.weight"].dtype is dtype
-
-
-def test_tuned_and_fixed_executions_train(recipe_file: Path) -> None:
-    tuned = train(load_recipe(recipe_file, ["tune=true", "schedule.epochs=1"])).run
-    assert {situation.training for situation in tuned.hne.tunings} == {True, False}
-    assert treeify.load(tuned.directory / "last").tunings == tuned.hne.tunings
-    looped = train(load_recipe(recipe_file, ["execution=[packed, looped, looped]"])).run
-    assert looped.hne.execution == ("packed", "looped", "looped")
 
 
 @pytest.mark.slow

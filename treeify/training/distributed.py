@@ -8,18 +8,21 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from treeify.errors import RecipeError, TreeifyError
 from treeify.evaluation.metrics import Scores
 from treeify.training.recipe import Recipe
 from treeify.training.sync_batch_norm import is_distributed
+
+T = TypeVar("T")
 
 _PRECISIONS = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -43,6 +46,13 @@ def leave() -> None:
     """End the connection to the run's other processes, if there are any, before this one ends."""
     if is_distributed():
         dist.destroy_process_group()
+
+
+def broadcast(value: T) -> T:
+    """What the first process calls this with; every process calls it."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -159,7 +169,7 @@ class Team:
         combined.load_state_dict(totals)
         return combined
 
-    def take_buffers(self, *models: nn.Module) -> None:
+    def share_buffers(self, *models: nn.Module) -> None:
         """Give all of them the running statistics of the first, whose models are saved."""
         if self.size > 1:
             for buffer in (own for model in models for own in model.buffers()):

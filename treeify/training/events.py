@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
@@ -114,18 +114,16 @@ class Reporter:
         """Something is wrong, but the run goes on."""
 
 
+# Lines of `metrics.jsonl`.
+EPOCH = TypeAdapter(Epoch)
+
+
 def flat(epoch: Epoch) -> dict[str, float]:
-    """What trackers are told, e.g. `held_out/accuracy/16`."""
-    found = {"loss": epoch.loss, "seconds": epoch.seconds, "waiting": epoch.waiting}
+    """An epoch's numbers as trackers want them, e.g. `held_out/accuracy/16`."""
+    numbers = {"loss": epoch.loss, "seconds": epoch.seconds, "waiting": epoch.waiting}
     for part in ("train", "held_out"):
         for score in getattr(epoch, part):
             figures = asdict(score)
             leaves = figures.pop("leaves")
-            found |= {f"{part}/{name}/{leaves}": value for name, value in figures.items()}
-    return found
-
-
-def read_epoch(row: dict[str, Any]) -> Epoch:
-    """A line of `metrics.jsonl`."""
-    scores = {part: tuple(Score(**own) for own in row[part]) for part in ("train", "held_out")}
-    return Epoch(**{**row, **scores})
+            numbers |= {f"{part}/{name}/{leaves}": value for name, value in figures.items()}
+    return numbers

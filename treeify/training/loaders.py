@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -220,6 +221,40 @@ def noting(batches: Iterable[Batch], skipped: set[str]) -> Iterator[Batch]:
     for batch in batches:
         skipped.update(batch.skipped)
         yield batch
+
+
+def check_skipped(skipped: Collection[str], allowed: int) -> None:
+    """Compare the images that could not be read with how many a recipe allows.
+
+    Raises:
+        DataError: they are more.
+    """
+    if len(skipped) > allowed:
+        paths = sorted(skipped)[:5]
+        raise DataError(
+            f"{len(skipped)} image{'s'[: len(skipped) > 1]} cannot be read.",
+            expected=f"at most {allowed} (skip_corrupt)",
+            found=", ".join(paths) + (", ..." if len(skipped) > len(paths) else ""),
+            next_step="Replace or remove them, or allow more: skip_corrupt=100.",
+        )
+
+
+class TimedBatches(Iterator[Batch]):
+    """Batches, and the seconds that were spent waiting for them.
+
+    Args:
+        batches: of a loader.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.seconds = 0.0
+        self._batches = iter(batches)
+
+    def __next__(self) -> Batch:
+        begin = time.perf_counter()
+        batch = next(self._batches)
+        self.seconds += time.perf_counter() - begin
+        return batch
 
 
 def _loader(examples: Dataset[Any], workers: int, **options: Any) -> DataLoader[Batch]:

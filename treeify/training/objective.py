@@ -16,7 +16,7 @@ from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
-from treeify.training.run_directory import measured
+from treeify.training.run_directory import scored_ensemble
 
 
 class Objective:
@@ -88,7 +88,7 @@ def load_teacher(
     """
     path = Path(recipe.name)
     if path.is_dir():
-        teacher: nn.Module = checkpoint.load(measured(path))
+        teacher: nn.Module = checkpoint.load(scored_ensemble(path))
     else:
         teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
     teacher.to(device, like.dtype).eval().requires_grad_(False)

@@ -68,12 +68,16 @@ def scheduler(
     return made
 
 
-def laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state in the parameters' memory formats, in which it was computed."""
-    parameters = [own for group in optimizer.param_groups for own in group["params"]]
+def in_memory_formats(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A saved optimizer's state in the memory formats of the parameters it belongs to.
+
+    Files hold every tensor contiguously. Sums over another order of the same numbers would round
+    differently, and a resumed run would not have the bits it would have had.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
+        parameter = parameters[int(index)]
         for key, value in values.items():
-            like = parameters[int(index)]
-            if isinstance(value, Tensor) and value.shape == like.shape:
-                values[key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return state

@@ -27,7 +27,7 @@ from pydantic import Field, PositiveInt, ValidationError
 
 from treeify.errors import RecipeError
 from treeify.training.events import Epoch, Reporter
-from treeify.training.recipe import Recipe, Section
+from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.run_directory import (
     LAST,
@@ -36,6 +36,7 @@ from treeify.training.run_directory import (
     is_run,
     state_name,
 )
+from treeify.training.sections import Section
 from treeify.training.trainer import train
 
 

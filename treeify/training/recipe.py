@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     NonNegativeFloat,
@@ -27,7 +12,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    create_model,
     field_validator,
     model_validator,
 )
@@ -35,83 +19,13 @@ from pydantic_core import PydanticCustomError
 from timm.optim import get_optimizer_info, list_optimizers
 
 from treeify.data import SOURCES, Data
-from treeify.errors import RecipeError, nearest
+from treeify.errors import nearest
 from treeify.losses import LOSSES
 from treeify.registry import Registry
+from treeify.training.sections import Named, Section, options_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Section(BaseModel):
-    """A part of a recipe: no key it does not know, no value converted from another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @classmethod
-    def keys(cls, _values: object) -> list[str]:
-        """The keys this section may have."""
-        return list(cls.model_fields)
-
-
-def section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type holds, if it may hold one."""
-    is_union = get_origin(annotation) in (Union, UnionType)
-    kinds = get_args(annotation) if is_union else (annotation,)
-    return next(
-        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None
-    )
-
-
-class Named(Section):
-    """A function's name, beside it the options of that function.
-
-    The name is a registered one, or `package.module:function` (or a class, whose instances are
-    called) of your own.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    registry: ClassVar[Registry]
-
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The function's options, defaults included."""
-        return dict(self.model_extra or {})
-
-    @classmethod
-    def keys(cls, values: object) -> list[str]:
-        """`name` and the options of the function that `values` names."""
-        named = values.get("name") if isinstance(values, dict) else None
-        try:
-            function = cls.registry.find(str(named))
-        except RecipeError:
-            return list(cls.model_fields)
-        return [*cls.model_fields, *_options(function).model_fields]
-
-    @field_validator("name")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        kind = cls.registry.kind
-        if ":" in name:
-            try:
-                cls.registry.find(name)
-            except RecipeError as error:
-                raise PydanticCustomError(
-                    "unknown_name", f"Input should name a {kind}: {error}"
-                ) from error
-        elif name not in cls.registry:
-            known = nearest(name, cls.registry) or ", ".join(cls.registry)
-            raise PydanticCustomError("unknown_name", f"Input should name a {kind}, e.g. {known}")
-        return name
-
-    @model_validator(mode="after")
-    def _fit_function(self) -> Self:
-        options = _options(self.registry.find(self.name)).model_validate(self.model_extra)
-        assert self.__pydantic_extra__ is not None
-        self.__pydantic_extra__.update(options.model_dump())
-        return self
 
 
 class Ramp(Section):
@@ -144,11 +58,11 @@ class LossRecipe(Named):
 
     registry: ClassVar[Registry] = LOSSES
 
-    ramps: dict[str, Ramp] = {}
+    ramps: dict[str, Ramp] = Field(default={})
 
     @model_validator(mode="after")
     def _ramps_fit_function(self) -> Self:
-        known = _options(self.registry.find(self.name))
+        known = options_of(self.registry.find(self.name))
         for key, ramp in self.ramps.items():
             if key not in known.model_fields:
                 raise PydanticCustomError(
@@ -199,7 +113,7 @@ class ModelRecipe(Section):
     """
 
     name: str
-    kwargs: dict[str, JsonValue] = {}
+    kwargs: dict[str, JsonValue] = Field(default={})
     pretrained: bool = False
     splits: NonNegativeInt | list[str] = 4
     fanout: int = Field(default=2, ge=2)
@@ -236,7 +150,7 @@ class OptimizerRecipe(Section):
     weight_decay: NonNegativeFloat = 5e-4
     filter_bias_and_bn: bool = False
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default={})
     clip_grad: PositiveFloat | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"
 
@@ -277,7 +191,7 @@ class ScheduleRecipe(Section):
     warmup_epochs: NonNegativeFloat = 0.0
     warmup_lr: NonNegativeFloat = 1e-5
     min_lr: NonNegativeFloat = 0.0
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default={})
 
     @model_validator(mode="after")
     def _warms_up_before_the_end(self) -> Self:
@@ -328,7 +242,7 @@ class TeacherRecipe(Section):
     """
 
     name: str
-    kwargs: dict[str, JsonValue] = {}
+    kwargs: dict[str, JsonValue] = Field(default={})
     weight: PositiveFloat = 1.0
     temperature: PositiveFloat = 2.0
 
@@ -398,26 +312,10 @@ class Recipe(Section):
     compile: bool = False
     checkpoints: CheckpointsRecipe = CheckpointsRecipe()
     skip_corrupt: NonNegativeInt = 0
-    trackers: list[str] = []
+    trackers: list[str] = Field(default=[])
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     channels_last: bool = False
     threads: PositiveInt | None = None
     out: str | None = None
-
-
-@functools.cache
-def _options(function: Callable[..., Any]) -> type[BaseModel]:
-    """A model of a function's keyword-only parameters."""
-    described = getattr(function, "__init__") if isinstance(function, type) else function  # noqa: B009
-    hints = get_type_hints(described, include_extras=True)
-    fields: dict[str, Any] = {
-        parameter.name: (
-            hints.get(parameter.name, Any),
-            ... if parameter.default is parameter.empty else parameter.default,
-        )
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    return create_model(function.__name__, __config__=Section.model_config, **fields)

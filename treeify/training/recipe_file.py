@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from treeify.errors import RecipeError, nearest
-from treeify.training.recipe import DataRecipe, Named, Recipe, Section, section_in
+from treeify.training.recipe import DataRecipe, Recipe
+from treeify.training.sections import Named, Section, section_in
 
 KeyPath = tuple[str, ...]
 

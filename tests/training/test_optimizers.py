@@ -46,8 +46,8 @@ def test_a_schedule_or_optimizer_of_timm_is_used_by_name(recipe: Recipe) -> None
 @pytest.mark.parametrize(
     ("override", "match"),
     [
-        ("optimizer.options={no_such: 1}", "optimizer 'momentum' cannot be made.*no_such"),
-        ("schedule.options={no_such: 1}", "schedule 'cosine' cannot be made.*no_such"),
+        ("optimizer.options={no_such: 1}", "optimizer 'momentum' cannot be built.*no_such"),
+        ("schedule.options={no_such: 1}", "schedule 'cosine' cannot be built.*no_such"),
         ("trackers=[tensorbored]", "this run cannot be set up.*tensorbored"),
     ],
 )

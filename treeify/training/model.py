@@ -16,41 +16,36 @@ from treeify.training.recipe import Recipe
 
 
 def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
-    """The untrained ensemble a recipe describes.
+    """Build the untrained ensemble of a recipe, on the CPU.
 
     Args:
         recipe: its model section and seed are used.
-        data: what the ensemble is for; gives the example image and the number of classes.
-
-    Returns:
-        The ensemble, on the CPU.
-
-    Raises:
-        RecipeError: the data and the model have different numbers of classes.
+        data: gives the example image.
     """
     model = recipe.model
-    image = data.example()
     architecture = Architecture(model.name, model.kwargs)
     base: nn.Module | Architecture = architecture
     if model.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             base = architecture.build(pretrained=True)
-    hne = hierarchicalize(
+    return hierarchicalize(
         base,
         splits=model.splits,
         fanout=model.fanout,
         init=model.init,
         seed=recipe.seed,
-        example_input=image[None],
+        example_input=data.example()[None],
     )
-    check_classes(hne, data)
-    return hne
 
 
 @torch.no_grad()
 def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
-    """Raise RecipeError unless the ensemble has one logit, and no more, for each class."""
+    """Compare an ensemble's outputs with the data's classes.
+
+    Raises:
+        RecipeError: there is not one logit for each class.
+    """
     image = data.example()
     first = next(hne.parameters())
     with preserve_modes(hne):
@@ -73,21 +68,21 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
 
 
 def choose_execution(
-    hne: HierarchicalEnsemble, recipe: Recipe, image: Tensor, images: int, team: Team
+    hne: HierarchicalEnsemble, recipe: Recipe, data: Data, images: int, team: Team
 ) -> None:
     """Set how levels run and where their weights lie, measured if the recipe says so.
 
     Args:
         hne: the ensemble, where it will be trained; one that was tuned before stays as it is.
         recipe: its execution, tune and channels_last.
-        image: an example, [C, H, W].
+        data: gives the example image.
         images: how many are in one forward pass of a process.
         team: the first process measures, so that all of them run alike.
     """
     hne.execution = recipe.execution
     if recipe.tune and not hne.tunings:
         _set_memory_format(hne, recipe)  # what tuning compares other plans with
-        first = next(hne.parameters())
+        image, first = data.example(), next(hne.parameters())
         x = image[None].expand(images, *image.shape).to(first.device, first.dtype)
         if team.index == 0:
             for training in (True, False):

@@ -1,4 +1,4 @@
-"""Recipes: all about a training run, in sections that are checked before anything is built."""
+"""Recipes: everything about a training run, in sections that are checked before it begins."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ class LossRecipe(Named):
 
     @model_validator(mode="after")
     def _ramps_fit_function(self) -> Self:
-        known = options_of(self.registry.find(self.name))
+        options = options_of(self.registry.find(self.name))
         for key, ramp in self.ramps.items():
-            if key not in known.model_fields:
+            if key not in options.model_fields:
                 raise PydanticCustomError(
                     "ramp", f"Input should have ramps of the loss's options only, not of {key!r}"
                 )
             try:
-                known.model_validate({**self.options, key: ramp.start})
-                known.model_validate({**self.options, key: ramp.stop})
+                options.model_validate({**self.options, key: ramp.start})
+                options.model_validate({**self.options, key: ramp.stop})
             except ValidationError as error:
-                wanted = error.errors()[0]["msg"].removeprefix("Input should ")
+                rule = error.errors()[0]["msg"].removeprefix("Input should ")
                 raise PydanticCustomError(
-                    "ramp", f"Input should {wanted} at both ends of the ramp of {key}"
+                    "ramp", f"Input should {rule} at both ends of the ramp of {key}"
                 ) from error
         return self
 
@@ -157,9 +157,9 @@ class OptimizerRecipe(Section):
     @field_validator("name")
     @classmethod
     def _is_timms(cls, name: str) -> str:
-        known = [str(own) for own in list_optimizers()]
-        if name not in known:
-            close = nearest(name, known) or ", ".join(known[:8])
+        names = [str(optimizer) for optimizer in list_optimizers()]
+        if name not in names:
+            close = nearest(name, names) or ", ".join(names[:8])
             raise PydanticCustomError(
                 "unknown_name", f"Input should name an optimizer, e.g. {close}"
             )

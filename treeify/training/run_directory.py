@@ -319,16 +319,24 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError unless a run may be written to `path`."""
+def free_path(name: str, out: Path | str | None, *, overwrite: bool) -> Path:
+    """Where a new run goes: `out`, or the first unused of `runs/NAME`, `runs/NAME-2`, ...
+
+    Raises:
+        CheckpointError: `out` exists, and is neither empty nor to be overwritten.
+    """
+    if out is None:
+        return files.unused(Path("runs") / name)
+    path = Path(out)
     if path.is_dir() and not any(path.iterdir()):
-        return
+        return path
     if path.is_dir() and overwrite:
-        if is_run(path) or not any((path / name).exists() for name in RUN_FILES):
-            return
+        clashes = [name for name in RUN_FILES if (path / name).exists()]
+        if is_run(path) or not clashes:
+            return path
         raise CheckpointError(
             f"{str(path)!r} holds no run, but files that a run would replace.",
-            found=", ".join(name for name in RUN_FILES if (path / name).exists()),
+            found=", ".join(clashes),
             next_step="Give another --out.",
         )
     if path.exists():
@@ -337,6 +345,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             expected="a directory that is new or empty",
             next_step="Give another --out, or --overwrite to replace the run in it.",
         )
+    return path
 
 
 def is_run(path: Path) -> bool:
@@ -351,8 +360,3 @@ def create(path: Path) -> RunDirectory:
         for name in RUN_FILES:
             files.remove(path / name)
     return RunDirectory(path)
-
-
-def new_path(name: str) -> Path:
-    """`runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is not there yet."""
-    return files.unused(Path("runs") / name)

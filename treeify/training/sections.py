@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Section(BaseModel):
-    """A part of a recipe: no key it does not know, no value converted from another type."""
+    """A part of a recipe: unknown keys are errors, and so are values of another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
@@ -30,16 +30,16 @@ class Section(BaseModel):
 
 
 def section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type holds, if it may hold one."""
+    """The section among the types that a field may have; None if there is none."""
     is_union = get_origin(annotation) in (Union, UnionType)
-    kinds = get_args(annotation) if is_union else (annotation,)
-    return next(
-        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None
-    )
+    for member in get_args(annotation) if is_union else (annotation,):
+        if isinstance(member, type) and issubclass(member, Section):
+            return member
+    return None
 
 
 class Named(Section):
-    """A function's name, beside it the options of that function.
+    """A section with a function's name and, beside it, the options of that function.
 
     The name is a registered one, or `package.module:function` (or a class, whose instances are
     called) of your own.
@@ -58,9 +58,9 @@ class Named(Section):
     @classmethod
     def keys(cls, values: object) -> list[str]:
         """`name` and the options of the function that `values` names."""
-        named = values.get("name") if isinstance(values, dict) else None
+        name = values.get("name") if isinstance(values, dict) else None
         try:
-            function = cls.registry.find(str(named))
+            function = cls.registry.find(str(name))
         except RecipeError:
             return list(cls.model_fields)
         return [*cls.model_fields, *options_of(function).model_fields]
@@ -77,8 +77,8 @@ class Named(Section):
                     "unknown_name", f"Input should name a {kind}: {error}"
                 ) from error
         elif name not in cls.registry:
-            known = nearest(name, cls.registry) or ", ".join(cls.registry)
-            raise PydanticCustomError("unknown_name", f"Input should name a {kind}, e.g. {known}")
+            names = nearest(name, cls.registry) or ", ".join(cls.registry)
+            raise PydanticCustomError("unknown_name", f"Input should name a {kind}, e.g. {names}")
         return name
 
     @model_validator(mode="after")
@@ -91,9 +91,9 @@ class Named(Section):
 
 @functools.cache
 def options_of(function: Callable[..., Any]) -> type[BaseModel]:
-    """A model of a function's keyword-only parameters."""
-    described = getattr(function, "__init__") if isinstance(function, type) else function  # noqa: B009
-    hints = get_type_hints(described, include_extras=True)
+    """A pydantic model of a function's keyword-only parameters; of a class's, to be built."""
+    signed = getattr(function, "__init__") if isinstance(function, type) else function  # noqa: B009
+    hints = get_type_hints(signed, include_extras=True)
     fields: dict[str, Any] = {
         parameter.name: (
             hints.get(parameter.name, Any),

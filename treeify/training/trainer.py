@@ -45,12 +45,11 @@ from treeify.training.recipe import Recipe
 from treeify.training.run_directory import (
     RunDirectory,
     SavedState,
-    check_free,
     check_same,
     create,
+    free_path,
     load_state,
     locked,
-    new_path,
     state_name,
 )
 from treeify.training.run_state import RunState
@@ -101,7 +100,9 @@ def train(
         directory = RunDirectory(Path(resume))
         check_same(directory, recipe)
     else:
-        directory = _choose_directory(recipe, out or recipe.out, overwrite, is_main)
+        out = out or recipe.out
+        path = free_path(recipe.name, out, overwrite=overwrite) if is_main else Path()
+        directory = RunDirectory(distributed.broadcast(path))
     with timing.threads(recipe.threads), ExitStack() as stack:
         if resume is not None and is_main:
             stack.enter_context(locked(directory))
@@ -109,8 +110,7 @@ def train(
             data = recipe.data.load()
         saved = None if resume is None else _load_newest(directory, is_main, reporter)
         hne = build(recipe, data) if saved is None else saved.hne
-        if saved is not None:
-            check_classes(hne, data)
+        check_classes(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)
         if saved is not None:
             trainer.load(saved)
@@ -122,16 +122,6 @@ def train(
             return trainer.fit()
 
 
-def _choose_directory(
-    recipe: Recipe, out: Path | str | None, overwrite: bool, is_main: bool
-) -> RunDirectory:
-    """Where a new run goes; chosen by the main process, and made once the run can begin."""
-    path = new_path(recipe.name) if out is None else Path(out)
-    if is_main and out is not None:
-        check_free(path, overwrite=overwrite)
-    return RunDirectory(distributed.broadcast(path))
-
-
 def _load_newest(directory: RunDirectory, is_main: bool, reporter: Reporter) -> SavedState | None:
     """The state to go on from; the main process tidies up and chooses."""
     path = distributed.broadcast(directory.newest(reporter.warned) if is_main else None)
@@ -139,16 +129,7 @@ def _load_newest(directory: RunDirectory, is_main: bool, reporter: Reporter) -> 
 
 
 class Trainer:
-    """The loop of a training run, in one of its processes.
-
-    Args:
-        recipe: what to train on what, and how.
-        data: the recipe's.
-        hne: the ensemble to train.
-        device: where; the one that Accelerate gives this process if there are several.
-        directory: what the run is written to.
-        reporter: hears about every step and epoch.
-    """
+    """The loop of a training run, in one of its processes."""
 
     def __init__(
         self,
@@ -159,32 +140,32 @@ class Trainer:
         directory: RunDirectory,
         reporter: Reporter,
     ) -> None:
+        """Connect everything that the recipe names; nothing is trained or written yet."""
         self.recipe, self.data, self.hne = recipe, data, hne
         self.directory, self.reporter = directory, reporter
         self.accelerator = distributed.accelerator(recipe, device, directory.path)
         self.team = team = Team(self.accelerator)
         hne.to(team.device, torch.float64 if recipe.precision == "fp64" else None)
+        divided = {"process": team.index, "processes": team.size}
         self.order = Order(
             len(data.train),  # type: ignore[arg-type]
             recipe.batch_size,
             recipe.seed,
-            process=team.index,
-            processes=team.size,
             parts=recipe.gradient_accumulation,
+            **divided,
         )
         self.train_batches = training_loader(data, self.order, recipe.workers)
         self.held_out_batches = held_out_loader(
             data.held_out,
             recipe.batch_size,
             workers=recipe.workers,
-            process=team.index,
-            processes=team.size,
             skip=recipe.skip_corrupt > 0,
+            **divided,
         )
         self.objective = Objective(recipe, hne, team.device)
         self.mix = None if recipe.mix is None else mixing(recipe.mix, len(data.classes))
         images = max(1, recipe.batch_size // (team.size * self.order.parts))
-        choose_execution(hne, recipe, data.example(), images, team)
+        choose_execution(hne, recipe, data, images, team)
         self.ema = None
         if recipe.ema is not None:
             self.ema = ModelEmaV3(hne, recipe.ema.decay, use_warmup=recipe.ema.warmup)
@@ -273,7 +254,7 @@ class Trainer:
             if is_save_due:
                 self._save()
         training_time = time.perf_counter() - begin
-        self.team.share_buffers(self.hne, *([] if self.ema is None else [self.ema]))
+        self.team.broadcast_buffers(self.hne, *([] if self.ema is None else [self.ema]))
         held_out = measure(
             self.hne if self.ema is None else self.ema.module,
             noting(self.held_out_batches, state.skipped),
@@ -288,8 +269,8 @@ class Trainer:
             time.perf_counter() - begin,
             batches.seconds / training_time if training_time else 0.0,
             state.loss / order.images,
-            self.team.together(state.scores).result(),
-            self.team.together(held_out).result(),
+            self.team.combine(state.scores).result(),
+            self.team.combine(held_out).result(),
             len(state.skipped),
         )
 
@@ -410,7 +391,7 @@ class Trainer:
 
     def _save(self) -> None:
         """Write the state of the run; the first process does, with the scores of all of them."""
-        scores = self.team.together(self.state.scores)
+        scores = self.team.combine(self.state.scores)
         if self.accelerator.is_main_process:
             state = replace(self.state, scores=scores).state_dict()
             ema = None if self.ema is None else self.ema.module

@@ -1,10 +1,15 @@
-"""Trackers get the numbers of every epoch."""
+"""Epochs as lines of a file, and as numbers for trackers."""
 
+import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import runs
 
+from treeify.evaluation.metrics import Score
+from treeify.training.events import EPOCH, Epoch, flat
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 
@@ -36,3 +41,13 @@ def test_weights_and_biases_is_told(
     for own in result.last.held_out:
         assert f"held_out/nll/{own.leaves}".encode() in told
         assert str(own.nll).encode() in told
+
+
+def test_an_epoch_comes_back_from_its_line_and_flat_has_its_numbers() -> None:
+    scores = Score(1, 50.0, 2.5, math.inf, 0.0), Score(2, 60.0, 2.0, 3.0, 0.1)
+    epoch = Epoch(3, 12, 1.5, 0.25, 2.25, scores, scores[:1], skipped=4)
+    assert EPOCH.validate_python(json.loads(json.dumps(asdict(epoch)))) == epoch
+    numbers = flat(epoch)
+    assert numbers["train/nll/2"] == 2.0
+    assert numbers["held_out/accuracy/1"] == 50.0
+    assert len(numbers) == 3 + 3 * 4

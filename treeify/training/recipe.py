@@ -135,13 +135,14 @@ class OptimizerRecipe(Section):
         name: as `timm.optim.list_optimizers()` has them: `momentum` is plain SGD with momentum,
             `sgd` the same with Nesterov's.
         lr: learning rate.
-        momentum: of those that have one.
+        momentum: of optimizers that have one.
         weight_decay: of all parameters, or see `filter_bias_and_bn`.
-        filter_bias_and_bn: spare biases and norms the weight decay, as timm does by default.
+        filter_bias_and_bn: no weight decay for biases and norms, as timm does by default.
         layer_decay: factor of the learning rate from layer to layer, towards the input.
         options: further arguments of the optimizer, e.g. `{betas: [0.9, 0.95]}`.
-        clip_grad: largest gradient allowed.
-        clip_mode: of what: the `norm` of all, each `value`, or `agc`, adaptive by parameter.
+        clip_grad: largest gradient.
+        clip_mode: what is limited: the `norm` of all gradients, each `value`, or with `agc` the
+            ratio of gradient to weight.
     """
 
     name: str = "momentum"
@@ -218,9 +219,9 @@ class MixRecipe(Section):
     Args:
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
-        prob: share of batches that are mixed.
-        switch_prob: share of those that CutMix gets where both are on.
-        label_smoothing: taken from the right class and spread over all.
+        prob: fraction of batches that are mixed.
+        switch_prob: fraction of those that CutMix mixes where both are on.
+        label_smoothing: part of a label that is spread evenly over all classes.
     """
 
     mixup: NonNegativeFloat = 0.0
@@ -252,7 +253,7 @@ class CheckpointsRecipe(Section):
 
     Args:
         minutes: since the last time.
-        keep: how many of the newest to keep, besides the best.
+        keep: how many of the newest stay, besides the best.
     """
 
     minutes: PositiveFloat = 10.0
@@ -270,8 +271,8 @@ class Recipe(Section):
         optimizer: timm's optimizers.
         schedule: epochs and learning rate over time.
         batch_size: images per training step, of all processes together.
-        gradient_accumulation: in so many parts a process's share of a step is computed, to save
-            memory; batch norms see one part at a time.
+        gradient_accumulation: parts in which a process computes its images of a step, one after
+            the other, to save memory; batch norms see one part at a time.
         mix: mixup and CutMix.
         ema: moving average of the weights.
         teacher: another classifier to learn from.
@@ -279,19 +280,19 @@ class Recipe(Section):
         sync_batch_norm: several processes share the statistics of batch norms.
         execution: how levels run: `auto`, `packed` or `looped`, or a list with `packed` or
             `looped` for each level.
-        tune: measure first which way of running is fastest, and take it where execution is `auto`;
-            two runs may then differ in rounding.
+        tune: measure first which execution is fastest, and use it where execution is `auto`; two
+            runs may then differ in rounding.
         compile: run the ensemble through `torch.compile`.
         checkpoints: when the state is saved.
-        skip_corrupt: so many images that cannot be read are passed over and reported; one more is
+        skip_corrupt: how many images may be unreadable: they are skipped and reported; one more is
             an error.
         trackers: where Accelerate also reports to: `tensorboard`, `wandb`, ...
         seed: of the weights, the order of the images and their augmentation.
         workers: processes that prepare images; 0 prepares them in the training process.
-        device: `auto` takes CUDA, then MPS, then the CPU.
-        channels_last: keep images as [N, H, W, C] in memory, which most convolutions run faster on.
+        device: `auto` is CUDA, then MPS, then the CPU.
+        channels_last: memory format [N, H, W, C], in which most convolutions are faster.
         threads: CPU threads for PyTorch; null leaves PyTorch's choice.
-        out: run directory, new or empty; null takes `runs/NAME`, `runs/NAME-2`, ...
+        out: run directory, new or empty; null is `runs/NAME`, `runs/NAME-2`, ...
     """
 
     name: str = Field(pattern=r"^\w[\w.-]*$")

@@ -5,7 +5,6 @@ import pytest
 
 from treeify import losses
 from treeify.errors import DataError, RecipeError
-from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import data_recipe, dump_recipe, load_recipe
 
 GOOD = """\
@@ -199,19 +198,6 @@ def test_python_tags_are_refused(tmp_path: Path) -> None:
 def test_an_endless_alias_is_an_error(tmp_path: Path) -> None:
     text = GOOD.replace("kwargs: {width: 0.25}", "kwargs: &a {width: *a}")
     assert "model.kwargs" in problems(tmp_path, text)
-
-
-def test_a_recipe_made_in_python_is_checked_too() -> None:
-    with pytest.raises(ValueError, match="alhpa"):
-        Recipe.model_validate(
-            {
-                "name": "x",
-                "model": {"name": "resnet18"},
-                "data": {"name": "digits"},
-                "loss": {"name": "co_distillation", "alhpa": 1.0},
-                "schedule": {"epochs": 1},
-            }
-        )
 
 
 def test_a_data_section_from_words() -> None:

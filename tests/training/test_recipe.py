@@ -1,0 +1,49 @@
+"""Recipes that are made in Python, and what their sections refuse."""
+
+import re
+from typing import Any
+
+import pytest
+
+from treeify.training.recipe import LossRecipe, ModelRecipe, OptimizerRecipe, Ramp, Recipe
+
+
+def test_a_recipe_made_in_python_is_checked_too() -> None:
+    with pytest.raises(ValueError, match="alhpa"):
+        Recipe.model_validate(
+            {
+                "name": "x",
+                "model": {"name": "resnet18"},
+                "data": {"name": "digits"},
+                "loss": {"name": "co_distillation", "alhpa": 1.0},
+                "schedule": {"epochs": 1},
+            }
+        )
+
+
+def test_a_ramp_moves_in_a_straight_line_and_then_stays() -> None:
+    ramp = Ramp(start=1.0, stop=2.0, epochs=4.0)
+    assert [ramp.at(epoch) for epoch in (0, 1, 4, 9)] == [1.0, 1.25, 2.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        (ModelRecipe, {"name": "resnet18", "pretrained": True}, "init: perturb (or copy)"),
+        (OptimizerRecipe, {"name": "momentun"}, "should name an optimizer, e.g. 'momentum'"),
+        (OptimizerRecipe, {"name": "adahessian"}, "no second derivatives"),
+        (
+            LossRecipe,
+            {
+                "name": "co_distillation",
+                "ramps": {"alpha": {"start": 0.0, "stop": 2.0, "epochs": 1.0}},
+            },
+            "less than or equal to 1 at both ends of the ramp of alpha",
+        ),
+    ],
+)
+def test_values_that_do_not_fit_one_another(
+    section: Any, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        section.model_validate(values)

@@ -198,6 +198,7 @@ def explained(next_step: Callable[[], str]) -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = str(error)
+        # The error of the other side: gloo and NCCL only say that a connection was closed.
         lost = is_distributed() and any(word in text for word in ("Connection", "gloo", "NCCL"))
         if not (lost or "DataLoader worker (pid" in text or isinstance(error, dist.DistError)):
             raise

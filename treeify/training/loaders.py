@@ -109,6 +109,7 @@ class Order(Sampler[list[Draw]]):
         return parts[part * self.processes + self.process]
 
     def __iter__(self) -> Iterator[list[Draw]]:
+        # Drawn in full even from the middle of an epoch, and by every process: all see one order.
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
         order = torch.randperm(self.images, generator=generator)
         for step in range(self.start, self.steps):
@@ -136,6 +137,7 @@ class TrainingImages(Dataset[tuple[Any, Any, tuple[str, ...]]]):
         skipped: list[str] = []
         count = len(self.examples)
         for index in ((draw.image + further) % count for further in range(count)):
+            # Anew for each image, so that it does not matter which worker reads it, or what before.
             seed_everything(seed_of("image", self.seed, draw.epoch, index))
             try:
                 image, label = self.examples[index]

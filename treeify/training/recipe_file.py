@@ -286,7 +286,8 @@ def _suggestion(section: type[Section], key: KeyPath, values: object) -> str:
     if close := nearest(key[-1], siblings, count=1):
         return f", did you mean {close}?"
     if elsewhere := [path for path in paths if path[-1] == key[-1]]:
-        return f", did you mean {'.'.join(min(elsewhere, key=len))!r}?"
+        shortest = min(elsewhere, key=len)
+        return f", did you mean {'.'.join(shortest)!r}?"
     return f"; valid here: {', '.join(siblings)}"
 
 

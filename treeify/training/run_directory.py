@@ -137,6 +137,7 @@ class RunDirectory:
         with self._writing():
             files.publish(final, write)
             self._point(final, state)
+        # Last: until now the links named one of these.
         for old in self._states()[:-keep]:
             if old.name != state["best"]:
                 shutil.rmtree(old)
@@ -191,6 +192,7 @@ class RunDirectory:
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             else:
+                # A process that was killed may have written it without pointing to it.
                 with self._writing():
                     self._point(path, state)
                 self._forget_after(state["epochs"])
@@ -319,14 +321,15 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def free_path(name: str, out: Path | str | None, *, overwrite: bool) -> Path:
-    """Where a new run goes: `out`, or the first unused of `runs/NAME`, `runs/NAME-2`, ...
+def free_path(recipe: Recipe, out: Path | str | None, *, overwrite: bool) -> Path:
+    """Where a new run goes: `out`, else the recipe's, else `runs/NAME`, `runs/NAME-2`, ...
 
     Raises:
-        CheckpointError: `out` exists, and is neither empty nor to be overwritten.
+        CheckpointError: the directory is neither empty nor to be overwritten.
     """
+    out = out or recipe.out
     if out is None:
-        return files.unused(Path("runs") / name)
+        return files.unused(Path("runs") / recipe.name)
     path = Path(out)
     if path.is_dir() and not any(path.iterdir()):
         return path

@@ -100,10 +100,10 @@ def train(
         directory = RunDirectory(Path(resume))
         check_same(directory, recipe)
     else:
-        out = out or recipe.out
-        path = free_path(recipe.name, out, overwrite=overwrite) if is_main else Path()
+        path = free_path(recipe, out, overwrite=overwrite) if is_main else Path()
         directory = RunDirectory(distributed.broadcast(path))
     with timing.threads(recipe.threads), ExitStack() as stack:
+        # Before `newest` tidies up, which would remove drafts that another process is writing.
         if resume is not None and is_main:
             stack.enter_context(locked(directory))
         with processes.local_main_process_first():
@@ -164,6 +164,7 @@ class Trainer:
         )
         self.objective = Objective(recipe, hne, team.device)
         self.mix = None if recipe.mix is None else mixing(recipe.mix, len(data.classes))
+        # Before the average copies the weights: it is to have their memory format.
         images = max(1, recipe.batch_size // (team.size * self.order.parts))
         choose_execution(hne, recipe, data, images, team)
         self.ema = None
@@ -187,15 +188,15 @@ class Trainer:
         Raises:
             CheckpointError: it was saved on other data.
         """
-        images, expected = self.state.images, saved.state["images"]
-        if images != expected:
+        if (expected := saved.state["images"]) != self.order.images:
             raise CheckpointError(
                 f"{self.directory.path} was trained on other data.",
                 expected=f"{expected:,} training images",
-                found=f"{images:,}",
+                found=f"{self.order.images:,}",
             )
         self.state.load_state_dict(saved.state)
-        if self.team.index:  # the saved scores are those of all processes: the first goes on
+        # The saved scores are those of all processes, and must be counted once.
+        if self.team.index:
             self.state.scores = Scores(self.hne.tree)
         self.scheduler.step_update(self.state.step)
         if self.ema is not None and saved.ema is not None:
@@ -331,8 +332,7 @@ class Trainer:
         with nullcontext() if is_last else self.accelerator.no_sync(self.model):
             with self._batch_norms(weight):
                 logits = self.model(images)
-            epochs = self.state.step / self.order.steps
-            loss = self.objective(logits, labels, images, epochs)
+            loss = self.objective(logits, labels, images, self.state.step / self.order.steps)
             # The step's loss is the mean over its images, and a part's weight the fraction of them
             # that it has. Processes' gradients are averaged, though, not summed.
             self.accelerator.backward(loss * (weight * self.team.size))

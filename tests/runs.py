@@ -234,17 +234,17 @@ def killed(file: Path, owner: str, name: str, count: int, after: bool) -> int | 
 
 def _die(file: Path, owner: str, name: str, count: int, after: bool) -> None:
     """Train until a function is called for the n-th time; then kill this process with -9."""
-    whose = pkgutil.resolve_name(owner)
-    original, calls = getattr(whose, name), []
+    namespace = pkgutil.resolve_name(owner)
+    original, calls = getattr(namespace, name), []
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        found = original(*args, **kwargs) if after or len(calls) < count else None
+        result = original(*args, **kwargs) if after or len(calls) < count else None
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
-        return found
+        return result
 
-    setattr(whose, name, dying)
+    setattr(namespace, name, dying)
     _train(file.parent, file, "--out", "run")
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from treeify.errors import CheckpointError, RecipeError
 from treeify.training.ablation import ablate, cells, expand, last_epoch, load_grid, results, table
-from treeify.training.events import Reporter, Step
+from treeify.training.events import Reporter
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "ablations"
 GRID = """\
@@ -42,15 +41,11 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
     assert [run.recipe.seed for run in grid_runs] == [0, 1, 0, 1]
     assert grid_runs[2].recipe.loss.options["alpha"] == 0.3
 
-    class Stop(Reporter):
-        def stepped(self, step: Step) -> None:
-            signal.raise_signal(signal.SIGINT)
-
     count = []
 
     def started(run: object) -> Reporter:
         count.append(run)
-        return Stop() if len(count) == 2 else Reporter()
+        return runs.InterruptAt(1) if len(count) == 2 else Reporter()
 
     assert not ablate(grid_runs, started=started)
     assert [last_epoch(run) is not None for run in grid_runs] == [True, False, False, False]
@@ -101,11 +96,7 @@ def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Pat
     shutil.rmtree((run.directory / "last").resolve())
     earlier = expand(grid, tmp_path / "other", seeds=1)[0]
 
-    class Stop(Reporter):
-        def stepped(self, step: Step) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-    assert not ablate([earlier], started=lambda _: Stop())
+    assert not ablate([earlier], started=lambda _: runs.InterruptAt(1))
     (run.directory / "last").unlink()
     for state in (earlier.directory / "checkpoints").iterdir():
         shutil.copytree(state, run.directory / "checkpoints" / state.name)

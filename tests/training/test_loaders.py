@@ -17,25 +17,25 @@ from treeify.training.trainer import train
 
 @pytest.mark.parametrize("images", [1, 7, 96, 100])
 @pytest.mark.parametrize(("processes", "parts"), [(1, 1), (2, 1), (3, 2)])
-def test_shares_make_up_every_step(images: int, processes: int, parts: int) -> None:
-    whole = Order(images, 16, 3)
-    shares = [
+def test_processes_divide_every_step(images: int, processes: int, parts: int) -> None:
+    alone = Order(images, 16, 3)
+    orders = [
         Order(images, 16, 3, process=process, processes=processes, parts=parts)
         for process in range(processes)
     ]
-    steps = [list(share) for share in shares]
-    for step, expected in enumerate(whole):
-        found, weight = [], 0.0
-        for process, share in enumerate(shares):
+    batches = [list(order) for order in orders]
+    for step, expected in enumerate(alone):
+        draws, weight = [], 0.0
+        for process, order in enumerate(orders):
             for part in range(parts):
-                weight += share.weight(step, part)
-                batch = steps[process][step * parts + part]
+                weight += order.weight(step, part)
+                batch = batches[process][step * parts + part]
                 assert batch
-                if share.weight(step, part):
-                    found += batch
-        assert sorted(found) == sorted(expected)
+                if order.weight(step, part):
+                    draws += batch
+        assert sorted(draws) == sorted(expected)
         assert weight == pytest.approx(1)
-    assert sorted(draw.image for batch in whole for draw in batch) == list(range(images))
+    assert sorted(draw.image for batch in alone for draw in batch) == list(range(images))
 
 
 def test_the_order_depends_on_seed_and_epoch_and_can_begin_anywhere() -> None:

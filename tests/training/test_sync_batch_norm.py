@@ -8,8 +8,8 @@ import torch
 from torch.testing import assert_close
 
 
-def test_batch_norms_of_uneven_shares_equal_one_of_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(norms.of_a_share, (runs.free_port(), tmp_path), nprocs=2)
+def test_batch_norms_of_uneven_parts_equal_one_of_all(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(norms.norm_a_part, (runs.free_port(), tmp_path), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     x, weight, bias, mean, var = norms.images_and_norm()
     x.requires_grad_()
@@ -17,8 +17,8 @@ def test_batch_norms_of_uneven_shares_equal_one_of_all(tmp_path: Path) -> None:
     (out * out.detach().cos()).sum().backward()
     assert_close(torch.cat([first["out"], second["out"]]), out.detach())
     assert_close(torch.cat([first["grad"], second["grad"]]), x.grad)
-    for name, whole in (("weight", weight.grad), ("bias", bias.grad)):
-        assert_close(first[name] + second[name], whole)
-    for own in (first, second):
-        assert_close(own["mean"], mean)
-        assert_close(own["var"], var)
+    for name, gradient in (("weight", weight.grad), ("bias", bias.grad)):
+        assert_close(first[name] + second[name], gradient)
+    for tensors in (first, second):
+        assert_close(tensors["mean"], mean)
+        assert_close(tensors["var"], var)

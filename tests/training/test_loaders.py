@@ -1,15 +1,18 @@
 """Which images a step gets, and what happens to those that cannot be read."""
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import runner
 import runs
+import torch
 
 import treeify
 from treeify.errors import DataError
-from treeify.training.loaders import Order, seed_of
+from treeify.training.loaders import Batch, Order, TimedBatches, check_skipped, seed_of
 from treeify.training.recipe import Recipe
 from treeify.training.run_directory import state_name
 from treeify.training.trainer import train
@@ -49,6 +52,25 @@ def test_the_order_depends_on_seed_and_epoch_and_can_begin_anywhere() -> None:
     assert [draw.image for draw in next(iter(order))] != [draw.image for draw in first[0]]
     assert list(Order(100, 16, 4)) != first
     assert seed_of("a", 1) != seed_of("a", 2)
+
+
+def test_only_the_time_spent_waiting_for_batches_counts() -> None:
+    def slow() -> Iterator[Batch]:
+        for _ in range(2):
+            time.sleep(0.02)
+            yield Batch(torch.empty(0), torch.empty(0), ())
+
+    batches = TimedBatches(slow())
+    time.sleep(0.5)
+    assert len(list(batches)) == 2
+    assert 0.04 <= batches.seconds < 0.5
+
+
+def test_as_many_images_may_be_unreadable_as_the_recipe_says() -> None:
+    paths = {f"{index}.png" for index in range(7)}
+    check_skipped(paths, 7)
+    with pytest.raises(DataError, match=r"(?s)7 images.*at most 6.*0.png, .*, 4.png, \.\.\."):
+        check_skipped(paths, 6)
 
 
 def damaged_photos(folder: Path, damaged: int) -> None:

@@ -71,8 +71,8 @@ def scheduler(
 def in_memory_formats(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     """A saved optimizer's state in the memory formats of the parameters it belongs to.
 
-    Files hold every tensor contiguously. Sums over another order of the same numbers would round
-    differently, and a resumed run would not have the bits it would have had.
+    Files hold every tensor contiguously. Kernels go through memory in order, and in another order
+    they may round differently: the resumed run would not get the bits of one that was not stopped.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():

@@ -22,8 +22,8 @@ from treeify.data import Data
 from treeify.engine.plan import TUNING, Tuning
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.training.distributed import resolve_device
+from treeify.training.model import check_classes
 from treeify.training.recipe import DataRecipe
-from treeify.training.trainer import check_classes
 
 
 def calibrate(

@@ -22,7 +22,7 @@ from treeify.errors import DataError
 from treeify.evaluation.metrics import measure
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
-from treeify.training.trainer import check_classes
+from treeify.training.model import check_classes
 
 _LATENCY = 3.0  # seconds for all sizes together
 

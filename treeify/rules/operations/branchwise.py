@@ -55,10 +55,10 @@ class FirstBranch(EachBranch):
 
 
 class Dense(nn.Module):
-    """What is given to an untraced function or module that is called once for all branches."""
+    """Makes contiguous what an untraced function or module is called with, once for all branches."""
 
     def forward(self, span: Span, value: Any) -> Any:
-        """The value, without gaps in memory."""
+        """The value, its tensors contiguous."""
         return _dense(value)
 
 

@@ -55,7 +55,7 @@ class FirstBranch(EachBranch):
 
 
 class Dense(nn.Module):
-    """Makes contiguous what an untraced function or module is called with, once for all branches."""
+    """Makes contiguous what an untraced function or module is called with once for all."""
 
     def forward(self, span: Span, value: Any) -> Any:
         """The value, its tensors contiguous."""

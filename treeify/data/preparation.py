@@ -84,7 +84,11 @@ _BY_TIMM = ("image_folder", "timm", "webdataset")
 def timm_transforms(
     size: int, like: str | None, flip: bool, auto_augment: str | None, random_erasing: float
 ) -> tuple[Transform, Transform]:
-    """What timm does with training images and with held-out ones."""
+    """What timm does with training images and with held-out ones.
+
+    Raises:
+        DataError: nothing is known of the model `like`, or the augmentation is unknown.
+    """
     options: dict[str, Any] = {"input_size": size, **transform_options(like)}
     try:
         crop = create_transform(
@@ -153,7 +157,7 @@ def _torchvision_transform(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Preparation:
-    """How files become images `[C, H, W]`.
+    """How decoded images become inputs `[C, H, W]` of an ensemble.
 
     Args:
         shape: of the images.
@@ -170,7 +174,7 @@ class Preparation:
     source: str
 
     def __str__(self) -> str:
-        """One line."""
+        """Shape, statistics and where they come from, in one line."""
         shape = " x ".join(map(str, self.shape))
         mean, std = (" ".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
         return f"{shape}, mean {mean}, std {std} ({self.source})"
@@ -232,7 +236,7 @@ def preparation_for(
 
 
 def _per_channel(values: Sequence[float], channels: int, option: str) -> tuple[float, ...]:
-    """One number for each channel: a single one is for all, grey images have the colours' mean."""
+    """One number for each channel: a single one is for all, and grey is the mean of colours."""
     if channels == 1 and len(values) == 3:
         return (sum(values) / 3,)
     if len(values) not in (1, channels):
@@ -278,11 +282,11 @@ def _by_timm(options: Mapping[str, Any], shape: Shape, source: str) -> Preparati
 
 
 def read_files(files: Sequence[Path], preparation: Preparation) -> Tensor:
-    """A batch of image files, `[N, C, H, W]`.
+    """A batch of images `[N, C, H, W]` from their files.
 
     Args:
         files: in any format that Pillow decodes; turned as their EXIF orientation says.
-        preparation: what is done with each.
+        preparation: of each image.
 
     Raises:
         DataError: files are missing or cannot be decoded; all of them are named.

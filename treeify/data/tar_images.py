@@ -18,7 +18,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 
 
 class Entry(NamedTuple):
-    """Where one image lies.
+    """Where the bytes of one image lie, and its class.
 
     Args:
         tar: path of the file.
@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 
 
 class TarImages(Dataset[Any]):
-    """Images and classes, in their order.
+    """The images of tar files and their classes, read by index.
 
     Args:
         entries: where each lies.

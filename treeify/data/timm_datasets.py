@@ -54,7 +54,8 @@ def timm_dataset(
         As many classes as the data set has.
 
     Raises:
-        DataError: it cannot be read by index, is not there, or its parts have different classes.
+        DataError: it cannot be read by index or does not exist, or its parts have different
+            classes.
     """
     (train, classes), (held_out, others) = (
         _timm_part(dataset, Path(root), split, class_map, download)
@@ -78,7 +79,7 @@ def timm_dataset(
 
 
 class _TimmImages(Dataset[Any]):
-    """Images and classes of timm's data set, damaged ones named instead of passed over."""
+    """The images of a timm data set and their classes; timm passes over damaged images."""
 
     def __init__(self, dataset: Any) -> None:
         # A reader gives files; without one, torchvision gives images.
@@ -101,7 +102,7 @@ class _TimmImages(Dataset[Any]):
 
 
 def _classes(source: Any) -> tuple[str, ...]:
-    """Names of the classes, as the data set knows them."""
+    """The names of the classes in the order of their numbers."""
     numbered = getattr(source, "class_to_idx", None)
     if numbered:
         return tuple(str(name) for name in sorted(numbered, key=numbered.__getitem__))
@@ -118,7 +119,7 @@ def _classes(source: Any) -> tuple[str, ...]:
 def _timm_part(
     dataset: str, root: Path, split: str, class_map: str | None, download: bool
 ) -> tuple[Any, tuple[str, ...]]:
-    """The images of a part and the names of its classes."""
+    """The images of one split and the names of its classes."""
     tar = root / f"{split}.tar"
     if not dataset and tar.is_file():
         return folders_in(tar)

@@ -15,7 +15,7 @@ from treeify.models.builders import find_builder
 
 @dataclass(frozen=True)
 class Architecture:
-    """The recipe for one base model: a name and the arguments its builder gets.
+    """How to build a base model: its name and the arguments of its builder.
 
     Args:
         name: timm's name (`mobilenetv2_140`, also `timm/mobilenetv2_140`), `torchvision/resnet50`,

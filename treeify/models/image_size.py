@@ -17,12 +17,12 @@ _IMAGE_SIZE = "img_size"  # what timm calls it, as an argument and in modules
 
 
 def example_shape(model: nn.Module, architecture: Architecture | None = None) -> tuple[int, ...]:
-    """The image a model is usually fed.
+    """The shape of the images that a model is usually fed.
 
-    The channels are those of the first layer if it is a convolution; the size is, in this order,
-    what the model says it was built for (`img_size` or `image_size`), what its builder was asked
-    for, what timm notes as its input size, 299 for torchvision's `inception_v3`, and 224. A model
-    that takes another size needs an example input of the caller's.
+    The channels are those of the first layer if it is a convolution. Height and width are the first
+    known of: what the model says it was built for (`img_size` or `image_size`), the argument of its
+    builder, the input size of timm's weights, 299 for torchvision's `inception_v3`, and 224. A
+    model that takes another size needs an example input of the caller's.
 
     Args:
         model: the base model.

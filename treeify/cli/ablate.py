@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify import files
+from treeify.cli.options import Json
 from treeify.cli.train import INTERRUPTED
 from treeify.errors import RecipeError
 from treeify.training.ablation import GridRun, ablate, expand, load_grid, results, table
@@ -22,27 +23,25 @@ from treeify.training.events import Epoch, Reporter
 
 
 def run_grid(
-    grid: Annotated[Path, typer.Argument(help="YAML grid.", show_default=False)],
+    grid: Annotated[Path, typer.Argument(help="YAML grid.")],
     seeds: Annotated[
         int | None,
         typer.Option(min=1, help="Seeds of every variant, from 0; by default the grid's."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory of the runs; by default runs/NAME.", show_default=False),
+        typer.Option(help="Directory of the runs; by default runs/NAME."),
     ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="VARIANT",
-            help="Train these variants, others elsewhere; may be repeated.",
-            show_default=False,
+            metavar="VARIANT", help="Train these variants, others elsewhere; may be repeated."
         ),
     ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Only print what has finished; train nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a grid of recipes with several seeds, and compare them.
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from treeify.anytime.deadline import LATENCIES, Latencies
 from treeify.cli import quantities
+from treeify.cli.options import Device, Json, SavedEnsemble
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.thresholds import Halves
 from treeify.conversion import checkpoint
@@ -27,20 +28,13 @@ from treeify.training.trainer import check_classes
 
 
 def calibrate(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            help="Saved ensemble, or run directory (its last checkpoint is taken).",
-            show_default=False,
-        ),
-    ],
+    directory: SavedEnsemble,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
             help="Key of a recipe's data section to set, for --target-macs; may be repeated. A run "
             "directory knows its data. With like=NAME, images are prepared as that model's.",
-            show_default=False,
         ),
     ] = None,
     target_macs: Annotated[
@@ -49,7 +43,6 @@ def calibrate(
             metavar="COUNT",
             help="Mean MACs per image to choose confidence thresholds for, such as 60M or 1.2G; "
             "may be repeated.",
-            show_default=False,
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call to measure.")] = 1,
@@ -58,8 +51,8 @@ def calibrate(
     ] = True,
     repeats: Annotated[int, typer.Option(min=10, help="Rounds to measure.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Of the held-out images' halves.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Measure how fast an ensemble answers here, and choose when images need no more leaves.
 

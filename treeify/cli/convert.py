@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.cli.base_model import BaseModel, InputSize, Name, NumClasses, base_model
+from treeify.cli.options import InputSize, Json, Name, NumClasses
 from treeify.conversion import checkpoint
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.assemble import assemble
@@ -20,6 +20,7 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import initial_weights
 from treeify.errors import InputError
 from treeify.evaluation.cost import Cost, base_cost, costs
+from treeify.models.base_model import BaseModel, base_model
 from treeify.parity.verify import Figures, verify
 
 
@@ -37,35 +38,25 @@ def convert(
         str | None,
         typer.Option(
             help="fresh: every branch its own random weights; copy: every leaf equals the base "
-            "model; perturb: copy plus noise. By default fresh, with --pretrained perturb.",
-            show_default=False,
+            "model; perturb: copy plus noise. By default fresh, with --pretrained perturb."
         ),
     ] = None,
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from trained weights.", show_default=False)
+        bool, typer.Option("--pretrained", help="Start from trained weights.")
     ] = False,
     num_classes: NumClasses = None,
     input_size: InputSize = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Directory to write, new or empty; by default converted/NAME.",
-            show_default=False,
-        ),
+        typer.Option(help="Directory to write, new or empty; by default converted/NAME."),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option(
-            "--overwrite", help="Write even if the directory is not empty.", show_default=False
-        ),
+        typer.Option("--overwrite", help="Write even if the directory is not empty."),
     ] = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Skip the parity check.", show_default=False)
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead.", show_default=False)
-    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Convert a classifier into a hierarchical neural ensemble.
 

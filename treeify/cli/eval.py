@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from treeify import files
+from treeify.cli.options import Device, Json
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.scores import as_csv, score_rows, score_table
 from treeify.conversion import checkpoint
@@ -32,8 +33,7 @@ def evaluate(
         Path,
         typer.Argument(
             help="Run directory (its last checkpoint is taken), or a checkpoint such as "
-            "runs/NAME/best.",
-            show_default=False,
+            "runs/NAME/best."
         ),
     ],
     data: Annotated[
@@ -42,20 +42,17 @@ def evaluate(
             metavar="KEY=VALUE",
             help="Key of the recipe's data section to set; may be repeated. With like=NAME, images "
             "are prepared as that model's.",
-            show_default=False,
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Device = "auto",
     latency: Annotated[
         bool,
         typer.Option("--latency/--no-latency", help="Time answers for one image, about 3 seconds."),
     ] = True,
-    csv: Annotated[
-        Path | None, typer.Option(help="Also write the numbers to this file.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Measure a trained ensemble on held-out images, for every nested size.
 

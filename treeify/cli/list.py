@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify.cli import quantities
-from treeify.models.builders import TIMM, family, library_names
+from treeify.cli.options import Json
+from treeify.models.architecture import TIMM, family, library_names
 from treeify.parity import results
 from treeify.parity.results import Row
 
@@ -61,28 +62,23 @@ def list_models(
             "--family",
             help="Only models of this module of the library (wildcards too), e.g. swin_transformer"
             " or torchvision/*.",
-            show_default=False,
         ),
     ] = None,
     max_params: Annotated[
         str | None,
-        typer.Option(metavar="COUNT", help="At most this many, e.g. 25M.", show_default=False),
+        typer.Option(metavar="COUNT", help="At most this many, e.g. 25M."),
     ] = None,
     max_macs: Annotated[
         str | None,
-        typer.Option(
-            metavar="COUNT", help="At most this many an image, e.g. 4G.", show_default=False
-        ),
+        typer.Option(metavar="COUNT", help="At most this many an image, e.g. 4G."),
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            "--coverage",
-            help="File of treeify verify to read; by default what treeify comes with.",
-            show_default=False,
+            "--coverage", help="File of treeify verify to read; by default what treeify comes with."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Json = False,
 ) -> None:
     """List the models that convert, with their size and packed share.
 

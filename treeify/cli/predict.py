@@ -21,7 +21,8 @@ from torch import Tensor
 from treeify.anytime.confidence import Budget, answer, thresholds_for
 from treeify.anytime.deadline import Latencies, advance_until, find
 from treeify.cli import quantities
-from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
+from treeify.cli.options import Device, Json, SavedEnsemble
+from treeify.cli.saved import checkpoint_in, recipe_of
 from treeify.cli.watched import Watched
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -32,22 +33,15 @@ from treeify.training.distributed import resolve_device
 
 
 def predict(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            help="Saved ensemble, or run directory (its last checkpoint is taken).",
-            show_default=False,
-        ),
-    ],
+    directory: SavedEnsemble,
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE...", help="Image files; one batch.", show_default=False),
+        typer.Argument(metavar="IMAGE...", help="Image files; one batch."),
     ],
     deadline: Annotated[
         str | None,
         typer.Option(
-            help="Time from the call, once images are loaded: 20ms, 0.02s or 0.02 (seconds).",
-            show_default=False,
+            help="Time from the call, once images are loaded: 20ms, 0.02s or 0.02 (seconds)."
         ),
     ] = None,
     confidence: Annotated[
@@ -56,33 +50,27 @@ def predict(
             min=0,
             max=1,
             help="Stop adding leaves to an image once its likeliest class is this probable.",
-            show_default=False,
         ),
     ] = None,
     leaves: Annotated[
         int | None,
-        typer.Option(min=1, help="Leaves to stop at; by default all.", show_default=False),
+        typer.Option(min=1, help="Leaves to stop at; by default all."),
     ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="Mean MACs per image, such as 60M, that treeify calibrate chose thresholds for.",
-            show_default=False,
+            help="Mean MACs per image, such as 60M, that treeify calibrate chose thresholds for."
         ),
     ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Text file, one class name a line.", show_default=False)
-    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to end with.")] = 5,
     mean: Annotated[
         str | None,
-        typer.Option(
-            help="Of the channels, pixels in 0 to 1, if not what is known.", show_default=False
-        ),
+        typer.Option(help="Of the channels, pixels in 0 to 1, if not what is known."),
     ] = None,
-    std: Annotated[str | None, typer.Option(help="Likewise.", show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    std: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Classify images, with answers that get better while there is time.
 

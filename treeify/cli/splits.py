@@ -10,24 +10,21 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.cli.base_model import InputSize, Name, NumClasses, base_model
-from treeify.conversion.assemble import trace_model
+from treeify.cli.options import InputSize, Json, Name, NumClasses
+from treeify.conversion.api import open_up
 from treeify.conversion.splits import split_points
+from treeify.models.base_model import base_model
 
 
 def splits(
     name: Name,
     clean: Annotated[
         bool,
-        typer.Option(
-            "--clean", help="Only points where a single tensor is live.", show_default=False
-        ),
+        typer.Option("--clean", help="Only points where a single tensor is live."),
     ] = False,
     num_classes: NumClasses = None,
     input_size: InputSize = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead.", show_default=False)
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """List the points where a model can be split.
 

@@ -30,21 +30,19 @@ INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
             help="Recipe keys to set, the values in YAML, e.g. optimizer.lr=0.05.",
-            show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             help="Run directory, new or empty. Without it the recipe's, else runs/NAME, or "
-            "runs/NAME-2, ... if that is there.",
-            show_default=False,
+            "runs/NAME-2, ... if that is there."
         ),
     ] = None,
     overwrite: Annotated[
@@ -56,7 +54,6 @@ def train(
             metavar="RUN",
             help="Go on with the run in this directory, from the last state it saved. The recipe "
             "and overrides must be those it began with: RUN/recipe.yaml has them.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:

@@ -29,7 +29,6 @@ def verify(
         typer.Argument(
             metavar="NAME...",
             help="Models: timm's names, torchvision/NAME, or package.module:function.",
-            show_default=False,
         ),
     ] = None,
     every: Annotated[
@@ -64,9 +63,7 @@ def verify(
     ] = "8G",
     time_limit: Annotated[
         str | None,
-        typer.Option(
-            metavar="TIME", help="What a model may take, such as 600s.", show_default=False
-        ),
+        typer.Option(metavar="TIME", help="What a model may take, such as 600s."),
     ] = None,
 ) -> None:
     """Convert models and prove that every leaf equals the untouched architecture.

@@ -12,9 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.anytime.deadline import LATENCIES, Latencies
-from treeify.cli import quantities
-from treeify.cli.options import Device, Json, SavedEnsemble
+from treeify.anytime.deadline import Latencies
+from treeify.cli.options import Device, Json, SavedEnsemble, count
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.thresholds import Halves
 from treeify.conversion import checkpoint
@@ -38,11 +37,11 @@ def calibrate(
         ),
     ] = None,
     target_macs: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COUNT",
-            help="Mean MACs per image to choose confidence thresholds for, such as 60M or 1.2G; "
-            "may be repeated.",
+        list[int] | None,
+        count(
+            "--target-macs",
+            "Mean MACs per image to choose confidence thresholds for, such as 60M or 1.2G; may be"
+            " repeated.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call to measure.")] = 1,
@@ -68,7 +67,7 @@ def calibrate(
 
         treeify calibrate my_ensemble --target-macs 1.2G --data name=image_folder --data root=photos
     """
-    targets = [quantities.count(text, "--target-macs") for text in target_macs or ()]
+    targets = target_macs or []
     path = checkpoint_in(directory)
     section = _section(path, data or (), targets)
     _check_writable(path)

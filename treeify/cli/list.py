@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.cli import quantities
-from treeify.cli.options import Json
+from treeify.cli.options import Json, count
 from treeify.models.architecture import TIMM, family, library_names
 from treeify.parity import results
 from treeify.parity.results import Row
@@ -64,13 +63,9 @@ def list_models(
             " or torchvision/*.",
         ),
     ] = None,
-    max_params: Annotated[
-        str | None,
-        typer.Option(metavar="COUNT", help="At most this many, e.g. 25M."),
-    ] = None,
+    max_params: Annotated[int | None, count("--max-params", "At most this many, e.g. 25M.")] = None,
     max_macs: Annotated[
-        str | None,
-        typer.Option(metavar="COUNT", help="At most this many an image, e.g. 4G."),
+        int | None, count("--max-macs", "At most this many an image, e.g. 4G.")
     ] = None,
     file: Annotated[
         Path | None,
@@ -92,12 +87,7 @@ def list_models(
 
         treeify list --family swin_transformer --json
     """
-    wanted = _Filter(
-        pattern,
-        of_family,
-        None if max_params is None else quantities.count(max_params, "--max-params"),
-        None if max_macs is None else quantities.count(max_macs, "--max-macs"),
-    )
+    wanted = _Filter(pattern, of_family, max_params, max_macs)
     rows = (results.shipped() if file is None else results.read(file)).newest()
     installed = library_names()
     # Whether a user's own function is still there, only calling it would tell.

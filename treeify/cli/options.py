@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from treeify.cli import quantities
 
 Name = Annotated[
     str,
@@ -30,13 +33,26 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 
 
-def quantity(name: str, parse: Callable[[str, str], Any], metavar: str, help: str) -> Any:
-    """An option whose text is parsed, with its name in the parser's errors.
+def duration(name: str, help: str) -> Any:
+    """An option such as `--deadline 20ms`; its value is in seconds."""
+    return _parsed(name, quantities.seconds, "TIME", help)
 
-    Args:
-        name: of the option, such as `--deadline`.
-        parse: from the text and the option's name to a value, such as `quantities.seconds`.
-        metavar: stands for the text in the help.
-        help: a sentence or two.
-    """
+
+def count(name: str, help: str, metavar: str = "COUNT") -> Any:
+    """An option such as `--budget 60M`."""
+    return _parsed(name, quantities.count, metavar, help)
+
+
+def numbers(name: str, help: str, *, positive: bool = False) -> Any:
+    """An option such as `--mean 0.485,0.456,0.406`."""
+    return _parsed(name, partial(quantities.numbers, positive=positive), "NUMBERS", help)
+
+
+def part(name: str, help: str) -> Any:
+    """An option such as `--shard 3/8`."""
+    return _parsed(name, quantities.part, "K/N", help)
+
+
+def _parsed(name: str, parse: Callable[[str, str], Any], metavar: str, help: str) -> Any:
+    # The parser says whose text it could not read, as every other error does.
     return typer.Option(name, parser=lambda text: parse(text, name), metavar=metavar, help=help)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from treeify.anytime.confidence import Budget, answer, thresholds_for
 from treeify.anytime.deadline import Latencies, advance_until, find
-from treeify.cli import quantities
-from treeify.cli.options import Device, Json, SavedEnsemble
+from treeify.cli import images as image_files
+from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers
 from treeify.cli.saved import checkpoint_in, recipe_of
 from treeify.cli.watched import Watched
 from treeify.conversion import checkpoint
@@ -39,9 +39,10 @@ def predict(
         typer.Argument(metavar="IMAGE...", help="Image files; one batch."),
     ],
     deadline: Annotated[
-        str | None,
-        typer.Option(
-            help="Time from the call, once images are loaded: 20ms, 0.02s or 0.02 (seconds)."
+        float | None,
+        duration(
+            "--deadline",
+            "Time from the call, once images are loaded: 20ms, 0.02s or 0.02 (seconds).",
         ),
     ] = None,
     confidence: Annotated[
@@ -57,18 +58,19 @@ def predict(
         typer.Option(min=1, help="Leaves to stop at; by default all."),
     ] = None,
     budget: Annotated[
-        str | None,
-        typer.Option(
-            help="Mean MACs per image, such as 60M, that treeify calibrate chose thresholds for."
+        int | None,
+        count(
+            "--budget",
+            "Mean MACs per image, such as 60M, that treeify calibrate chose thresholds for.",
         ),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to end with.")] = 5,
     mean: Annotated[
-        str | None,
-        typer.Option(help="Of the channels, pixels in 0 to 1, if not what is known."),
+        Sequence[float] | None,
+        numbers("--mean", "Of the channels, pixels in 0 to 1, if not what is known."),
     ] = None,
-    std: Annotated[str | None, typer.Option(help="Likewise.")] = None,
+    std: Annotated[Sequence[float] | None, numbers("--std", "Likewise.", positive=True)] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -86,10 +88,9 @@ def predict(
         treeify predict my_ensemble photo.jpg --confidence 0.9 --labels classes.txt --json
     """
     limit = _limit(leaves, deadline, confidence, budget)
-    statistics = _statistics(mean, std)
     path = checkpoint_in(directory)
     console = Console(quiet=as_json)
-    preparation = preparation_in(path, *statistics)
+    preparation = image_files.preparation(path, checkpoint.read_config(path), mean, std)
     with console.status("reading"):
         batch = read_files(images, preparation)
         names = None if labels is None else _read_labels(labels)
@@ -135,7 +136,7 @@ class _Limit:
 
 
 def _limit(
-    leaves: int | None, deadline: str | None, confidence: float | None, budget: str | None
+    leaves: int | None, deadline: float | None, confidence: float | None, budget: int | None
 ) -> _Limit:
     options = {
         "--leaves": leaves,
@@ -146,21 +147,7 @@ def _limit(
     given = [option for option, value in options.items() if value is not None]
     if len(given) > 1:
         raise InputError(f"{' and '.join(given)} were given.", expected="one of them")
-    return _Limit(
-        leaves,
-        None if deadline is None else quantities.seconds(deadline, "--deadline"),
-        confidence,
-        None if budget is None else quantities.count(budget, "--budget"),
-    )
-
-
-def _statistics(
-    mean: str | None, std: str | None
-) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    return (
-        None if mean is None else quantities.numbers(mean, "--mean"),
-        None if std is None else quantities.numbers(std, "--std", positive=True),
-    )
+    return _Limit(leaves, deadline, confidence, budget)
 
 
 def _read_labels(file: Path) -> list[str]:

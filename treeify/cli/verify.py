@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,15 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from treeify.cli import quantities
+from treeify.cli.options import count, duration, part
+from treeify.cli.quantities import Part
 from treeify.conversion.splits import listed
 from treeify.errors import InputError
 from treeify.models.builders import TIMM, check_names, library_names
 from treeify.parity import results
 from treeify.parity.results import META, Row
-from treeify.parity.sweep import Settings, shard, sweep, todo
+from treeify.parity.sweep import Settings, sweep, todo
+from treeify.parity.sweep import shard as names_of_shard
 
 FAILED = 1
 
@@ -34,12 +35,9 @@ def verify(
     every: Annotated[
         bool, typer.Option("--all", help="Every classifier of timm and torchvision.")
     ] = False,
-    part: Annotated[
-        str,
-        typer.Option(
-            "--shard", metavar="K/N", help="Only the K-th of N parts, e.g. one part a machine."
-        ),
-    ] = "1/1",
+    shard: Annotated[
+        Part, part("--shard", "Only the K-th of N parts, e.g. one part a machine.")
+    ] = "1/1",  # type: ignore[assignment]  # parsed too, and shown in the help as it stands
     splits: Annotated[
         str, typer.Option(help="As for convert: how many, or names from input to output.")
     ] = "2",
@@ -54,16 +52,16 @@ def verify(
         bool, typer.Option("--retry", help="Check those again that failed, as the file says.")
     ] = False,
     memory: Annotated[
-        str,
-        typer.Option(
+        int,
+        count(
+            "--memory",
+            "What a check may take. Models that need more are converted without weights, and their"
+            " numbers checked with fewer blocks or not at all. The file says which.",
             metavar="BYTES",
-            help="What a check may take. Models that need more are converted without weights, and"
-            " their numbers checked with fewer blocks or not at all. The file says which.",
         ),
-    ] = "8G",
+    ] = "8G",  # type: ignore[assignment]
     time_limit: Annotated[
-        str | None,
-        typer.Option(metavar="TIME", help="What a model may take, such as 600s."),
+        float | None, duration("--time-limit", "What a model may take, such as 600s.")
     ] = None,
 ) -> None:
     """Convert models and prove that every leaf equals the untouched architecture.
@@ -81,17 +79,13 @@ def verify(
 
         treeify verify --all --shard 3/8 --output coverage-3.jsonl
     """
-    settings = Settings(
-        splits,
-        quantities.count(memory, "--memory"),
-        None if time_limit is None else quantities.seconds(time_limit, "--time-limit"),
-    )
+    settings = Settings(splits, memory, time_limit)
     _check_plain(output)
     listed(splits)
-    wanted = shard(_names(names or (), every), *_shard(part))
+    wanted = names_of_shard(_names(names or (), every), *shard)
     console = Console()
     if not wanted:
-        _print(console, f"Shard {part} has no models: there are fewer of them than shards.")
+        _print(console, f"Shard {shard} has no models: there are fewer of them than shards.")
         return
     known = results.read(output) if output.exists() else results.Coverage(())
     left = todo(wanted, known, settings, retry=retry)
@@ -168,13 +162,6 @@ def _check_plain(output: Path) -> None:
             f"--output {output} is compressed; rows are appended to plain text.",
             expected="a name such as coverage.jsonl",
         )
-
-
-def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None:
-        raise InputError(f"--shard {text!r} is no shard.", expected="K/N with K from 1 to N: 3/8")
-    return int(match[1]), int(match[2])
 
 
 def _print(console: Console, text: str) -> None:

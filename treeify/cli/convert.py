@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify.cli.options import InputSize, Json, Name, NumClasses
+from treeify.cli.output import Column, say, table
 from treeify.conversion import checkpoint
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.assemble import assemble
@@ -90,17 +91,19 @@ def convert(
         else:
             hne = hierarchicalize(base.architecture, splits, fanout, init, seed, base.example)
     with console.status("counting MACs"):
-        own, nested = base_cost(hne), costs(hne)
-    _show(console, base, hne, own, nested)
+        base_macs, nested = base_cost(hne), costs(hne)
+    shape = " x ".join(map(str, hne.example))
+    say(console, f"{base.architecture} at {shape}", _splits_table(hne), str(hne.tree))
+    say(console, _cost_table(base_macs, nested), str(hne.conversion))
     figures = None
     if not no_verify:
         with console.status("checking every leaf against the base architecture"):
             figures = verify(hne, hne.example_images(2))
-        console.print(_parity_line(figures), soft_wrap=True, highlight=False)
+        say(console, _parity_line(figures))
     checkpoint.save(hne, out, overwrite=overwrite)
-    console.print(f"Written to {out}; read it with treeify.load({str(out)!r}).", soft_wrap=True)
+    say(console, f"Written to {out}; read it with treeify.load({str(out)!r}).")
     if as_json:
-        typer.echo(json.dumps(_as_json(base, hne, own, nested, figures, out), indent=2))
+        typer.echo(json.dumps(_as_json(base, hne, base_macs, nested, figures, out), indent=2))
 
 
 def _init(init: str | None, pretrained: bool) -> str:
@@ -113,52 +116,37 @@ def _init(init: str | None, pretrained: bool) -> str:
     return init
 
 
-def _show(
-    console: Console,
-    base: BaseModel,
-    hne: HierarchicalEnsemble,
-    own: Cost,
-    nested: tuple[Cost, ...],
-) -> None:
-    shape = " x ".join(map(str, hne.example))
-    console.print(f"{base.architecture} at {shape}", highlight=False, markup=False)
-    console.print(_splits_table(hne))
-    console.print(str(hne.tree), highlight=False, markup=False)
-    console.print(_cost_table(own, nested))
-    console.print(str(hne.conversion), soft_wrap=True, highlight=False, markup=False)
-
-
 def _splits_table(hne: HierarchicalEnsemble) -> Table:
-    table = Table(caption="MACs per image of one path; live: tensors that cross the split")
-    table.add_column("split", no_wrap=True)
-    for heading in ("fanout", "MACs before", "MACs after", "live"):
-        table.add_column(heading, justify="right")
-    for point, fanout in zip(hne.conversion.splits.points, hne.tree.fanouts, strict=True):
-        table.add_row(
-            point.name,
-            str(fanout),
-            f"{point.macs_before:,}",
-            f"{point.macs_after:,}",
-            str(point.live),
-        )
-    return table
+    headings = ("fanout", "MACs before", "MACs after", "live")
+    columns = [Column("split", no_wrap=True), *(Column(heading, ",d") for heading in headings)]
+    rows = [
+        (point.name, fanout, point.macs_before, point.macs_after, point.live)
+        for point, fanout in zip(hne.conversion.splits.points, hne.tree.fanouts, strict=True)
+    ]
+    caption = "MACs per image of one path; live: tensors that cross the split"
+    return table(columns, rows, caption=caption)
 
 
-def _cost_table(own: Cost, nested: tuple[Cost, ...]) -> Table:
+def _cost_table(base: Cost, nested: tuple[Cost, ...]) -> Table:
     """Each nested size beside the base model and beside as many independent networks."""
-    table = Table(caption="MACs per image, counted by fvcore; independent: as many base models")
-    for heading in ("leaves", "MACs", "x base", "independent", "parameters", "x base"):
-        table.add_column(heading, justify="right")
-    for cost in (own, *nested):
-        table.add_row(
-            "base model" if cost is own else str(cost.leaves),
-            f"{cost.macs:,}",
-            f"{cost.macs / own.macs:.2f}" if own.macs else "-",
-            f"{cost.leaves * own.macs:,}",
-            f"{cost.parameters:,}",
-            f"{cost.parameters / own.parameters:.2f}" if own.parameters else "-",
+    headings = ("leaves", "MACs", "x base", "independent", "parameters", "x base")
+    rows = [
+        (
+            "base model" if cost is base else cost.leaves,
+            cost.macs,
+            _ratio(cost.macs, base.macs),
+            cost.leaves * base.macs,
+            cost.parameters,
+            _ratio(cost.parameters, base.parameters),
         )
-    return table
+        for cost in (base, *nested)
+    ]
+    caption = "MACs per image, counted by fvcore; independent: as many base models"
+    return table([Column(heading, ",d") for heading in headings], rows, caption=caption)
+
+
+def _ratio(number: int, base: int) -> str:
+    return f"{number / base:.2f}" if base else "-"
 
 
 def _parity_line(figures: Figures) -> str:

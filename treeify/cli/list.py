@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify.cli.options import Json, count
+from treeify.cli.output import Column, print_json, say, table
 from treeify.models.architecture import TIMM, family, library_names
 from treeify.parity import results
 from treeify.parity.results import Row
@@ -103,32 +103,26 @@ def list_models(
     }
     if as_json:
         models = [_as_json(name, row) for name, row in shown.items()]
-        found = {"models": models, "not_checked": unknown, "failed": failed, "not_installed": gone}
-        typer.echo(json.dumps(found, indent=2))
+        lists = {"not_checked": unknown, "failed": failed, "not_installed": gone}
+        print_json({"models": models, **lists})
         return
-    console = Console()
-    if shown:
-        console.print(_table(shown))
-    for line in (*_summary(shown, unknown, failed, wanted), *_of_other_versions(shown, gone)):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    lines = (*_summary(shown, unknown, failed, wanted), *_of_other_versions(shown, gone))
+    say(Console(), *([_table(shown)] if shown else []), *lines)
 
 
-def _table(shown: dict[str, Row | None]) -> Table:
+def _table(models: Mapping[str, Row | None]) -> Table:
+    numbers = (Column(heading, "", no_wrap=True) for heading in ("parameters", "MACs", "packed"))
+    columns = [Column("model", no_wrap=True), Column("family"), *numbers, Column("checked")]
     caption = "MACs per image of the usual size, without batch norms"
-    table = Table(caption=f"{caption}; packed: share of the branches' MACs")
-    table.add_column("model", no_wrap=True)
-    table.add_column("family")
-    for heading in ("parameters", "MACs", "packed"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("checked")
-    for name, row in shown.items():
-        if row is None:
-            table.add_row(name, family(name), "?", "?", "?", "no")
-        else:
-            share = "?" if row.packed_share is None else f"{row.packed_share:.1%}"
-            counts = (_count(row.parameters), _count(row.macs))
-            table.add_row(name, row.family, *counts, share, _checked(row))
-    return table
+    rows = [_cells(name, row) for name, row in models.items()]
+    return table(columns, rows, caption=f"{caption}; packed: fraction of the branches' MACs")
+
+
+def _cells(name: str, row: Row | None) -> tuple[str, ...]:
+    if row is None:
+        return name, family(name), "?", "?", "?", "no"
+    fraction = "?" if row.packed_share is None else f"{row.packed_share:.1%}"
+    return name, row.family or "", _count(row.parameters), _count(row.macs), fraction, _checked(row)
 
 
 def _count(number: int | None) -> str:

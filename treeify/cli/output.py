@@ -63,7 +63,7 @@ def table(
     return result
 
 
-def show(console: Console, *parts: str | Table, style: str | None = None) -> None:
+def say(console: Console, *parts: str | Table, style: str | None = None) -> None:
     """Print lines, which the terminal wraps, and tables, which fit it; nothing is markup."""
     for part in parts:
         # Whoever pipes a line into a file gets one line.

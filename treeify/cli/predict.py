@@ -22,7 +22,7 @@ from treeify.anytime.deadline import find
 from treeify.cli import images as image_files
 from treeify.cli.answers import Answers, ImageAnswers
 from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers
-from treeify.cli.output import Column, print_json, show, table
+from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.saved import checkpoint_in, recipe_of
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -134,7 +134,7 @@ def predict(
     )
     if as_json:
         print_json(report)
-    show(console, _answers_table(of_images), _best_table(of_images), *notes, *_summary(report))
+    say(console, _answers_table(of_images), _best_table(of_images), *notes, *_summary(report))
 
 
 @serialised(frozen=True)

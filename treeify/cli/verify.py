@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from treeify.cli.options import count, duration, part
+from treeify.cli.output import say
 from treeify.cli.quantities import Part
 from treeify.conversion.splits import listed
 from treeify.errors import InputError
@@ -85,20 +86,20 @@ def verify(
     wanted = names_of_shard(_names(names or (), every), *shard)
     console = Console()
     if not wanted:
-        _print(console, f"Shard {shard} has no models: there are fewer of them than shards.")
+        say(console, f"Shard {shard} has no models: there are fewer of them than shards.")
         return
     known = results.read(output) if output.exists() else results.Coverage(())
     left = todo(wanted, known, settings, retry=retry)
     if known.damaged:
-        _print(console, f"Lines of {output} that were cut off, and are ignored: {known.damaged}")
+        say(console, f"Lines of {output} that were cut off, and are ignored: {known.damaged}")
     if len(left) < len(wanted):
-        _print(console, f"{len(wanted) - len(left)} of {len(wanted)} are in {output} already.")
+        say(console, f"{len(wanted) - len(left)} of {len(wanted)} are in {output} already.")
     if left:
         results.check_writable(output)
     _check(console, left, output, settings)
     found = results.read(output) if output.exists() else results.Coverage(())
     if failed := todo(wanted, found, settings, retry=True):
-        _print(console, f"{len(failed)} of {len(wanted)} failed: {', '.join(failed)}")
+        say(console, f"{len(failed)} of {len(wanted)} failed: {', '.join(failed)}")
         sys.exit(FAILED)
     proven = {row.name for row in found.present(splits) if row.proven}
     unproven = [name for name in wanted if name not in proven]
@@ -108,7 +109,7 @@ def verify(
             f"All {len(wanted)} converted, {len(wanted) - len(unproven)} proven; only shapes were"
             f" checked of {', '.join(unproven)}."
         )
-    _print(console, f"{text} Rows: {output}")
+    say(console, f"{text} Rows: {output}")
 
 
 def _check(console: Console, names: Sequence[str], output: Path, settings: Settings) -> None:
@@ -127,7 +128,7 @@ def _check(console: Console, names: Sequence[str], output: Path, settings: Setti
         for position, row in enumerate(sweep(names, output, settings), 1):
             following = names[position] if position < len(names) else ""
             progress.update(task, advance=1, description=following)
-            _print(console, f"{position}/{len(names)} {row.name}: {_line(row)}")
+            say(console, f"{position}/{len(names)} {row.name}: {_line(row)}")
 
 
 def _line(row: Row) -> str:
@@ -162,7 +163,3 @@ def _check_plain(output: Path) -> None:
             f"--output {output} is compressed; rows are appended to plain text.",
             expected="a name such as coverage.jsonl",
         )
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -15,7 +15,7 @@ from rich.table import Table
 from treeify.anytime.deadline import Latencies
 from treeify.cli.options import Device, Json, SavedEnsemble, count
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
-from treeify.cli.thresholds import Halves
+from treeify.evaluation.halves import Halves
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data

@@ -56,7 +56,7 @@ COMMANDS = {
     ),
     "list": (
         "treeify.cli.list:list_models",
-        "List the models that convert, with their size and packed share.",
+        "List the models that convert, with their size and packed fraction.",
     ),
 }
 

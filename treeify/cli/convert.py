@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify.cli.options import InputSize, Json, Name, NumClasses
-from treeify.cli.output import Column, say, table
+from treeify.cli.output import Column, print_json, say, table
 from treeify.conversion import checkpoint
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.assemble import assemble
@@ -91,10 +90,10 @@ def convert(
         else:
             hne = hierarchicalize(base.architecture, splits, fanout, init, seed, base.example)
     with console.status("counting MACs"):
-        base_macs, nested = base_cost(hne), costs(hne)
+        cost, nested = base_cost(hne), costs(hne)
     shape = " x ".join(map(str, hne.example))
     say(console, f"{base.architecture} at {shape}", _splits_table(hne), str(hne.tree))
-    say(console, _cost_table(base_macs, nested), str(hne.conversion))
+    say(console, _cost_table(cost, nested), str(hne.conversion))
     figures = None
     if not no_verify:
         with console.status("checking every leaf against the base architecture"):
@@ -103,7 +102,8 @@ def convert(
     checkpoint.save(hne, out, overwrite=overwrite)
     say(console, f"Written to {out}; read it with treeify.load({str(out)!r}).")
     if as_json:
-        typer.echo(json.dumps(_as_json(base, hne, base_macs, nested, figures, out), indent=2))
+        parity = None if figures is None else figures.as_dict()
+        print_json(_report(base, hne, cost, nested) | {"parity": parity, "out": out})
 
 
 def _init(init: str | None, pretrained: bool) -> str:
@@ -156,54 +156,39 @@ def _parity_line(figures: Figures) -> str:
     )
 
 
-def _as_json(
-    base: BaseModel,
-    hne: HierarchicalEnsemble,
-    own: Cost,
-    nested: tuple[Cost, ...],
-    figures: Figures | None,
-    out: Path,
+def _report(
+    base: BaseModel, hne: HierarchicalEnsemble, cost: Cost, nested: tuple[Cost, ...]
 ) -> dict[str, Any]:
+    """What the tables show, and how every node runs; `cost` is that of the base model."""
     conversion = hne.conversion
+    points = zip(conversion.splits.points, hne.tree.fanouts, strict=True)
     return {
-        "model": asdict(base.architecture),
-        "input": list(hne.example),
-        "splits": [
-            {
-                "name": point.name,
-                "fanout": fanout,
-                "macs_before": point.macs_before,
-                "macs_after": point.macs_after,
-                "live": point.live,
-            }
-            for point, fanout in zip(conversion.splits.points, hne.tree.fanouts, strict=True)
-        ],
+        "model": base.architecture.to_dict(),
+        "input": hne.example,
+        "splits": [asdict(point) | {"fanout": fanout} for point, fanout in points],
         "leaves": hne.leaves,
-        "branches": list(hne.tree.branches),
-        "base": {"macs": own.macs, "parameters": own.parameters},
-        "nested": [
-            {
-                "leaves": cost.leaves,
-                "macs": cost.macs,
-                "parameters": cost.parameters,
-                "independent_macs": cost.leaves * own.macs,
-                "independent_parameters": cost.leaves * own.parameters,
-            }
-            for cost in nested
-        ],
-        "packed_share": conversion.packed_fraction,
+        "branches": hne.tree.branches,
+        "base": {"macs": cost.macs, "parameters": cost.parameters},
+        "nested": [asdict(size) | _independent(cost, size.leaves) for size in nested],
+        "packed_share": conversion.packed_share,
         "nodes": [
             {
                 "path": node.path,
                 "operation": node.operation,
                 "level": node.level,
-                "runs": node.form.value,
+                "runs": node.form,
                 "reason": node.reason,
                 "macs": node.macs,
             }
             for node in conversion.nodes
         ],
-        "notes": list(conversion.notes),
-        "parity": None if figures is None else figures.as_dict(),
-        "out": str(out),
+        "notes": conversion.notes,
+    }
+
+
+def _independent(base: Cost, count: int) -> dict[str, int]:
+    """What as many base models cost."""
+    return {
+        "independent_macs": count * base.macs,
+        "independent_parameters": count * base.parameters,
     }

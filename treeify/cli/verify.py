@@ -83,30 +83,30 @@ def verify(
     settings = Settings(splits, memory, time_limit)
     _check_plain(output)
     listed(splits)
-    wanted = names_of_shard(_names(names or (), every), *shard)
+    models = names_of_shard(_names(names or (), every), *shard)
     console = Console()
-    if not wanted:
+    if not models:
         say(console, f"Shard {shard} has no models: there are fewer of them than shards.")
         return
-    known = results.read(output) if output.exists() else results.Coverage(())
-    left = todo(wanted, known, settings, retry=retry)
-    if known.damaged:
-        say(console, f"Lines of {output} that were cut off, and are ignored: {known.damaged}")
-    if len(left) < len(wanted):
-        say(console, f"{len(wanted) - len(left)} of {len(wanted)} are in {output} already.")
-    if left:
+    coverage = results.read(output) if output.exists() else results.Coverage(())
+    unchecked = todo(models, coverage, settings, retry=retry)
+    if coverage.damaged:
+        say(console, f"Lines of {output} that were cut off, and are ignored: {coverage.damaged}")
+    if len(unchecked) < len(models):
+        say(console, f"{len(models) - len(unchecked)} of {len(models)} are in {output} already.")
+    if unchecked:
         results.check_writable(output)
-    _check(console, left, output, settings)
-    found = results.read(output) if output.exists() else results.Coverage(())
-    if failed := todo(wanted, found, settings, retry=True):
-        say(console, f"{len(failed)} of {len(wanted)} failed: {', '.join(failed)}")
+    _check(console, unchecked, output, settings)
+    coverage = results.read(output) if output.exists() else results.Coverage(())
+    if failed := todo(models, coverage, settings, retry=True):
+        say(console, f"{len(failed)} of {len(models)} failed: {', '.join(failed)}")
         sys.exit(FAILED)
-    proven = {row.name for row in found.present(splits) if row.proven}
-    unproven = [name for name in wanted if name not in proven]
-    text = f"All {len(wanted)} passed."
+    proven = {row.name for row in coverage.present(splits) if row.proven}
+    unproven = [name for name in models if name not in proven]
+    text = f"All {len(models)} passed."
     if unproven:
         text = (
-            f"All {len(wanted)} converted, {len(wanted) - len(unproven)} proven; only shapes were"
+            f"All {len(models)} converted, {len(models) - len(unproven)} proven; only shapes were"
             f" checked of {', '.join(unproven)}."
         )
     say(console, f"{text} Rows: {output}")
@@ -132,17 +132,17 @@ def _check(console: Console, names: Sequence[str], output: Path, settings: Setti
 
 
 def _line(row: Row) -> str:
-    """What was found, in a line."""
-    took = f"{row.seconds:.1f} s" + (
+    """The outcome of a check."""
+    spent = f"{row.seconds:.1f} s" + (
         "" if row.peak_memory is None else f", {row.peak_memory / 1e9:.2f} GB"
     )
     if row.failure is not None:
-        return f"FAILED ({row.how or 'not built'}): {row.failure} ({took})"
-    share = "" if row.packed_share is None else f", {row.packed_share:.1%} of MACs packed"
+        return f"FAILED ({row.how or 'not built'}): {row.failure} ({spent})"
+    fraction = "" if row.packed_share is None else f", {row.packed_share:.1%} of MACs packed"
     if row.how == META:
         reason = "" if row.shortage is None else f": {row.shortage}"
-        return f"converted, shapes checked (meta){reason}{share} ({took})"
-    return f"proven ({row.how}), off by {row.worst:.2g} of the tolerance{share} ({took})"
+        return f"converted, shapes checked (meta){reason}{fraction} ({spent})"
+    return f"proven ({row.how}), off by {row.worst:.2g} of the tolerance{fraction} ({spent})"
 
 
 def _names(names: Sequence[str], every: bool) -> list[str]:

@@ -11,8 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.anytime.confidence import Budget
-from treeify.anytime.deadline import Latencies
+from treeify.anytime.confidence import BUDGET, Budget
+from treeify.anytime.deadline import LATENCIES, Latencies
 from treeify.cli.options import Device, Json, SavedEnsemble, count
 from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
@@ -101,10 +101,10 @@ def calibrate(
         report["tuning"] = TUNING.dump_python(tuning, mode="json", by_alias=True)
     with console.status("measuring latencies"):
         latencies = hne.calibrate(x, repeats=repeats)
-    report["latencies"] = latencies.to_dict()
+    report["latencies"] = LATENCIES.dump_python(latencies, mode="json", by_alias=True)
     medians = f"{latencies.situation}: medians of {latencies.repeats} rounds"
     say(console, _latency_table(hne, latencies))
-    say(console, f"{medians}; deadlines are kept with {latencies.caution()}.", *tables)
+    say(console, f"{medians}; deadlines are kept with {latencies.margin_range()}.", *tables)
     checkpoint.save_measurements(hne, path)
     say(console, f"Saved in {path}")
     if as_json:
@@ -197,7 +197,7 @@ def _threshold_table(budgets: Sequence[Budget]) -> Table:
 
 
 def _stop(budget: Budget, index: int) -> str:
-    fraction = f"{100 * budget.shares[index]:.1f} %"
+    fraction = f"{100 * budget.fractions[index]:.1f} %"
     if index == len(budget.thresholds):
         return f"the rest: {fraction}"
     threshold = budget.thresholds[index]
@@ -227,5 +227,5 @@ def _thresholds_report(
         "skipped": sorted(skipped),
         "images": {"chosen_on": chosen, "reported_on": reported},
         "fixed": [dict(zip(("leaves", "macs", "accuracy"), row, strict=True)) for row in rows],
-        "budgets": [budget.to_dict() for budget in budgets],
+        "budgets": [BUDGET.dump_python(budget, mode="json", by_alias=True) for budget in budgets],
     }

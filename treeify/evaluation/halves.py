@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from treeify.anytime.confidence import BUDGET, Budget, budget
+from treeify.anytime.confidence import Budget, budget
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.evaluation.metrics import Batch
 from treeify.losses import nested_logits

@@ -22,15 +22,15 @@ class Part(NamedTuple):
 
     Args:
         number: from 1 on.
-        count: how many parts there are.
+        parts: how many there are.
     """
 
     number: int
-    count: int
+    parts: int
 
     def __str__(self) -> str:
         """As it is written on the command line."""
-        return f"{self.number}/{self.count}"
+        return f"{self.number}/{self.parts}"
 
 
 def seconds(text: str, option: str) -> float:

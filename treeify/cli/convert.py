@@ -163,14 +163,14 @@ def _report(
     conversion = hne.conversion
     points = zip(conversion.splits.points, hne.tree.fanouts, strict=True)
     return {
-        "model": base.architecture.to_dict(),
+        "model": asdict(base.architecture),
         "input": hne.example,
         "splits": [asdict(point) | {"fanout": fanout} for point, fanout in points],
         "leaves": hne.leaves,
         "branches": hne.tree.branches,
         "base": {"macs": cost.macs, "parameters": cost.parameters},
         "nested": [asdict(size) | _independent(cost, size.leaves) for size in nested],
-        "packed_share": conversion.packed_share,
+        "packed_share": conversion.packed_fraction,
         "nodes": [
             {
                 "path": node.path,

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from treeify.cli.options import Json, count
 from treeify.cli.output import Column, print_json, say, table
-from treeify.models.architecture import TIMM, family, library_names
+from treeify.models.builders import TIMM, family, library_names
 from treeify.parity import results
 from treeify.parity.results import Row
 

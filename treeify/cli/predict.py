@@ -19,14 +19,13 @@ from torch import Tensor
 
 from treeify.anytime.confidence import Budget, Prediction
 from treeify.anytime.deadline import find
-from treeify.cli import images as image_files
 from treeify.cli.answers import Answers, ImageAnswers
 from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import checkpoint_in, recipe_of
+from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.data.preparation import Preparation, read_files
+from treeify.data.preparation import read_files
 from treeify.engine.plan import Situation
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.training.distributed import resolve_device
@@ -90,7 +89,7 @@ def predict(
     _check_single(leaves, deadline, confidence, budget)
     path = checkpoint_in(directory)
     console = Console(quiet=as_json)
-    preparation = image_files.preparation(path, checkpoint.read_config(path), mean, std)
+    preparation = preparation_in(path, mean, std)
     notes = [f"Images: {preparation}."]
     with console.status("reading"):
         batch = read_files(images, preparation)

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from treeify.cli.options import InputSize, Json, Name, NumClasses
 from treeify.cli.output import Column, print_json, say, table
-from treeify.conversion.api import open_up
+from treeify.conversion.assemble import trace_model
 from treeify.conversion.splits import SplitPoint, split_points
 from treeify.models.base_model import base_model
 

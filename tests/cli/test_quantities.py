@@ -57,3 +57,11 @@ def test_numbers() -> None:
             quantities.numbers(text, "--mean")
     with pytest.raises(InputError, match="above 0"):
         quantities.numbers("0.5,0", "--std", positive=True)
+
+
+def test_parts() -> None:
+    assert quantities.part("3/8", "--shard") == (3, 8)
+    assert str(quantities.part("3/8", "--shard")) == "3/8"
+    for text in ("", "3", "3/", "-1/8", "3/8/2", "a/b"):
+        with pytest.raises(InputError, match=r"--shard .* is no shard"):
+            quantities.part(text, "--shard")

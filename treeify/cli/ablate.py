@@ -14,35 +14,36 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify import files
+from treeify.cli.options import Json
+from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.train import INTERRUPTED
 from treeify.errors import RecipeError
-from treeify.training.ablation import GridRun, ablate, expand, load_grid, results, table
+from treeify.training.ablation import GridRun, ablate, expand, load_grid, results
+from treeify.training.ablation import table as scores
 from treeify.training.distributed import leave
 from treeify.training.events import Epoch, Reporter
 
 
 def run_grid(
-    grid: Annotated[Path, typer.Argument(help="YAML grid.", show_default=False)],
+    grid: Annotated[Path, typer.Argument(help="YAML grid.")],
     seeds: Annotated[
         int | None,
         typer.Option(min=1, help="Seeds of every variant, from 0; by default the grid's."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Directory of the runs; by default runs/NAME.", show_default=False),
+        typer.Option(help="Directory of the runs; by default runs/NAME."),
     ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="VARIANT",
-            help="Train these variants, others elsewhere; may be repeated.",
-            show_default=False,
+            metavar="VARIANT", help="Train these variants, others elsewhere; may be repeated."
         ),
     ] = None,
     show: Annotated[
         bool, typer.Option("--show", help="Only print what has finished; train nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Train a grid of recipes with several seeds, and compare them.
 
@@ -64,10 +65,10 @@ def run_grid(
     if rows and not show and PartialState().is_main_process:
         files.replace_text(directory / "results.json", json.dumps(rows, indent=1) + "\n")
     if as_json:
-        typer.echo(json.dumps(rows, indent=1))
+        print_json(rows)
     for part, title in (("held_out", "held-out accuracy %"), ("train", "training accuracy %")):
-        console.print(_table(rows, part, title))
-    console.print(f"{len(rows)} of {len(runs)} runs have finished; {directory}", soft_wrap=True)
+        say(console, _table(rows, part, title))
+    say(console, f"{len(rows)} of {len(runs)} runs have finished; {directory}")
     leave()
     if not finished:
         sys.exit(INTERRUPTED)
@@ -94,18 +95,17 @@ class _Line(Reporter):
     def finished_epoch(self, epoch: Epoch) -> None:
         if epoch.epoch == self.epochs:
             accuracy = f"{epoch.held_out[-1].accuracy:.2f} % held out with all leaves"
-            self.console.print(f"{self.name}: {accuracy}", markup=False, highlight=False)
+            say(self.console, f"{self.name}: {accuracy}")
 
     def warned(self, message: str) -> None:
-        self.console.print(f"{self.name}: {message}", markup=False, soft_wrap=True)
+        say(self.console, f"{self.name}: {message}")
 
 
 def _table(results: Sequence[Mapping[str, Any]], part: str, title: str) -> Table:
-    rows = table(results, part)
-    sizes = sorted({leaves for row in rows.values() for leaves in row})
-    shown = Table("", title=title, caption="mean ± deviation over seeds")
-    for size in sizes:
-        shown.add_column(f"{size}", justify="right")
-    for variant, row in rows.items():
-        shown.add_row(variant, *(str(row[size]) if size in row else "" for size in sizes))
-    return shown
+    variants = scores(results, part)
+    sizes = sorted({leaves for row in variants.values() for leaves in row})
+    rows = [
+        (variant, *(str(row.get(size, "")) for size in sizes)) for variant, row in variants.items()
+    ]
+    columns = [Column(""), *(Column(f"{size}", "") for size in sizes)]
+    return table(columns, rows, title=title, caption="mean ± deviation over seeds")

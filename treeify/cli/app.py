@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +19,8 @@ from treeify.engine.allocator import tune_allocator
 from treeify.errors import TreeifyError
 
 BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130
+# What typer says about arguments in its own words; it exports one kind of such an error only.
+_UsageError: Any = typer.BadParameter.__base__
 
 # Where each command lives and its line in the overview. Modules are imported when their command
 # runs: `treeify --help` need not wait for torch.
@@ -54,13 +56,13 @@ COMMANDS = {
     ),
     "list": (
         "treeify.cli.list:list_models",
-        "List the models that convert, with their size and packed share.",
+        "List the models that convert, with their size and packed fraction.",
     ),
 }
 
 
 class _Commands(TyperGroup):
-    """Subcommands by name; the overview shows stand-ins."""
+    """Subcommands by name; the overview knows their first lines only."""
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -73,56 +75,44 @@ class _Commands(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] not in COMMANDS:
             return super().resolve_command(ctx, args)
-        options = {key: ctx.params[key] for key in ("debug", "keep_memory")}
-        return args[0], load_command(args[0], **options), args[1:]
+        return args[0], load_command(args[0]), args[1:]
+
+    def invoke(self, ctx: Any) -> Any:
+        with nullcontext() if ctx.params["debug"] else _readable_errors():
+            return super().invoke(ctx)
 
 
-def load_command(name: str, *, debug: bool = False, keep_memory: bool = False) -> Any:
-    """The click command behind a name.
+class _Command(TyperCommand):
+    """A command that tunes the allocator before it runs; asking for its help does not run it."""
 
-    Args:
-        name: of a command.
-        debug: let its errors pass as they are, instead of making them readable.
-        keep_memory: tune the allocator before it runs; asking for its help does not run it.
-    """
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.find_root().params["keep_memory"]:
+            tune_allocator()
+        return super().invoke(ctx)
+
+
+def load_command(name: str) -> Any:
+    """The click command behind a name."""
     module, _, function = COMMANDS[name][0].partition(":")
-
-    def run() -> Callable[..., None]:
-        found: Callable[..., None] = getattr(importlib.import_module(module), function)
-        return _with_tuned_allocator(found) if keep_memory else found
-
     alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-    alone.command(name)(run() if debug else _readable(run()))
+    alone.command(name, cls=_Command)(getattr(importlib.import_module(module), function))
     return typer.main.get_command(alone)
 
 
-def _with_tuned_allocator(command: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        tune_allocator()
-        command(*args, **kwargs)
-
-    return run
-
-
-def _readable(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with its exceptions turned into a message and an exit code."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except TreeifyError as error:
-            raise _stop(type(error).__name__, str(error), BAD_INPUT) from error
-        except KeyboardInterrupt as error:
-            raise _stop("Interrupted", "stopped by Ctrl-C.", INTERRUPTED) from error
-        except (typer.Exit, typer.Abort, typer.BadParameter, BrokenPipeError):
-            raise
-        except Exception as error:
-            text = f"{str(error) or 'no message'}\n  This is a bug; run again with --debug to see"
-            raise _stop(type(error).__name__, f"{text} where: treeify --debug ...", BUG) from error
-
-    return run
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """Turn exceptions into a message and an exit code."""
+    try:
+        yield
+    except TreeifyError as error:
+        raise _stop(type(error).__name__, str(error), BAD_INPUT) from error
+    except KeyboardInterrupt as error:
+        raise _stop("Interrupted", "stopped by Ctrl-C.", INTERRUPTED) from error
+    except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
+        raise
+    except Exception as error:
+        text = f"{str(error) or 'no message'}\n  This is a bug; run again with --debug to see"
+        raise _stop(type(error).__name__, f"{text} where: treeify --debug ...", BUG) from error
 
 
 def _stop(kind: str, message: str, code: int) -> typer.Exit:
@@ -141,17 +131,15 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(asked: bool) -> None:
+    if asked:
         typer.echo(f"treeify {version('treeify')}")
         raise typer.Exit
 
 
 @app.callback()
 def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     show_version: Annotated[
         bool,
         typer.Option("--version", help="Show the version.", callback=_show_version, is_eager=True),

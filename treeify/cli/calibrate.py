@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,44 +11,41 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from treeify.anytime.confidence import BUDGET, Budget
 from treeify.anytime.deadline import LATENCIES, Latencies
-from treeify.cli import quantities
+from treeify.cli.options import Device, Json, SavedEnsemble, count
+from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
-from treeify.cli.thresholds import Halves
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine.plan import TUNING, Tuning
 from treeify.errors import CheckpointError, DataError, InputError
+from treeify.evaluation.halves import Halves
 from treeify.training.distributed import resolve_device
+from treeify.training.loaders import held_out_loader, noting
 from treeify.training.model import check_classes
 from treeify.training.recipe import DataRecipe
 
+_IMAGES_AT_ONCE = 128
+
 
 def calibrate(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            help="Saved ensemble, or run directory (its last checkpoint is taken).",
-            show_default=False,
-        ),
-    ],
+    directory: SavedEnsemble,
     data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
             help="Key of a recipe's data section to set, for --target-macs; may be repeated. A run "
             "directory knows its data. With like=NAME, images are prepared as that model's.",
-            show_default=False,
         ),
     ] = None,
     target_macs: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="COUNT",
-            help="Mean MACs per image to choose confidence thresholds for, such as 60M or 1.2G; "
-            "may be repeated.",
-            show_default=False,
+        list[int] | None,
+        count(
+            "--target-macs",
+            "Mean MACs per image to choose confidence thresholds for, such as 60M or 1.2G; may be"
+            " repeated.",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call to measure.")] = 1,
@@ -58,8 +54,8 @@ def calibrate(
     ] = True,
     repeats: Annotated[int, typer.Option(min=10, help="Rounds to measure.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Of the held-out images' halves.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Measure how fast an ensemble answers here, and choose when images need no more leaves.
 
@@ -75,7 +71,7 @@ def calibrate(
 
         treeify calibrate my_ensemble --target-macs 1.2G --data name=image_folder --data root=photos
     """
-    targets = [quantities.count(text, "--target-macs") for text in target_macs or ()]
+    targets = target_macs or []
     path = checkpoint_in(directory)
     section = _section(path, data or (), targets)
     _check_writable(path)
@@ -84,37 +80,35 @@ def calibrate(
         hne = checkpoint.load(path).to(resolve_device(device))
         _check_targets(hne, targets)
         images = None if section is None else section.load()
-    found: dict[str, Any] = {"ensemble": str(path)}
+    report: dict[str, Any] = {"ensemble": path}
+    tables: list[str | Table] = []
     if images is not None:
         _check_images(hne, images)
+        skipped: set[str] = set()
+        batches = held_out_loader(images.held_out, _IMAGES_AT_ONCE, skip=skips_damaged(path))
         with console.status("answering the held-out images"):
-            halves = Halves(hne, images, seed, skip=skips_damaged(path))
+            halves = Halves(hne, noting(batches, skipped), seed)
         budgets = [halves.budget(target) for target in targets]
         hne.budgets |= dict(zip(targets, budgets, strict=True))
-        found |= halves.as_json(budgets)
+        report |= _thresholds_report(halves, budgets, images.split, skipped)
+        tables = [_accuracy_table(halves, budgets), _threshold_table(budgets)]
+        tables.append(_explanation(halves, images.split, skipped))
     x = hne.example_images(batch_size)
     if tune:
         with console.status("tuning"):
             tuning = hne.tune(x)
-        console.print(_tuning_table(tuning))
-        found["tuning"] = TUNING.dump_python(tuning, mode="json", by_alias=True)
+        say(console, _tuning_table(tuning))
+        report["tuning"] = TUNING.dump_python(tuning, mode="json", by_alias=True)
     with console.status("measuring latencies"):
         latencies = hne.calibrate(x, repeats=repeats)
-    console.print(_latency_table(hne, latencies))
-    line = (
-        f"{latencies.situation}: medians of {latencies.repeats} rounds; deadlines are kept with"
-        f" {latencies.margin_range()}."
-    )
-    console.print(line, soft_wrap=True, highlight=False)
-    found["latencies"] = LATENCIES.dump_python(latencies, mode="json", by_alias=True)
-    if images is not None:
-        console.print(halves.accuracy_table(budgets))
-        console.print(halves.threshold_table(budgets))
-        console.print(halves.explanation(), soft_wrap=True, highlight=False, markup=False)
+    report["latencies"] = LATENCIES.dump_python(latencies, mode="json", by_alias=True)
+    medians = f"{latencies.situation}: medians of {latencies.repeats} rounds"
+    say(console, _latency_table(hne, latencies))
+    say(console, f"{medians}; deadlines are kept with {latencies.margin_range()}.", *tables)
     checkpoint.save_measurements(hne, path)
-    console.print(f"Saved in {path}", soft_wrap=True, highlight=False, markup=False)
+    say(console, f"Saved in {path}")
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        print_json(report)
 
 
 def _section(path: Path, options: Sequence[str], targets: Sequence[int]) -> DataRecipe | None:
@@ -161,23 +155,77 @@ def _check_images(hne: HierarchicalEnsemble, images: Data) -> None:
 
 
 def _tuning_table(tuning: Tuning) -> Table:
-    table = Table(caption=f"{tuning.situation}; * chosen")
-    table.add_column("levels run", overflow="fold")
-    table.add_column("ms", justify="right")
-    for name, seconds in sorted(tuning.seconds.items(), key=lambda row: row[1]):
-        star = " *" if name == str(tuning.plan) else ""
-        table.add_row(name + star, f"{1e3 * seconds:.2f}")
-    return table
+    rows = [
+        (name + (" *" if name == str(tuning.plan) else ""), 1e3 * seconds)
+        for name, seconds in sorted(tuning.seconds.items(), key=lambda row: row[1])
+    ]
+    columns = [Column("levels run", fold=True), Column("ms", ".2f")]
+    return table(columns, rows, caption=f"{tuning.situation}; * chosen")
 
 
 def _latency_table(hne: HierarchicalEnsemble, latencies: Latencies) -> Table:
-    table = Table(caption="ms from some leaves straight to more, and the 99th percentile")
-    head, *rows = latencies.rows()
-    for heading in head:
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*row)
-    macs = (f"{hne.count_macs(size):,}" for size in latencies.sizes)
-    table.add_section()
-    table.add_row("MACs", *macs)
-    return table
+    headings, *rows = latencies.rows()
+    macs = ["MACs", *(hne.count_macs(size) for size in latencies.sizes)]
+    caption = "ms from some leaves straight to more, and the 99th percentile"
+    return table([Column(heading, ",d") for heading in headings], rows, [macs], caption=caption)
+
+
+def _accuracy_table(halves: Halves, budgets: Sequence[Budget]) -> Table:
+    """Fixed sizes, and beside them thresholds."""
+    fixed = [
+        (f"{size} {'leaf' if size == 1 else 'leaves'}, every image", macs, 100 * accuracy)
+        for size, macs, accuracy in zip(halves.sizes, halves.macs, halves.fixed, strict=True)
+    ]
+    by_budget = [
+        (f"budget {budget.target_macs:,}", budget.macs, 100 * budget.accuracy) for budget in budgets
+    ]
+    columns = [Column("answer"), Column("MACs", ",.0f"), Column("accuracy %", ".2f")]
+    caption = "mean MACs per image, on images that no threshold was chosen on"
+    return table(columns, fixed, by_budget, caption=caption)
+
+
+def _threshold_table(budgets: Sequence[Budget]) -> Table:
+    """The confidence that stops an image at each size, and how many it stops."""
+    columns = [Column("leaves", "d")]
+    columns += [Column(f"budget {budget.target_macs:,}", "") for budget in budgets]
+    rows = [
+        (size, *(_stop(budget, index) for budget in budgets))
+        for index, size in enumerate(budgets[0].sizes)
+    ]
+    caption = "an image stops at this confidence: fraction of the images that do"
+    return table(columns, rows, caption=caption)
+
+
+def _stop(budget: Budget, index: int) -> str:
+    fraction = f"{100 * budget.fractions[index]:.1f} %"
+    if index == len(budget.thresholds):
+        return f"the rest: {fraction}"
+    threshold = budget.thresholds[index]
+    return f"never: {fraction}" if threshold > 1 else f"{threshold:.4f}: {fraction}"
+
+
+def _explanation(halves: Halves, split: str, skipped: set[str]) -> str:
+    """On which images what was done."""
+    chosen, reported = halves.images
+    left_out = ", ".join(sorted(skipped))
+    return (
+        f"Thresholds were chosen on {chosen:,} held-out images; accuracy, MACs and stops are"
+        f" those of the {reported:,} others (seed {halves.seed}; {split})."
+        + (f" Not read, and left out: {left_out}." if left_out else "")
+    )
+
+
+def _thresholds_report(
+    halves: Halves, budgets: Sequence[Budget], split: str, skipped: set[str]
+) -> dict[str, Any]:
+    """Everything the tables of accuracy and thresholds show; accuracies from 0 to 1."""
+    chosen, reported = halves.images
+    rows = zip(halves.sizes, halves.macs, halves.fixed, strict=True)
+    return {
+        "split": split,
+        "seed": halves.seed,
+        "skipped": sorted(skipped),
+        "images": {"chosen_on": chosen, "reported_on": reported},
+        "fixed": [dict(zip(("leaves", "macs", "accuracy"), row, strict=True)) for row in rows],
+        "budgets": [BUDGET.dump_python(budget, mode="json", by_alias=True) for budget in budgets],
+    }

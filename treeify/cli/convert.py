@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.cli.base_model import BaseModel, InputSize, Name, NumClasses, base_model
+from treeify.cli.options import InputSize, Json, Name, NumClasses
+from treeify.cli.output import Column, print_json, say, table
 from treeify.conversion import checkpoint
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.assemble import assemble
@@ -20,6 +20,7 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import initial_weights
 from treeify.errors import InputError
 from treeify.evaluation.cost import Cost, base_cost, costs
+from treeify.models.base_model import BaseModel, base_model
 from treeify.parity.verify import Figures, verify
 
 
@@ -37,35 +38,25 @@ def convert(
         str | None,
         typer.Option(
             help="fresh: every branch its own random weights; copy: every leaf equals the base "
-            "model; perturb: copy plus noise. By default fresh, with --pretrained perturb.",
-            show_default=False,
+            "model; perturb: copy plus noise. By default fresh, with --pretrained perturb."
         ),
     ] = None,
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from trained weights.", show_default=False)
+        bool, typer.Option("--pretrained", help="Start from trained weights.")
     ] = False,
     num_classes: NumClasses = None,
     input_size: InputSize = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Directory to write, new or empty; by default converted/NAME.",
-            show_default=False,
-        ),
+        typer.Option(help="Directory to write, new or empty; by default converted/NAME."),
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option(
-            "--overwrite", help="Write even if the directory is not empty.", show_default=False
-        ),
+        typer.Option("--overwrite", help="Write even if the directory is not empty."),
     ] = False,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Skip the parity check.", show_default=False)
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead.", show_default=False)
-    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Convert a classifier into a hierarchical neural ensemble.
 
@@ -99,17 +90,20 @@ def convert(
         else:
             hne = hierarchicalize(base.architecture, splits, fanout, init, seed, base.example)
     with console.status("counting MACs"):
-        own, nested = base_cost(hne), costs(hne)
-    _show(console, base, hne, own, nested)
+        cost, nested = base_cost(hne), costs(hne)
+    shape = " x ".join(map(str, hne.example))
+    say(console, f"{base.architecture} at {shape}", _splits_table(hne), str(hne.tree))
+    say(console, _cost_table(cost, nested), str(hne.conversion))
     figures = None
     if not no_verify:
         with console.status("checking every leaf against the base architecture"):
             figures = verify(hne, hne.example_images(2))
-        console.print(_parity_line(figures), soft_wrap=True, highlight=False)
+        say(console, _parity_line(figures))
     checkpoint.save(hne, out, overwrite=overwrite)
-    console.print(f"Written to {out}; read it with treeify.load({str(out)!r}).", soft_wrap=True)
+    say(console, f"Written to {out}; read it with treeify.load({str(out)!r}).")
     if as_json:
-        typer.echo(json.dumps(_as_json(base, hne, own, nested, figures, out), indent=2))
+        parity = None if figures is None else figures.as_dict()
+        print_json(_report(base, hne, cost, nested) | {"parity": parity, "out": out})
 
 
 def _init(init: str | None, pretrained: bool) -> str:
@@ -122,52 +116,37 @@ def _init(init: str | None, pretrained: bool) -> str:
     return init
 
 
-def _show(
-    console: Console,
-    base: BaseModel,
-    hne: HierarchicalEnsemble,
-    own: Cost,
-    nested: tuple[Cost, ...],
-) -> None:
-    shape = " x ".join(map(str, hne.example))
-    console.print(f"{base.architecture} at {shape}", highlight=False, markup=False)
-    console.print(_splits_table(hne))
-    console.print(str(hne.tree), highlight=False, markup=False)
-    console.print(_cost_table(own, nested))
-    console.print(str(hne.conversion), soft_wrap=True, highlight=False, markup=False)
-
-
 def _splits_table(hne: HierarchicalEnsemble) -> Table:
-    table = Table(caption="MACs per image of one path; live: tensors that cross the split")
-    table.add_column("split", no_wrap=True)
-    for heading in ("fanout", "MACs before", "MACs after", "live"):
-        table.add_column(heading, justify="right")
-    for point, fanout in zip(hne.conversion.splits.points, hne.tree.fanouts, strict=True):
-        table.add_row(
-            point.name,
-            str(fanout),
-            f"{point.macs_before:,}",
-            f"{point.macs_after:,}",
-            str(point.live),
-        )
-    return table
+    headings = ("fanout", "MACs before", "MACs after", "live")
+    columns = [Column("split", no_wrap=True), *(Column(heading, ",d") for heading in headings)]
+    rows = [
+        (point.name, fanout, point.macs_before, point.macs_after, point.live)
+        for point, fanout in zip(hne.conversion.splits.points, hne.tree.fanouts, strict=True)
+    ]
+    caption = "MACs per image of one path; live: tensors that cross the split"
+    return table(columns, rows, caption=caption)
 
 
-def _cost_table(own: Cost, nested: tuple[Cost, ...]) -> Table:
+def _cost_table(base: Cost, nested: tuple[Cost, ...]) -> Table:
     """Each nested size beside the base model and beside as many independent networks."""
-    table = Table(caption="MACs per image, as fvcore counts; independent: as many base models")
-    for heading in ("leaves", "MACs", "x base", "independent", "parameters", "x base"):
-        table.add_column(heading, justify="right")
-    for cost in (own, *nested):
-        table.add_row(
-            "base model" if cost is own else str(cost.leaves),
-            f"{cost.macs:,}",
-            f"{cost.macs / own.macs:.2f}" if own.macs else "-",
-            f"{cost.leaves * own.macs:,}",
-            f"{cost.parameters:,}",
-            f"{cost.parameters / own.parameters:.2f}" if own.parameters else "-",
+    headings = ("leaves", "MACs", "x base", "independent", "parameters", "x base")
+    rows = [
+        (
+            "base model" if cost is base else cost.leaves,
+            cost.macs,
+            _ratio(cost.macs, base.macs),
+            cost.leaves * base.macs,
+            cost.parameters,
+            _ratio(cost.parameters, base.parameters),
         )
-    return table
+        for cost in (base, *nested)
+    ]
+    caption = "MACs per image, as fvcore counts; independent: as many base models"
+    return table([Column(heading, ",d") for heading in headings], rows, caption=caption)
+
+
+def _ratio(number: int, base: int) -> str:
+    return f"{number / base:.2f}" if base else "-"
 
 
 def _parity_line(figures: Figures) -> str:
@@ -177,54 +156,39 @@ def _parity_line(figures: Figures) -> str:
     )
 
 
-def _as_json(
-    base: BaseModel,
-    hne: HierarchicalEnsemble,
-    own: Cost,
-    nested: tuple[Cost, ...],
-    figures: Figures | None,
-    out: Path,
+def _report(
+    base: BaseModel, hne: HierarchicalEnsemble, cost: Cost, nested: tuple[Cost, ...]
 ) -> dict[str, Any]:
+    """What the tables show, and how every node runs; `cost` is that of the base model."""
     conversion = hne.conversion
+    points = zip(conversion.splits.points, hne.tree.fanouts, strict=True)
     return {
         "model": asdict(base.architecture),
-        "input": list(hne.example),
-        "splits": [
-            {
-                "name": point.name,
-                "fanout": fanout,
-                "macs_before": point.macs_before,
-                "macs_after": point.macs_after,
-                "live": point.live,
-            }
-            for point, fanout in zip(conversion.splits.points, hne.tree.fanouts, strict=True)
-        ],
+        "input": hne.example,
+        "splits": [asdict(point) | {"fanout": fanout} for point, fanout in points],
         "leaves": hne.leaves,
-        "branches": list(hne.tree.branches),
-        "base": {"macs": own.macs, "parameters": own.parameters},
-        "nested": [
-            {
-                "leaves": cost.leaves,
-                "macs": cost.macs,
-                "parameters": cost.parameters,
-                "independent_macs": cost.leaves * own.macs,
-                "independent_parameters": cost.leaves * own.parameters,
-            }
-            for cost in nested
-        ],
+        "branches": hne.tree.branches,
+        "base": {"macs": cost.macs, "parameters": cost.parameters},
+        "nested": [asdict(size) | _independent(cost, size.leaves) for size in nested],
         "packed_share": conversion.packed_fraction,
         "nodes": [
             {
                 "path": node.path,
                 "operation": node.operation,
                 "level": node.level,
-                "runs": node.form.value,
+                "runs": node.form,
                 "reason": node.reason,
                 "macs": node.macs,
             }
             for node in conversion.nodes
         ],
-        "notes": list(conversion.notes),
-        "parity": None if figures is None else figures.as_dict(),
-        "out": str(out),
+        "notes": conversion.notes,
+    }
+
+
+def _independent(base: Cost, count: int) -> dict[str, int]:
+    """What as many base models cost."""
+    return {
+        "independent_macs": count * base.macs,
+        "independent_parameters": count * base.parameters,
     }

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import json
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.console import Console
-from torch import Tensor
 
 from treeify import files
+from treeify.cli.options import Device, Json
+from treeify.cli.output import print_json, say
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.scores import as_csv, score_rows, score_table
 from treeify.conversion import checkpoint
-from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.engine import timing
 from treeify.errors import DataError
+from treeify.evaluation.latency import answer_seconds
 from treeify.evaluation.metrics import measure
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
 from treeify.training.model import check_classes
-
-_LATENCY = 3.0  # seconds for all sizes together
 
 
 def evaluate(
@@ -32,8 +28,7 @@ def evaluate(
         Path,
         typer.Argument(
             help="Run directory (its last checkpoint is taken), or a checkpoint such as "
-            "runs/NAME/best.",
-            show_default=False,
+            "runs/NAME/best."
         ),
     ],
     data: Annotated[
@@ -42,20 +37,17 @@ def evaluate(
             metavar="KEY=VALUE",
             help="Key of the recipe's data section to set; may be repeated. With like=NAME, images "
             "are prepared as that model's.",
-            show_default=False,
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    device: Device = "auto",
     latency: Annotated[
         bool,
         typer.Option("--latency/--no-latency", help="Time answers for one image, about 3 seconds."),
     ] = True,
-    csv: Annotated[
-        Path | None, typer.Option(help="Also write the numbers to this file.", show_default=False)
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Measure a trained ensemble on held-out images, for every nested size.
 
@@ -79,33 +71,31 @@ def evaluate(
     batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=skip)
     skipped: set[str] = set()
     scores = measure(hne, noting(batches, skipped))
-    first = next(hne.parameters())
-    x = images.example()[None].to(first.device, first.dtype)
-    seconds = _seconds(hne, x) if latency else None
+    parameter = next(hne.parameters())
+    x = images.example()[None].to(parameter.device, parameter.dtype)
+    machine = timing.describe(x.device) if latency else None
+    seconds = answer_seconds(hne.eval(), x) if latency else None
     rows, single = score_rows(hne, scores.result(), seconds=seconds, x=x), scores.leaf_accuracy()
     if csv is not None:
         _write(csv, as_csv(rows, single))
     if as_json:
-        found = {
-            "ensemble": str(path),
+        report = {
+            "ensemble": path,
             "split": images.split,
             "skipped": sorted(skipped),
             "scores": rows,
             "leaf_accuracy": single,
-            "machine": timing.describe(next(hne.parameters()).device) if latency else None,
+            "machine": machine,
         }
-        typer.echo(json.dumps(found, indent=2))
-        return
-    console = Console()
-    console.print(score_table(rows))
-    shown = ", ".join(f"{accuracy:.2f}" for accuracy in single)
-    console.print(f"Each leaf by itself, %: {shown}", soft_wrap=True, highlight=False)
-    console.print(f"{path}; {images.split}.", soft_wrap=True, highlight=False)
+        print_json(report)
+    accuracies = ", ".join(f"{accuracy:.2f}" for accuracy in single)
+    console = Console(quiet=as_json)
+    say(console, score_table(rows), f"Each leaf by itself, %: {accuracies}")
+    say(console, f"{path}; {images.split}.")
     if skipped:
-        console.print(f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
-    if latency:
-        where = timing.describe(next(hne.parameters()).device)
-        console.print(f"ms: one image, {where}.", soft_wrap=True, highlight=False)
+        say(console, f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
+    if machine is not None:
+        say(console, f"ms: one image, {machine}.")
 
 
 def _write(path: Path, text: str) -> None:
@@ -115,12 +105,3 @@ def _write(path: Path, text: str) -> None:
         raise DataError(
             f"{path} cannot be written: {error}", next_step="Give another --csv."
         ) from error
-
-
-@torch.no_grad()
-def _seconds(hne: HierarchicalEnsemble, x: Tensor) -> dict[int, float]:
-    """How long an answer of every nested size takes for one image, [1, C, H, W]."""
-    hne.eval()
-    actions = {str(size): partial(hne.predict, x, leaves=size) for size in hne.tree.nested_sizes}
-    times = timing.alternate(actions, x.device, repeats=51, budget=_LATENCY)
-    return {int(size): typical for size, typical in timing.medians(times).items()}

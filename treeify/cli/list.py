@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,7 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.cli import quantities
+from treeify.cli.options import Json, count
+from treeify.cli.output import Column, print_json, say, table
 from treeify.models.builders import TIMM, family, library_names
 from treeify.parity import results
 from treeify.parity.results import Row
@@ -37,8 +37,8 @@ class _Filter:
             return False
         if self.family is None:
             return True
-        own = family(name) if row is None or row.family is None else row.family
-        return fnmatchcase(own, self.family)
+        module = family(name) if row is None or row.family is None else row.family
+        return fnmatchcase(module, self.family)
 
     @property
     def limited(self) -> bool:
@@ -48,7 +48,7 @@ class _Filter:
     def fits(self, row: Row) -> bool:
         """Whether the numbers are known and within the limits."""
         pairs = ((row.parameters, self.parameters), (row.macs, self.macs))
-        return all(most is None or (own is not None and own <= most) for own, most in pairs)
+        return all(most is None or (count is not None and count <= most) for count, most in pairs)
 
 
 def list_models(
@@ -61,33 +61,24 @@ def list_models(
             "--family",
             help="Only models of this module of the library (wildcards too), e.g. swin_transformer"
             " or torchvision/*.",
-            show_default=False,
         ),
     ] = None,
-    max_params: Annotated[
-        str | None,
-        typer.Option(metavar="COUNT", help="At most this many, e.g. 25M.", show_default=False),
-    ] = None,
+    max_params: Annotated[int | None, count("--max-params", "At most this many, e.g. 25M.")] = None,
     max_macs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COUNT", help="At most this many an image, e.g. 4G.", show_default=False
-        ),
+        int | None, count("--max-macs", "At most this many an image, e.g. 4G.")
     ] = None,
     file: Annotated[
         Path | None,
         typer.Option(
-            "--coverage",
-            help="File of treeify verify to read; by default what treeify comes with.",
-            show_default=False,
+            "--coverage", help="File of treeify verify to read; by default what treeify comes with."
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """List the models that convert, with their size and packed share.
+    """List the models that convert, with their size and packed fraction.
 
-    Parameters and MACs are those of the model as it is usually built and fed; the packed share is
-    that of the ensemble that was checked. Models that were never checked are listed too, with
+    Parameters and MACs are those of the model as it is usually built and fed; the packed fraction
+    is that of the ensemble that was checked. Models that were never checked are listed too, with
     nothing known; those that failed to convert are not.
 
     For example:
@@ -96,53 +87,42 @@ def list_models(
 
         treeify list --family swin_transformer --json
     """
-    wanted = _Filter(
-        pattern,
-        of_family,
-        None if max_params is None else quantities.count(max_params, "--max-params"),
-        None if max_macs is None else quantities.count(max_macs, "--max-macs"),
-    )
+    criteria = _Filter(pattern, of_family, max_params, max_macs)
     rows = (results.shipped() if file is None else results.read(file)).newest()
     installed = library_names()
     # Whether a user's own function is still there, only calling it would tell.
-    known = dict.fromkeys([*installed, *sorted(name for name in rows if ":" in name)])
-    named = {name: rows.get(name) for name in known if wanted.names(rows.get(name), name)}
-    gone = [name for name in rows if name not in known and wanted.names(rows[name], name)]
+    candidates = dict.fromkeys([*installed, *sorted(name for name in rows if ":" in name)])
+    named = {name: rows.get(name) for name in candidates if criteria.names(rows.get(name), name)}
+    missing = [name for name in rows if name not in candidates and criteria.names(rows[name], name)]
     failed = [name for name, row in named.items() if row is not None and not row.converted]
     unknown = [name for name, row in named.items() if row is None]
     shown = {
         name: row
         for name, row in named.items()
-        if (not wanted.limited if row is None else row.converted and wanted.fits(row))
+        if (not criteria.limited if row is None else row.converted and criteria.fits(row))
     }
     if as_json:
         models = [_as_json(name, row) for name, row in shown.items()]
-        found = {"models": models, "not_checked": unknown, "failed": failed, "not_installed": gone}
-        typer.echo(json.dumps(found, indent=2))
+        lists = {"not_checked": unknown, "failed": failed, "not_installed": missing}
+        print_json({"models": models, **lists})
         return
-    console = Console()
-    if shown:
-        console.print(_table(shown))
-    for line in (*_summary(shown, unknown, failed, wanted), *_of_other_versions(shown, gone)):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    lines = (*_summary(shown, unknown, failed, criteria), *_of_other_versions(shown, missing))
+    say(Console(), *([_table(shown)] if shown else []), *lines)
 
 
-def _table(shown: dict[str, Row | None]) -> Table:
+def _table(models: Mapping[str, Row | None]) -> Table:
+    numbers = (Column(heading, "", no_wrap=True) for heading in ("parameters", "MACs", "packed"))
+    columns = [Column("model", no_wrap=True), Column("family"), *numbers, Column("checked")]
     caption = "MACs per image of the usual size"
-    table = Table(caption=f"{caption}; packed: share of the branches' MACs")
-    table.add_column("model", no_wrap=True)
-    table.add_column("family")
-    for heading in ("parameters", "MACs", "packed"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("checked")
-    for name, row in shown.items():
-        if row is None:
-            table.add_row(name, family(name), "?", "?", "?", "no")
-        else:
-            share = "?" if row.packed_fraction is None else f"{row.packed_fraction:.1%}"
-            counts = (_count(row.parameters), _count(row.macs))
-            table.add_row(name, row.family, *counts, share, _checked(row))
-    return table
+    rows = [_cells(name, row) for name, row in models.items()]
+    return table(columns, rows, caption=f"{caption}; packed: fraction of the branches' MACs")
+
+
+def _cells(name: str, row: Row | None) -> tuple[str, ...]:
+    if row is None:
+        return name, family(name), "?", "?", "?", "no"
+    fraction = "?" if row.packed_fraction is None else f"{row.packed_fraction:.1%}"
+    return name, row.family or "", _count(row.parameters), _count(row.macs), fraction, _checked(row)
 
 
 def _count(number: int | None) -> str:
@@ -161,10 +141,10 @@ def _checked(row: Row) -> str:
 
 
 def _summary(
-    shown: dict[str, Row | None], unknown: list[str], failed: list[str], wanted: _Filter
+    shown: dict[str, Row | None], unknown: list[str], failed: list[str], criteria: _Filter
 ) -> Iterator[str]:
     yield f"{len(shown)} models."
-    if unknown and wanted.limited:
+    if unknown and criteria.limited:
         yield f"{len(unknown)} more were never checked, so their size is unknown."
     elif unknown:
         yield f"{len(unknown)} of them were never checked: treeify verify NAME does it."
@@ -172,15 +152,15 @@ def _summary(
         yield f"{len(failed)} did not convert: {', '.join(failed)}"
 
 
-def _of_other_versions(shown: dict[str, Row | None], gone: list[str]) -> Iterator[str]:
+def _of_other_versions(shown: dict[str, Row | None], missing: list[str]) -> Iterator[str]:
     present = results.versions()
     others = [row for row in shown.values() if row is not None and row.versions != present]
     if others:
-        found = {f"{key} {number}" for row in others for key, number in row.versions.items()}
-        text = ", ".join(sorted(found))
+        versions = {f"{key} {number}" for row in others for key, number in row.versions.items()}
+        text = ", ".join(sorted(versions))
         yield f"{len(others)} of them were checked under other versions: {text}."
-    if gone:
-        yield f"{len(gone)} more that were checked are not in the installed libraries."
+    if missing:
+        yield f"{len(missing)} more that were checked are not in the installed libraries."
 
 
 def _as_json(name: str, row: Row | None) -> dict[str, object]:

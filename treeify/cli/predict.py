@@ -2,52 +2,46 @@
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from pydantic.dataclasses import dataclass as serialised
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from rich.text import Text
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 
-from treeify.anytime.confidence import Budget, answer, thresholds_for
-from treeify.anytime.deadline import Latencies, advance_until, find
-from treeify.cli import quantities
+from treeify.anytime.confidence import Budget, Prediction
+from treeify.anytime.deadline import find
+from treeify.cli.answers import Answers, ImageAnswers
+from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers
+from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
-from treeify.cli.watched import Watched
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.data.preparation import Preparation, read_files
+from treeify.data.preparation import read_files
 from treeify.engine.plan import Situation
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.training.distributed import resolve_device
 
 
 def predict(
-    directory: Annotated[
-        Path,
-        typer.Argument(
-            help="Saved ensemble, or run directory (its last checkpoint is taken).",
-            show_default=False,
-        ),
-    ],
+    directory: SavedEnsemble,
     images: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGE...", help="Image files; one batch.", show_default=False),
+        typer.Argument(metavar="IMAGE...", help="Image files; one batch."),
     ],
     deadline: Annotated[
-        str | None,
-        typer.Option(
-            help="Time from the call, once images are loaded: 20ms, 0.02s or 0.02 (seconds).",
-            show_default=False,
+        float | None,
+        duration(
+            "--deadline",
+            "Time from the call, once images are loaded: 20ms, 0.02s or 0.02 (seconds).",
         ),
     ] = None,
     confidence: Annotated[
@@ -56,33 +50,28 @@ def predict(
             min=0,
             max=1,
             help="Stop adding leaves to an image once its likeliest class is this probable.",
-            show_default=False,
         ),
     ] = None,
     leaves: Annotated[
         int | None,
-        typer.Option(min=1, help="Leaves to stop at; by default all.", show_default=False),
+        typer.Option(min=1, help="Leaves to stop at; by default all."),
     ] = None,
     budget: Annotated[
-        str | None,
-        typer.Option(
-            help="Mean MACs per image, such as 60M, that treeify calibrate chose thresholds for.",
-            show_default=False,
+        int | None,
+        count(
+            "--budget",
+            "Mean MACs per image, such as 60M, that treeify calibrate chose thresholds for.",
         ),
     ] = None,
-    labels: Annotated[
-        Path | None, typer.Option(help="Text file, one class name a line.", show_default=False)
-    ] = None,
+    labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to end with.")] = 5,
     mean: Annotated[
-        str | None,
-        typer.Option(
-            help="Of the channels, pixels in 0 to 1, if not what is known.", show_default=False
-        ),
+        Sequence[float] | None,
+        numbers("--mean", "Of the channels, pixels in 0 to 1, if not what is known."),
     ] = None,
-    std: Annotated[str | None, typer.Option(help="Likewise.", show_default=False)] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead.")] = False,
+    std: Annotated[Sequence[float] | None, numbers("--std", "Likewise.", positive=True)] = None,
+    device: Device = "auto",
+    as_json: Json = False,
 ) -> None:
     """Classify images, with answers that get better while there is time.
 
@@ -97,82 +86,109 @@ def predict(
 
         treeify predict my_ensemble photo.jpg --confidence 0.9 --labels classes.txt --json
     """
-    limit = _limit(leaves, deadline, confidence, budget)
-    statistics = _statistics(mean, std)
+    _check_single(leaves, deadline, confidence, budget)
     path = checkpoint_in(directory)
     console = Console(quiet=as_json)
-    preparation = preparation_in(path, *statistics)
+    preparation = preparation_in(path, mean, std)
+    notes = [f"Images: {preparation}."]
     with console.status("reading"):
         batch = read_files(images, preparation)
         names = None if labels is None else _read_labels(labels)
         hne = checkpoint.load(path).to(resolve_device(device))
-    like = next(hne.parameters())
-    x = batch.to(like.device, like.dtype)
-    call = _Call(hne, x, path, limit, notes=[f"Images: {preparation}."])
+    parameter = next(hne.parameters())
+    x = batch.to(parameter.device, parameter.dtype)
     with console.status("warming up"):
-        classes = call.prepare()
-    names = _labels(names, classes, hne, path, call.notes)
-    display = _Display([str(file) for file in images], names, min(top, classes))
-    if as_json:
-        call.run()
-        typer.echo(json.dumps(_as_json(call, display, preparation), indent=2))
-        return
+        sufficient = confidence if budget is None else _saved_budget(hne, budget, path)
+        measured = deadline is not None and _measure_if_unknown(hne, x, path, notes)
+        classes = _warm_up(hne, x, leaves)
+    names = _labels(names, classes, hne, path, notes)
     # Drawing would eat into a deadline, and cannot grow where nothing is redrawn.
-    if console.is_terminal and limit.deadline is None:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-            call.run(lambda watched: live.update(display.answers(watched), refresh=True))
-    else:
-        call.run()
-    console.print(display.answers(call.watched, call.used))
-    console.print(display.best(call.watched, call.used))
-    for line in (*call.notes, *call.summary()):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    drawn = console.is_terminal and deadline is None and not as_json
+    view = Live(console=console, auto_refresh=False, transient=True) if drawn else None
+    with view or nullcontext():
+        answers = Answers([str(file) for file in images], names, top, partial(_redraw, view))
+        prediction = hne.predict(
+            x, leaves, deadline=deadline, confidence=sufficient, observe=answers.observe
+        )
+    of_images = answers.of_images(
+        prediction.leaves.tolist() if isinstance(prediction, Prediction) else None
+    )
+    report = Report(
+        ensemble=str(path),
+        device=str(x.device),
+        input=preparation.shape,
+        mean=preparation.mean,
+        std=preparation.std,
+        normalisation=preparation.source,
+        leaves=leaves,
+        confidence=confidence,
+        budget=budget,
+        deadline_ms=None if deadline is None else 1e3 * deadline,
+        elapsed_ms=1e3 * answers.seconds,
+        deadline_met=None if deadline is None else answers.seconds <= deadline,
+        measured_latencies=measured,
+        macs=sum(hne.count_macs(image.leaves) for image in of_images) / len(of_images),
+        notes=notes,
+        images=of_images,
+    )
+    if as_json:
+        print_json(report)
+    say(console, _answers_table(of_images), _best_table(of_images), *notes, *_summary(report))
 
 
-@dataclass(frozen=True)
-class _Limit:
-    """What ends an answer, at most one of them.
+@serialised(frozen=True)
+class Report:
+    """What `--json` prints: how the images were prepared, what ended the answers, and these.
 
     Args:
-        leaves: how many.
-        deadline: seconds.
-        confidence: probability that suffices.
-        budget: mean MACs per image.
+        ensemble: the directory.
+        device: where it ran.
+        input: shape of an image, `(C, H, W)`.
+        mean: of each channel.
+        std: of each channel.
+        normalisation: where these come from.
+        leaves: asked for, if any.
+        confidence: asked for, if any.
+        budget: mean MACs per image, asked for, if any.
+        deadline_ms: asked for, if any.
+        elapsed_ms: from the call to its last answer.
+        deadline_met: whether it was, with a deadline.
+        measured_latencies: whether they had to be measured first.
+        macs: mean MACs per image of the leaves used.
+        notes: what the user should know.
+        images: the answers.
     """
 
-    leaves: int | None = None
-    deadline: float | None = None
-    confidence: float | None = None
-    budget: int | None = None
+    ensemble: str
+    device: str
+    input: tuple[int, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    normalisation: str
+    leaves: int | None
+    confidence: float | None
+    budget: int | None
+    deadline_ms: float | None
+    elapsed_ms: float
+    deadline_met: bool | None
+    measured_latencies: bool
+    macs: float
+    notes: list[str]
+    images: list[ImageAnswers]
 
 
-def _limit(
-    leaves: int | None, deadline: str | None, confidence: float | None, budget: str | None
-) -> _Limit:
+def _check_single(
+    leaves: int | None, deadline: float | None, confidence: float | None, budget: int | None
+) -> None:
     options = {
         "--leaves": leaves,
         "--deadline": deadline,
         "--confidence": confidence,
         "--budget": budget,
     }
-    given = [option for option, value in options.items() if value is not None]
-    if len(given) > 1:
-        raise InputError(f"{' and '.join(given)} were given.", expected="one of them")
-    return _Limit(
-        leaves,
-        None if deadline is None else quantities.seconds(deadline, "--deadline"),
-        confidence,
-        None if budget is None else quantities.count(budget, "--budget"),
-    )
-
-
-def _statistics(
-    mean: str | None, std: str | None
-) -> tuple[Sequence[float] | None, Sequence[float] | None]:
-    return (
-        None if mean is None else quantities.numbers(mean, "--mean"),
-        None if std is None else quantities.numbers(std, "--std", positive=True),
-    )
+    limits = [option for option, value in options.items() if value is not None]
+    if len(limits) > 1:
+        raise InputError(f"{' and '.join(limits)} were given.", expected="one of them")
 
 
 def _read_labels(file: Path) -> list[str]:
@@ -186,268 +202,130 @@ def _read_labels(file: Path) -> list[str]:
 
 
 def _labels(
-    given: list[str] | None, classes: int, hne: HierarchicalEnsemble, path: Path, notes: list[str]
+    labels: list[str] | None, classes: int, hne: HierarchicalEnsemble, path: Path, notes: list[str]
 ) -> list[str] | None:
     """A name for every class, or None to go by their indices."""
-    if given is not None:
-        if len(given) != classes:
+    if labels is not None:
+        if len(labels) != classes:
             raise DataError(
                 "--labels do not fit the ensemble.",
                 expected=f"{classes} lines, a class name each",
-                found=f"{len(given)}",
+                found=f"{len(labels)}",
             )
-        return given
-    own = hne.architecture is None or ":" in hne.architecture.name or recipe_of(path)
-    if classes != 1000 or own:
+        return labels
+    custom = hne.architecture is None or ":" in hne.architecture.name or recipe_of(path)
+    if classes != 1000 or custom:
         return None
     notes.append("Labels: ImageNet-1k's, as the architecture has 1,000 classes (else --labels).")
     info = ImageNetInfo()
     return [info.index_to_description(index) for index in range(classes)]
 
 
-@dataclass
-class _Call:
-    """One call of the ensemble on one batch.
-
-    Args:
-        hne: the ensemble.
-        x: the batch, `[N, C, H, W]`.
-        path: where the ensemble is saved.
-        limit: what ends the answer.
-        notes: what the user should know.
-    """
-
-    hne: HierarchicalEnsemble
-    x: Tensor
-    path: Path
-    limit: _Limit
-    notes: list[str]
-    watched: Watched = field(init=False)
-    used: list[int] = field(init=False, default_factory=list)
-    measured: bool = field(init=False, default=False)
-
-    def prepare(self) -> int:
-        """Do what need not happen against the clock; return the number of classes `K`."""
-        hne, limit = self.hne, self.limit
-        if limit.leaves is not None:
-            hne.tree.check_size(limit.leaves)
-        if limit.budget is not None:
-            self._budget()
-        if limit.deadline is not None:
-            self._latencies()
-        # The first calls of a process set up kernels and take longer than any later one.
-        session = hne.session(torch.zeros_like(self.x))
-        for size in self._sizes():
-            session.advance(to=size)
-        if not isinstance(session.logits, Tensor) or session.logits.ndim != 2:
-            raise InputError("the ensemble returns no single tensor of logits.", expected="[N, K]")
-        return session.logits.shape[1]
-
-    def run(self, show: Callable[[Watched], None] = lambda watched: None) -> None:
-        """Prediction, remembering every step."""
-        hne, limit, images = self.hne, self.limit, len(self.x)
-        latencies = None if limit.deadline is None else self._latencies()
-        begin = time.perf_counter()
-        watched = self.watched = Watched(images, begin, show)
-        session = hne.session(self.x)
-        if limit.deadline is not None and latencies is not None:
-            advance_until(session, latencies, limit.deadline, begin, observe=watched.take)
-        elif limit.confidence is not None or limit.budget is not None:
-            wanted = self._budget() if limit.confidence is None else limit.confidence
-            sizes = hne.tree.nested_sizes
-            found = answer(session, sizes, thresholds_for(wanted, sizes), observe=watched.take)
-            self.used = found.leaves.tolist()
-        else:
-            for size in self._sizes():
-                watched.take(session.advance(to=size))
-        self.used = self.used or [self.watched.told[-1].step.leaves] * images
-
-    @property
-    def seconds(self) -> float:
-        """From the call to its last answer."""
-        return self.watched.told[-1].seconds
-
-    @property
-    def met(self) -> bool | None:
-        """Whether the deadline was met; None without one."""
-        return None if self.limit.deadline is None else self.seconds <= self.limit.deadline
-
-    @property
-    def macs(self) -> float:
-        """Mean MACs per image of the leaves used."""
-        return sum(map(self.hne.count_macs, self.used)) / len(self.used)
-
-    def summary(self) -> list[str]:
-        """What became of the limit."""
-        leaves = sum(self.used) / len(self.used)
-        word = "leaf" if leaves == 1 else "leaves"
-        mean = f"{leaves:.4g} {word} and {self.macs:,.0f} MACs per image"
-        if self.limit.deadline is not None:
-            end = f"answered after {1e3 * self.seconds:.2f} ms with {mean}"
-            verdict = "met" if self.met else "missed"
-            return [f"Deadline of {1e3 * self.limit.deadline:g} ms {verdict}: {end}."]
-        if self.limit.confidence is not None:
-            return [f"Confidence {self.limit.confidence:g}: {mean} on average."]
-        if self.limit.budget is not None:
-            return [f"Budget of {self.limit.budget:,} MACs: {mean} on average."]
-        return []
-
-    def _sizes(self) -> list[int]:
-        """The nested sizes on the way, and the size to end with."""
-        last = self.hne.leaves if self.limit.leaves is None else self.limit.leaves
-        return [*(size for size in self.hne.tree.nested_sizes if size < last), last]
-
-    def _budget(self) -> Budget:
-        budgets, wanted = self.hne.budgets, self.limit.budget
-        if wanted in budgets:
-            return budgets[wanted]
-        raise InputError(
-            f"no thresholds are saved for a budget of {wanted:,} MACs per image.",
-            expected=f"one of {', '.join(f'{known:,}' for known in sorted(budgets))}"
-            if budgets
-            else "a budget that was calibrated",
-            found=None if budgets else "none, no budget has been calibrated",
-            next_step=f"Choose them: treeify calibrate {self.path} --target-macs {wanted}",
-        )
-
-    def _latencies(self) -> Latencies:
-        """How long steps take for this batch, measured if that is not known."""
-        hne, x = self.hne, self.x
-        situation = Situation.of(x, training=False)
-        try:
-            return find(hne.latencies, situation, hne.plan(x))
-        except InputError:
-            found = hne.calibrate(x)
-        self.measured = True
-        try:
-            checkpoint.save_measurements(hne, self.path)
-            kept = f"kept in {self.path}"
-        except CheckpointError as error:
-            kept = f"not kept: {str(error).splitlines()[0].rstrip('.')}"
-        self.notes.append(
-            f"Latencies of {situation} were not known: measured in {found.repeats} rounds, {kept}."
-        )
-        return found
+def _saved_budget(hne: HierarchicalEnsemble, target: int, path: Path) -> Budget:
+    """The thresholds that were chosen for a number of MACs per image."""
+    budgets = hne.budgets
+    if target in budgets:
+        return budgets[target]
+    raise InputError(
+        f"no thresholds are saved for a budget of {target:,} MACs per image.",
+        expected=f"one of {', '.join(f'{macs:,}' for macs in sorted(budgets))}"
+        if budgets
+        else "a budget that was calibrated",
+        found=None if budgets else "none, no budget has been calibrated",
+        next_step=f"Choose them: treeify calibrate {path} --target-macs {target}",
+    )
 
 
-@dataclass(frozen=True)
-class _Display:
-    """Answers as tables and as JSON.
-
-    Args:
-        files: the images.
-        labels: names of the classes, if known.
-        top: how many classes to end with.
-    """
-
-    files: list[str]
-    labels: list[str] | None
-    top: int
-
-    def answers(self, watched: Watched, used: Sequence[int] | None = None) -> Table:
-        """A row for every image and step so far."""
-        table = Table(caption="ms since the call; MACs per image")
-        if several := len(self.files) > 1:
-            table.add_column("image", overflow="fold")
-        for heading in ("leaves", "ms", "MACs"):
-            table.add_column(heading, justify="right")
-        table.add_column("class")
-        table.add_column("probability %", justify="right")
-        for image, file in enumerate(self.files):
-            rows = self.steps(watched, image, used)
-            for row in rows:
-                table.add_row(
-                    *([Text(file if row is rows[0] else "")] if several else []),
-                    str(row["leaves"]),
-                    f"{row['elapsed_ms']:.2f}",
-                    f"{row['macs']:,}",
-                    Text(self._name(row["class"])),
-                    f"{100 * row['probability']:.1f}",
-                    end_section=row is rows[-1],
-                )
-        return table
-
-    def best(self, watched: Watched, used: Sequence[int]) -> Table:
-        """The likeliest classes of every image."""
-        table = Table(caption="by all leaves used")
-        if several := len(self.files) > 1:
-            table.add_column("image", overflow="fold")
-        table.add_column("leaves", justify="right")
-        table.add_column("class")
-        table.add_column("probability %", justify="right")
-        for image, (file, leaves) in enumerate(zip(self.files, used, strict=True)):
-            rows = self.likeliest(watched, image, leaves)
-            for row in rows:
-                first = row is rows[0]
-                table.add_row(
-                    *([Text(file if first else "")] if several else []),
-                    str(leaves) if first else "",
-                    Text(self._name(row["class"])),
-                    f"{100 * row['probability']:.1f}",
-                    end_section=row is rows[-1],
-                )
-        return table
-
-    def steps(
-        self, watched: Watched, image: int, used: Sequence[int] | None = None
-    ) -> list[dict[str, Any]]:
-        """What one image was told until it was answered, ready for JSON."""
-        rows = []
-        for told in watched.told:
-            found = told.of(image)
-            if found is None or (used is not None and told.step.leaves > used[image]):
-                continue
-            step = {
-                "leaves": told.step.leaves,
-                "elapsed_ms": 1e3 * told.seconds,
-                "macs": told.step.macs,
-            }
-            rows.append(step | self._class(found, int(found.argmax())))
-        return rows
-
-    def likeliest(self, watched: Watched, image: int, leaves: int) -> list[dict[str, Any]]:
-        """The likeliest classes of one image, ready for JSON."""
-        last = next(told for told in watched.told if told.step.leaves == leaves)
-        found = last.of(image)
-        assert found is not None
-        return [self._class(found, index) for index in found.topk(self.top).indices.tolist()]
-
-    def _class(self, probabilities: Tensor, index: int) -> dict[str, Any]:
-        return {
-            "class": index,
-            "label": self.labels[index] if self.labels else None,
-            "probability": probabilities[index].item(),
-        }
-
-    def _name(self, index: int) -> str:
-        return self.labels[index] if self.labels else str(index)
+def _measure_if_unknown(hne: HierarchicalEnsemble, x: Tensor, path: Path, notes: list[str]) -> bool:
+    """Measure how long steps take for this batch unless that is known; whether it was done."""
+    situation = Situation.of(x, training=False)
+    try:
+        find(hne.latencies, situation, hne.plan(x))
+    except InputError:
+        repeats = hne.calibrate(x).repeats
+    else:
+        return False
+    try:
+        checkpoint.save_measurements(hne, path)
+        outcome = f"kept in {path}"
+    except CheckpointError as error:
+        outcome = f"not kept: {str(error).splitlines()[0].rstrip('.')}"
+    notes.append(
+        f"Latencies of {situation} were not known: measured in {repeats} rounds, {outcome}."
+    )
+    return True
 
 
-def _as_json(call: _Call, display: _Display, preparation: Preparation) -> dict[str, Any]:
-    limit, watched = call.limit, call.watched
-    return {
-        "ensemble": str(call.path),
-        "device": str(call.x.device),
-        "input": list(preparation.shape),
-        "mean": list(preparation.mean),
-        "std": list(preparation.std),
-        "normalisation": preparation.source,
-        "leaves": limit.leaves,
-        "confidence": limit.confidence,
-        "budget": limit.budget,
-        "deadline_ms": None if limit.deadline is None else 1e3 * limit.deadline,
-        "elapsed_ms": 1e3 * call.seconds,
-        "deadline_met": call.met,
-        "measured_latencies": call.measured,
-        "macs": call.macs,
-        "notes": call.notes,
-        "images": [
-            {
-                "path": file,
-                "leaves": leaves,
-                "answers": display.steps(watched, image, call.used),
-                "top": display.likeliest(watched, image, leaves),
-            }
-            for image, (file, leaves) in enumerate(zip(display.files, call.used, strict=True))
-        ],
-    }
+def _warm_up(hne: HierarchicalEnsemble, x: Tensor, leaves: int | None) -> int:
+    """Answer blank images, and return the number of classes `K`."""
+    # The first calls of a process set up kernels and take longer than any later one.
+    logits = hne.predict(torch.zeros_like(x), leaves, observe=lambda answer, images: None)
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise InputError("the ensemble returns no single tensor of logits.", expected="[N, K]")
+    return logits.shape[1]
+
+
+def _redraw(view: Live | None, answers: Answers) -> None:
+    if view is not None:
+        view.update(_answers_table(answers.of_images()), refresh=True)
+
+
+_IMAGE = Column("image", fold=True)
+_BEST = (Column("class"), Column("probability %", ".1f"))
+
+
+def _answers_table(images: Sequence[ImageAnswers]) -> Table:
+    """A row for every image and step so far."""
+    columns = [Column("leaves", "d"), Column("ms", ".2f"), Column("MACs", ",d"), *_BEST]
+    sections = [
+        [
+            (row.leaves, row.elapsed_ms, row.macs, row.name, 100 * row.probability)
+            for row in image.answers
+        ]
+        for image in images
+    ]
+    return _table(images, columns, sections, "ms since the call; MACs per image")
+
+
+def _best_table(images: Sequence[ImageAnswers]) -> Table:
+    """The likeliest classes of every image."""
+    sections = [
+        [
+            ("" if index else str(image.leaves), row.name, 100 * row.probability)
+            for index, row in enumerate(image.top)
+        ]
+        for image in images
+    ]
+    return _table(images, [Column("leaves", "d"), *_BEST], sections, "by all leaves used")
+
+
+def _table(
+    images: Sequence[ImageAnswers],
+    columns: Sequence[Column],
+    sections: Sequence[Sequence[tuple[Any, ...]]],
+    caption: str,
+) -> Table:
+    """A section for every image, after the names of the files where there are several."""
+    if len(images) == 1:
+        return table(columns, *sections, caption=caption)
+    named = [
+        [("" if index else image.path, *row) for index, row in enumerate(rows)]
+        for image, rows in zip(images, sections, strict=True)
+    ]
+    return table([_IMAGE, *columns], *named, caption=caption)
+
+
+def _summary(report: Report) -> list[str]:
+    """What became of the limit."""
+    leaves = sum(image.leaves for image in report.images) / len(report.images)
+    word = "leaf" if leaves == 1 else "leaves"
+    mean = f"{leaves:.4g} {word} and {report.macs:,.0f} MACs per image"
+    if report.deadline_ms is not None:
+        end = f"answered after {report.elapsed_ms:.2f} ms with {mean}"
+        verdict = "met" if report.deadline_met else "missed"
+        return [f"Deadline of {report.deadline_ms:g} ms {verdict}: {end}."]
+    if report.confidence is not None:
+        return [f"Confidence {report.confidence:g}: {mean} on average."]
+    if report.budget is not None:
+        return [f"Budget of {report.budget:,} MACs: {mean} on average."]
+    return []

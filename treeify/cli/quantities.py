@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from decimal import Decimal
 from math import isfinite
+from typing import NamedTuple
 
 from treeify.errors import InputError
 
@@ -14,6 +15,22 @@ _GROUPED = r"[1-9]\d{0,2}(?:[_,]\d{3})+"  # 60,000,000, as tables show counts
 _SECONDS = {"": Decimal(1), "s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
 _COUNTS = {"": Decimal(1), "k": Decimal(10**3), "K": Decimal(10**3)}
 _COUNTS |= {"M": Decimal(10**6), "G": Decimal(10**9), "T": Decimal(10**12)}
+
+
+class Part(NamedTuple):
+    """One of several parts.
+
+    Args:
+        number: from 1 on.
+        parts: how many there are.
+    """
+
+    number: int
+    parts: int
+
+    def __str__(self) -> str:
+        """As it is written on the command line."""
+        return f"{self.number}/{self.parts}"
 
 
 def seconds(text: str, option: str) -> float:
@@ -79,6 +96,25 @@ def numbers(text: str, option: str, *, positive: bool = False) -> tuple[float, .
             expected=f"one number, or one for each channel: {option} 0.5,0.5,0.5",
         )
     return values
+
+
+def part(text: str, option: str) -> Part:
+    """Which of how many parts, as written.
+
+    Args:
+        text: such as `3/8`.
+        option: who asks, for the error.
+
+    Raises:
+        InputError: the text is no such pair.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise InputError(
+            f"{option} {text!r} is no {option.strip('-')}.",
+            expected="K/N with K from 1 to N: 3/8",
+        )
+    return Part(int(match[1]), int(match[2]))
 
 
 def _quantity(text: str, units: Mapping[str, Decimal]) -> Decimal | None:

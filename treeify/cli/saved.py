@@ -36,8 +36,8 @@ def recipe_of(path: Path) -> Path | None:
     state = path.parent if path.name == EMA else path
     run = state.parent.parent if state.parent.name == STATES else state.parent
     recipe = run / RECIPE
-    known = state.parent.name == STATES or state.name in CHECKPOINTS
-    return recipe if known and recipe.is_file() else None
+    in_run = state.parent.name == STATES or state.name in CHECKPOINTS
+    return recipe if in_run and recipe.is_file() else None
 
 
 def preparation_in(

@@ -11,21 +11,22 @@ from typing import Any
 from rich.table import Table
 from torch import Tensor
 
+from treeify.cli.output import Column, table
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.evaluation.cost import costs
 from treeify.evaluation.metrics import Score
 
-# Keys of a row, their headings and formats.
+# By the keys of a row.
 _COLUMNS = {
-    "leaves": ("leaves", "d"),
-    "accuracy": ("accuracy %", ".2f"),
-    "training": ("training %", ".2f"),
-    "nll": ("NLL", ".3f"),
-    "calibration_error": ("ECE %", ".2f"),
-    "logit_std": ("logit std", ".3f"),
-    "macs": ("MACs", ",d"),
-    "parameters": ("parameters", ",d"),
-    "milliseconds": ("ms", ".2f"),
+    "leaves": Column("leaves", "d"),
+    "accuracy": Column("accuracy %", ".2f"),
+    "training": Column("training %", ".2f"),
+    "nll": Column("NLL", ".3f"),
+    "calibration_error": Column("ECE %", ".2f"),
+    "logit_std": Column("logit std", ".3f"),
+    "macs": Column("MACs", ",d"),
+    "parameters": Column("parameters", ",d"),
+    "milliseconds": Column("ms", ".2f"),
 }
 _BRIEF = ("leaves", "accuracy", "training", "nll", "macs", "parameters")
 
@@ -69,14 +70,9 @@ def score_table(rows: Sequence[Mapping[str, Any]], *, brief: bool = False) -> Ta
         caption += "; training: augmented images, during the last epoch"
     if not brief and "calibration_error" in rows[0]:
         caption += "; ECE: expected calibration error"
-    table = Table(caption=caption)
-    shown = {key: own for key, own in _COLUMNS.items() if key in (_BRIEF if brief else rows[0])}
-    shown = {key: own for key, own in shown.items() if key in rows[0]}
-    for heading, _ in shown.values():
-        table.add_column(heading, justify="right")
-    for row in rows:
-        table.add_row(*(format(row[key], form) for key, (_, form) in shown.items()))
-    return table
+    keys = [key for key in _COLUMNS if key in rows[0] and (not brief or key in _BRIEF)]
+    cells = [[row[key] for key in keys] for row in rows]
+    return table([_COLUMNS[key] for key in keys], cells, caption=caption)
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], leaves: Sequence[float]) -> str:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from treeify.cli.base_model import InputSize, Name, NumClasses, base_model
+from treeify.cli.options import InputSize, Json, Name, NumClasses
+from treeify.cli.output import Column, print_json, say, table
 from treeify.conversion.assemble import trace_model
-from treeify.conversion.splits import split_points
+from treeify.conversion.splits import SplitPoint, split_points
+from treeify.models.base_model import base_model
 
 
 def splits(
     name: Name,
     clean: Annotated[
         bool,
-        typer.Option(
-            "--clean", help="Only points where a single tensor is live.", show_default=False
-        ),
+        typer.Option("--clean", help="Only points where a single tensor is live."),
     ] = False,
     num_classes: NumClasses = None,
     input_size: InputSize = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead.", show_default=False)
-    ] = False,
+    as_json: Json = False,
 ) -> None:
     """List the points where a model can be split.
 
@@ -43,21 +38,22 @@ def splits(
     base = base_model(name, num_classes, input_size)
     traced = trace_model(base.model, base.architecture, base.example)
     points = [point for point in split_points(traced) if point.live == 1 or not clean]
+    shape = base.example.shape[1:]
     if as_json:
-        shape = list(base.example.shape[1:])
-        rows = [asdict(point) for point in points]
-        typer.echo(json.dumps({"model": str(base.architecture), "input": shape, "points": rows}))
+        print_json({"model": str(base.architecture), "input": list(shape), "points": points})
         return
-    table = Table(
-        title=f"{base.architecture} at {' x '.join(map(str, base.example.shape[1:]))}",
-        caption="MACs per image; live: tensors that cross the split",
-    )
-    table.add_column("split", overflow="fold")
-    for heading in ("MACs before", "MACs after", "share after", "live"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for point in points:
-        total = point.macs_before + point.macs_after
-        share = f"{point.macs_after / total:.1%}" if total else "-"
-        row = (f"{point.macs_before:,}", f"{point.macs_after:,}", share, str(point.live))
-        table.add_row(point.name, *row)
-    Console().print(table)
+    names = Column("split", fold=True)
+    headings = ("MACs before", "MACs after", "fraction after", "live")
+    numbers = [Column(heading, ",d", no_wrap=True) for heading in headings]
+    rows = [
+        (point.name, point.macs_before, point.macs_after, _fraction_after(point), point.live)
+        for point in points
+    ]
+    title = f"{base.architecture} at {' x '.join(map(str, shape))}"
+    caption = "MACs per image; live: tensors that cross the split"
+    say(Console(), table([names, *numbers], rows, title=title, caption=caption))
+
+
+def _fraction_after(point: SplitPoint) -> str:
+    total = point.macs_before + point.macs_after
+    return f"{point.macs_after / total:.1%}" if total else "-"

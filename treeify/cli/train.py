@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from treeify.cli.output import say
 from treeify.cli.scores import score_rows, score_table
 from treeify.errors import RecipeError
 from treeify.training.distributed import leave
@@ -30,21 +31,19 @@ INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe.", show_default=False)],
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
             help="Recipe keys to set, the values in YAML, e.g. optimizer.lr=0.05.",
-            show_default=False,
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             help="Run directory, new or empty. Without it the recipe's, else runs/NAME, or "
-            "runs/NAME-2, ... if that is there.",
-            show_default=False,
+            "runs/NAME-2, ... if that is there."
         ),
     ] = None,
     overwrite: Annotated[
@@ -56,7 +55,6 @@ def train(
             metavar="RUN",
             help="Go on with the run in this directory, from the last state it saved. The recipe "
             "and overrides must be those it began with: RUN/recipe.yaml has them.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:
@@ -74,13 +72,9 @@ def train(
         treeify train runs/independent/recipe.yaml --resume runs/independent
 
         torchrun --nproc-per-node 2 -m treeify train recipes/digits_hne.yaml
-
-    Raises:
-        RecipeError: --resume and --out are both there.
     """
     console = Console()
-    if resume is not None and (out is not None or overwrite):
-        raise RecipeError("--resume goes on in RUN: leave --out and --overwrite out.")
+    _check_target(out, overwrite, resume)
     settings = load_recipe(recipe, overrides or ())
     with _Display(console) as display:
         result = run_training(
@@ -91,6 +85,11 @@ def train(
     leave()
     if result.interrupted:
         sys.exit(INTERRUPTED)
+
+
+def _check_target(out: Path | None, overwrite: bool, resume: Path | None) -> None:
+    if resume is not None and (out is not None or overwrite):
+        raise RecipeError("--resume goes on in RUN: leave --out and --overwrite out.")
 
 
 class _Display(Reporter):
@@ -120,18 +119,18 @@ class _Display(Reporter):
         self.progress.stop()
 
     def started(self, run: RunSize) -> None:
+        """Say what is trained on what, and where; begin the live line."""
         self.epochs = run.epochs
         images = len(run.data.train)  # type: ignore[arg-type]
         where = f"{run.processes} processes, " if run.processes > 1 else ""
-        self.console.print(
+        say(
+            self.console,
             f"{run.hne.leaves} leaves on {where}{run.device}, {images:,} training images; "
             f"{run.data.split}. Writing {run.directory}",
-            soft_wrap=True,
-            highlight=False,
         )
         if run.done:
             total = run.epochs * run.steps
-            self.console.print(f"Going on after step {run.done:,} of {total:,}.")
+            say(self.console, f"Going on after step {run.done:,} of {total:,}.")
         self.task = self.progress.add_task(
             "",
             total=run.epochs * run.steps,
@@ -157,31 +156,30 @@ class _Display(Reporter):
         accuracy = epoch.held_out[-1].accuracy
         self.held_out = f"{accuracy:.1f} %"
         if not self.console.is_terminal:
-            self.console.print(
+            say(
+                self.console,
                 f"epoch {epoch.epoch}/{self.epochs}  loss {epoch.loss:.3f}  "
                 f"accuracy {epoch.train[-1].accuracy:.2f} % training, {accuracy:.2f} % held out  "
                 f"{epoch.seconds:.1f} s"
                 + (f"  {epoch.skipped} images skipped" if epoch.skipped else ""),
-                soft_wrap=True,
             )
 
     def warned(self, message: str) -> None:
-        self.console.print(message, soft_wrap=True, highlight=False, style="yellow")
+        say(self.console, message, style="yellow")
 
 
 def _print_result(console: Console, result: Result) -> None:
     run, last = result.run, result.last
     if last is not None:
-        console.print(score_table(score_rows(run.hne, last.held_out, last.train), brief=True))
-        console.print(f"Data: {run.data.split}.", soft_wrap=True, highlight=False)
+        say(console, score_table(score_rows(run.hne, last.held_out, last.train), brief=True))
+        say(console, f"Data: {run.data.split}.")
     state = run.directory / "last"
     if result.interrupted:
         done = f"after {last.epoch} of {run.epochs} epochs" if last else "in the first epoch"
-        console.print(
+        say(
+            console,
             f"Stopped {done}; the state is saved in {state}. Go on with"
             f" treeify train {run.directory / 'recipe.yaml'} --resume {run.directory}",
-            soft_wrap=True,
-            highlight=False,
         )
     else:
-        console.print(f"Run: {run.directory}  (the ensemble: {state})", soft_wrap=True)
+        say(console, f"Run: {run.directory}  (the ensemble: {state})")

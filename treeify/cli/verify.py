@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from treeify.cli import quantities
+from treeify.cli.options import count, duration, part
+from treeify.cli.output import say
+from treeify.cli.quantities import Part
 from treeify.conversion.splits import listed
 from treeify.errors import InputError
 from treeify.models.builders import TIMM, check_names, library_names
 from treeify.parity import results
 from treeify.parity.results import META, Row
-from treeify.parity.sweep import Settings, shard, sweep, todo
+from treeify.parity.sweep import Settings, sweep, todo
+from treeify.parity.sweep import shard as names_of_shard
 
 FAILED = 1
 
@@ -29,18 +31,14 @@ def verify(
         typer.Argument(
             metavar="NAME...",
             help="Models: timm's names, torchvision/NAME, or package.module:function.",
-            show_default=False,
         ),
     ] = None,
     every: Annotated[
         bool, typer.Option("--all", help="Every classifier of timm and torchvision.")
     ] = False,
-    part: Annotated[
-        str,
-        typer.Option(
-            "--shard", metavar="K/N", help="Only the K-th of N parts, e.g. one part a machine."
-        ),
-    ] = "1/1",
+    shard: Annotated[
+        Part, part("--shard", "Only the K-th of N parts, e.g. one part a machine.")
+    ] = "1/1",  # type: ignore[assignment]  # parsed too, and shown in the help as it stands
     splits: Annotated[
         str, typer.Option(help="As for convert: how many, or names from input to output.")
     ] = "2",
@@ -55,18 +53,16 @@ def verify(
         bool, typer.Option("--retry", help="Check those again that failed, as the file says.")
     ] = False,
     memory: Annotated[
-        str,
-        typer.Option(
+        int,
+        count(
+            "--memory",
+            "What a check may take. Models that need more are converted without weights, and their"
+            " numbers checked with fewer blocks or not at all. The file says which.",
             metavar="BYTES",
-            help="What a check may take. Models that need more are converted without weights, and"
-            " their numbers checked with fewer blocks or not at all. The file says which.",
         ),
-    ] = "8G",
+    ] = "8G",  # type: ignore[assignment]
     time_limit: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TIME", help="What a model may take, such as 600s.", show_default=False
-        ),
+        float | None, duration("--time-limit", "What a model may take, such as 600s.")
     ] = None,
 ) -> None:
     """Convert models and prove that every leaf equals the untouched architecture.
@@ -84,40 +80,36 @@ def verify(
 
         treeify verify --all --shard 3/8 --output coverage-3.jsonl
     """
-    settings = Settings(
-        splits,
-        quantities.count(memory, "--memory"),
-        None if time_limit is None else quantities.seconds(time_limit, "--time-limit"),
-    )
+    settings = Settings(splits, memory, time_limit)
     _check_plain(output)
     listed(splits)
-    wanted = shard(_names(names or (), every), *_shard(part))
+    models = names_of_shard(_names(names or (), every), *shard)
     console = Console()
-    if not wanted:
-        _print(console, f"Shard {part} has no models: there are fewer of them than shards.")
+    if not models:
+        say(console, f"Shard {shard} has no models: there are fewer of them than shards.")
         return
-    known = results.read(output) if output.exists() else results.Coverage(())
-    left = todo(wanted, known, settings, retry=retry)
-    if known.damaged:
-        _print(console, f"Lines of {output} that were cut off, and are ignored: {known.damaged}")
-    if len(left) < len(wanted):
-        _print(console, f"{len(wanted) - len(left)} of {len(wanted)} are in {output} already.")
-    if left:
+    coverage = results.read(output) if output.exists() else results.Coverage(())
+    unchecked = todo(models, coverage, settings, retry=retry)
+    if coverage.damaged:
+        say(console, f"Lines of {output} that were cut off, and are ignored: {coverage.damaged}")
+    if len(unchecked) < len(models):
+        say(console, f"{len(models) - len(unchecked)} of {len(models)} are in {output} already.")
+    if unchecked:
         results.check_writable(output)
-    _check(console, left, output, settings)
-    found = results.read(output) if output.exists() else results.Coverage(())
-    if failed := todo(wanted, found, settings, retry=True):
-        _print(console, f"{len(failed)} of {len(wanted)} failed: {', '.join(failed)}")
+    _check(console, unchecked, output, settings)
+    coverage = results.read(output) if output.exists() else results.Coverage(())
+    if failed := todo(models, coverage, settings, retry=True):
+        say(console, f"{len(failed)} of {len(models)} failed: {', '.join(failed)}")
         sys.exit(FAILED)
-    proven = {row.name for row in found.present(splits) if row.proven}
-    unproven = [name for name in wanted if name not in proven]
-    text = f"All {len(wanted)} passed."
+    proven = {row.name for row in coverage.present(splits) if row.proven}
+    unproven = [name for name in models if name not in proven]
+    text = f"All {len(models)} passed."
     if unproven:
         text = (
-            f"All {len(wanted)} converted, {len(wanted) - len(unproven)} proven; only shapes were"
+            f"All {len(models)} converted, {len(models) - len(unproven)} proven; only shapes were"
             f" checked of {', '.join(unproven)}."
         )
-    _print(console, f"{text} Rows: {output}")
+    say(console, f"{text} Rows: {output}")
 
 
 def _check(console: Console, names: Sequence[str], output: Path, settings: Settings) -> None:
@@ -136,21 +128,21 @@ def _check(console: Console, names: Sequence[str], output: Path, settings: Setti
         for position, row in enumerate(sweep(names, output, settings), 1):
             following = names[position] if position < len(names) else ""
             progress.update(task, advance=1, description=following)
-            _print(console, f"{position}/{len(names)} {row.name}: {_line(row)}")
+            say(console, f"{position}/{len(names)} {row.name}: {_line(row)}")
 
 
 def _line(row: Row) -> str:
-    """What was found, in a line."""
-    took = f"{row.seconds:.1f} s" + (
+    """The outcome of a check."""
+    spent = f"{row.seconds:.1f} s" + (
         "" if row.peak_memory is None else f", {row.peak_memory / 1e9:.2f} GB"
     )
     if row.failure is not None:
-        return f"FAILED ({row.how or 'not built'}): {row.failure} ({took})"
-    share = "" if row.packed_fraction is None else f", {row.packed_fraction:.1%} of MACs packed"
+        return f"FAILED ({row.how or 'not built'}): {row.failure} ({spent})"
+    fraction = "" if row.packed_fraction is None else f", {row.packed_fraction:.1%} of MACs packed"
     if row.how == META:
         reason = "" if row.shortage is None else f": {row.shortage}"
-        return f"converted, shapes checked (meta){reason}{share} ({took})"
-    return f"proven ({row.how}), off by {row.worst:.2g} of the tolerance{share} ({took})"
+        return f"converted, shapes checked (meta){reason}{fraction} ({spent})"
+    return f"proven ({row.how}), off by {row.worst:.2g} of the tolerance{fraction} ({spent})"
 
 
 def _names(names: Sequence[str], every: bool) -> list[str]:
@@ -171,14 +163,3 @@ def _check_plain(output: Path) -> None:
             f"--output {output} is compressed; rows are appended to plain text.",
             expected="a name such as coverage.jsonl",
         )
-
-
-def _shard(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None:
-        raise InputError(f"--shard {text!r} is no shard.", expected="K/N with K from 1 to N: 3/8")
-    return int(match[1]), int(match[2])
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -1,43 +1,21 @@
-"""The options that say which base model is meant, shared by the commands that take one."""
+"""A base model built from its name, the number of its classes and the size of its images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from treeify.models.architecture import Architecture
 from treeify.models.image_size import example_shape, resized
 from treeify.models.recognise import recognise
 
-Name = Annotated[
-    str,
-    typer.Argument(
-        metavar="NAME",
-        help="Base model: timm's name, torchvision/NAME, or package.module:function.",
-        show_default=False,
-    ),
-]
-NumClasses = Annotated[
-    int | None,
-    typer.Option(min=1, help="Classes of the model; by default its own.", show_default=False),
-]
-InputSize = Annotated[
-    int | None,
-    typer.Option(
-        min=1,
-        help="Height and width of its images; by default what it is usually fed.",
-        show_default=False,
-    ),
-]
-
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model as the command line names it.
+    """A base model, and what it takes to build it again.
 
     Args:
         model: the network.
@@ -58,7 +36,14 @@ def base_model(
     pretrained: bool = False,
     seed: int = 0,
 ) -> BaseModel:
-    """Build the base model that the options describe.
+    """Build a base model from its name.
+
+    Args:
+        name: timm's name, `torchvision/NAME`, or `package.module:function`.
+        num_classes: classes of the model; by default its own.
+        input_size: height and width of its images; by default what it is usually fed.
+        pretrained: load trained weights.
+        seed: of the fresh weights.
 
     Raises:
         ModelError: the name is unknown, its builder takes no such options, or pretrained weights

@@ -1,0 +1,60 @@
+"""Lines, tables and JSON: nothing is markup, lines stay whole, numbers stand on the right."""
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from treeify.cli.output import Column, print_json, say, table
+
+
+def shown(*parts: object, width: int = 40) -> str:
+    file = io.StringIO()
+    say(Console(file=file, width=width), *parts)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def test_lines_stay_whole_and_are_no_markup() -> None:
+    line = "[bold]a[/bold] " + "word " * 20
+    assert shown(line, "next") == f"{line}\nnext\n"
+
+
+def test_numbers_have_their_format_and_stand_on_the_right() -> None:
+    columns = [Column("name"), Column("MACs", ",d"), Column("%", ".1f")]
+    lines = shown(table(columns, [("[b]a", 1_000, 2.0), ("b", "?", 12.34)])).splitlines()
+    assert any("[b]a" in line and "1,000" in line and " 2.0 " in line for line in lines)
+    assert any(" b " in line and "   ? " in line and "12.3" in line for line in lines)
+
+
+def test_sections_have_a_line_between_them() -> None:
+    one = shown(table([Column("a")], [("x",), ("y",)]))
+    two = shown(table([Column("a")], [("x",)], [("y",)]))
+    assert len(two.splitlines()) == len(one.splitlines()) + 1
+
+
+def test_long_words_fold_or_are_cut_off() -> None:
+    word = "w" * 60
+    assert "…" in shown(table([Column("a")], [(word,)]))
+    folded = shown(table([Column("a", fold=True)], [(word,)]))
+    assert folded.count("w") == 60
+
+
+def test_a_row_has_a_cell_for_every_column() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        table([Column("a"), Column("b")], [("x",)])
+
+
+@dataclass
+class Point:
+    name: str
+    sizes: tuple[int, ...]
+
+
+def test_json_may_hold_dataclasses_and_paths(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"point": Point("ä", (1, 2)), "out": Path("a/b")})
+    text = capsys.readouterr().out
+    assert json.loads(text) == {"point": {"name": "ä", "sizes": [1, 2]}, "out": "a/b"}
+    assert text.isascii()

@@ -1,0 +1,58 @@
+"""Tables and CSV of scores: which columns there are, and how numbers look."""
+
+import csv
+import io
+from typing import Any
+
+from rich.console import Console
+
+from treeify.cli.output import say
+from treeify.cli.scores import as_csv, score_table
+
+ROWS: list[dict[str, Any]] = [
+    {
+        "leaves": leaves,
+        "accuracy": 90.126 + leaves,
+        "nll": 0.51234,
+        "calibration_error": 1.5,
+        "logit_std": 0.25,
+        "macs": 1_000 * leaves,
+        "parameters": 12_345,
+    }
+    for leaves in (1, 2)
+]
+
+
+def shown(rows: list[dict[str, Any]], *, brief: bool = False) -> str:
+    file = io.StringIO()
+    say(Console(file=file, width=120), score_table(rows, brief=brief))
+    return file.getvalue()
+
+
+def test_a_column_for_every_score_there_is() -> None:
+    text = shown(ROWS)
+    for part in ("91.13", "0.512", "1.50", "0.250", "2,000", "12,345", "ECE: expected"):
+        assert part in text
+    assert "training" not in text
+    assert " ms " not in text
+    assert " 5.00 " in shown([row | {"milliseconds": 5.0} for row in ROWS])
+
+
+def test_a_brief_table_has_training_scores_and_no_calibration() -> None:
+    text = shown([row | {"training": 99.0} for row in ROWS], brief=True)
+    assert "99.00" in text
+    assert "during the last epoch" in text
+    assert "ECE" not in text
+
+
+def test_csv_has_nested_sizes_and_then_single_leaves() -> None:
+    lines = list(csv.DictReader(io.StringIO(as_csv(ROWS, [80.0, 81.5]))))
+    assert [(row["kind"], row["leaves"]) for row in lines] == [
+        ("first", "1"),
+        ("first", "2"),
+        ("single", "0"),
+        ("single", "1"),
+    ]
+    assert lines[1]["macs"] == "2000"
+    assert lines[3]["accuracy"] == "81.5"
+    assert lines[3]["macs"] == ""

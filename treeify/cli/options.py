@@ -1,0 +1,58 @@
+"""The arguments and options that several commands share, and options with units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from treeify.cli import quantities
+
+Name = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="Base model: timm's name, torchvision/NAME, or package.module:function.",
+    ),
+]
+NumClasses = Annotated[
+    int | None, typer.Option(min=1, help="Classes of the model; by default its own.")
+]
+InputSize = Annotated[
+    int | None,
+    typer.Option(min=1, help="Height and width of its images; by default what it is usually fed."),
+]
+SavedEnsemble = Annotated[
+    Path,
+    typer.Argument(help="Saved ensemble, or run directory (its last checkpoint is taken)."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+def duration(name: str, help: str) -> Any:
+    """An option such as `--deadline 20ms`; its value is in seconds."""
+    return _parsed(name, quantities.seconds, "TIME", help)
+
+
+def count(name: str, help: str, metavar: str = "COUNT") -> Any:
+    """An option such as `--budget 60M`."""
+    return _parsed(name, quantities.count, metavar, help)
+
+
+def numbers(name: str, help: str, *, positive: bool = False) -> Any:
+    """An option such as `--mean 0.485,0.456,0.406`."""
+    return _parsed(name, partial(quantities.numbers, positive=positive), "NUMBERS", help)
+
+
+def part(name: str, help: str) -> Any:
+    """An option such as `--shard 3/8`."""
+    return _parsed(name, quantities.part, "K/N", help)
+
+
+def _parsed(name: str, parse: Callable[[str, str], Any], metavar: str, help: str) -> Any:
+    # The parser says whose text it could not read, as every other error does.
+    return typer.Option(name, parser=lambda text: parse(text, name), metavar=metavar, help=help)

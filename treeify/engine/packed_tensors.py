@@ -91,7 +91,9 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def set_memory_format(module: nn.Module, memory_format: torch.memory_format | None) -> None:
     """Give tensors of 4 dims, as images and their weights have, a memory format."""
-    for _, tensor in named_tensors(module) if memory_format is not None else ():
+    if memory_format is None:
+        return
+    for _, tensor in named_tensors(module):
         if tensor.ndim == 4:
             # The same parameter with other memory: optimizers and users refer to the object.
             tensor.data = tensor.data.contiguous(memory_format=memory_format)

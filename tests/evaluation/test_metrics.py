@@ -179,4 +179,4 @@ def test_measuring_between_epochs_keeps_no_weights_prepared_for_evaluation() -> 
     measure(hne, [(small.images(3), torch.tensor([0, 1, 2]))])
     prepared = fusing.fused_modules(hne, Prepared)
     assert prepared
-    assert not any(module._parts for module in prepared)
+    assert not any(module._cache for module in prepared)

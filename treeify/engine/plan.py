@@ -106,7 +106,7 @@ class Tuning:
 
 
 # To and from JSON values.
-PLAN, SITUATION, TUNING = TypeAdapter(Plan), TypeAdapter(Situation), TypeAdapter(Tuning)
+TUNING = TypeAdapter(Tuning)
 
 
 class Planner:

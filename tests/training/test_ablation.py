@@ -53,18 +53,20 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
     assert len(count) == 2 + 3
     assert ablate(grid_runs, started=started)
     assert len(count) == 2 + 3
-    found = table(results(grid_runs))
-    assert list(found) == ["L_I", "L_HD"]
+    cells_by_size = table(results(grid_runs))
+    assert list(cells_by_size) == ["L_I", "L_HD"]
     accuracies = [last_epoch(run).held_out[-1].accuracy for run in grid_runs[:2]]
-    assert found["L_I"][4].mean == pytest.approx(sum(accuracies) / 2)
-    assert found["L_I"][4].deviation == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+    assert cells_by_size["L_I"][4].mean == pytest.approx(sum(accuracies) / 2)
+    assert cells_by_size["L_I"][4].deviation == pytest.approx(
+        abs(accuracies[0] - accuracies[1]) / 2**0.5
+    )
 
     shown = runner.run("ablate", str(grid), "--out", str(tmp_path / "out"), "--show")
     assert shown.exit_code == 0, shown.output
     assert not (tmp_path / "out" / "results.json").exists()
     runner.run("ablate", str(grid), "--out", str(tmp_path / "out"))
     assert "4 of 4 runs have finished" in shown.output
-    assert f"{found['L_I'][4]}" in shown.output
+    assert f"{cells_by_size['L_I'][4]}" in shown.output
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [(row["variant"], row["seed"]) for row in rows] == [
         (run.variant, run.seed) for run in grid_runs
@@ -106,7 +108,9 @@ def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Pat
     again = last_epoch(run)
     assert again is not None
     assert again.held_out == finished.held_out
-    assert all(torch.equal(own, bits[key]) for key, own in runs.weights(run.directory).items())
+    assert all(
+        torch.equal(tensor, bits[key]) for key, tensor in runs.weights(run.directory).items()
+    )
 
 
 def test_a_grid_that_changed_takes_no_old_results(grid: Path, tmp_path: Path) -> None:

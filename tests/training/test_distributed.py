@@ -45,12 +45,12 @@ def test_two_processes_take_the_same_steps_as_one(tmp_path: Path) -> None:
 def test_parts_of_a_step_add_up_to_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "normless.py").write_text(runs.NORMLESS)
-    own = ("model.name=normless:net", "model.kwargs={}", "model.splits=['3']")
+    normless = ("model.name=normless:net", "model.kwargs={}", "model.splits=['3']")
     for parts in (1, 15):  # more than the last step has images
-        recipe = runs.recipe(tmp_path, *EXACT, *own, f"gradient_accumulation={parts}")
+        recipe = runs.recipe(tmp_path, *EXACT, *normless, f"gradient_accumulation={parts}")
         train(recipe, out=tmp_path / f"parts{parts}")
     assert_same_steps(tmp_path / "parts1", tmp_path / "parts15")
-    file = runs.written(tmp_path, *EXACT, *own, "gradient_accumulation=4")
+    file = runs.written(tmp_path, *EXACT, *normless, "gradient_accumulation=4")
     assert runs.run_in_two(file, "--out", "both", cwd=tmp_path) == [0, 0]
     assert_same_steps(tmp_path / "parts1", tmp_path / "both")
 

@@ -20,12 +20,12 @@ def test_trackers_are_told(recipe_file: Path) -> None:
 
     result = train(load_recipe(recipe_file, ["trackers=[tensorboard]"]))
     (events,) = result.run.directory.rglob("events.out.*")
-    found = EventAccumulator(str(events.parent)).Reload()
-    accuracy = found.Scalars("held_out/accuracy/4")
-    assert [own.step for own in accuracy] == [runs.TINY_STEPS, 2 * runs.TINY_STEPS]
+    accumulator = EventAccumulator(str(events.parent)).Reload()
+    accuracy = accumulator.Scalars("held_out/accuracy/4")
+    assert [point.step for point in accuracy] == [runs.TINY_STEPS, 2 * runs.TINY_STEPS]
     assert result.last is not None
     assert accuracy[-1].value == pytest.approx(result.last.held_out[-1].accuracy)
-    assert not [tag for tag in found.Tags()["scalars"] if "/leaves/" in tag]
+    assert not [tag for tag in accumulator.Tags()["scalars"] if "/leaves/" in tag]
 
 
 def test_weights_and_biases_is_told(
@@ -36,11 +36,11 @@ def test_weights_and_biases_is_told(
         monkeypatch.setenv(f"WANDB_{name}", value)
     result = train(load_recipe(recipe_file, ["trackers=[wandb]"]))
     (log,) = tmp_path.rglob("run-*.wandb")
-    told = log.read_bytes()
+    text = log.read_bytes()
     assert result.last is not None
-    for own in result.last.held_out:
-        assert f"held_out/nll/{own.leaves}".encode() in told
-        assert str(own.nll).encode() in told
+    for score in result.last.held_out:
+        assert f"held_out/nll/{score.leaves}".encode() in text
+        assert str(score.nll).encode() in text
 
 
 def test_an_epoch_comes_back_from_its_line_and_flat_has_its_numbers() -> None:

@@ -18,13 +18,13 @@ def test_each_step_uses_its_own_learning_rate(recipe: Recipe) -> None:
     recorder = runs.Recorder()
     schedule = ScheduleRecipe(epochs=4, warmup_epochs=1, warmup_lr=0.01)
     train(recipe.model_copy(update={"schedule": schedule}), reporter=recorder)
-    found = [step.lr for step in recorder.of(Step)]
+    lrs = [step.lr for step in recorder.of(Step)]
     warming = [0.01 + 0.04 * step / runs.TINY_STEPS for step in range(runs.TINY_STEPS)]
     cosine = [
         0.025 * (1 + math.cos(math.pi * step / (4 * runs.TINY_STEPS)))
         for step in range(runs.TINY_STEPS, 4 * runs.TINY_STEPS)
     ]
-    assert found == pytest.approx([*warming, *cosine])
+    assert lrs == pytest.approx([*warming, *cosine])
 
 
 def test_a_schedule_or_optimizer_of_timm_is_used_by_name(recipe: Recipe) -> None:

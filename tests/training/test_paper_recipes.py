@@ -45,8 +45,13 @@ def layer(hne: treeify.HierarchicalEnsemble, name: str, branches: int) -> tuple[
     assert isinstance(conv, nn.Conv2d)
     (kernel, _), (stride, _) = conv.kernel_size, conv.stride
     per_branch = (conv.in_channels, conv.out_channels, conv.groups)
-    assert all(own % branches == 0 for own in per_branch)
-    return kernel, *(own // branches for own in per_branch), stride, resolutions(hne)[name]
+    assert all(channels % branches == 0 for channels in per_branch)
+    return (
+        kernel,
+        *(channels // branches for channels in per_branch),
+        stride,
+        resolutions(hne)[name],
+    )
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -131,7 +136,7 @@ def test_imagenet_layers_are_table_3() -> None:
     assert hne.get_submodule("head.2").weight.shape == (16 * 1000, 1792)
 
 
-@pytest.mark.parametrize("name", [*CIFAR, *(f"{own}_small" for own in CIFAR)])
+@pytest.mark.parametrize("name", [*CIFAR, *(f"{small}_small" for small in CIFAR)])
 def test_cifar_training_is_appendix_a(name: str) -> None:
     recipe = load_recipe(FOLDER / f"{name}.yaml")
     rule, schedule = recipe.optimizer, recipe.schedule

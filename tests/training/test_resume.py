@@ -73,8 +73,8 @@ MOMENTS_BY_DEFAULT = ("in a step", "in a save, not yet named")
 @pytest.mark.parametrize(
     "moment",
     [
-        pytest.param(own, marks=[] if own in MOMENTS_BY_DEFAULT else [pytest.mark.thorough])
-        for own in MOMENTS
+        pytest.param(moment, marks=[] if moment in MOMENTS_BY_DEFAULT else [pytest.mark.thorough])
+        for moment in MOMENTS
     ],
 )
 def test_a_killed_run_ends_with_the_same_bits(whole: Path, tmp_path: Path, moment: str) -> None:
@@ -93,8 +93,8 @@ def test_a_stopped_run_goes_on_from_every_step(
             super().__init__()
             self.stepped = self.stop
 
-        def stop(self, found: Step) -> None:
-            self.steps.append(found)
+        def stop(self, event: Step) -> None:
+            self.steps.append(event)
             if len(self.steps) == step:
                 signal.raise_signal(signal.SIGTERM)
 

@@ -57,10 +57,10 @@ def test_checkpoints_load_and_score_as_recorded(recipe: Recipe) -> None:
     result = train(recipe)
     batches = list(held_out_loader(recipe.data.load().held_out, 2000))
     loaded = treeify.load(result.run.directory / "last")
-    for found, expected in zip(
+    for score, expected in zip(
         measure(loaded, batches).result(), result.last.held_out, strict=True
     ):
-        assert (found.leaves, found.accuracy) == (expected.leaves, expected.accuracy)
+        assert (score.leaves, score.accuracy) == (expected.leaves, expected.accuracy)
     images = batches[0][0][:5]
     assert_close(loaded(images), result.run.hne.eval()(images))
 
@@ -69,11 +69,11 @@ def test_best_is_the_epoch_with_the_highest_accuracy(
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = trainer.measure
-    shares = iter([0.5, 0.2])
+    fractions = iter([0.5, 0.2])
 
     def falling(*args, **kwargs):
         scores = measured(*args, **kwargs)
-        scores.state_dict()["correct"][-1] = scores.images * next(shares)
+        scores.state_dict()["correct"][-1] = scores.images * next(fractions)
         return scores
 
     monkeypatch.setattr(trainer, "measure", falling)

@@ -17,11 +17,11 @@ def test_states_are_plain_values_and_tensors(tmp_path: Path) -> None:
         "tuple": (1, ("a", [2])),
     }
     state_file.write_state(tmp_path, state)
-    found = state_file.read_state(tmp_path)
-    assert found["numbers"] == state["numbers"]
-    assert found["double"] == state["double"]
-    assert found["tuple"] == state["tuple"]
-    assert torch.equal(found[3]["deep"][0], torch.arange(3))
-    assert found[3]["deep"][1].dtype == torch.int64
+    restored = state_file.read_state(tmp_path)
+    assert restored["numbers"] == state["numbers"]
+    assert restored["double"] == state["double"]
+    assert restored["tuple"] == state["tuple"]
+    assert torch.equal(restored[3]["deep"][0], torch.arange(3))
+    assert restored[3]["deep"][1].dtype == torch.int64
     with pytest.raises(TypeError, match="set"):
         state_file.write_state(tmp_path, {"bad": {1, 2}})

@@ -26,8 +26,8 @@ def test_a_checkpoint_holds_the_trainers_state(recipe: Recipe) -> None:
     state = state_file.read_state(last)
     assert (state["epochs"], state["step"]) == (2, 2 * runs.TINY_STEPS)
     parameters = list(treeify.load(last).parameters())
-    momenta = [own["momentum_buffer"] for own in state["optimizer"]["state"].values()]
-    assert [own.shape for own in momenta] == [own.shape for own in parameters]
+    momenta = [buffers["momentum_buffer"] for buffers in state["optimizer"]["state"].values()]
+    assert [tensor.shape for tensor in momenta] == [tensor.shape for tensor in parameters]
 
 
 def test_the_same_seed_gives_the_same_weights(recipe: Recipe) -> None:
@@ -100,8 +100,8 @@ def test_a_moving_average_is_measured_and_saved(recipe: Recipe, recipe_file: Pat
     averaged = treeify.load(directory / "last" / "ema")
     batches = list(held_out_loader(recipe.data.load().held_out, 2000))
     assert result.last is not None
-    found = [own.accuracy for own in measure(averaged, batches).result()]
-    assert found == [own.accuracy for own in result.last.held_out]
+    accuracies = [score.accuracy for score in measure(averaged, batches).result()]
+    assert accuracies == [score.accuracy for score in result.last.held_out]
     raw = treeify.load(directory / "last").state_dict()
     assert not torch.equal(raw["head.weight"], averaged.state_dict()["head.weight"])
 

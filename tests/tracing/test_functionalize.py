@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import treeify
+from treeify.conversion.assemble import trace_model
 from treeify.errors import TraceError
 
 
@@ -191,3 +192,18 @@ def test_buffers_may_be_changed_several_times_in_one_statement(splits: list[str]
     assert treeify.verify(hne, small.images(2) + 1).worst <= 1
     hne.train()(small.images(2) + 1)
     assert hne.get_buffer("seen").abs().min() > 0
+
+
+def test_modules_and_parameters_may_be_called_as_methods_are() -> None:
+    class Called(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stride = nn.Conv2d(3, 4, 1)
+            self.as_strided = nn.Parameter(torch.ones(4, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.stride(x) * self.as_strided
+
+    graph = trace_model(Called(), example_input=small.EXAMPLE).graphs[False]
+    assert [node.op for node in graph.nodes if node.target == "stride"] == ["call_module"]
+    assert [node.op for node in graph.nodes if node.target == "as_strided"] == ["get_attr"]

@@ -114,7 +114,7 @@ def reshape_views(graph: fx.Graph) -> None:
         if node.op == "call_method" and node.target in _RESHAPED and not _needs_view(node):
             node.target = _RESHAPED[node.target]
             node.kwargs = {_RENAMED.get(key, key): value for key, value in node.kwargs.items()}
-        elif node.target in _OF_DENSE:
+        elif node.op in ("call_method", "call_function") and node.target in _OF_DENSE:
             node.op, node.target = "call_function", _OF_DENSE[node.target]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,8 +120,8 @@ class Decider:
 
     def _draft(self, node: fx.Node, **choices: Any) -> Decision:
         """A decision with what is known of any node, shared if nothing else is chosen."""
-        known, operation, level = facts(node), self._operation(node), self.levels[node]
-        decision = Decision(known.path, operation, level, Form.SHARED, "", known.macs)
+        info, operation, level = facts(node), self._operation(node), self.levels[node]
+        decision = Decision(info.path, operation, level, Form.SHARED, "", info.macs)
         return replace(decision, **choices)
 
     def _operation(self, node: fx.Node) -> str:
@@ -268,12 +268,12 @@ class Decider:
 
     def _require_images(self, source: fx.Node) -> None:
         """Raise Unpackable unless a value can be brought into the batch."""
-        known = facts(source)
-        if not known.tensors:
-            if known.grows is None:
+        info = facts(source)
+        if not info.tensors:
+            if info.grows is None:
                 raise Unpackable("it reads a number that is not proportional to the batch")
         elif self._forms[source] is not Form.BATCH and any(
-            fact.batch_dim is not None and not fact.counts_images for fact in known.tensors
+            fact.batch_dim is not None and not fact.counts_images for fact in info.tensors
         ):
             raise Unpackable("it reads several rows for each image in an order of their own")
 
@@ -314,6 +314,18 @@ class Decider:
         if module is None:
             return node.target in (torch.add, operator.add, "add")
         return any(True for _ in module.parameters()) and rules_of(type(module)).widen is not None
+
+
+def overwriting(modes: Iterable[Mapping[fx.Node, Decision]]) -> set[str]:
+    """Paths of in-place activations that may stay so: every call of them, in both modes, is safe.
+
+    Both modes run the same modules, and a module has one flag for all of its calls.
+    """
+    safe, unsafe = set[str](), set[str]()
+    for node, decision in (pair for decisions in modes for pair in decisions.items()):
+        if decision.overwrites is not None:
+            (safe if decision.overwrites else unsafe).add(str(node.target))
+    return safe - unsafe
 
 
 def has_batch(node: fx.Node) -> bool:

@@ -161,6 +161,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
             parameter.requires_grad_(key not in frozen)
+    # Last: a memory format that was tuned is given to tensors that are there.
     try:
         hne.measurements = MEASUREMENTS.validate_python(config)
     except (KeyError, TypeError, ValueError, TreeifyError) as error:

@@ -155,6 +155,8 @@ class Decider:
         inputs = node.all_input_nodes
         if any(self._forms[source] is not Form.SHARED for source in inputs):
             return False
+        # The same inputs do not give the same result where there are weights or chance: branches
+        # have weights of their own, and each is to draw a dropout mask of its own.
         module = self._module(node)
         if module is not None:
             return rules_of(type(module)).pure and not _has_tensors(module)
@@ -234,6 +236,8 @@ class Decider:
     def _candidates(self, node: fx.Node, call: Call) -> list[tuple[Form, Rule | None]]:
         """The forms to try, the better one first: the one that needs less copying."""
         rules = rules_of(call.kind)
+        # Going from one form to the other copies every activation: a node stays in its inputs' form
+        # where it can, unless its operation is much faster in the batch.
         packed, in_batch = (Form.PACKED, rules.packed), (Form.BATCH, rules.in_batch)
         inputs = [source for source in node.all_input_nodes if source in call.varying]
         forms = {self._forms[source] for source in inputs if has_batch(source)}
@@ -248,6 +252,7 @@ class Decider:
         Raises:
             Unpackable: there is no rule, or it refuses.
         """
+        # Only the first argument is ever read once for all siblings, as an image is by a layer.
         first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
         if first is not None and self._forms[first] in (Form.SHARED, form):
             # The rule may compute all siblings from one copy of their parent's value.
@@ -299,6 +304,8 @@ class Decider:
             return None
         if not getattr(self.traced.skeleton.get_submodule(str(node.target)), "inplace", False):
             return None
+        # A value of another level is kept for the other branches and for the next leaves, and one
+        # that is no new tensor may be a view into something else.
         source = node.args[0] if node.args else None
         return (
             isinstance(source, fx.Node)

@@ -99,7 +99,7 @@ class PackedTree(nn.Module):
             modules = skeleton.named_modules(remove_duplicate=False)
             self._evaluating = [path for path, module in modules if not module.training]
         self.train(like.training)
-        _copy_modes(like, self)
+        _copy_modes(like, self)  # `train` knows one mode for all; parts may be in another
 
     def fill(self, source: Source) -> None:
         """Fill the packed tensors, which the constructor leaves uninitialised."""

@@ -5,9 +5,9 @@ from dataclasses import FrozenInstanceError
 import pytest
 import small
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from treeify.conversion.decide import Decider, Decision, without_in_place
+from treeify.conversion.decide import Decider, Decision, overwriting, without_in_place
 from treeify.conversion.levels import levels
 from treeify.engine.forms import Form
 
@@ -80,3 +80,14 @@ def test_without_in_place_leaves_the_given_architecture_as_it_is() -> None:
     assert not base.get_submodule("0").inplace
     assert not base.get_submodule("1.0").inplace
     assert skeleton[0].inplace
+
+
+@pytest.mark.parametrize("other", [True, False, None])
+def test_an_activation_overwrites_only_if_all_of_its_calls_may(other: bool | None) -> None:
+    graph = fx.Graph()
+    calls = [graph.call_module("activation") for _ in range(2)]
+    modes = [
+        {call: Decision("activation", "ReLU", 1, Form.PACKED, "", 0, overwrites=overwrites)}
+        for call, overwrites in zip(calls, (True, other), strict=True)
+    ]
+    assert overwriting(modes) == (set() if other is False else {"activation"})

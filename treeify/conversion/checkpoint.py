@@ -55,7 +55,9 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
     path = Path(path)
     check_writable(path, overwrite=overwrite)
     identity = uuid.uuid4().hex
-    made = not path.exists()
+    is_new = not path.exists()
+    # Both files carry the identity: should the process die between the two renames, `load` sees
+    # that weights and configuration are of different saves.
     drafts = [path / f"{name}.{identity}" for name in (WEIGHTS, CONFIG)]
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -72,7 +74,7 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
     finally:
         for draft in drafts:
             draft.unlink(missing_ok=True)
-        if made and path.is_dir() and not any(path.iterdir()):
+        if is_new and path.is_dir() and not any(path.iterdir()):
             path.rmdir()
 
 
@@ -88,12 +90,12 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
     """
     path = Path(path)
     config = read_config(path)
-    now = _config(hne)
-    if any(config[key] != now[key] for key in ("fingerprint", "splits")):
+    measured = _config(hne)
+    if any(config[key] != measured[key] for key in ("fingerprint", "splits")):
         raise CheckpointError(
             f"{path} holds another ensemble.", expected="the one that was measured"
         )
-    text = json.dumps({**config, **_measured(hne)}, indent=2) + "\n"
+    text = json.dumps({**config, **_measurements(hne)}, indent=2) + "\n"
     try:
         files.replace_text(path / CONFIG, text)
     except OSError as error:
@@ -159,6 +161,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
             parameter.requires_grad_(key not in frozen)
+    # Last: a memory format that was tuned is given to tensors that are there.
     try:
         hne.measurements = MEASUREMENTS.validate_python(config)
     except (KeyError, TypeError, ValueError, TreeifyError) as error:
@@ -188,15 +191,15 @@ def read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        name = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
             f"{file} is of another format.",
             expected=f"format {FORMAT} (treeify {version('treeify')})",
-            found=f"format {found}",
+            found=f"format {name}",
             next_step="Load it with the treeify version that wrote it.",
         )
-    wanted = ("identity", "architecture", "fingerprint", "splits", "example", "versions")
-    missing = [key for key in wanted if key not in config]
+    keys = ("identity", "architecture", "fingerprint", "splits", "example", "versions")
+    missing = [key for key in keys if key not in config]
     if missing:
         raise CheckpointError(f"{file} is incomplete.", expected=f"the keys {', '.join(missing)}")
     return config
@@ -212,12 +215,14 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
-        "frozen": sorted(key for key, own in hne.named_parameters() if not own.requires_grad),
-        **_measured(hne),
+        "frozen": sorted(
+            key for key, parameter in hne.named_parameters() if not parameter.requires_grad
+        ),
+        **_measurements(hne),
     }
 
 
-def _measured(hne: HierarchicalEnsemble) -> dict[str, Any]:
+def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
     """What was measured, as JSON values."""
     values: dict[str, Any] = MEASUREMENTS.dump_python(hne.measurements, mode="json", by_alias=True)
     return values
@@ -231,11 +236,11 @@ def _untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     """The state with each tied tensor once, under its first name."""
     state: dict[str, Tensor] = {}
     seen: set[int] = set()
-    own = dict(named_tensors(hne))
+    packed = dict(named_tensors(hne))
     for key in hne.state_dict():
-        if key not in own:  # the extra state of a module: it is as it was built
+        if key not in packed:  # the extra state of a module: it is as it was built
             continue
-        tensor = own[key]
+        tensor = packed[key]
         if id(tensor) not in seen:
             seen.add(id(tensor))
             # safetensors stores a dense row-major tensor, whatever memory format it computes in.
@@ -249,12 +254,13 @@ def _unlisted(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     Of a model of the user's own, buffers that are not persistent; and attributes that are tensors,
     but no parameters and no buffers. The user may have drawn them.
     """
-    found = {_CONSTANT + key: own for key, own in plain_tensors(hne.traced).items()}
+    unlisted = {_CONSTANT + key: tensor for key, tensor in plain_tensors(hne.traced).items()}
     if hne.architecture is None or ":" in hne.architecture.name:
         listed = hne.state_dict().keys()
-        found |= {_BUFFER + key: own for key, own in hne.named_buffers() if key not in listed}
+        buffers = {key: buffer for key, buffer in hne.named_buffers() if key not in listed}
+        unlisted |= {_BUFFER + key: buffer for key, buffer in buffers.items()}
     # Copies: safetensors refuses tensors that share memory.
-    return {key: own.detach().cpu().contiguous().clone() for key, own in found.items()}
+    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in unlisted.items()}
 
 
 def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
@@ -264,11 +270,11 @@ def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
         return base
     base = copy.deepcopy(base)
     for key in names:
-        value = weights.pop(key)
-        # Another model is told by its fingerprint.
+        tensor = weights.pop(key)
+        # A model without such a module is another one, which its fingerprint will tell.
         with suppress(AttributeError):
-            holder, name = get_parent(base, key.removeprefix(_CONSTANT))
-            setattr(holder, name, value)
+            parent, name = get_parent(base, key.removeprefix(_CONSTANT))
+            setattr(parent, name, tensor)
     return base
 
 
@@ -298,9 +304,8 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
 
 def _check_fingerprint(path: Path, config: Mapping[str, Any], hne: HierarchicalEnsemble) -> None:
     # Fingerprints are comparable under the same library versions; under others shapes decide.
-    if config["versions"] == versions_of(*MODEL_LIBRARIES) and config["fingerprint"] != fingerprint(
-        hne.skeleton
-    ):
+    comparable = config["versions"] == versions_of(*MODEL_LIBRARIES)
+    if comparable and config["fingerprint"] != fingerprint(hne.skeleton):
         raise CheckpointError(
             f"{path}: the base model differs from the one that was saved.",
             expected="the same layers, widths and options",
@@ -310,17 +315,18 @@ def _check_fingerprint(path: Path, config: Mapping[str, Any], hne: HierarchicalE
 
 @torch.no_grad()
 def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> None:
+    """Put saved tensors in the places of an ensemble's own."""
     buffers = dict(hne.named_buffers())
     for key in [key for key in weights if key.startswith(_BUFFER)]:
-        value = weights.pop(key).clone()
+        tensor = weights.pop(key).clone()
         if (buffer := buffers.get(key.removeprefix(_BUFFER))) is not None:
-            buffer.data = value
-    wanted = _untied(hne)
-    for key in sorted(wanted.keys() ^ weights.keys()):
+            buffer.data = tensor
+    state = _untied(hne)
+    for key in sorted(state.keys() ^ weights.keys()):
         raise CheckpointError(
             f"{path}: the weights do not match the configuration.",
-            expected=f"a tensor {key!r}" if key in wanted else f"no tensor {key!r}",
-            found=f"{len(weights)} tensors where the model has {len(wanted)}",
+            expected=f"a tensor {key!r}" if key in state else f"no tensor {key!r}",
+            found=f"{len(weights)} tensors where the model has {len(state)}",
         )
     for key, tensor in weights.items():
         packed = get_tensor(hne, key)

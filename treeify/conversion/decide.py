@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -120,8 +120,8 @@ class Decider:
 
     def _draft(self, node: fx.Node, **choices: Any) -> Decision:
         """A decision with what is known of any node, shared if nothing else is chosen."""
-        known, operation, level = facts(node), self._operation(node), self.levels[node]
-        decision = Decision(known.path, operation, level, Form.SHARED, "", known.macs)
+        info, operation, level = facts(node), self._operation(node), self.levels[node]
+        decision = Decision(info.path, operation, level, Form.SHARED, "", info.macs)
         return replace(decision, **choices)
 
     def _operation(self, node: fx.Node) -> str:
@@ -155,6 +155,8 @@ class Decider:
         inputs = node.all_input_nodes
         if any(self._forms[source] is not Form.SHARED for source in inputs):
             return False
+        # The same inputs do not give the same result where there are weights or chance: branches
+        # have weights of their own, and each is to draw a dropout mask of its own.
         module = self._module(node)
         if module is not None:
             return rules_of(type(module)).pure and not _has_tensors(module)
@@ -234,6 +236,8 @@ class Decider:
     def _candidates(self, node: fx.Node, call: Call) -> list[tuple[Form, Rule | None]]:
         """The forms to try, the better one first: the one that needs less copying."""
         rules = rules_of(call.kind)
+        # Going from one form to the other copies every activation: a node stays in its inputs' form
+        # where it can, unless its operation is much faster in the batch.
         packed, in_batch = (Form.PACKED, rules.packed), (Form.BATCH, rules.in_batch)
         inputs = [source for source in node.all_input_nodes if source in call.varying]
         forms = {self._forms[source] for source in inputs if has_batch(source)}
@@ -248,6 +252,7 @@ class Decider:
         Raises:
             Unpackable: there is no rule, or it refuses.
         """
+        # Only the first argument is ever read once for all siblings, as an image is by a layer.
         first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
         if first is not None and self._forms[first] in (Form.SHARED, form):
             # The rule may compute all siblings from one copy of their parent's value.
@@ -268,12 +273,12 @@ class Decider:
 
     def _require_images(self, source: fx.Node) -> None:
         """Raise Unpackable unless a value can be brought into the batch."""
-        known = facts(source)
-        if not known.tensors:
-            if known.grows is None:
+        info = facts(source)
+        if not info.tensors:
+            if info.grows is None:
                 raise Unpackable("it reads a number that is not proportional to the batch")
         elif self._forms[source] is not Form.BATCH and any(
-            fact.batch_dim is not None and not fact.counts_images for fact in known.tensors
+            fact.batch_dim is not None and not fact.counts_images for fact in info.tensors
         ):
             raise Unpackable("it reads several rows for each image in an order of their own")
 
@@ -299,6 +304,8 @@ class Decider:
             return None
         if not getattr(self.traced.skeleton.get_submodule(str(node.target)), "inplace", False):
             return None
+        # A value of another level is kept for the other branches and for the next leaves, and one
+        # that is no new tensor may be a view into something else.
         source = node.args[0] if node.args else None
         return (
             isinstance(source, fx.Node)
@@ -314,6 +321,18 @@ class Decider:
         if module is None:
             return node.target in (torch.add, operator.add, "add")
         return any(True for _ in module.parameters()) and rules_of(type(module)).widen is not None
+
+
+def overwriting(modes: Iterable[Mapping[fx.Node, Decision]]) -> set[str]:
+    """Paths of in-place activations that may stay so: every call of them, in both modes, is safe.
+
+    Both modes run the same modules, and a module has one flag for all of its calls.
+    """
+    safe, unsafe = set[str](), set[str]()
+    for node, decision in (pair for decisions in modes for pair in decisions.items()):
+        if decision.overwrites is not None:
+            (safe if decision.overwrites else unsafe).add(str(node.target))
+    return safe - unsafe
 
 
 def has_batch(node: fx.Node) -> bool:

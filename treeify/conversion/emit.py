@@ -146,18 +146,18 @@ class Emitter:
 
     def _step(self, node: fx.Node, level: int, form: Form) -> nn.Module | None:
         """What brings a value into a form for the branches of `level`; None if it is so already."""
-        known, decision = facts(node), self._decisions[node]
+        info, decision = facts(node), self._decisions[node]
         if decision.form is Form.SHARED:
-            if not known.tensors and form is Form.BATCH:
+            if not info.tensors and form is Form.BATCH:
                 # A number of the base model's batch, for the branches' images together.
-                return Multiply(known.grows) if grows_with_batch(node) else None
+                return Multiply(info.grows) if grows_with_batch(node) else None
             if not _differs(node, form):
                 return None
         branches = 1 if decision.form is Form.SHARED else self._tree.branches[decision.level]
         ratio = self._tree.branches[level] // branches
         if decision.form is form and ratio == 1:
             return None
-        return Convert(known.value, decision.form, form, ratio)
+        return Convert(info.value, decision.form, form, ratio)
 
     def _write_output(self, node: fx.Node) -> None:
         """The last level's result, with the leaf dim at 1 of every tensor."""
@@ -180,8 +180,8 @@ class Emitter:
         self._crossings[OUTPUT] = Crossing(level, Form.LEAVES, None, rows)
 
     def _crossing(self, node: fx.Node) -> Crossing:
-        known, decision = facts(node), self._decisions[node]
-        return Crossing(decision.level, decision.form, known.value, known.rows)
+        info, decision = facts(node), self._decisions[node]
+        return Crossing(decision.level, decision.form, info.value, info.rows)
 
 
 def _differs(node: fx.Node, form: Form) -> bool:

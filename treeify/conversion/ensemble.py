@@ -199,9 +199,9 @@ class HierarchicalEnsemble(PackedTree):
         if deadline is not None:
             check_deadline(deadline)
             session = self.session(x)
-            known = self._latencies_for(x)
-            slowdown = self._slowdowns.setdefault(known.situation, Slowdown())
-            advance_until(session, known, deadline, begin, slowdown=slowdown, observe=for_all)
+            latencies = self._latencies_for(x)
+            slowdown = self._slowdowns.setdefault(latencies.situation, Slowdown())
+            advance_until(session, latencies, deadline, begin, slowdown=slowdown, observe=for_all)
             return session.logits
         if confidence is not None:
             sizes = self.tree.nested_sizes
@@ -274,14 +274,14 @@ class HierarchicalEnsemble(PackedTree):
         self.session(x)
         situation = Situation.of(x, training=False)
         start = partial(self.session, x)
-        found = measure(
+        latencies = measure(
             *(start, situation, self.plan(x), self.tree.nested_sizes),
             repeats=repeats,
             budget=budget,
         )
-        self.latencies[situation] = found
+        self.latencies[situation] = latencies
         self._slowdowns.pop(situation, None)
-        return found
+        return latencies
 
     def _latencies_for(self, x: Tensor) -> Latencies:
         return find(self.latencies, Situation.of(x, training=False), self.plan(x))

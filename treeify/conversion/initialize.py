@@ -112,6 +112,7 @@ def fill(root: nn.Module, slots: Iterable[Slot], tree: Tree, source: Source) -> 
     """
     slots = list(slots)
 
+    # Network by network, not tensor by tensor: only so are two networks in memory, and not all.
     def copy_branches(network: int, state: State) -> None:
         for slot in slots:
             branches = tree.branches[slot.level]

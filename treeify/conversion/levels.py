@@ -84,6 +84,8 @@ def levels(graph: fx.Graph, names: Sequence[str]) -> dict[fx.Node, int]:
     nodes = dependencies.nodes
     level = {node: sum(mask >> index & 1 for mask in masks) for index, node in enumerate(nodes)}
     free = [node for index, node in enumerate(nodes) if not dependencies.rooted >> index & 1]
+    # Statements that only change state are read by nothing, and must not draw what they change to
+    # the first level: they are placed last.
     unread = _unread(free)
     for node in reversed(free):
         if node not in unread:

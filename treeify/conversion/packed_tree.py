@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from treeify.conversion import initialize
-from treeify.conversion.decide import Decider, Decision, without_in_place
+from treeify.conversion.decide import Decider, overwriting, without_in_place
 from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import Source
 from treeify.conversion.levels import levels
@@ -59,30 +59,36 @@ class PackedTree(nn.Module):
         uses = [use for mode_levels in node_levels.values() for use in mode_levels.items()]
         self._slots = slots(skeleton, uses)
         calls = [(str(node.target), level) for node, level in uses if node.op == "call_module"]
-        # Called before the first split only: these modules stay what they are.
-        whole = {path for path, level in calls if level == 0}
-        whole -= {path for path, level in calls if level > 0}
-        packer = Packer(self._slots, tree, widen_rules(), dict(named_tensors(like)), whole)
+        # Modules called before the first split only have one branch: they stay what they are.
+        unbranched = {path for path, level in calls if level == 0}
+        unbranched -= {path for path, level in calls if level > 0}
+        packer = Packer(self._slots, tree, widen_rules(), dict(named_tensors(like)), unbranched)
         packer.pack_children(self, skeleton)
         self._shared_buffers = _shared_buffers(skeleton, self._slots, calls)
-        self._programs: dict[bool, Program] = {}
-        self._nodes: dict[bool, tuple[Decision, ...]] = {}
-        base, overwrites = without_in_place(skeleton), dict[str, bool]()
-        for training, graph in traced.graphs.items():
-            decider = Decider(traced, base, node_levels[training], self._slots, self, tree)
-            decisions = decider.run(graph)
-            self._programs[training] = Emitter(decisions, tree).run(graph)
-            _collect_overwrites(decisions, overwrites)
-            # Without modules: who keeps a report does not want to keep the weights.
-            self._nodes[training] = tuple(
+        base = without_in_place(skeleton)
+        decisions = {
+            training: Decider(traced, base, node_levels[training], self._slots, self, tree).run(
+                graph
+            )
+            for training, graph in traced.graphs.items()
+        }
+        self._programs = {
+            training: Emitter(decisions[training], tree).run(graph)
+            for training, graph in traced.graphs.items()
+        }
+        for path in overwriting(decisions.values()):
+            storage = get_submodule(self, path)
+            if hasattr(storage, "inplace"):
+                storage.inplace = True  # type: ignore[assignment]
+        # Without modules: who keeps a report does not want to keep the weights.
+        self._nodes = {
+            training: tuple(
                 replace(decision, module=None)
-                for node, decision in decisions.items()
+                for node, decision in mode.items()
                 if node.op != "placeholder"
             )
-        for path, is_safe in overwrites.items():
-            storage = get_submodule(self, path)
-            if is_safe and hasattr(storage, "inplace"):
-                storage.inplace = True  # type: ignore[assignment]
+            for training, mode in decisions.items()
+        }
         self._fused = FusedTwin(self._programs[False])
         self._hooks = _hook_tables(self)
         self._planner = Planner(tree.levels)
@@ -93,7 +99,7 @@ class PackedTree(nn.Module):
             modules = skeleton.named_modules(remove_duplicate=False)
             self._evaluating = [path for path, module in modules if not module.training]
         self.train(like.training)
-        _copy_modes(like, self)
+        _copy_modes(like, self)  # `train` knows one mode for all; parts may be in another
 
     def fill(self, source: Source) -> None:
         """Fill the packed tensors, which the constructor leaves uninitialised."""
@@ -304,14 +310,6 @@ def _shared_buffers(
         if layout[key].level < level
     }
     return tuple(sorted(keys))
-
-
-def _collect_overwrites(decisions: Mapping[fx.Node, Decision], overwrites: dict[str, bool]) -> None:
-    """Note in-place activations by path: safe only where every call of them, in both modes, is."""
-    for node, decision in decisions.items():
-        if decision.overwrites is not None:
-            path = str(node.target)
-            overwrites[path] = overwrites.get(path, True) and decision.overwrites
 
 
 def _hook_tables(root: nn.Module) -> list[dict[int, Any]]:

@@ -88,11 +88,11 @@ class _Costs:
         self._macs: list[tuple[int, int]] = []
         self._tensors: list[tuple[int, int, int]] = []
         for index, node in enumerate(dependencies.nodes):
-            known, bit = facts(node), 1 << index
-            if known.macs:
-                self._macs.append((bit, known.macs))
-            if known.tensors and bit & dependencies.rooted:
-                self._tensors.append((bit, dependencies.users[index], len(known.tensors)))
+            info, bit = facts(node), 1 << index
+            if info.macs:
+                self._macs.append((bit, info.macs))
+            if info.tensors and bit & dependencies.rooted:
+                self._tensors.append((bit, dependencies.users[index], len(info.tensors)))
 
     def point(self, name: str) -> SplitPoint:
         """The split point of a name."""

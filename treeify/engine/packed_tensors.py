@@ -277,7 +277,7 @@ class Packer:
             packed = nn.Module()
             self.pack_children(packed, module, path)
         if hasattr(packed, "inplace"):
-            # The rewriter switches it on again where overwriting is safe.
+            # `conversion.decide` finds where overwriting is safe, and it is switched on again.
             packed.inplace = False  # type: ignore[assignment]
         packed.training = module.training
         return packed

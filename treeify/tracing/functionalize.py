@@ -228,7 +228,7 @@ def _make_out_of_place(node: fx.Node) -> None:
         InPlaceError: torch has no such operation.
     """
     if node.op == "call_module":
-        return  # the rewriter runs modules with their `inplace` flag off
+        return  # modules run with their `inplace` flag off: see `conversion.decide`
     if node.op == "call_method":
         name = str(node.target)
         if hasattr(torch.Tensor, name[:-1]):

@@ -2,14 +2,18 @@
 
 python benchmarks/coverage.py                     # the page again, from the rows treeify ships
 python benchmarks/coverage.py coverage-*.jsonl    # first put these rows among them
+python benchmarks/coverage.py --recount macs.csv  # first count the MACs of every model again
+
+Counting takes minutes; it notes each model in the file named, and goes on there when interrupted.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
 import re
-import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from treeify import files
@@ -17,6 +21,7 @@ from treeify.models.builders import family, library_names
 from treeify.parity import results
 from treeify.parity.results import FULL, META, REDUCED, Row
 from treeify.parity.sweep import Settings
+from treeify.parity.zoo_check import usual_macs
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
 ASKED = Settings().splits
@@ -92,17 +97,17 @@ def _families(rows: Sequence[Row], names: Sequence[str]) -> str:
         "|---|---:|---:|---:|---:|---:|---|",
     ]
     for name in sorted({family(row.name) for row in rows}):
-        own = [row for row in rows if family(row.name) == name]
-        shares = [row.packed_share for row in own if row.packed_share is not None]
-        worst = [row.worst for row in own if row.proven and row.worst is not None]
+        members = [row for row in rows if family(row.name) == name]
+        fractions = [row.packed_fraction for row in members if row.packed_fraction is not None]
+        worst = [row.worst for row in members if row.proven and row.worst is not None]
         cells = (
             name,
-            f"{len(own)} of {sizes[name]}",
-            str(sum(row.converted for row in own)),
-            str(sum(row.proven for row in own)),
-            f"{100 * sum(shares) / len(shares):.1f} %" if shares else "",
+            f"{len(members)} of {sizes[name]}",
+            str(sum(row.converted for row in members)),
+            str(sum(row.proven for row in members)),
+            f"{100 * sum(fractions) / len(fractions):.1f} %" if fractions else "",
             f"{max(worst):.3g}" if worst else "",
-            _reasons(own),
+            _reasons(members),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -140,22 +145,40 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
 
 
-def main(paths: Sequence[str]) -> None:
-    """Put rows into the shipped file, and write the page.
+def recounted(rows: Iterable[Row], file: Path) -> Iterator[Row]:
+    """Rows with the MACs of their models counted again; those in the file are taken from there."""
+    counts: dict[str, int] = {}
+    if file.exists():
+        with file.open(newline="", encoding="utf-8") as lines:
+            counts = {name: int(macs) for name, macs in csv.reader(lines)}
+    with file.open("a", newline="", encoding="utf-8") as lines:
+        for row in rows:
+            macs = counts.get(row.name) or usual_macs(row.name)
+            if macs is not None and row.name not in counts:
+                csv.writer(lines).writerow((row.name, macs))
+                lines.flush()
+            yield row if macs is None else row.model_copy(update={"macs": macs})
 
-    Args:
-        paths: files of `treeify verify`; rows of other versions or splits than usual are left out.
-    """
+
+def main() -> None:
+    """Put rows into the shipped file, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    help_text = "of treeify verify; rows of other versions or splits than usual are left out"
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE", help=help_text)
+    parser.add_argument("--recount", type=Path, metavar="FILE", help="where counts are noted")
+    options = parser.parse_args()
     rows, names = results.shipped().newest(), library_names()
-    for path in paths:
-        for row in results.read(Path(path)).present(ASKED):
+    for path in options.paths:
+        for row in results.read(path).present(ASKED):
             if row.name in names:
                 rows[row.name] = row
-    if paths:
+    if options.recount:
+        rows = {row.name: row for row in recounted(rows.values(), options.recount)}
+    if options.paths or options.recount:
         files.replace_bytes(results.SHIPPED, results.compressed(rows.values()))
     page = updated(PAGE.read_text(encoding="utf-8"), list(rows.values()), names)
     PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -13,7 +13,8 @@ from typing import Any
 
 from treeify import losses
 from treeify.data import SOURCES
-from treeify.training.recipe import Recipe, Section, section_in
+from treeify.training.recipe import Recipe
+from treeify.training.sections import Section, section_in
 
 PAGE = Path(__file__).with_name("recipes.md")
 BEGIN, END = "<!-- keys -->\n", "\n## Data sets\n"

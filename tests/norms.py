@@ -8,16 +8,16 @@ import torch
 from treeify.training.sync_batch_norm import synced_batch_norm
 
 
-def of_a_share(rank: int, port: int, results: Path) -> None:
+def norm_a_part(rank: int, port: int, results: Path) -> None:
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     x, weight, bias, mean, var = images_and_norm()
-    share = (x[:3] if rank == 0 else x[3:]).clone().requires_grad_()
-    out = synced_batch_norm(share, mean, var, weight, bias, training=True, momentum=0.3)
+    part = (x[:3] if rank == 0 else x[3:]).clone().requires_grad_()
+    out = synced_batch_norm(part, mean, var, weight, bias, training=True, momentum=0.3)
     (out * out.detach().cos()).sum().backward()
-    found = {"out": out.detach(), "grad": share.grad, "mean": mean, "var": var}
-    found |= {"weight": weight.grad, "bias": bias.grad}
-    torch.save(found, results / f"{rank}.pt")
+    tensors = {"out": out.detach(), "grad": part.grad, "mean": mean, "var": var}
+    tensors |= {"weight": weight.grad, "bias": bias.grad}
+    torch.save(tensors, results / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

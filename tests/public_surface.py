@@ -16,7 +16,8 @@ import typer
 
 import treeify
 from treeify.cli.app import COMMANDS, app, load_command
-from treeify.training.recipe import Recipe, Section, section_in
+from treeify.training.recipe import Recipe
+from treeify.training.sections import Section, section_in
 
 FILE = Path(__file__).with_suffix(".txt")
 

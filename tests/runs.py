@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from treeify.cli.app import main
+from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import dump_recipe, load_recipe
 
@@ -43,6 +44,7 @@ RICH = (
     "device=cpu",
 )
 STEPS = 4  # of a rich epoch: 300 training images, 12 of them in the last step
+TINY_STEPS = 3  # of an epoch of the recipe as it stands
 
 # Has neither dropout nor batch norms, so it gives the same in any number of parts.
 NORMLESS = """\
@@ -64,10 +66,39 @@ def net(num_classes=10):
 """
 
 
-def written(folder: Path, *overrides: str) -> Path:
-    """The rich recipe as a file in a folder, with overrides in it."""
+class Recorder(Reporter):
+    """Notes what a run reports."""
+
+    def __init__(self) -> None:
+        self.events: list[RunSize | Step | Epoch] = []
+        self.started = self.stepped = self.finished_epoch = self.events.append
+
+    def of(self, kind: type) -> list:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+class InterruptAt(Reporter):
+    """Presses Ctrl-C after some step of the run."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def stepped(self, step: Step) -> None:
+        self.left -= 1
+        if not self.left:
+            signal.raise_signal(signal.SIGINT)
+
+
+def tiny(folder: Path) -> Path:
+    """The recipe as it stands, in a file."""
     path = folder / "tiny.yaml"
     path.write_text(RECIPE)
+    return path
+
+
+def written(folder: Path, *overrides: str) -> Path:
+    """The rich recipe as a file in a folder, with overrides in it."""
+    path = tiny(folder)
     path.write_text(dump_recipe(load_recipe(path, [*RICH, *overrides])))
     return path
 
@@ -203,17 +234,17 @@ def killed(file: Path, owner: str, name: str, count: int, after: bool) -> int | 
 
 def _die(file: Path, owner: str, name: str, count: int, after: bool) -> None:
     """Train until a function is called for the n-th time; then kill this process with -9."""
-    whose = pkgutil.resolve_name(owner)
-    original, calls = getattr(whose, name), []
+    namespace = pkgutil.resolve_name(owner)
+    original, calls = getattr(namespace, name), []
 
     def dying(*args: Any, **kwargs: Any) -> Any:
         calls.append(None)
-        found = original(*args, **kwargs) if after or len(calls) < count else None
+        result = original(*args, **kwargs) if after or len(calls) < count else None
         if len(calls) == count:
             os.kill(os.getpid(), signal.SIGKILL)
-        return found
+        return result
 
-    setattr(whose, name, dying)
+    setattr(namespace, name, dying)
     _train(file.parent, file, "--out", "run")
 
 

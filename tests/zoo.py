@@ -20,7 +20,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.resnet import BasicBlock
 from torchvision.models.vgg import VGG, make_layers
 
-from treeify.parity.verify import settle
+from treeify.parity.fresh_weights import settle
 
 CLASSES = 10
 

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import runs
 from cli import saved_ensembles as saved
 
 import treeify
@@ -36,3 +37,10 @@ def directories(saved_ensemble: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 def hne(directories: Path) -> treeify.HierarchicalEnsemble:
     """The ensemble in both."""
     return treeify.load(directories / "alone")
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The recipe of a run of seconds, where the user is."""
+    monkeypatch.chdir(tmp_path)
+    return runs.tiny(tmp_path)

@@ -77,9 +77,9 @@ def test_a_shard_without_models_says_so() -> None:
 
 def test_rows_of_other_versions_prove_nothing() -> None:
     versions = {**results.versions(), "timm": "0.1"}
-    numbers = {"how": "full", "packed_share": 1.0, "deviations": {"prefix": 0.1}}
+    numbers = {"how": "full", "packed_fraction": 1.0, "deviations": {"prefix": 0.1}}
     results.append(Path("coverage.jsonl"), Row(name=TINY, versions=versions, asked="2", **numbers))
-    written(TINY, how="meta", packed_share=1.0)
+    written(TINY, how="meta", packed_fraction=1.0)
     result = run("verify", TINY)
     assert "All 1 converted, 0 proven; only shapes were checked of" in result.stdout
 

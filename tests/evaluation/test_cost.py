@@ -1,14 +1,21 @@
 """Only the branches that the leaves need are run, and MACs agree with fvcore on what ran."""
 
+from collections.abc import Callable
+from typing import Any
+
+import model_classes
 import pytest
 import small
 import torch
+import zoo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 import treeify
-from treeify.evaluation.cost import base_cost, costs, macs
+from treeify.evaluation import cost
+from treeify.evaluation.cost import base_cost, costs, count_macs, fvcore_macs
+from treeify.models import cifar_resnet50, mobilenetv2_hne
 from treeify.rules.operations.widened import Widened
 from treeify.tree import Span, Tree
 
@@ -58,22 +65,132 @@ def test_the_branches_run_are_those_the_leaves_need(splits: list[str], data: st.
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(splits=trees(), data=st.data())
-def test_counted_macs_are_those_fvcore_sees_executed(
-    splits: list[str], data: st.DataObject
+@given(splits=trees())
+def test_counted_macs_are_those_fvcore_sees_executed(splits: list[str]) -> None:
+    assert_counts_equal(small.ensemble(splits))
+
+
+class Prefix(nn.Module):
+    """The first leaves of an ensemble, as fvcore takes a model."""
+
+    def __init__(self, hne: treeify.HierarchicalEnsemble, leaves: int) -> None:
+        super().__init__()
+        self.hne, self.leaves = hne, leaves
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.hne(x, leaves=self.leaves)
+
+
+def assert_counts_equal(hne: treeify.HierarchicalEnsemble) -> None:
+    """The ensemble's own MACs, those of its base model, and fvcore's, for every nested size."""
+    x = hne.example_images(1)
+    for size in hne.tree.nested_sizes:
+        assert hne.count_macs(size) == fvcore_macs(Prefix(hne, size), x)
+    assert hne.count_macs(1) == fvcore_macs(hne.leaf(0), x)
+    try:
+        assert hne.count_macs(1) == count_macs(hne.skeleton, hne.example)
+    except RuntimeError as error:  # two odd models look at values
+        assert "meta tensors" in str(error)
+
+
+def _marks(case: zoo.Case, shape: str) -> list[pytest.MarkDecorator]:
+    is_short = case.name.startswith("odd-") and shape == "wide"
+    return [pytest.mark.slow] * (shape in case.slow) + [pytest.mark.thorough] * (not is_short)
+
+
+@pytest.mark.parametrize(
+    ("case", "shape"),
+    [
+        pytest.param(case, shape, id=f"{case}-{shape}", marks=_marks(case, shape))
+        for case in zoo.cases(slow=None)
+        for shape in case.shapes
+    ],
+)
+def test_macs_equal_fvcores_to_the_last(case: zoo.Case, shape: str) -> None:
+    hne = treeify.hierarchicalize(
+        case.model(), case.splits(shape), init="copy", example_input=case.images(1)
+    )
+    assert_counts_equal(hne)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("build", "options", "splits"),
+    [
+        (cifar_resnet50, {}, ["block1", "block2", "block3", "block4"]),
+        (cifar_resnet50, {"width": 0.5}, ["block1", "block2", "block3", "block4"]),
+        (mobilenetv2_hne, {}, ["block2", "block3", "block4", "block5"]),
+    ],
+    ids=["HNE", "HNE_small", "MobileNetV2"],
+)
+def test_macs_of_the_papers_networks_equal_fvcores(
+    build: Callable[..., nn.Module], options: dict[str, float], splits: list[str]
 ) -> None:
-    hne = small.ensemble(splits)
-    leaves = data.draw(st.integers(1, hne.leaves))
+    assert_counts_equal(treeify.hierarchicalize(build(**options), splits, init="copy"))
 
-    class Prefix(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.hne = hne
 
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.hne(x, leaves=leaves)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=f"{case.network}-{case.name}", marks=[pytest.mark.thorough])
+        for case in model_classes.CASES
+    ],
+)
+def test_macs_of_a_model_of_every_class_equal_fvcores(case: model_classes.Case) -> None:
+    base, shape = case.architecture.build(), (3, case.size, case.size)
+    expected = fvcore_macs(base, torch.zeros(1, *shape))
+    assert count_macs(base.to("meta"), shape) == expected
 
-    assert macs(Prefix(), small.images(1)) == hne.count_macs(leaves)
+
+class Products(nn.Module):
+    """Every kind of product that fvcore would not count or counts otherwise, on [N, 3, 8, 8]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding="same")
+        self.norm = nn.BatchNorm2d(4, affine=False)
+        self.instance_norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        self.recurrent = nn.LSTM(4, 5, batch_first=True, bidirectional=True)
+        self.attention = nn.MultiheadAttention(10, 2, batch_first=True)
+        self.vector = nn.Parameter(torch.rand(10))
+        self.matrix = nn.Parameter(torch.rand(6, 10))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.instance_norm(self.norm(self.conv(x))).flatten(2)
+        x, _ = self.recurrent(x.transpose(1, 2))
+        x, _ = self.attention(x, x, x)
+        x = x + (x @ self.vector)[..., None]
+        return (
+            torch.einsum("ntc,kc->nk", x, self.matrix)
+            + (self.matrix @ x.mean(1)[..., None])[..., 0]
+        )
+
+
+def test_products_of_every_kind_are_counted() -> None:
+    """By hand: 64 tokens of 4 and then of 10 channels, two heads of 5."""
+    convolution, norm = 64 * 9 * 3 * 4, 64 * 4
+    recurrent = 64 * 2 * 4 * 5 * (4 + 5)
+    attention = 64 * 4 * 10 * 10 + 2 * 64 * 64 * 10
+    vector = 64 * 10
+    products = 2 * 6 * 10  # the tokens that einsum adds up it adds up first
+    expected = convolution + norm + recurrent + attention + vector + products
+    x = torch.zeros(1, 3, 8, 8)
+    for frozen in (False, True):
+        model = Products().requires_grad_(not frozen)
+        assert fvcore_macs(model, x) == expected
+        assert count_macs(model.to("meta"), (3, 8, 8)) == expected
+
+
+def test_only_other_image_sizes_are_counted_by_fvcore(monkeypatch: pytest.MonkeyPatch) -> None:
+    hne = small.ensemble()
+    sizes: list[torch.Size] = []
+    monkeypatch.setattr(cost, "fvcore_macs", lambda model, x: sizes.append(x.shape) or 7)
+    assert [row.macs for row in costs(hne)] == [hne.count_macs(size) for size in (1, 3, 6)]
+    assert costs(hne, small.images(1)) == costs(hne)
+    assert base_cost(hne).macs == hne.count_macs(1)
+    assert sizes == []
+    assert [row.macs for row in costs(hne, torch.zeros(1, 3, 16, 16))] == [7, 7, 7]
+    assert sizes == 3 * [(1, 3, 16, 16)]
 
 
 def test_costs_of_nested_sizes() -> None:
@@ -95,15 +212,21 @@ def test_attention_is_counted(size: int) -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.scaled_dot_product_attention(x, x, x)
 
-    assert macs(Attention(), torch.zeros(1, 2, size, 4)) == 2 * (2 * size * size * 4)
+    assert fvcore_macs(Attention(), torch.zeros(1, 2, size, 4)) == 2 * (2 * size * size * 4)
 
 
-def test_the_mode_comes_back() -> None:
+def test_frozen_batch_norms_stay_frozen() -> None:
     hne = small.ensemble().train()
-    hne.get_submodule("stem.0").eval()
-    costs(hne)
-    assert hne.training
-    assert not hne.get_submodule("stem.0").training
+    hne.get_submodule("stem.1").eval()
+    model, on_meta = hne.leaf(0), hne.leaf(0).to("meta")
+    for module, count in (
+        (hne, lambda: costs(hne, torch.zeros(1, 3, 16, 16))),
+        (model, lambda: fvcore_macs(model, small.images(1))),
+        (on_meta, lambda: count_macs(on_meta, (3, 8, 8))),
+    ):
+        count()
+        assert module.training
+        assert not module.get_submodule("stem.1").training
 
 
 def test_a_tree_without_splits_costs_one_model() -> None:

@@ -1,12 +1,16 @@
+"""Running totals of every nested size, against the formulas spelled out."""
+
 import math
 
+import fusing
 import pytest
+import small
 import torch
 from torch.nn import functional as F
-from torch.testing import assert_close
 
 from treeify.errors import DataError
-from treeify.evaluation.metrics import Scores, correct, logit_std, nll
+from treeify.evaluation.metrics import Score, Scores, measure
+from treeify.fusion.prepared_weights import Prepared
 from treeify.tree import Tree
 
 TREE = Tree((2, 3))
@@ -18,13 +22,20 @@ def examples(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     return logits, torch.randint(4, (count,), generator=generator)
 
 
+def scored(logits: torch.Tensor, target: torch.Tensor, tree: Tree = TREE) -> tuple[Score, ...]:
+    scores = Scores(tree)
+    scores.add(logits, target)
+    return scores.result()
+
+
 def test_each_size_is_scored_by_its_own_mean_logits() -> None:
     logits, target = examples(50)
-    right, loss = correct(logits, target, TREE), nll(logits, target, TREE)
-    for column, leaves in enumerate((1, 3, 6)):
-        mean = logits[:, :leaves].mean(1)
-        assert_close(right[:, column], mean.argmax(1) == target)
-        assert_close(loss[:, column], F.cross_entropy(mean, target, reduction="none"))
+    for image in range(50):
+        alone = slice(image, image + 1)
+        for score, leaves in zip(scored(logits[alone], target[alone]), (1, 3, 6), strict=True):
+            mean = logits[alone, :leaves].mean(1)
+            assert score.accuracy == 100 * (mean.argmax(1) == target[alone]).double().item()
+            assert score.nll == pytest.approx(F.cross_entropy(mean, target[alone]).item())
 
 
 def test_leaves_that_disagree_have_a_deviation() -> None:
@@ -32,19 +43,18 @@ def test_leaves_that_disagree_have_a_deviation() -> None:
     logits = torch.zeros(2, 2, 2)  # two images, two leaves, two classes
     logits[0] = torch.tensor([[1.0, 5.0], [3.0, 5.0]])  # deviations 1 and 0
     logits[1] = torch.tensor([[0.0, -2.0], [0.0, 4.0]])  # 0 and 3
-    found = logit_std(logits, Tree((2,)))
-    assert_close(found, torch.tensor([[0.0, 0.5], [0.0, 1.5]]))
-    scores = Scores(Tree((2,)))
-    scores.add(logits, torch.tensor([0, 1]))
-    assert [score.logit_std for score in scores.result()] == [0.0, 1.0]
+    target, tree = torch.tensor([0, 1]), Tree((2,))
+    for part, expected in ((slice(0, 1), 0.5), (slice(1, 2), 1.5), (slice(0, 2), 1.0)):
+        scores = scored(logits[part], target[part], tree)
+        assert [score.logit_std for score in scores] == [0.0, expected]
 
 
 def test_the_deviation_is_that_of_the_standard() -> None:
     """Over more than two leaves, where it is no mean of distances."""
-    logits, _ = examples(50)
-    found = logit_std(logits, TREE)
-    for column, leaves in enumerate((1, 3, 6)):
-        assert_close(found[:, column], logits[:, :leaves].std(1, correction=0).mean(1))
+    logits, target = examples(50)
+    for score in scored(logits, target):
+        expected = logits[:, : score.leaves].std(1, correction=0).mean().item()
+        assert score.logit_std == pytest.approx(expected, rel=1e-5)
 
 
 def test_calibration_error_is_the_gap_in_fifteen_bins() -> None:
@@ -92,10 +102,12 @@ def test_uneven_batches_give_the_scores_of_the_whole() -> None:
     assert scores.images == 50
     result = scores.result()
     assert [score.leaves for score in result] == [1, 3, 6]
-    accuracy = 100 * correct(logits, target, TREE).double().mean(0)
-    assert_close(torch.tensor([s.accuracy for s in result], dtype=torch.float64), accuracy)
-    expected = nll(logits, target, TREE).double().mean(0)
-    assert_close(torch.tensor([score.nll for score in result], dtype=torch.float64), expected)
+    for score in result:
+        mean = logits[:, : score.leaves].mean(1)
+        assert score.accuracy == pytest.approx(
+            100 * (mean.argmax(1) == target).double().mean().item()
+        )
+        assert score.nll == pytest.approx(F.cross_entropy(mean, target).item(), rel=1e-6)
 
 
 def test_batches_counted_together_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,7 +121,7 @@ def test_batches_counted_together_give_the_same_bits(monkeypatch: pytest.MonkeyP
             scores.add(logits[part], target[part])
             seen.append(scores.accuracy)
         assert scores.images == 600
-        return scores.totals, seen
+        return scores.state_dict(), seen
 
     one_by_one, seen = totals(1)
     together, unseen = totals(10**9)
@@ -139,3 +151,32 @@ def test_half_precision_logits_are_scored_in_full() -> None:
 def test_no_images_have_no_score() -> None:
     with pytest.raises(DataError, match="no images"):
         Scores(TREE).result()
+
+
+def test_scores_go_on_from_a_state() -> None:
+    logits, target = examples(50)
+    first, second = Scores(TREE), Scores(TREE)
+    first.add(logits[:20], target[:20])
+    second.load_state_dict({name: total.clone() for name, total in first.state_dict().items()})
+    for scores in (first, second):
+        scores.add(logits[20:], target[20:])
+    assert second.images == 50
+    assert second.result() == first.result()
+
+
+def test_frozen_batch_norms_stay_frozen() -> None:
+    hne = small.ensemble().train()
+    norm = hne.get_submodule("stem.1").eval()
+    modes = [module.training for module in hne.modules()]
+    scores = measure(hne, [(small.images(3), torch.tensor([0, 1, 2]))])
+    assert scores.images == 3
+    assert not norm.training
+    assert [module.training for module in hne.modules()] == modes
+
+
+def test_measuring_between_epochs_keeps_no_weights_prepared_for_evaluation() -> None:
+    hne = small.ensemble().train()
+    measure(hne, [(small.images(3), torch.tensor([0, 1, 2]))])
+    prepared = fusing.fused_modules(hne, Prepared)
+    assert prepared
+    assert not any(module._parts for module in prepared)

@@ -9,7 +9,8 @@ from treeify.errors import ModelError
 from treeify.models import shallow
 from treeify.models.architecture import Architecture
 from treeify.models.skeleton import skeleton
-from treeify.parity.zoo_check import estimated_bytes, plans, prove
+from treeify.parity.check_levels import check_levels, estimated_bytes
+from treeify.parity.zoo_check import verify_model
 
 
 def built(model: str, blocks: int, **options: object) -> nn.Module:
@@ -113,16 +114,16 @@ def test_a_model_too_large_is_checked_without_its_spare_blocks() -> None:
     name = "sweep_models:Stacked"
     memory = estimated_bytes(sweep_models.Stacked(), 2) - 1
     row: dict[str, object] = {}
-    prove(name, "1", memory, row.update)
+    verify_model(name, "1", memory, row.update)
     assert row["how"] == "reduced:blocks=2"
     assert row["arguments"] == {"model": name, "blocks": 2}
     assert (row["splits"], row["shallower_splits"]) == (("blocks:2",), ("second:2",))
     assert set(row["deviations"]) >= {"gradient", "round_trip"}  # type: ignore[call-overload]
-    hows = [plan.how for plan in plans(name, 2, memory)]
+    hows = [level.how for level in check_levels(name, 2, memory)]
     assert hows == ["reduced:blocks=2", "reduced:blocks=1", "meta"]
 
 
 def test_a_model_that_counts_its_blocks_is_checked_whole_or_by_shapes() -> None:
     name = "sweep_models:Counting"
     memory = estimated_bytes(sweep_models.Counting(), 2) - 1
-    assert [plan.how for plan in plans(name, 2, memory)] == ["meta"]
+    assert [level.how for level in check_levels(name, 2, memory)] == ["meta"]

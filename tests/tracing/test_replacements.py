@@ -9,7 +9,7 @@ from torchvision.models import SwinTransformer, swin_transformer
 from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformerBlockV2
 
 import treeify
-from treeify.parity.verify import settle
+from treeify.parity.fresh_weights import settle
 from treeify.tracing.replacements import OF_EACH_IMAGE, REPLACEMENTS
 
 HEADS, CHANNELS = 2, 8

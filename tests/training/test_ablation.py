@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,8 @@ import runs
 import torch
 
 from treeify.errors import CheckpointError, RecipeError
-from treeify.training.ablation import ablate, cells, expand, last_line, load_grid, results, table
-from treeify.training.events import Reporter, Step
+from treeify.training.ablation import ablate, cells, expand, last_epoch, load_grid, results, table
+from treeify.training.events import Reporter
 
 FOLDER = Path(__file__).parents[2] / "recipes" / "ablations"
 GRID = """\
@@ -42,25 +41,21 @@ def test_a_grid_is_trained_once_and_compared(grid: Path, tmp_path: Path) -> None
     assert [run.recipe.seed for run in grid_runs] == [0, 1, 0, 1]
     assert grid_runs[2].recipe.loss.options["alpha"] == 0.3
 
-    class Stop(Reporter):
-        def stepped(self, step: Step) -> None:
-            signal.raise_signal(signal.SIGINT)
-
     count = []
 
     def started(run: object) -> Reporter:
         count.append(run)
-        return Stop() if len(count) == 2 else Reporter()
+        return runs.InterruptAt(1) if len(count) == 2 else Reporter()
 
     assert not ablate(grid_runs, started=started)
-    assert [last_line(run) is not None for run in grid_runs] == [True, False, False, False]
+    assert [last_epoch(run) is not None for run in grid_runs] == [True, False, False, False]
     assert ablate(grid_runs, started=started)
     assert len(count) == 2 + 3
     assert ablate(grid_runs, started=started)
     assert len(count) == 2 + 3
     found = table(results(grid_runs))
     assert list(found) == ["L_I", "L_HD"]
-    accuracies = [last_line(run)["held_out"][-1]["accuracy"] for run in grid_runs[:2]]
+    accuracies = [last_epoch(run).held_out[-1].accuracy for run in grid_runs[:2]]
     assert found["L_I"][4].mean == pytest.approx(sum(accuracies) / 2)
     assert found["L_I"][4].deviation == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
 
@@ -95,26 +90,22 @@ def test_a_run_without_its_last_state_has_not_finished(grid: Path, tmp_path: Pat
     """As `kill -9` between the last line of its metrics and its last state leaves it."""
     (run, *_) = expand(grid, tmp_path / "out", seeds=1)
     assert ablate([run])
-    finished = last_line(run)
+    finished = last_epoch(run)
     assert finished is not None
     bits = runs.weights(run.directory)
     shutil.rmtree((run.directory / "last").resolve())
     earlier = expand(grid, tmp_path / "other", seeds=1)[0]
 
-    class Stop(Reporter):
-        def stepped(self, step: Step) -> None:
-            signal.raise_signal(signal.SIGINT)
-
-    assert not ablate([earlier], started=lambda _: Stop())
+    assert not ablate([earlier], started=lambda _: runs.InterruptAt(1))
     (run.directory / "last").unlink()
     for state in (earlier.directory / "checkpoints").iterdir():
         shutil.copytree(state, run.directory / "checkpoints" / state.name)
         (run.directory / "last").symlink_to(Path("checkpoints", state.name))
-    assert last_line(run) is None
+    assert last_epoch(run) is None
     assert ablate([run])
-    again = last_line(run)
+    again = last_epoch(run)
     assert again is not None
-    assert again["held_out"] == finished["held_out"]
+    assert again.held_out == finished.held_out
     assert all(torch.equal(own, bits[key]) for key, own in runs.weights(run.directory).items())
 
 

@@ -108,9 +108,10 @@ def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:
     import timm
     import torch
 
+    from treeify.training.model import build
     from treeify.training.recipe_file import load_recipe
     from treeify.training.run_directory import RunDirectory
-    from treeify.training.trainer import build, train
+    from treeify.training.trainer import train
 
     runs.photos(tmp_path / "photos", size=40, each=4)
     torch.manual_seed(0)
@@ -135,7 +136,7 @@ def test_a_trained_backbone_is_fine_tuned_from_a_file(tmp_path: Path) -> None:
             assert torch.equal(first[key], value), key
     result = train(recipe, out=tmp_path / "run")
     first_epoch, *_, last_epoch = RunDirectory(result.run.directory).metrics()
-    assert last_epoch["loss"] < 0.9 * first_epoch["loss"]
+    assert last_epoch.loss < 0.9 * first_epoch.loss
 
 
 @pytest.mark.parametrize("missing", ["model.name=no_such_net", "data.name=no_such_data"])

@@ -2,14 +2,12 @@
 
 from pathlib import Path
 
-import norms
 import pytest
 import runs
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from treeify.training.loaders import Order, seed_of
 from treeify.training.run_directory import state_name
 from treeify.training.trainer import train
 
@@ -102,55 +100,3 @@ def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path) -> Non
     assert runs.run_in_two(*arguments, "--resume", "run", cwd=tmp_path) == [0, 0]
     assert runs.run_in_two(*arguments, "--out", "whole", cwd=tmp_path) == [0, 0]
     runs.assert_same_bits(tmp_path / "whole", tmp_path / "run")
-
-
-@pytest.mark.parametrize("images", [1, 7, 96, 100])
-@pytest.mark.parametrize(("processes", "parts"), [(1, 1), (2, 1), (3, 2)])
-def test_shares_make_up_every_step(images: int, processes: int, parts: int) -> None:
-    whole = Order(images, 16, 3)
-    shares = [
-        Order(images, 16, 3, process=process, processes=processes, parts=parts)
-        for process in range(processes)
-    ]
-    steps = [list(share) for share in shares]
-    for step, expected in enumerate(whole):
-        found, weight = [], 0.0
-        for process, share in enumerate(shares):
-            for part in range(parts):
-                weight += share.weight(step, part)
-                batch = steps[process][step * parts + part]
-                assert batch
-                if share.weight(step, part):
-                    found += batch
-        assert sorted(found) == sorted(expected)
-        assert weight == pytest.approx(1)
-    assert sorted(draw.image for batch in whole for draw in batch) == list(range(images))
-
-
-def test_the_order_depends_on_seed_and_epoch_and_can_begin_anywhere() -> None:
-    order = Order(100, 16, 3)
-    first = list(order)
-    assert list(order) == first
-    order.start = 4
-    assert list(order) == first[4:]
-    assert len(order) == len(first) - 4
-    order.start, order.epoch = 0, 1
-    assert [draw.image for draw in next(iter(order))] != [draw.image for draw in first[0]]
-    assert list(Order(100, 16, 4)) != first
-    assert seed_of("a", 1) != seed_of("a", 2)
-
-
-def test_batch_norms_of_uneven_shares_equal_one_of_all(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(norms.of_a_share, (runs.free_port(), tmp_path), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    x, weight, bias, mean, var = norms.images_and_norm()
-    x.requires_grad_()
-    out = torch.nn.functional.batch_norm(x, mean, var, weight, bias, training=True, momentum=0.3)
-    (out * out.detach().cos()).sum().backward()
-    assert_close(torch.cat([first["out"], second["out"]]), out.detach())
-    assert_close(torch.cat([first["grad"], second["grad"]]), x.grad)
-    for name, whole in (("weight", weight.grad), ("bias", bias.grad)):
-        assert_close(first[name] + second[name], whole)
-    for own in (first, second):
-        assert_close(own["mean"], mean)
-        assert_close(own["var"], var)

@@ -9,13 +9,11 @@ import signal
 from pathlib import Path
 
 import pytest
-import runner
 import runs
 
-import treeify
 from treeify import files
-from treeify.errors import CheckpointError, DataError
-from treeify.training import state_file, trainer
+from treeify.errors import CheckpointError
+from treeify.training import trainer
 from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.recipe import Recipe
 from treeify.training.run_directory import state_name
@@ -57,16 +55,18 @@ def assert_ends_like(whole: Path, run: Path) -> None:
 
 # When a process is killed with -9: a function of whom, at which call, before or after it.
 MOMENTS = {
-    "before the first state": ("treeify.training.trainer:_Run", "_part", 1, False),
-    "in a step": ("treeify.training.trainer:_Run", "_part", 6, False),
+    "before the first state": ("treeify.training.trainer:Trainer", "_accumulate", 1, False),
+    "in a step": ("treeify.training.trainer:Trainer", "_accumulate", 6, False),
     "while measuring": ("treeify.training.trainer", "measure", 1, False),
-    "before the metrics": ("treeify.training.trainer:_Run", "_record", 1, False),
+    "before the metrics": ("treeify.training.trainer:Trainer", "_finish_epoch", 1, False),
     "in a save, weights written": ("treeify.training.state_file", "write_state", 3, False),
     "in a save, not yet named": ("treeify.files", "_bring_to_disk", 9, False),
     "between name and link": ("treeify.files", "point", 4, False),
     "between last and best": ("treeify.files", "point", 6, False),
-    "after the last step": ("treeify.training.trainer:_Run", "_step", 2 * runs.STEPS, True),
+    "after the last step": ("treeify.training.trainer:Trainer", "_step", 2 * runs.STEPS, True),
 }
+
+
 MOMENTS_BY_DEFAULT = ("in a step", "in a save, not yet named")
 
 
@@ -264,95 +264,3 @@ def test_a_model_that_cannot_be_imported_damages_nothing(
     with pytest.raises(trainer.TreeifyError, match="vanishing"):
         train(recipe, resume=tmp_path / "run")
     assert sorted((tmp_path / "run" / "checkpoints").iterdir()) == states
-
-
-def damaged_photos(folder: Path, damaged: int) -> None:
-    """Photos of which so many of each part's dark ones cannot be read."""
-    runs.photos(folder)
-    for part in ("train", "val"):
-        for index in range(damaged):
-            file = folder / part / "dark" / f"{index}.png"
-            file.write_bytes(file.read_bytes()[:40])
-
-
-def on_photos(tmp_path: Path, *overrides: str) -> Recipe:
-    return runs.recipe(
-        tmp_path,
-        "data.name=image_folder",
-        f"data.root={tmp_path / 'photos'}",
-        "data.size=8",
-        "data.crop_padding=1",
-        "model.kwargs.num_classes=2",
-        "batch_size=8",
-        "schedule.epochs=1",
-        *overrides,
-    )
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_images_are_skipped_counted_and_limited(tmp_path: Path, workers: int) -> None:
-    damaged_photos(tmp_path / "photos", damaged=2)
-    recipe = on_photos(tmp_path, "skip_corrupt=4", f"workers={workers}")
-    result = train(recipe, out=tmp_path / "run")
-    assert result.last is not None and result.last.skipped == 4
-    few = on_photos(tmp_path, "skip_corrupt=3", f"workers={workers}")
-    with pytest.raises(DataError, match=r"(?s)4 images cannot be read.*at most 3.*0\.png"):
-        train(few, out=tmp_path / "other")
-    none = on_photos(tmp_path, f"workers={workers}")
-    with pytest.raises(DataError, match=r"(?s)1 image cannot be read.*/[01]\.png"):
-        train(none, out=tmp_path / "third")
-    shown = runner.run("eval", str(tmp_path / "run"), "--no-latency", "--json")
-    assert len(json.loads(shown.output)["skipped"]) == 2
-    least = treeify.load(tmp_path / "run" / "last").count_macs(1)
-    wanted = ("--target-macs", str(least), "--no-tune", "--repeats", "10")
-    shown = runner.run("calibrate", str(tmp_path / "run"), *wanted)
-    assert shown.exit_code == 0, shown.output
-    assert "Not read, and left out: " in shown.output
-
-
-DEADLY = """\
-import multiprocessing, os, signal
-from torch.nn import functional as F
-
-calls = []
-
-
-def deadly(logits, target, tree):
-    calls.append(None)
-    for worker in multiprocessing.active_children() if len(calls) == 3 else []:
-        os.kill(worker.pid, signal.SIGKILL)
-    return F.cross_entropy(logits.mean(1), target)
-"""
-
-
-@pytest.mark.thorough
-def test_a_dead_worker_ends_in_one_message(tmp_path: Path) -> None:
-    runs.photos(tmp_path / "photos")
-    (tmp_path / "mortal.py").write_text(DEADLY)
-    on_photos(tmp_path, "workers=1", "schedule.epochs=9", "checkpoints.minutes=1e-9")
-    done = runs.run("tiny.yaml", "loss.name=mortal:deadly", "--out", "run", cwd=tmp_path)
-    assert done.returncode == 2
-    for text in ("LostProcessError", "DataLoader worker", "--resume run"):
-        assert text in done.stderr
-    assert "Traceback" not in done.stderr
-    assert (tmp_path / "run" / "last").resolve().name == state_name(2, 1)
-
-
-def test_states_are_plain_values_and_tensors(tmp_path: Path) -> None:
-    import torch
-
-    state = {
-        "numbers": [1, 2.5, None, True, "text", float("inf")],
-        3: {"deep": (torch.arange(3), torch.zeros((), dtype=torch.int64))},
-        "double": 0.1 + 0.2,
-        "tuple": (1, ("a", [2])),
-    }
-    state_file.write_state(tmp_path, state)
-    found = state_file.read_state(tmp_path)
-    assert found["numbers"] == state["numbers"]
-    assert found["double"] == state["double"]
-    assert found["tuple"] == state["tuple"]
-    assert torch.equal(found[3]["deep"][0], torch.arange(3))
-    assert found[3]["deep"][1].dtype == torch.int64
-    with pytest.raises(TypeError, match="set"):
-        state_file.write_state(tmp_path, {"bad": {1, 2}})

@@ -25,7 +25,6 @@ from treeify.evaluation.halves import Halves
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
 from treeify.training.recipe import DataRecipe
-from treeify.training.trainer import check_classes
 
 _IMAGES_AT_ONCE = 128
 

@@ -20,7 +20,7 @@ from treeify.evaluation.latency import answer_seconds
 from treeify.evaluation.metrics import measure
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
-from treeify.training.trainer import check_classes
+from treeify.training.model import check_classes
 
 
 def evaluate(

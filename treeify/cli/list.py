@@ -169,7 +169,7 @@ def _as_json(name: str, row: Row | None) -> dict[str, object]:
         "family": family(name) if row is None else row.family,
         "parameters": row and row.parameters,
         "macs": row and row.macs,
-        "packed_share": row and row.packed_share,
+        "packed_share": row and row.packed_fraction,
         "how": row and row.how,
         "proven": bool(row and row.proven),
         "failure": row and row.failure,

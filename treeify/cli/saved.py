@@ -11,7 +11,7 @@ from treeify.errors import RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_recipe, load_recipe
-from treeify.training.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, measured
+from treeify.training.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, scored_ensemble
 
 
 def checkpoint_in(directory: Path) -> Path:
@@ -25,7 +25,7 @@ def checkpoint_in(directory: Path) -> Path:
     Returns:
         A directory with a readable configuration; `CheckpointError` is raised if there is none.
     """
-    path = measured(directory)
+    path = scored_ensemble(directory)
     checkpoint.read_config(path)
     return path
 

@@ -25,7 +25,7 @@ from treeify.rules.operations.branchwise import (
     EachBranchModule,
     FirstBranch,
     SharedModule,
-    is_closed,
+    is_opaque,
 )
 from treeify.rules.shape_readings import SHAPE_READINGS
 from treeify.rules.table import Rule, rules_of
@@ -53,7 +53,7 @@ class Decision:
         reads: the form it reads its arguments in; shared: as each was made.
         reads_parents: whether the first argument is an exception, of which the module reads one
             value for all siblings.
-        reads_dense: whether tensors must be given without gaps in memory.
+        reads_contiguous: whether tensors must be given contiguous.
         overwrites: whether an in-place activation may stay so; None if it is none.
     """
 
@@ -67,7 +67,7 @@ class Decision:
     takes_span: bool = True
     reads: Form = Form.SHARED
     reads_parents: bool = False
-    reads_dense: bool = False
+    reads_contiguous: bool = False
     overwrites: bool | None = None
 
 
@@ -166,7 +166,7 @@ class Decider:
         """One call for all branches, as in the base model."""
         module = self._module(node)
         kind: Any = kind_of(node, module)
-        draft = self._draft(node, reads_dense=is_closed(kind) and not rules_of(kind).exist)
+        draft = self._draft(node, reads_contiguous=is_opaque(kind) and not rules_of(kind).exist)
         if module is None:
             return replace(draft, takes_span=False)
         storage = self._storage(node)

@@ -16,7 +16,7 @@ from torch.fx.node import map_arg
 from treeify.conversion.decide import Decision, grows_with_batch, has_batch
 from treeify.engine.forms import Convert, Form, Leaves, Multiply
 from treeify.engine.program import OUTPUT, Crossing, Program, Segment
-from treeify.rules.operations.branchwise import Dense
+from treeify.rules.operations.branchwise import Contiguous
 from treeify.tracing.facts import facts
 from treeify.tree import Tree
 
@@ -98,7 +98,11 @@ class Emitter:
                 return self._raw(source, level)
             if decision.reads is not Form.SHARED:
                 return self._value(source, level, decision.reads)
-            return self._dense(source, level) if decision.reads_dense else self._raw(source, level)
+            return (
+                self._contiguous(source, level)
+                if decision.reads_contiguous
+                else self._raw(source, level)
+            )
 
         args, kwargs = map_arg(node.args, read), map_arg(node.kwargs, read)
         if module is None:
@@ -121,13 +125,13 @@ class Emitter:
             draft.inputs.append(node.name)
         return draft.values[node, None]
 
-    def _dense(self, node: fx.Node, level: int) -> fx.Node:
-        """The value as it was made, without gaps in memory."""
+    def _contiguous(self, node: fx.Node, level: int) -> fx.Node:
+        """The value as it was made, contiguous."""
         raw = self._raw(node, level)
         if not facts(node).tensors:
             return raw
         draft = self._drafts[level]
-        return draft.call(f"{node.name}_dense", Dense(), (draft.span, raw))
+        return draft.call(f"{node.name}_contiguous", Contiguous(), (draft.span, raw))
 
     def _value(self, node: fx.Node, level: int, form: Form) -> fx.Node:
         """The value in a form, for the branches of `level`."""

@@ -125,15 +125,10 @@ class HierarchicalEnsemble(PackedTree):
             InputError: the input does not fit the model, or has no images.
         """
         self.check_input(x)
-        training = self.training if training is None else training
-        run = partial(self.run, x, self.leaves)
-        try:
-            with preserve_modes(self):
-                self.train(training)
-                return tune(self, self._planner, run, x, loss=loss, repeats=repeats, budget=budget)
-        finally:
-            if self.training != training:
-                self._fused.forget()
+        with preserve_modes(self):
+            self.train(self.training if training is None else training)
+            run = partial(self.run, x, self.leaves)
+            return tune(self, self._planner, run, x, loss=loss, repeats=repeats, budget=budget)
 
     @overload
     def predict(

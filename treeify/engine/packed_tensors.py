@@ -89,9 +89,9 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers(remove_duplicate=False)
 
 
-def set_memory_format(module: nn.Module, memory_format: torch.memory_format) -> None:
+def set_memory_format(module: nn.Module, memory_format: torch.memory_format | None) -> None:
     """Give tensors of 4 dims, as images and their weights have, a memory format."""
-    for _, tensor in named_tensors(module):
+    for _, tensor in named_tensors(module) if memory_format is not None else ():
         if tensor.ndim == 4:
             # The same parameter with other memory: optimizers and users refer to the object.
             tensor.data = tensor.data.contiguous(memory_format=memory_format)
@@ -131,16 +131,34 @@ def call_with(
     tensors: Mapping[str, Tensor],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any] | None = None,
+    after: dict[str, Tensor] | None = None,
 ) -> Any:
-    """Call a module with other tensors in the place of its own."""
-    return _call_swapped(module, tensors, args, kwargs or {})[0]
+    """Call a module with other tensors in the place of its own.
+
+    `torch.func.functional_call` without its checks, which forbid `torch.jit.trace` (and so counting
+    MACs) and cost more than a small layer; compiling takes the original.
+
+    Args:
+        module: the module; it has its own tensors again afterwards.
+        tensors: under their keys in the module.
+        args: of the call.
+        kwargs: of the call.
+        after: filled with what is in the place of `tensors` when the call ends.
+    """
+    after = {} if after is None else after
+    if torch.compiler.is_compiling():
+        after.update(tensors)
+        return functional_call(module, after, args, dict(kwargs or {}))  # updates `after`
+    with _SWAPPING:
+        original = _swap(module, tensors)
+        try:
+            return module(*args, **(kwargs or {}))
+        finally:
+            after.update(_swap(module, original))
 
 
 def call_assigning(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Tensor]]:
     """Call a module with other tensors; also returns what it put in their place or their data's.
 
@@ -150,37 +168,14 @@ def call_assigning(
     compiling = torch.compiler.is_compiling()
     # `.data = ...` leaves the tensor object and exchanges its memory: only the pointer tells.
     pointers = {} if compiling else {key: value.data_ptr() for key, value in tensors.items()}
-    result, last = _call_swapped(module, tensors, args, kwargs)
+    after: dict[str, Tensor] = {}
+    result = call_with(module, tensors, args, kwargs, after)
     return result, {
         key: tensor
-        for key, tensor in last.items()
+        for key, tensor in after.items()
         if tensor is not None
         and (tensor is not tensors[key] or (not compiling and tensor.data_ptr() != pointers[key]))
     }
-
-
-def _call_swapped(
-    module: nn.Module,
-    tensors: Mapping[str, Tensor],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> tuple[Any, dict[str, Tensor]]:
-    """Call a module with other tensors; also returns those it has afterwards.
-
-    `torch.func.functional_call` without its checks, which forbid `torch.jit.trace` (and so counting
-    MACs) and cost more than a small layer; compiling takes the original.
-    """
-    if torch.compiler.is_compiling():
-        last = dict(tensors)
-        result = functional_call(module, last, args, dict(kwargs))  # updates `last`
-        return result, last
-    with _SWAPPING:
-        original = _swap(module, tensors)
-        try:
-            result = module(*args, **kwargs)
-        finally:
-            last = _swap(module, original)
-    return result, last
 
 
 def _swap(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        if model.training != modes[0][1]:
+            model.train(modes[0][1])  # an ensemble drops the weights prepared for evaluation
         for module, training in modes:
             module.training = training
 

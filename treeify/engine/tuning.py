@@ -116,7 +116,7 @@ class _Contest:
         """The plan that wins."""
         formats = (True, False) if self.x.ndim == 4 else (None,)
         uniform = best = min(map(self._best_uniform, formats), key=self._time)
-        self._set_memory_format(best)
+        set_memory_format(self.model, best.memory_format)
         for level in range(1, self.levels):
             best = self._challenge(best, level)
         # Several wins by a little may be luck: together they must win again.
@@ -129,7 +129,7 @@ class _Contest:
         """All levels packed or all looped, whichever is faster."""
         fuse = not self.model.training
         plans = [Plan((execution,) * self.levels, channels_last, fuse) for execution in EXECUTIONS]
-        self._set_memory_format(plans[0])
+        set_memory_format(self.model, plans[0].memory_format)
         self._measure(plans)
         return min(plans, key=self._time)
 
@@ -149,11 +149,6 @@ class _Contest:
         """The other plan if it is faster by enough, measured in turns."""
         gain = _GAIN if self._measure([best, other]) > 2 else _GAIN_OF_FEW
         return other if self._time(other) < gain * self._time(best) else best
-
-    def _set_memory_format(self, plan: Plan) -> None:
-        """Give the parameters the plan's memory format."""
-        if plan.memory_format is not None:
-            set_memory_format(self.model, plan.memory_format)
 
     def _measure(self, plans: list[Plan]) -> int:
         """Record the median time of each plan, measured in turns.

@@ -1,4 +1,4 @@
-"""How well every nested sub-ensemble answers: pure functions, and a running total over batches."""
+"""How well every nested sub-ensemble answers: running totals over batches, and their scores."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.engine.preserve import preserve_modes
 from treeify.errors import DataError
 from treeify.losses import nested_logits
 from treeify.tree import Tree
@@ -47,65 +48,22 @@ class Score:
     logit_std: float
 
 
-def correct(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
-    """Which images each nested sub-ensemble gets right.
-
-    Args:
-        logits: of every leaf, [N, L, K].
-        target: classes, [N].
-        tree: the shape the leaves belong to.
-
-    Returns:
-        Booleans [N, B + 1], from one leaf to all `L`.
-    """
-    return _correct(nested_logits(logits, tree), target)
-
-
-def nll(logits: Tensor, target: Tensor, tree: Tree) -> Tensor:
-    """Negative log-likelihood of the mean logits of each nested sub-ensemble.
-
-    Args:
-        logits: of every leaf, [N, L, K].
-        target: classes, [N].
-        tree: the shape the leaves belong to.
-
-    Returns:
-        Nats per image and size, [N, B + 1].
-    """
-    return _nll(nested_logits(logits, tree), target)
-
-
-def logit_std(logits: Tensor, tree: Tree) -> Tensor:
-    """How much the leaves of each nested sub-ensemble disagree.
-
-    Args:
-        logits: of every leaf, [N, L, K].
-        tree: the shape the leaves belong to.
-
-    Returns:
-        Standard deviation over the leaves, averaged over classes: [N, B + 1].
-
-    Source: Ruiz & Verbeek, AAAI 2021, section 4 (figures 3 and 9).
-    """
-    return _logit_std(logits, nested_logits(logits, tree), tree)
-
-
 def _correct(nested: Tensor, target: Tensor) -> Tensor:
     return nested.argmax(-1) == target[:, None]
 
 
 def _logit_std(logits: Tensor, nested: Tensor, tree: Tree) -> Tensor:
     # Not `Tensor.std`: over few leaves it takes up to ten times as long.
-    apart = [
+    deviations = [
         (logits[:, :size] - nested[:, index, None]).square().mean(1).sqrt().mean(-1)
         for index, size in enumerate(tree.nested_sizes)
     ]
-    return torch.stack(apart, dim=1)
+    return torch.stack(deviations, dim=1)
 
 
 def _nll(nested: Tensor, target: Tensor) -> Tensor:
-    shared = target[:, None].expand(nested.shape[:2])
-    return F.cross_entropy(nested.transpose(1, 2), shared, reduction="none")
+    targets = target[:, None].expand(nested.shape[:2])
+    return F.cross_entropy(nested.transpose(1, 2), targets, reduction="none")
 
 
 class Scores:
@@ -118,6 +76,7 @@ class Scores:
     """
 
     def __init__(self, tree: Tree) -> None:
+        """Start from no images: one vector of sums, of which the named totals are views."""
         self.tree = tree
         sizes = tree.levels
         shapes = {
@@ -130,21 +89,15 @@ class Scores:
             "bin_confidence": (sizes, _BINS),
             "bin_correct": (sizes, _BINS),
         }
-        numbers = [prod(shape) for shape in shapes.values()]
-        self._sums = torch.zeros(sum(numbers), dtype=torch.float64)
+        lengths = [prod(shape) for shape in shapes.values()]
+        self._sums = torch.zeros(sum(lengths), dtype=torch.float64)
         self._totals = {
-            name: own.view(shape)
-            for (name, shape), own in zip(
-                shapes.items(), torch.split(self._sums, numbers), strict=True
+            name: part.view(shape)
+            for (name, shape), part in zip(
+                shapes.items(), torch.split(self._sums, lengths), strict=True
             )
         }
         self._uncounted: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def totals(self) -> dict[str, Tensor]:
-        """Sums over all images, by name."""
-        self._count()
-        return self._totals
 
     @property
     def images(self) -> int:
@@ -152,9 +105,9 @@ class Scores:
         return int(self._totals["images"]) + sum(len(target) for _, target in self._uncounted)
 
     def add(self, logits: Tensor, target: Tensor) -> None:
-        """Take in a batch of leaf logits [N, L, K] with classes [N]."""
+        """Observe a batch of leaf logits [N, L, K] with classes [N]."""
         self._uncounted.append((logits.detach().float(), target))
-        if sum(own.numel() for own, _ in self._uncounted) >= _TOGETHER:
+        if sum(logits.numel() for logits, _ in self._uncounted) >= _TOGETHER:
             self._count()
 
     def _count(self) -> None:
@@ -166,31 +119,37 @@ class Scores:
         self._uncounted = []
         nested = nested_logits(logits, self.tree)
         confidence = nested.softmax(-1).amax(-1)
-        right = _correct(nested, target).float()
-        every = torch.ones_like(right)
+        correct = _correct(nested, target).float()
+        ones = torch.ones_like(correct)
         bins = F.one_hot((confidence * _BINS).long().clamp(max=_BINS - 1), _BINS)
-        binned = torch.stack([every, confidence, right], dim=1)[..., None] * bins[:, None]
+        binned = torch.stack([ones, confidence, correct], dim=1)[..., None] * bins[:, None]
         # Of each image, in the order of the totals.
-        found = (
-            every[:, :1],
-            *(right, _nll(nested, target), _logit_std(logits, nested, self.tree)),
+        columns = (
+            ones[:, :1],
+            *(correct, _nll(nested, target), _logit_std(logits, nested, self.tree)),
             (logits.argmax(-1) == target[:, None]).float(),
             binned.flatten(1),
         )
-        # A GPU is waited for once; not every device has doubles.
-        sums = torch.stack([own.sum(0) for own in torch.split(torch.cat(found, dim=1), batches)])
-        for own in sums.cpu().double():
-            self._sums += own
+        rows = torch.split(torch.cat(columns, dim=1), batches)
+        # Summed by batch, so that it does not matter how many are counted together. A GPU is waited
+        # for once; not every device has doubles.
+        for batch_sum in torch.stack([batch.sum(0) for batch in rows]).cpu().double():
+            self._sums += batch_sum
 
     @property
     def accuracy(self) -> float:
         """Of all leaves so far, in percent, up to the last images counted; not a number before."""
         return float(100 * self._totals["correct"][-1] / self._totals["images"])
 
-    def take(self, totals: Mapping[str, Tensor]) -> None:
-        """Go on from totals noted before."""
-        for name, total in self.totals.items():
-            total.copy_(totals[name])
+    def state_dict(self) -> dict[str, Tensor]:
+        """Sums over all images, by name; views of the running totals, as a module's state is."""
+        self._count()
+        return self._totals
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from the sums that `state_dict` gave."""
+        for name, total in self.state_dict().items():
+            total.copy_(state[name])
 
     def result(self) -> tuple[Score, ...]:
         """The scores so far, from one leaf to all `L`.
@@ -200,7 +159,7 @@ class Scores:
         """
         if not self.images:
             raise DataError("there are no images to measure accuracy on.")
-        totals = self.totals
+        totals = self.state_dict()
         gaps = (totals["bin_confidence"] - totals["bin_correct"]).abs().sum(-1)
         return tuple(
             Score(leaves, *row)
@@ -221,7 +180,7 @@ class Scores:
 
     def leaf_accuracy(self) -> tuple[float, ...]:
         """Of every single leaf by itself, in percent."""
-        return tuple((100 * self.totals["leaf_correct"] / self.images).tolist())
+        return tuple((100 * self.state_dict()["leaf_correct"] / self.images).tolist())
 
 
 @torch.no_grad()
@@ -234,37 +193,20 @@ def measure(
     """Count every nested sub-ensemble's scores in evaluation mode, in one pass over the images.
 
     Args:
-        hne: the ensemble; keeps the mode it was in.
+        hne: the ensemble; every module's mode is put back.
         batches: images [N, 3, H, W] and classes [N].
         stop: asked before every batch but the first; when it says so, the rest is left out.
 
     Returns:
         The totals.
     """
-    was_training = hne.training
-    hne.eval()
     first = next(hne.parameters())
     scores = Scores(hne.tree)
-    for images, target, *_ in batches:
-        if scores.images and stop():
-            break
-        if len(images):
-            scores.add(hne(images.to(first.device, first.dtype)), target.to(first.device))
-    hne.train(was_training)
+    with preserve_modes(hne):
+        hne.eval()
+        for images, target, *_ in batches:
+            if scores.images and stop():
+                break
+            if len(images):
+                scores.add(hne(images.to(first.device, first.dtype)), target.to(first.device))
     return scores
-
-
-def evaluate(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple[Score, ...]:
-    """Score every nested sub-ensemble in evaluation mode, in one pass over the images.
-
-    Args:
-        hne: the ensemble; keeps the mode it was in.
-        batches: images [N, 3, H, W] and classes [N].
-
-    Returns:
-        One score per nested size, from one leaf to all `L`.
-
-    Raises:
-        DataError: there are no images.
-    """
-    return measure(hne, batches).result()

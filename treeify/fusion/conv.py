@@ -91,14 +91,18 @@ class FusedConv(Prepared):
         if self.ratio > 1:
             assert self.input_facts is not None
             parents, x = read_once(span, self.ratio, x, self.input_facts)
-        if self.groups > 1 and parents != span.size:
-            return self._exchanged(span, parents, x, addend)
         if self.is_pointwise and span.size == 1 and self._is_small(x):
             return self._product(span, x, addend)
-        if self.has_onednn and x.ndim == 4 and suits_onednn(x):
+        swaps = self._swaps(span, parents)
+        if self.has_onednn and not swaps and x.ndim == 4 and suits_onednn(x):
             return self._onednn(span, parents, x, addend)
         weight, bias = self._tensors(span, parents)
-        return self._finish(self._convolve(x, weight, bias, parents), addend)
+        padding, stride, dilation = self.geometry
+        convolve = CONVOLUTIONS[type(self._conv[0])]
+        result = convolve(x, weight, bias, stride, padding, dilation, parents * self.groups)
+        if swaps:
+            result = swap(result, 1, parents, self.groups, span.size // parents)
+        return self._finish(result, addend)
 
     def _unfused(self, span: Span, x: Tensor, addend: Tensor | float | None) -> Tensor:
         for operation in self.operations:
@@ -113,19 +117,9 @@ class FusedConv(Prepared):
             result = add_into(result, addend)
         return result if self.activation is None else self.activation.apply(result)
 
-    def _convolve(self, x: Tensor, weight: Tensor, bias: Tensor | None, parents: int) -> Tensor:
-        padding, stride, dilation = self.geometry
-        function = CONVOLUTIONS[type(self._conv[0])]
-        return function(x, weight, bias, stride, padding, dilation, parents * self.groups)
-
-    def _exchanged(
-        self, span: Span, parents: int, x: Tensor, addend: Tensor | float | None
-    ) -> Tensor:
-        """Channels leave the convolution in another order, see `WidenedConv`."""
-        weight, bias = self._tensors(span, parents)
-        result = self._convolve(x, weight, bias, parents)
-        siblings = span.size // parents
-        return self._finish(swap(result, 1, parents, self.groups, siblings), addend)
+    def _swaps(self, span: Span, parents: int) -> bool:
+        """Whether channels leave the convolution in another order, see `WidenedConv`."""
+        return self.groups > 1 and parents != span.size
 
     def _is_small(self, x: Tensor) -> bool:
         """Whether a product of one branch costs less than oneDNN's way to begin."""
@@ -147,7 +141,8 @@ class FusedConv(Prepared):
         weight, bias = self._tensors(span, parents, x.shape)
         convolve = torch.ops.mkldnn._convolution_pointwise.default
         groups = parents * self.groups
-        activation = self.activation if addend is None else None  # which follows the sum
+        # With an addend, the activation has to wait for the sum.
+        activation = self.activation if addend is None else None
         result: Tensor = convolve(x, weight, bias, *self.geometry, groups, *attributes(activation))
         fused = activation is not None and activation.name
         return result if fused else self._finish(result, addend)
@@ -181,7 +176,7 @@ class FusedConv(Prepared):
         """
         weight = narrow(weight, self.branches, span)
         bias = None if bias is None else narrow(bias, self.branches, span)
-        if self.groups > 1 and parents != span.size:
+        if self._swaps(span, parents):
             siblings = span.size // parents
             weight = swap(weight, 0, parents, siblings, self.groups)
             bias = None if bias is None else swap(bias, 0, parents, siblings, self.groups)

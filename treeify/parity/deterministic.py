@@ -1,4 +1,4 @@
-"""What is held while networks are compared: random draws at their mean, and precision."""
+"""Random draws that give their mean, and precision that no cast lowers, to compare networks."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _UNPROMOTED = {
 
 
 @contextmanager
-def held(dtype: torch.dtype) -> Iterator[None]:
-    """Hold random draws at their mean and, where that is float64, precision.
+def deterministic(dtype: torch.dtype) -> Iterator[None]:
+    """Let random draws give their mean and, where that is float64, let no cast lower precision.
 
     For the runs of networks alone: copying or reading their state goes through the modes too.
 
@@ -46,26 +46,27 @@ class FullPrecision(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function with float64 in the place of float32, where there is any float64."""
         kwargs = kwargs or {}
-        given = list(_leaves((args, kwargs)))
-        if any(_is(torch.float64, own) for own in given):
+        arguments = list(_leaves((args, kwargs)))
+        if any(_is(torch.float64, argument) for argument in arguments):
             if func is Tensor.float:
                 return args[0].double()
             promotes = getattr(func, "__name__", "") not in _UNPROMOTED
-            if any(_is_single(own, tensors_too=not promotes) for own in given):
+            if any(_is_single(argument, tensors_too=not promotes) for argument in arguments):
                 doubled = partial(_doubled, tensors_too=not promotes)
                 args, kwargs = tree_map(doubled, (args, kwargs))
         return func(*args, **kwargs)
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What `tree_leaves` gives for the arguments of torch's functions, of which there are many."""
+    """What `tree_leaves` gives, but faster: every call in a compared network comes by here."""
     if isinstance(value, (tuple, list)):
-        for own in value:
-            yield from _leaves(own)
+        for element in value:
+            yield from _leaves(element)
     elif isinstance(value, dict):
-        for own in value.values():
-            yield from _leaves(own)
+        for element in value.values():
+            yield from _leaves(element)
     else:
         yield value
 
@@ -87,7 +88,7 @@ def _doubled(value: Any, *, tensors_too: bool) -> Any:
 class MeanNoise(TorchFunctionMode):
     """Replaces random draws by their mean: dropout and stochastic depth become the identity.
 
-    Held are `torch.rand` and `torch.randn` (`_like` too), `torch.bernoulli` and the methods
+    Replaced are `torch.rand` and `torch.randn` (`_like` too), `torch.bernoulli` and the methods
     `bernoulli_`, `normal_` and `uniform_`.
     """
 
@@ -115,13 +116,14 @@ class MeanNoise(TorchFunctionMode):
     }
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, or give the mean of what it would draw."""
         kwargs = kwargs or {}
         if func in self._IDENTITY:
             return args[0] if args else kwargs["input"]
         if func in self._IN_PLACE:
             names, mean = self._IN_PLACE[func]
-            given = {**names, **dict(zip(names, args[1:], strict=False)), **kwargs}
-            return args[0].copy_(torch.as_tensor(mean(**{name: given[name] for name in names})))
+            values = {**names, **dict(zip(names, args[1:], strict=False)), **kwargs}
+            return args[0].copy_(torch.as_tensor(mean(**{name: values[name] for name in names})))
         if func in (torch.bernoulli, Tensor.bernoulli):
             chance = args[1] if len(args) > 1 else kwargs.get("p")
             return args[0].clone() if chance is None else torch.full_like(args[0], chance)

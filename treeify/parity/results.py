@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from treeify import files
 from treeify.errors import DataError
@@ -44,8 +44,8 @@ class Row(BaseModel):
         fanouts: children per split.
         inner_split: where it was split once more, by name inside a module; None if it cannot be.
         shallower_splits: of the shallower model; empty where it is not `reduced`.
-        shallower_inner_split: the same of that one.
-        packed_share: share of the branches' MACs that runs packed.
+        shallower_inner_split: where the shallower model was split once more.
+        packed_fraction: fraction of the branches' MACs that runs packed; `packed_share` in files.
         reasons: why nodes run per branch, with how many nodes each concerns.
         deviations: the largest of each check, as multiples of the tolerance: at most 1 passes.
         dtypes: the precision each check was decided in.
@@ -55,7 +55,9 @@ class Row(BaseModel):
         failure: what stopped the check; None where all of it passed.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True
+    )
 
     name: str
     versions: dict[str, str]
@@ -75,7 +77,7 @@ class Row(BaseModel):
     inner_split: str | None = None
     shallower_splits: tuple[str, ...] = ()
     shallower_inner_split: str | None = None
-    packed_share: float | None = None
+    packed_fraction: float | None = Field(None, alias="packed_share")
     reasons: dict[str, int] = {}
     deviations: dict[str, float] = {}
     dtypes: dict[str, str] = {}
@@ -87,7 +89,7 @@ class Row(BaseModel):
     @property
     def converted(self) -> bool:
         """Whether the model itself became an ensemble, whatever the checks found then."""
-        return self.packed_share is not None
+        return self.packed_fraction is not None
 
     @property
     def proven(self) -> bool:
@@ -192,7 +194,7 @@ def append(path: Path, row: Row) -> None:
         DataError: the file cannot be written.
     """
     try:
-        files.append_line(path, row.model_dump_json(exclude_defaults=True))
+        files.append_line(path, row.model_dump_json(by_alias=True, exclude_defaults=True))
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error}") from error
 
@@ -210,5 +212,5 @@ def check_writable(path: Path) -> None:
 
 def compressed(rows: Iterable[Row]) -> bytes:
     """A compressed file of the rows, the same for the same rows."""
-    lines = sorted(row.model_dump_json(exclude_defaults=True) + "\n" for row in rows)
+    lines = sorted(row.model_dump_json(by_alias=True, exclude_defaults=True) + "\n" for row in rows)
     return lzma.compress("".join(lines).encode(), preset=9 | lzma.PRESET_EXTREME)

@@ -22,8 +22,9 @@ from typing import Any
 
 from treeify.errors import InputError
 from treeify.parity import results
+from treeify.parity.check_levels import BASE_BYTES
 from treeify.parity.results import FULL, META, Coverage, Row
-from treeify.parity.zoo_check import BASE_BYTES, prove
+from treeify.parity.zoo_check import verify_model
 
 _DONE = "done"
 _OUT_OF_MEMORY = "out of memory"
@@ -68,7 +69,7 @@ def shard(names: Sequence[str], part: int, parts: int) -> list[str]:
 
 
 def todo(
-    names: Sequence[str], known: Coverage, settings: Settings, *, retry: bool = False
+    names: Sequence[str], coverage: Coverage, settings: Settings, *, retry: bool = False
 ) -> list[str]:
     """The names that are still to be checked under the present versions, in order.
 
@@ -77,13 +78,13 @@ def todo(
 
     Args:
         names: of the models.
-        known: the rows there are.
+        coverage: the rows there are.
         settings: what is asked of every model.
         retry: those too whose row says that the check failed.
     """
     done = {
         row.name
-        for row in known.present(settings.splits)
+        for row in coverage.present(settings.splits)
         if not (retry and row.failure) and not _could_be_fuller(row, settings.memory)
     }
     return [name for name in names if name not in done]
@@ -111,12 +112,12 @@ def sweep(names: Sequence[str], output: Path, settings: Settings) -> Iterator[Ro
     Raises:
         DataError: the file cannot be written.
     """
-    known = results.versions()
+    versions = results.versions()
     for name in names:
         start = time.monotonic()
-        found = _within_memory(name, settings)
-        found["seconds"] = round(time.monotonic() - start, 2)
-        row = Row(name=name, versions=known, asked=settings.splits, **found)
+        fields = _within_memory(name, settings)
+        fields["seconds"] = round(time.monotonic() - start, 2)
+        row = Row(name=name, versions=versions, asked=settings.splits, **fields)
         results.append(output, row)
         yield row
 
@@ -125,11 +126,11 @@ def _within_memory(name: str, settings: Settings) -> dict[str, Any]:
     """Fields of the model's row, of the fullest check that does not run out of memory."""
     end = math.inf if settings.time_limit is None else time.monotonic() + settings.time_limit
     for exhausted in itertools.count():
-        found = _in_own_process(name, settings, exhausted, end)
-        again = str(found.get("failure")).startswith(_OUT_OF_MEMORY)
-        if not again or found.get("how") in (None, META) or time.monotonic() > end:
+        fields = _in_own_process(name, settings, exhausted, end)
+        ran_out = str(fields.get("failure")).startswith(_OUT_OF_MEMORY)
+        if not ran_out or fields.get("how") in (None, META) or time.monotonic() > end:
             break
-    return found
+    return fields
 
 
 def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -> dict[str, Any]:
@@ -148,7 +149,7 @@ def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["treeify.parity.sweep"])
     ours, theirs = context.Pipe()
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     # What the process leaves behind if it is ended is here, and goes.
     with tempfile.TemporaryDirectory(prefix="treeify-") as scratch:
         args = (theirs, name, settings, exhausted, Path.cwd(), scratch)
@@ -156,7 +157,7 @@ def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -
         process.start()
         theirs.close()
         try:
-            if _listen(ours, found, end):
+            if _listen(ours, fields, end):
                 process.join()
                 failure = _death(process.exitcode)
             else:
@@ -165,14 +166,14 @@ def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -
             process.kill()
             process.join()
             ours.close()
-    return found if found.pop(_DONE, False) else {**found, "failure": failure}
+    return fields if fields.pop(_DONE, False) else {**fields, "failure": failure}
 
 
-def _listen(connection: Connection, found: dict[str, Any], end: float) -> bool:
-    """Collect what a process tells until it ends; whether it does so in time."""
+def _listen(connection: Connection, fields: dict[str, Any], end: float) -> bool:
+    """Collect the fields a process tells until it ends; whether it does so in time."""
     with contextlib.suppress(EOFError, ConnectionResetError):
         while connection.poll(None if end == math.inf else max(0.0, end - time.monotonic())):
-            found |= connection.recv()
+            fields |= connection.recv()
         return False
     return True
 
@@ -191,7 +192,7 @@ def _check(
     name: str,
     settings: Settings,
     exhausted: int,
-    here: Path,
+    directory: Path,
     scratch: str,
 ) -> None:
     """What the process does: tell the row's fields one after the other."""
@@ -200,14 +201,14 @@ def _check(
     warnings.simplefilter("ignore")
     # With less than the base no numbers are checked, but Python and torch still need theirs.
     _limit_memory(max(settings.memory, BASE_BYTES))
-    os.chdir(here)
+    os.chdir(directory)
     tempfile.tempdir = scratch
 
     def tell(**fields: Any) -> None:
         connection.send(fields)
 
     try:
-        prove(name, settings.splits, settings.memory, tell, exhausted)
+        verify_model(name, settings.splits, settings.memory, tell, exhausted)
     except Exception as error:
         tell(failure=_reason(error, settings.memory))
     tell(peak_memory=_peak_memory(), done=True)

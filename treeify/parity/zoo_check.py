@@ -1,24 +1,15 @@
-"""One model's proof: how it can be checked in the memory there is, then every check.
-
-A full check holds the ensemble several times over, some of them in float64. What does not fit is
-converted on the meta device, where tensors have shapes and no values, and its numbers are checked
-with fewer blocks: spare ones left out, or as many as its builder is asked for.
-"""
+"""One model verified by its name: every check, as fully as there is memory for."""
 
 from __future__ import annotations
 
-import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from collections.abc import Callable
+from itertools import islice
 from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from treeify.conversion import checkpoint
 from treeify.conversion.api import resolve
@@ -27,73 +18,25 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source, initial_weights
 from treeify.conversion.splits import inner_point, listed, parse
 from treeify.engine.preserve import preserve_modes
-from treeify.errors import ModelError, ParityError, SplitError
-from treeify.models import shallow
+from treeify.errors import ParityError, SplitError
+from treeify.evaluation.cost import count_macs
 from treeify.models.architecture import Architecture
 from treeify.models.builders import family
-from treeify.models.image_size import example_shape, resized
+from treeify.models.image_size import example_shape
 from treeify.models.skeleton import skeleton
-from treeify.parity.deterministic import held
-from treeify.parity.results import FULL, META, REDUCED
-from treeify.parity.verify import (
-    deviation,
-    fit_statistics,
-    scale_of,
-    settle,
-    verify,
-    verify_outputs,
-    verify_shapes,
-)
+from treeify.parity.check_levels import IMAGES, CheckLevel, check_levels, count_parameters
+from treeify.parity.checks import check_shapes
+from treeify.parity.deterministic import deterministic
+from treeify.parity.fresh_weights import fit_statistics, settle
+from treeify.parity.results import FULL, META
+from treeify.parity.tolerance import deviation, scale_of
+from treeify.parity.verify import verify, verify_outputs
 
-CLASSES = 10
-IMAGES = 2  # the fewest that have batch statistics
 SEED = 0
-
-# Sides of the images tried, smallest first. At 32 the last layers of many networks are a single
-# pixel, and batch statistics over two numbers say little.
-_SIDES = (64, 96, 128, 160, 192, 224, 256)
-# How many numbers say enough: those of 2 images of 2 by 2 pixels.
-_ENOUGH = 8
-# What timm's builders call the number of blocks, for models that count on it, and small ones; of
-# stages the most that run.
-_SHALLOWER: tuple[dict[str, Any], ...] = (
-    *({"depth": 4}, {"depth": 2}, {"depth": 1}),
-    *({"depths": [1] * stages} for stages in (5, 4, 3)),
-    *({"layers": [1] * stages} for stages in (4, 3)),
-    *({"num_blocks": 4}, {"num_blocks": 2}),
-    {"stages": [1, 1, 1, 1]},
-)
-# Blocks of one shape in a row.
-_IN_A_ROW = (4, 2, 1)
-# What Python and the libraries take before there is a model.
-BASE_BYTES = 2**30
-
 Tell = Callable[..., None]
-# What is left out, the shallower model, and its skeleton.
-_Fewer = tuple[str, Architecture, nn.Module]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a model is checked.
-
-    Args:
-        how: `full`, `reduced:` with the arguments that make it shallower, or `meta`: not with
-            numbers.
-        architecture: what is built.
-        shape: of one image, `(C, H, W)`.
-        estimate: bytes the check of the full model may need.
-        least: bytes that of the shallowest model may need; None where numbers are checked.
-    """
-
-    how: str
-    architecture: Architecture
-    shape: tuple[int, ...]
-    estimate: int
-    least: int | None = None
-
-
-def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -> None:
+def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -> None:
     """Convert a model and run every check on it: `verify`, and a round trip through a file.
 
     It is then split once more, by name at a point inside one of its modules, and the outputs of
@@ -104,9 +47,9 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
     Args:
         name: of the model.
         splits: as `hierarchicalize` takes them, as text.
-        memory: bytes a check may need; decides how the model is checked.
-        tell: called with what is found, as fields of a `results.Row`, as soon as it is.
-        exhausted: how many ways, the fullest first, took more memory than estimated.
+        memory: bytes a check may need; decides how fully the model is checked.
+        tell: called with fields of a `results.Row`, as soon as their values are known.
+        exhausted: how many levels, the fullest first, took more memory than estimated.
 
     Raises:
         TreeifyError: the model cannot be built or converted, or a check found a difference.
@@ -114,54 +57,46 @@ def prove(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -
     """
     torch.manual_seed(SEED)
     usual = skeleton(Architecture(name))
-    tell(family=family(name), network=type(usual).__name__, parameters=_parameters(usual))
-    tell(macs=_macs(usual, example_shape(usual, Architecture(name))))
-    has_shapes = False
-    for plan in islice(plans(name, _leaves(splits), memory), exhausted, None):
+    tell(family=family(name), network=type(usual).__name__, parameters=count_parameters(usual))
+    tell(macs=usual_macs(name))
+    are_shapes_checked = False
+    for level in islice(check_levels(name, _leaves(splits), memory), exhausted, None):
         tell(
-            how=plan.how,
+            how=level.how,
             memory=memory,
-            estimate=plan.estimate,
-            least=plan.least,
-            arguments=dict(plan.architecture.kwargs),
-            input=plan.shape,
+            estimate=level.estimate,
+            least=level.least,
+            arguments=dict(level.architecture.kwargs),
+            input=level.shape,
         )
-        if plan.how != FULL and not has_shapes:
-            tell(**check_shapes(name, splits))
-            has_shapes = True
-        if plan.how == META:
+        if level.how != FULL and not are_shapes_checked:
+            tell(**_check_without_weights(name, splits))
+            are_shapes_checked = True
+        if level.how == META:
             return
         try:
-            _check_numbers(plan, splits, tell)
+            _check_numbers(level, splits, tell)
         except SplitError:  # with fewer blocks it may not have what is named
-            if plan.how == FULL:
+            if level.how == FULL:
                 raise
         else:
             return
 
 
-def check_shapes(name: str, splits: str) -> dict[str, Any]:
+def _check_without_weights(name: str, splits: str) -> dict[str, Any]:
     """Convert a model as it is usually built and fed, without weights, and check its shapes.
 
-    Args:
-        name: of the model.
-        splits: as `hierarchicalize` takes them, as text.
-
     Returns:
-        What the conversion did, as fields of a `treeify.parity.results.Row`.
-
-    Raises:
-        TreeifyError: the model cannot be built or converted, or a shape is another.
+        What the conversion did, as fields of a `results.Row`.
     """
     architecture = Architecture(name)
     base = skeleton(architecture)
-    shape = example_shape(base, architecture)
-    x = torch.zeros(IMAGES, *shape, device="meta")
+    x = torch.zeros(IMAGES, *example_shape(base, architecture), device="meta")
     traced = trace_model(base, architecture, x[:1])
     inner = inner_point(traced)
-    for wanted in [splits] if inner is None else [[inner.name], splits]:
-        hne = assemble(base, architecture, wanted, traced=traced)
-        verify_shapes(hne, x)
+    for specs in [splits] if inner is None else [[inner.name], splits]:
+        hne = assemble(base, architecture, specs, traced=traced)
+        check_shapes(hne, x)
     return {**_conversion(hne), "inner_split": None if inner is None else inner.name}
 
 
@@ -169,26 +104,26 @@ def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
     return {
         "splits": hne.conversion.splits.specs,
         "fanouts": hne.tree.fanouts,
-        "packed_share": hne.conversion.packed_fraction,
+        "packed_fraction": hne.conversion.packed_fraction,
         "reasons": hne.conversion.fallbacks,
     }
 
 
-def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
-    """All checks of a plan's model, with weights.
+def _check_numbers(level: CheckLevel, splits: str, tell: Tell) -> None:
+    """All checks of a level's model, with weights.
 
     Raises:
         SplitError: the splits named are not there, or not as many as asked for.
     """
-    source = _settled(plan)
-    hne = _converted(plan, splits, source)
-    whole = plan.how == FULL
-    if whole:
-        tell(**_conversion(hne))
-    else:
-        tell(shallower_splits=hne.conversion.splits.specs)
-    x = _images(plan)
-    inner = inner_point(hne.traced)
+    architecture, example = level.architecture, torch.zeros(1, *level.shape)
+    source = _settled(architecture)
+    hne = assemble(resolve(architecture)[0], architecture, splits, source, example_input=example)
+    fit_statistics(hne, torch.rand(IMAGES, *level.shape))
+    is_full = level.how == FULL
+    tell(**_conversion(hne) if is_full else {"shallower_splits": hne.conversion.splits.specs})
+    x = torch.rand(IMAGES, *level.shape)
+    traced = hne.traced
+    inner = inner_point(traced)
     figures = verify(hne, x)
     checks = ("leaf_eval", "leaf_train", "buffers", "prefix", "gradient")
     deviations = {check: getattr(figures, check) for check in checks}
@@ -196,17 +131,24 @@ def _check_numbers(plan: Plan, splits: str, tell: Tell) -> None:
     deviations["round_trip"] = round_trip(hne, x)
     tell(deviations=deviations)
     if inner is not None:
-        tell(**{"inner_split" if whole else "shallower_inner_split": inner.name})
-        traced = hne.traced
+        tell(**{"inner_split" if is_full else "shallower_inner_split": inner.name})
         del hne  # its memory serves the next
-        base = plan.architecture.build()
-        again = assemble(base, plan.architecture, [inner.name], source, traced=traced)
-        del base
-        fit_statistics(again, _images(plan))
+        hne = assemble(architecture.build(), architecture, [inner.name], source, traced=traced)
+        fit_statistics(hne, torch.rand(IMAGES, *level.shape))
         if figures.dtypes["eval"] == "float64":  # float32 was too coarse for these weights
-            again, x = again.double(), x.double()
-        deviations["inner_split"] = verify_outputs(again, x)
+            hne, x = hne.double(), x.double()
+        deviations["inner_split"] = verify_outputs(hne, x)
         tell(deviations=deviations)
+
+
+def _settled(architecture: Architecture) -> Source:
+    """The weights of networks like the model.
+
+    Every network has its own, all of them at work: else a mistake could leave no trace.
+    """
+    base = architecture.build()
+    settle(base)
+    return initial_weights(base, architecture, "perturb", SEED)
 
 
 def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
@@ -226,9 +168,11 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
     with tempfile.TemporaryDirectory(prefix="treeify-") as directory:
         checkpoint.save(hne, directory)
         loaded = checkpoint.load(directory)
-    state, again = hne.state_dict(), loaded.state_dict()
-    changed = sorted(state.keys() ^ again.keys()) or [
-        key for key in state if not torch.equal(state[key], again[key].to(state[key].device))
+    saved_state, state = hne.state_dict(), loaded.state_dict()
+    changed = sorted(saved_state.keys() ^ state.keys()) or [
+        key
+        for key, tensor in saved_state.items()
+        if not torch.equal(tensor, state[key].to(tensor.device))
     ]
     if changed:
         raise ParityError(
@@ -236,181 +180,30 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
             expected="the same tensors",
             next_step="This is a bug in treeify: please report the model's name.",
         )
-    with preserve_modes(hne), torch.no_grad(), held(x.dtype):
+    with preserve_modes(hne), torch.no_grad(), deterministic(x.dtype):
         expected = hne.eval()(x)
-        found = deviation(loaded(x), expected, scale_of(expected))
-    if not found <= 1:
+        worst = deviation(loaded(x), expected, scale_of(expected))
+    if not worst <= 1:
         raise ParityError(
-            f"logits after save and load are off by {found:.3g} times the tolerance.",
+            f"logits after save and load are off by {worst:.3g} times the tolerance.",
             expected="the same logits from the same weights",
             next_step="This is a bug in treeify: please report the model's name.",
         )
-    return found
-
-
-def plans(name: str, leaves: int, memory: int) -> Iterator[Plan]:
-    """The ways to check a model, found by building it without weights.
-
-    Args:
-        name: of the model.
-        leaves: of the ensemble.
-        memory: bytes a check may need.
-
-    Yields:
-        Those estimated to need no more memory, the fullest first; the meta device is the last.
-
-    Raises:
-        ModelError: the model cannot be built.
-    """
-    options: dict[str, Any] = {} if ":" in name else {"num_classes": CLASSES}
-    full = _smallest_input(Architecture(name, options))
-    smallest = skeleton(full[0])
-    estimate = estimated_bytes(smallest, leaves)
-    if estimate <= memory:
-        yield Plan(FULL, *full, estimate)
-    for how, architecture, fewer in chain(_cut(*full), _built_shallower(*full)):
-        if _parameters(fewer) < _parameters(smallest):
-            smallest = fewer
-            if estimated_bytes(fewer, leaves) <= memory:
-                yield Plan(f"{REDUCED}:{how}", architecture, full[1], estimate)
-    usual = Architecture(name)
-    shape = example_shape(skeleton(usual), usual)
-    yield Plan(META, usual, shape, estimate, estimated_bytes(smallest, leaves))
-
-
-def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:
-    """The model without the spare ones of its blocks, the most blocks first."""
-    for blocks in _IN_A_ROW:
-        cut = shallow.cut(architecture, blocks)
-        if (model := _running(cut, shape)) is not None:
-            yield f"blocks={blocks}", cut, model
-
-
-def _built_shallower(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Fewer]:
-    """Fewer blocks as far as the builder takes their number, the most first."""
-    staged = set()
-    for fewer in _SHALLOWER:
-        (key, value) = next(iter(fewer.items()))
-        if key in staged:
-            continue
-        built = Architecture(architecture.name, {**architecture.kwargs, **fewer})
-        if (model := _running(built, shape)) is not None:
-            if isinstance(value, list):
-                staged.add(key)  # with fewer stages it would be another model
-            yield f"{key}={value}", built, model
-
-
-def _running(architecture: Architecture, shape: tuple[int, ...]) -> nn.Module | None:
-    """The skeleton of a model, if it can be built and takes images of that shape."""
-    try:
-        model = skeleton(architecture)
-    except ModelError:
-        return None
-    return None if _starved(model, shape) is None else model
-
-
-def estimated_bytes(model: nn.Module, leaves: int) -> int:
-    """What the check of a model may hold at once.
-
-    Per parameter and leaf: the ensemble in float32, the copy that is checked, and its gradients or
-    what fused layers prepare; beside them one network with gradients and its weights once more. The
-    copy is in float64 if the model has batch norms, under which float32 is often too coarse, and
-    else seldom. Activations are small at the sizes checked.
-    """
-    number = 8 if any(isinstance(own, _BatchNorm) for own in model.modules()) else 4
-    return BASE_BYTES + _parameters(model) * (leaves * (4 + 2 * number) + 3 * number)
-
-
-def _converted(plan: Plan, splits: str, source: Source) -> HierarchicalEnsemble:
-    architecture = plan.architecture
-    example = torch.zeros(1, *plan.shape)
-    base, _ = resolve(architecture)
-    hne = assemble(base, architecture, splits, source, example_input=example)
-    fit_statistics(hne, _images(plan))
-    return hne
-
-
-def _images(plan: Plan) -> Tensor:
-    return torch.rand(IMAGES, *plan.shape)
-
-
-def _settled(plan: Plan) -> Source:
-    """The weights of networks like the model.
-
-    Every network has its own, all of them at work: else a mistake could leave no trace.
-    """
-    base = plan.architecture.build()
-    settle(base)
-    return initial_weights(base, plan.architecture, "perturb", SEED)
+    return worst
 
 
 def _leaves(splits: str) -> int:
-    wanted = listed(splits)
-    if isinstance(wanted, int):
-        return int(2**wanted)
-    return prod(parse(spec)[1] or 2 for spec in wanted)
+    specs = listed(splits)
+    if isinstance(specs, int):
+        return int(2**specs)
+    return prod(parse(spec)[1] or 2 for spec in specs)
 
 
-def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int, ...]]:
-    """The architecture, and the smallest square image that both its modes run on.
-
-    Of those below the usual size, one where the fewest batch norms have too little to average.
-    """
-    model = skeleton(architecture)
-    usual = example_shape(model, architecture)
-    found, fewest = (architecture, usual), math.inf
-    for side in (side for side in _SIDES if side < min(usual[1:])):
-        try:
-            fitting = resized(architecture, model, side)
-            candidate = model if fitting is architecture else skeleton(fitting)
-        except ModelError:
-            continue
-        shape = (usual[0], side, side)
-        if example_shape(candidate, fitting)[0] != usual[0]:
-            continue
-        starved = _starved(candidate, shape)
-        if starved is not None and starved < fewest:
-            found, fewest = (fitting, shape), starved
-        if starved == 0:
-            break
-    return found
-
-
-def _starved(model: nn.Module, shape: Sequence[int]) -> int | None:
-    """How many calls of batch norms take the mean of too few numbers, for images of a shape.
-
-    None if the model, on the meta device, does not take them in both modes.
-    """
-    x = torch.zeros(IMAGES, *shape, device="meta")
-    counts: list[float] = []
-
-    def count(_: nn.Module, args: tuple[Any, ...]) -> None:
-        counts.append(args[0].numel() / args[0].shape[1])
-
-    norms = [own for own in model.modules() if isinstance(own, _BatchNorm)]
-    hooks = [norm.register_forward_pre_hook(count) for norm in norms]
+def usual_macs(name: str) -> int | None:
+    """MACs per image of a model as it is usually built and fed; None if it does not run."""
+    architecture = Architecture(name)
     try:
-        for mode in (False, True):
-            with torch.no_grad():
-                model.train(mode)(x)
-    except Exception:  # whatever a library raises for a size it does not take
+        model = skeleton(architecture)
+        return count_macs(model, example_shape(model, architecture))
+    except Exception:  # the checks will tell what is wrong with it
         return None
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return sum(one < _ENOUGH for one in counts)
-
-
-def _macs(model: nn.Module, shape: Sequence[int]) -> int | None:
-    """Multiply-accumulates per image of a model on the meta device; None if it does not run."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        try:
-            # Counting fails on some views of parameters that want gradients.
-            model.eval().requires_grad_(False)(torch.zeros(1, *shape, device="meta"))
-        except Exception:  # the checks will tell what is wrong with it
-            return None
-    return int(counter.get_total_flops() // 2)
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())

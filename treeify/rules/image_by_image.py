@@ -18,7 +18,7 @@ def dims_of(call: Call, rank: int, position: int, default: int | None = None) ->
     """The dims that a call works along, counted from the front; none where they are no constants.
 
     Args:
-        call: of a function or method that is given dims, or of a module with an attribute `dim`.
+        call: of a function or method with an argument for dims, or of a module with a `dim`.
         rank: of the tensor that has the dims.
         position: of the argument.
         default: the dim where no argument says otherwise.

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from treeify.errors import InputError
 from treeify.tracing.aliasing import Values
 from treeify.tracing.functionalize import in_place_target, is_isolating_copy, stems_from_state
-from treeify.tracing.meta_kernels import MetaKernels, batch_norm_flops
+from treeify.tracing.mac_counter import MacCounter, frozen_parameters
+from treeify.tracing.meta_kernels import MetaKernels
 from treeify.tracing.side_effects import (
     StateError,
     changed_number,
@@ -27,19 +26,6 @@ from treeify.tracing.side_effects import (
 from treeify.tracing.sizes import BATCHES
 
 _T = TypeVar("_T")
-
-
-def _count_batch_norm(
-    shape: torch.Size, *args: Any, out_val: Any = None, out_shape: Any = None
-) -> int:
-    return batch_norm_flops(shape, training=len(args) > 6 and args[4])
-
-
-# Besides products, batch norms count, as they do for fvcore and so in the paper's figures.
-_COUNTED = {
-    torch.ops.aten.native_batch_norm: _count_batch_norm,
-    torch.ops.aten._native_batch_norm_legit_no_training: _count_batch_norm,
-}
 
 
 class RecordingInterpreter(fx.Interpreter):
@@ -53,18 +39,12 @@ class RecordingInterpreter(fx.Interpreter):
         self.macs: dict[fx.Node, int] = {}
         # Calls that change inputs in place, though nothing about them says so.
         self.mutating_calls: dict[fx.Node, list[fx.Node]] = {}
-        self._counter = FlopCounterMode(display=False, custom_mapping=_COUNTED)
-        self._kernels = MetaKernels()
+        self._counter = MacCounter()
 
     def record(self, images: Tensor, *, count: bool) -> None:
         """Run the graph; counting makes it take twice as long."""
-        self._kernels.counting = count
-        with self._counter if count else nullcontext(), self._kernels:
+        with self._counter if count else MetaKernels():
             self.run(images)
-
-    @property
-    def _flops(self) -> int:
-        return self._counter.get_total_flops() + self._kernels.flops
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a module.
@@ -88,7 +68,7 @@ class RecordingInterpreter(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         """Run a node as fx does, and record what it gives."""
-        flops = self._flops
+        macs = self._counter.macs
         # State is every branch's own, and a copy is there to be changed.
         inputs = {
             source: self.env[source]
@@ -100,7 +80,7 @@ class RecordingInterpreter(fx.Interpreter):
         mutated = [source for source in inputs if version(inputs[source]) != versions[source]]
         if mutated and in_place_target(n, self.module) is None:
             self.mutating_calls[n] = mutated
-        self.macs[n] = (self._flops - flops) // 2
+        self.macs[n] = self._counter.macs - macs
         self.shapes[n] = tree_map(_shape, value)
         self.others[n] = tree_map(_comparable, value)
         return value
@@ -117,19 +97,6 @@ def _comparable(value: Any) -> Any:
     if isinstance(value, torch.Size):
         return tuple(value)
     return value if isinstance(value, int) else str(value)
-
-
-@contextmanager
-def _without_gradients(root: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient: counting FLOPs fails on some views of those that do."""
-    trained = [parameter for parameter in root.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad = False
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad = True
 
 
 def _first_line(failure: Exception | None) -> str:
@@ -169,7 +136,7 @@ class GraphRunner:
             root = self.skeleton if device == "meta" else copy.deepcopy(self.model)
             shape = (batch, *self.example.shape[1:])
             images = torch.zeros(shape, dtype=self.example.dtype, device=device)
-            with undo_side_effects(root), torch.no_grad(), _without_gradients(root):
+            with undo_side_effects(root), torch.no_grad(), frozen_parameters(root):
                 root.train(self.training)
                 try:
                     return action(root, images)

@@ -19,18 +19,8 @@ _ELEMENTWISE = frozenset(
 )
 
 
-def batch_norm_flops(shape: torch.Size, *, training: bool) -> int:
-    """Twice what fvcore counts in evaluation mode, 2 per element; statistics count nothing."""
-    return 0 if training else 4 * shape.numel()
-
-
 class MetaKernels(TorchFunctionMode):
-    """Kernels of activations and norms on the meta device; they may count the FLOPs of norms."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counting = False
-        self.flops = 0
+    """Kernels of activations and norms on the meta device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -39,8 +29,6 @@ class MetaKernels(TorchFunctionMode):
             if func in _ELEMENTWISE:
                 return x.zero_() if kwargs.get("inplace") else torch.empty_like(x)
             if func is F.batch_norm:
-                if self.counting:
-                    self.flops += batch_norm_flops(x.shape, training=kwargs["training"])
                 return torch.empty_like(x)
             if func is F.layer_norm and x.shape[-len(args[1]) :] == tuple(args[1]):
                 return torch.empty_like(x, memory_format=torch.contiguous_format)

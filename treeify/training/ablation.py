@@ -16,9 +16,8 @@ Its runs are ordinary ones, in a directory each.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,17 +26,17 @@ import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
 from treeify.errors import RecipeError
-from treeify.training.events import Reporter
-from treeify.training.recipe import Recipe, Section
+from treeify.training.events import Epoch, Reporter
+from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.run_directory import (
-    ENVIRONMENT,
     LAST,
     RunDirectory,
     check_same,
     is_run,
     state_name,
 )
+from treeify.training.sections import Section
 from treeify.training.trainer import train
 
 
@@ -101,8 +100,8 @@ def load_grid(path: Path) -> Grid:
         raise RecipeError(f"grid {str(path)!r} cannot be read.", found=str(error)) from error
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, found['loc'])) or 'the grid'}: {found['msg']}"
-            for found in error.errors()
+            f"{'.'.join(map(str, detail['loc'])) or 'the grid'}: {detail['msg']}"
+            for detail in error.errors()
         ]
         raise RecipeError(
             "\n  ".join([f"grid {str(path)!r} is not one.", *problems]),
@@ -124,15 +123,15 @@ def expand(path: Path, out: Path, seeds: int | None = None) -> list[GridRun]:
     grid = load_grid(path)
     runs = []
     for name, variant in grid.variants.items():
-        own = variant if isinstance(variant, Variant) else Variant(overrides=variant)
-        file = path.parent / (own.recipe or grid.recipe)
+        variant = variant if isinstance(variant, Variant) else Variant(overrides=variant)
+        file = path.parent / (variant.recipe or grid.recipe)
         for seed in range(grid.seeds if seeds is None else seeds):
-            recipe = load_recipe(file, [*grid.overrides, *own.overrides, f"seed={seed}"])
+            recipe = load_recipe(file, [*grid.overrides, *variant.overrides, f"seed={seed}"])
             runs.append(GridRun(name, seed, recipe, out / name / f"seed{seed}"))
     return runs
 
 
-def last_line(run: GridRun) -> dict[str, Any] | None:
+def last_epoch(run: GridRun) -> Epoch | None:
     """A finished run's last epoch; None if it has not finished.
 
     Raises:
@@ -142,13 +141,12 @@ def last_line(run: GridRun) -> dict[str, Any] | None:
         return None
     directory = RunDirectory(run.directory)
     check_same(directory, run.recipe)
-    lines, last = directory.metrics(), run.directory / LAST
-    epochs = run.recipe.schedule.epochs
-    if not lines or lines[-1]["epoch"] != epochs:
+    metrics, epochs = directory.metrics(), run.recipe.schedule.epochs
+    if not metrics or metrics[-1].epoch != epochs:
         return None
     # Killed between the last line and the last state, it has not finished.
-    saved = last.resolve().name == state_name(lines[-1]["step"], epochs)
-    return lines[-1] if saved else None
+    newest = (run.directory / LAST).resolve().name
+    return metrics[-1] if newest == state_name(metrics[-1].step, epochs) else None
 
 
 def ablate(
@@ -160,7 +158,7 @@ def ablate(
 
     Args:
         runs: see `expand`.
-        started: told each run before it begins; its reporter hears how it goes.
+        started: called with each run before it begins; its reporter hears how it goes.
 
     Returns:
         Whether all runs have finished; Ctrl-C stops in between.
@@ -169,11 +167,14 @@ def ablate(
         CheckpointError: a run's directory holds another recipe's run.
     """
     for run in runs:
-        if last_line(run) is not None:
+        if last_epoch(run) is not None:
             continue
-        begun = run.directory if is_run(run.directory) else None
-        fresh = None if begun else run.directory
-        if train(run.recipe, out=fresh, resume=begun, reporter=started(run)).interrupted:
+        directory, reporter = run.directory, started(run)
+        if is_run(directory):
+            result = train(run.recipe, resume=directory, reporter=reporter)
+        else:
+            result = train(run.recipe, out=directory, reporter=reporter)
+        if result.interrupted:
             return False
     return True
 
@@ -186,10 +187,10 @@ def results(runs: Sequence[GridRun]) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for run in runs:
-        if (line := last_line(run)) is not None:
-            environment = json.loads((run.directory / ENVIRONMENT).read_text(encoding="utf-8"))
-            versions = {key: environment[key] for key in ("versions", "commit", "threads")}
-            rows.append({"variant": run.variant, "seed": run.seed, **line, **versions})
+        if (epoch := last_epoch(run)) is not None:
+            environment = asdict(RunDirectory(run.directory).environment())
+            settings = {key: environment[key] for key in ("versions", "commit", "threads")}
+            rows.append({"variant": run.variant, "seed": run.seed, **asdict(epoch), **settings})
     return rows
 
 
@@ -226,12 +227,12 @@ def table(
         part: `held_out` or `train`.
         score: a field of `treeify.evaluation.metrics.Score`.
     """
-    found: dict[str, dict[int, list[float]]] = {}
+    values: dict[str, dict[int, list[float]]] = {}
     for row in results:
-        for own in row[part]:
-            sizes = found.setdefault(row["variant"], {})
-            sizes.setdefault(own["leaves"], []).append(own[score])
+        for scores in row[part]:
+            sizes = values.setdefault(row["variant"], {})
+            sizes.setdefault(scores["leaves"], []).append(scores[score])
     return {
-        variant: {leaves: cells(values) for leaves, values in row.items()}
-        for variant, row in found.items()
+        variant: {leaves: cells(numbers) for leaves, numbers in row.items()}
+        for variant, row in values.items()
     }

@@ -1,4 +1,4 @@
-"""One process or several: Accelerate's, and what they tell one another."""
+"""One process or several, connected by Accelerate, and what they agree on."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
 from treeify.errors import RecipeError, TreeifyError
 from treeify.evaluation.metrics import Scores
 from treeify.training.recipe import Recipe
 from treeify.training.sync_batch_norm import is_distributed
+
+T = TypeVar("T")
 
 _PRECISIONS = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -29,12 +32,13 @@ class LostProcessError(TreeifyError):
 
 
 def join(device: torch.device) -> PartialState:
-    """This process among those of the run; connects them the first time.
+    """Connect the processes of the run, unless they are; say which of them this one is.
 
     Args:
-        device: of the recipe; one process may use one device after another.
+        device: of the recipe.
     """
     if not is_distributed():
+        # A process may train several recipes, each on another device.
         AcceleratorState._reset_state(reset_partial_state=True)
     return PartialState(cpu=device.type == "cpu")
 
@@ -45,47 +49,56 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def broadcast(value: T) -> T:
+    """The value of the first process, in every process; each has to call this."""
+    values = [value]
+    broadcast_object_list(values)
+    return values[0]
+
+
 def resolve_device(name: str) -> torch.device:
     """The device a recipe names; `auto` is CUDA, then MPS, then the CPU.
 
     Raises:
-        RecipeError: the device is not there.
+        RecipeError: this machine has no such device.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    is_available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    available = [*(kind for kind, available in is_available.items() if available), "cpu"]
     if name == "auto":
-        return torch.device(next((kind for kind in there if there[kind]), "cpu"))
+        return torch.device(available[0])
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise RecipeError(
             f"{name!r} is no device.", expected="auto, cpu, cuda, cuda:1 or mps"
         ) from error
-    if not there.get(device.type, True) or (device.index or 0) >= max(1, torch.cuda.device_count()):
+    is_known = device.type not in is_available or device.type in available
+    if not is_known or (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise RecipeError(
             f"device {name!r} is not there.",
-            expected=f"one of cpu{''.join(f', {kind}' for kind in there if there[kind])}",
-            next_step="Set device=auto to take the best one there is.",
+            expected=f"one of {', '.join(available)}",
+            next_step="Set device=auto for the fastest one.",
         )
     return device
 
 
 def accelerator(recipe: Recipe, device: torch.device, directory: Path) -> Accelerator:
-    """Accelerate's, as the recipe wants it.
+    """Accelerate's handle on devices, precision and trackers, as a recipe wants them.
 
     Args:
         recipe: its precision, trackers and compile.
-        device: which was resolved.
-        directory: of the run, for trackers; it need not be there yet.
+        device: what the recipe's resolves to.
+        directory: of the run, for trackers; it need not exist yet.
 
     Raises:
-        RecipeError: the precision or a tracker is not there.
+        RecipeError: the device does not compute in this precision, or a tracker is not installed.
     """
-    # One process may train several recipes; Accelerate keeps the first one's settings otherwise.
+    # Accelerate would keep the settings of the first recipe that this process trained.
     AcceleratorState._reset_state()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     try:
-        made = Accelerator(
+        accelerator = Accelerator(
             cpu=device.type == "cpu",
             mixed_precision=_PRECISIONS[recipe.precision],
             log_with=list(recipe.trackers) or None,
@@ -97,22 +110,23 @@ def accelerator(recipe: Recipe, device: torch.device, directory: Path) -> Accele
             f"this run cannot be set up: {error}",
             next_step="Set precision=fp32, or other trackers.",
         ) from error
-    there = {str(getattr(own, "value", getattr(own, "name", own))) for own in made.log_with}
-    if missing := sorted(set(recipe.trackers) - there):
+    # Accelerate leaves out what is not installed.
+    installed = {str(getattr(entry, "value", entry)) for entry in accelerator.log_with}
+    if missing := sorted(set(recipe.trackers) - installed):
         raise RecipeError(
-            f"trackers {', '.join(missing)} are not there.",
+            f"trackers {', '.join(missing)} are not installed.",
             next_step="Install them, e.g. pip install 'treeify[tensorboard]'.",
         )
-    return made
+    return accelerator
 
 
 def open_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
-    """Begin to report to what the recipe names."""
+    """Begin to report to the trackers that a recipe names."""
     if not recipe.trackers:
         return
     accelerator.init_trackers(recipe.name)
     for tracker in accelerator.trackers:
-        if tracker.name != "tensorboard":  # it would take the configuration for another run
+        if tracker.name != "tensorboard":  # it would show the configuration as another run
             tracker.store_init_configuration({"recipe": json.dumps(recipe.model_dump())})
 
 
@@ -120,7 +134,7 @@ class Team:
     """What the processes of a run agree on; each method is called by all of them.
 
     Args:
-        accelerator: Accelerate's.
+        accelerator: knows the processes.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -129,56 +143,62 @@ class Team:
         self.size: int = accelerator.num_processes
 
     def sum(self, loss: Tensor, *flags: bool) -> tuple[float, tuple[bool, ...]]:
-        """The sum of a number, and each flag that any of them raises."""
+        """The sum of a number, and for each flag whether any process raises it.
+
+        One message carries all: a message in every step is what processes wait for.
+        """
         if self.size == 1:
             return loss.item(), flags
-        shared = torch.stack([loss, *(torch.full_like(loss, float(flag)) for flag in flags)])
-        dist.all_reduce(shared)
-        value, *raised = shared.tolist()
+        numbers = torch.stack([loss, *(torch.full_like(loss, float(flag)) for flag in flags)])
+        dist.all_reduce(numbers)
+        value, *raised = numbers.tolist()
         return value, tuple(map(bool, raised))
 
-    def any(self, wish: bool) -> bool:
-        """Whether any of them wishes it."""
-        return self.sum(torch.zeros((), device=self.device), wish)[1][0]
+    def any(self, flag: bool) -> bool:
+        """Whether any process raises a flag."""
+        return self.sum(torch.zeros((), device=self.device), flag)[1][0]
 
     def union(self, names: Iterable[str]) -> set[str]:
-        """What any of them names."""
-        found: list[str] = gather_object(sorted(names))
-        return set(found)
+        """The names of all processes."""
+        gathered: list[str] = gather_object(sorted(names))
+        return set(gathered)
 
-    def together(self, scores: Scores) -> Scores:
-        """The totals of all of them."""
+    def combine(self, scores: Scores) -> Scores:
+        """The scores of all processes' images."""
         if self.size == 1:
             return scores
-        found = Scores(scores.tree)
-        for name, total in scores.totals.items():
-            shared = total.to(self.device, copy=True)
-            dist.all_reduce(shared)
-            found.totals[name].copy_(shared)
-        return found
+        totals = {
+            name: total.to(self.device, copy=True) for name, total in scores.state_dict().items()
+        }
+        for total in totals.values():
+            dist.all_reduce(total)
+        combined = Scores(scores.tree)
+        combined.load_state_dict(totals)
+        return combined
 
-    def take_buffers(self, *models: nn.Module) -> None:
-        """Give all of them the running statistics of the first, whose models are saved."""
+    def broadcast_buffers(self, *models: nn.Module) -> None:
+        """Give all processes the running statistics of the first, whose models are saved."""
         if self.size > 1:
-            for buffer in (own for model in models for own in model.buffers()):
+            for buffer in (buffer for model in models for buffer in model.buffers()):
                 dist.broadcast(buffer, 0)
 
 
 @contextmanager
 def explained(next_step: Callable[[], str]) -> Iterator[None]:
-    """Turn what a dead worker or process leaves behind into one clear message.
+    """Turn the errors that a dead worker or process causes into one clear message.
 
     Args:
         next_step: gives what the user can do.
 
     Raises:
-        LostProcessError: one died.
+        LostProcessError: a worker or process died.
         RuntimeError: anything else that went wrong, as it is.
     """
     try:
         yield
     except RuntimeError as error:
         text = str(error)
+        # The error of the other side: gloo and NCCL only say that a connection was closed.
         lost = is_distributed() and any(word in text for word in ("Connection", "gloo", "NCCL"))
         if not (lost or "DataLoader worker (pid" in text or isinstance(error, dist.DistError)):
             raise

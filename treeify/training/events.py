@@ -1,12 +1,12 @@
-"""What a training run tells while it goes on, and what is left of it."""
+"""What a training run reports while it goes on, and its result."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
@@ -18,12 +18,12 @@ class Step:
     """One training step, as reported.
 
     Args:
-        epoch: it belongs to, from 1.
-        step: number in its epoch, from 1.
+        epoch: its epoch, from 1.
+        step: its number in the epoch, from 1.
         loss: of its batch.
-        accuracy: of all leaves on this epoch's training images, in percent; of this process. Small
-            batches are counted several at a time; not a number before the first are.
-        lr: learning rate it used.
+        accuracy: of all leaves on this epoch's training images so far, in percent, in this process.
+            Small batches are counted several at a time; not a number before the first are.
+        lr: its learning rate.
     """
 
     epoch: int
@@ -41,7 +41,7 @@ class Epoch:
         epoch: its number, from 1.
         step: training steps since the start of the run.
         seconds: time for training and evaluation; since the last resumption, if there was one.
-        waiting: share of the training time spent waiting for images.
+        waiting: fraction of the training time spent waiting for images.
         loss: mean training loss.
         train: scores on the augmented training images while training, one per nested size.
         held_out: scores on the held-out images afterwards, one per nested size.
@@ -60,17 +60,17 @@ class Epoch:
 
 @dataclass(frozen=True)
 class RunSize:
-    """What a run is about to do, as reported.
+    """What a run trains, and for how long, as reported.
 
     Args:
-        directory: where the run is written.
-        hne: the ensemble to be trained.
+        directory: of the run.
+        hne: the ensemble.
         data: what it is trained on.
-        epochs: how many.
-        steps: training steps per epoch.
+        epochs: of the whole run.
+        steps: per epoch.
         device: where the ensemble is.
-        processes: how many share the work.
-        done: training steps that an earlier part of the run has done.
+        processes: how many divide the work.
+        done: training steps so far; those of the process that was stopped, when a run goes on.
     """
 
     directory: Path
@@ -85,10 +85,10 @@ class RunSize:
 
 @dataclass(frozen=True)
 class Result:
-    """What a run left behind.
+    """What has become of a run.
 
     Args:
-        run: what it set out to do.
+        run: what it trained.
         last: the last finished epoch, None if none was.
         interrupted: Ctrl-C or a SIGTERM stopped it early; `last/` holds the state it stopped in.
     """
@@ -99,33 +99,31 @@ class Result:
 
 
 class Reporter:
-    """Hears how a run goes, in the main process; does nothing unless a subclass does."""
+    """Hears how a run goes, in the main process; a subclass says what to do about it."""
 
     def started(self, run: RunSize) -> None:
-        """The first step is next."""
+        """Called before the first step."""
 
     def stepped(self, step: Step) -> None:
-        """A training step is done."""
+        """Called after every training step."""
 
     def finished_epoch(self, epoch: Epoch) -> None:
-        """An epoch is trained, measured and saved."""
+        """Called after an epoch was trained, measured and saved."""
 
     def warned(self, message: str) -> None:
-        """Something is wrong, but the run goes on."""
+        """Called when something is wrong, but the run goes on."""
+
+
+# Lines of `metrics.jsonl`.
+EPOCH = TypeAdapter(Epoch)
 
 
 def flat(epoch: Epoch) -> dict[str, float]:
-    """What trackers are told, e.g. `held_out/accuracy/16`."""
-    found = {"loss": epoch.loss, "seconds": epoch.seconds, "waiting": epoch.waiting}
+    """An epoch's numbers as trackers want them, e.g. `held_out/accuracy/16`."""
+    numbers = {"loss": epoch.loss, "seconds": epoch.seconds, "waiting": epoch.waiting}
     for part in ("train", "held_out"):
         for score in getattr(epoch, part):
             figures = asdict(score)
             leaves = figures.pop("leaves")
-            found |= {f"{part}/{name}/{leaves}": value for name, value in figures.items()}
-    return found
-
-
-def read_epoch(row: dict[str, Any]) -> Epoch:
-    """A line of `metrics.jsonl`."""
-    scores = {part: tuple(Score(**own) for own in row[part]) for part in ("train", "held_out")}
-    return Epoch(**{**row, **scores})
+            numbers |= {f"{part}/{name}/{leaves}": value for name, value in figures.items()}
+    return numbers

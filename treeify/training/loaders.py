@@ -1,8 +1,9 @@
 """Which images a training step sees, and with what randomness: functions of seed, epoch and step.
 
 Nothing here has a state that could be lost. The order of an epoch depends on `(seed, epoch)`, the
-augmentation of an image on `(seed, epoch, image)`, dropout on `(seed, step, share)`. So a run that
-was stopped goes on as if it had not been, and several processes see what one would see.
+augmentation of an image on `(seed, epoch, image)`, dropout on `(seed, step, part, process)`. So a
+resumed run sees what it would have seen without the stop, whichever worker prepares an image, and
+several processes see the images that one would.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import os
 import random
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +29,7 @@ def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and torch's global generators, which augmentations draw from."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    # Not `torch.manual_seed`, which takes a millisecond to note a stack for each device not in use.
+    # Not `torch.manual_seed`: it takes a millisecond to record a stack for devices not in use.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed_all(seed)
@@ -43,12 +45,12 @@ class Draw(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """A process's share of a training step, or a part of it.
+    """Images that are computed together: a training step's, or a part of them.
 
     Args:
         images: [N, 3, H, W].
         target: classes, [N].
-        skipped: images that could not be read; others are in their places.
+        skipped: paths of images that could not be read; others are in their places.
     """
 
     images: Tensor
@@ -57,18 +59,18 @@ class Batch(NamedTuple):
 
 
 class Order(Sampler[list[Draw]]):
-    """The shares of one process, step by step: random, each image once an epoch.
+    """The batches of one process, step by step: in random order, each image once an epoch.
 
-    A step's images are the same on any number of processes: they are dealt out, in parts if
-    gradients are accumulated. Set `epoch` and `start` before iterating.
+    A step's images are the same on any number of processes, which divide them. Set `epoch` and
+    `start`, the first step, before iterating.
 
     Args:
-        images: how many there are.
+        images: of the data set.
         batch_size: images of all processes per step; the last step of an epoch may have fewer.
         seed: of the order.
-        process: whose shares.
-        processes: among how many each step is dealt out.
-        parts: batches that make up a process's share of one step.
+        process: whose batches, from 0.
+        processes: how many divide each step.
+        parts: batches of each process and step, to accumulate gradients.
     """
 
     def __init__(
@@ -99,28 +101,29 @@ class Order(Sampler[list[Draw]]):
         return min(self.batch_size, self.images - step * self.batch_size)
 
     def weight(self, step: int, part: int) -> float:
-        """The share of a step's images that is in this process's part of it."""
-        shares = self._deal(torch.arange(self.size(step)))
-        return len(shares[part * self.processes + self.process]) / self.size(step)
+        """The fraction of a step's images that is in this process's part of it."""
+        return len(self._part(torch.arange(self.size(step)), part)) / self.size(step)
 
-    def _deal(self, batch: Tensor) -> Sequence[Tensor]:
-        return batch.tensor_split(self.processes * self.parts)
+    def _part(self, step_images: Tensor, part: int) -> Tensor:
+        parts = step_images.tensor_split(self.processes * self.parts)
+        return parts[part * self.processes + self.process]
 
     def __iter__(self) -> Iterator[list[Draw]]:
+        # Drawn in full even from the middle of an epoch, and by every process: all see one order.
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
         order = torch.randperm(self.images, generator=generator)
         for step in range(self.start, self.steps):
-            batch = order[step * self.batch_size :][: self.batch_size]
-            shares = self._deal(batch)
+            step_images = order[step * self.batch_size :][: self.batch_size]
             for part in range(self.parts):
-                own = shares[part * self.processes + self.process]
-                # Every process computes something, so that all of them meet; it weighs nothing.
-                own = own if len(own) else batch[:1]
-                yield [Draw(index, self.epoch) for index in own.tolist()]
+                batch = self._part(step_images, part)
+                # A process without images would not take part where the others wait for it. It
+                # computes one, which weighs nothing.
+                batch = batch if len(batch) else step_images[:1]
+                yield [Draw(index, self.epoch) for index in batch.tolist()]
 
 
-class Drawn(Dataset[tuple[Any, Any, tuple[str, ...]]]):
-    """Training examples by `Draw`; one that cannot be read is replaced by the next that can.
+class TrainingImages(Dataset[tuple[Any, Any, tuple[str, ...]]]):
+    """Training examples by `Draw`; the next one replaces an image that cannot be read.
 
     Args:
         examples: the images and classes.
@@ -134,6 +137,7 @@ class Drawn(Dataset[tuple[Any, Any, tuple[str, ...]]]):
         skipped: list[str] = []
         count = len(self.examples)
         for index in ((draw.image + further) % count for further in range(count)):
+            # Anew for each image, so that it does not matter which worker reads it, or what before.
             seed_everything(seed_of("image", self.seed, draw.epoch, index))
             try:
                 image, label = self.examples[index]
@@ -144,26 +148,26 @@ class Drawn(Dataset[tuple[Any, Any, tuple[str, ...]]]):
         raise DataError("none of the training images can be read.", found=skipped[0])
 
 
-class HeldOut(Dataset[Any]):
-    """A process's held-out examples.
+class HeldOutImages(Dataset[Any]):
+    """Held-out examples, every `processes`-th, beginning with the one numbered `process`.
 
     Args:
         examples: the images and classes.
-        process: takes every `processes`-th image, beginning with this one.
-        processes: how many share the images.
+        process: of those that divide the images, from 0.
+        processes: how many divide the images.
         skip: give None and the path in the place of an image that cannot be read.
     """
 
     def __init__(self, examples: Any, process: int, processes: int, *, skip: bool) -> None:
-        self.examples, self.process, self.processes = examples, process, processes
-        self.skip = skip
+        self.examples, self.skip = examples, skip
+        self.indices = range(process, len(examples), processes)
 
     def __len__(self) -> int:
-        return len(range(self.process, len(self.examples), self.processes))
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> Any:
         try:
-            image, label = self.examples[self.process + index * self.processes]
+            image, label = self.examples[self.indices[index]]
         except UnreadableImageError as error:
             if not self.skip:
                 raise
@@ -172,7 +176,7 @@ class HeldOut(Dataset[Any]):
 
 
 def collate(items: list[Any]) -> Batch:
-    """Stack what was read: of the held-out images of a batch there may be none."""
+    """Stack the images that were read; of a batch of held-out images there may be none."""
     skipped = tuple(path for *_, paths in items for path in paths)
     read = [(image, label) for image, label, _ in items if image is not None]
     if not read:
@@ -182,14 +186,14 @@ def collate(items: list[Any]) -> Batch:
 
 
 def training_loader(data: Data, order: Order, workers: int = 0) -> DataLoader[Batch]:
-    """Batches in an order of training.
+    """Load batches of training images in an order.
 
     Args:
         data: the data set.
         order: which images when.
         workers: processes that prepare images; 0 prepares them in this one.
     """
-    return _loader(Drawn(data.train, order.seed), workers, batch_sampler=order)
+    return _loader(TrainingImages(data.train, order.seed), workers, batch_sampler=order)
 
 
 def held_out_loader(
@@ -201,25 +205,59 @@ def held_out_loader(
     processes: int = 1,
     skip: bool = False,
 ) -> DataLoader[Batch]:
-    """Batches of held-out images, in order.
+    """Load batches of held-out images, in the order of the data set.
 
     Args:
         examples: the images and classes.
         batch_size: images per batch.
         workers: processes that prepare images; 0 prepares them in this one.
-        process: takes every `processes`-th image, beginning with this one.
-        processes: how many share the images.
+        process: of those that divide the images, from 0.
+        processes: how many divide the images.
         skip: leave out images that cannot be read, and name them; else they are an error.
     """
-    share = HeldOut(examples, process, processes, skip=skip)
-    return _loader(share, workers, batch_size=batch_size)
+    images = HeldOutImages(examples, process, processes, skip=skip)
+    return _loader(images, workers, batch_size=batch_size)
 
 
 def noting(batches: Iterable[Batch], skipped: set[str]) -> Iterator[Batch]:
-    """The batches; images that could not be read are added to the set."""
+    """Pass batches on, and add their images that could not be read to a set."""
     for batch in batches:
         skipped.update(batch.skipped)
         yield batch
+
+
+def check_skipped(skipped: Collection[str], allowed: int) -> None:
+    """Compare the images that could not be read with how many a recipe allows.
+
+    Raises:
+        DataError: they are more.
+    """
+    if len(skipped) > allowed:
+        paths = sorted(skipped)[:5]
+        raise DataError(
+            f"{len(skipped)} image{'s'[: len(skipped) > 1]} cannot be read.",
+            expected=f"at most {allowed} (skip_corrupt)",
+            found=", ".join(paths) + (", ..." if len(skipped) > len(paths) else ""),
+            next_step="Replace or remove them, or allow more: skip_corrupt=100.",
+        )
+
+
+class TimedBatches(Iterator[Batch]):
+    """Batches, and the seconds that were spent waiting for them.
+
+    Args:
+        batches: of a loader.
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self.seconds = 0.0
+        self._batches = iter(batches)
+
+    def __next__(self) -> Batch:
+        begin = time.perf_counter()
+        batch = next(self._batches)
+        self.seconds += time.perf_counter() - begin
+        return batch
 
 
 def _loader(examples: Dataset[Any], workers: int, **options: Any) -> DataLoader[Batch]:
@@ -235,7 +273,8 @@ def _loader(examples: Dataset[Any], workers: int, **options: Any) -> DataLoader[
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C and SIGTERM may reach a whole group of processes; the trainer alone stops the run."""
+    """Leave it to the trainer to stop the run: a terminal sends Ctrl-C to a group of processes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # SIGTERM may be sent to the group too, but a worker that ignored it could not be ended.
     if hasattr(os, "setpgrp"):
         os.setpgrp()

@@ -1,4 +1,4 @@
-"""What training makes small: the recipe's loss on mixed images, and the distance to a teacher."""
+"""What training minimises: the recipe's loss, on mixed images, and the distance to a teacher."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
-from treeify.training.run_directory import measured
+from treeify.training.run_directory import scored_ensemble
 
 
 class Objective:
-    """The recipe's loss, and its teacher's, at any time of the run.
+    """The recipe's loss plus the distillation of its teacher, at any time of the run.
 
     Args:
         recipe: its loss and teacher.
@@ -38,36 +38,38 @@ class Objective:
             self.weight, self.temperature = recipe.teacher.weight, recipe.teacher.temperature
 
     def __call__(self, logits: Tensor, target: Tensor, images: Tensor, epoch: float) -> Tensor:
-        """A scalar.
+        """The loss of a batch, a scalar.
 
         Args:
             logits: of every leaf, [N, L, K].
-            target: classes, [N], or their shares, [N, K].
+            target: classes, [N], or their fractions, [N, K].
             images: [N, C, H, W], for the teacher.
-            epoch: how many are behind, for options that move.
+            epoch: how many were trained, with fractions, for options that move.
         """
         ramps = {key: ramp.at(epoch) for key, ramp in self.recipe.ramps.items()}
         loss = self.loss(logits, target, self.tree, **ramps)
         if self.teacher is not None:
-            answers = self.teacher(images)
-            distilled = losses.from_teacher(
-                logits, answers, self.tree, temperature=self.temperature
+            teacher_logits = self.teacher(images)
+            distillation = losses.from_teacher(
+                logits, teacher_logits, self.tree, temperature=self.temperature
             )
-            loss = loss + self.weight * distilled
+            loss = loss + self.weight * distillation
         return loss
 
 
 def _loss(recipe: LossRecipe) -> Callable[..., Tensor]:
+    """A recipe's loss with its options; ramps are passed at each call."""
     function = losses.get(recipe.name)
     if not isinstance(function, type):
         return partial(function, **recipe.options)
     if not recipe.ramps:
-        once: Callable[..., Tensor] = function(**recipe.options)
-        return once
+        # One instance for all steps: it may have a state of its own.
+        instance: Callable[..., Tensor] = function(**recipe.options)
+        return instance
 
     def call(*args: Any, **ramps: Any) -> Tensor:
-        found: Tensor = function(**{**recipe.options, **ramps})(*args)
-        return found
+        loss: Tensor = function(**{**recipe.options, **ramps})(*args)
+        return loss
 
     return call
 
@@ -75,20 +77,20 @@ def _loss(recipe: LossRecipe) -> Callable[..., Tensor]:
 def load_teacher(
     recipe: TeacherRecipe, like: Tensor, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """A classifier's answers, `[N, C, H, W] -> [N, K]`.
+    """Load a classifier as a function to its logits, `[N, C, H, W] -> [N, K]`.
 
     Args:
-        recipe: which one.
-        like: gives its dtype.
+        recipe: which classifier.
+        like: a tensor of the dtype it computes in.
         device: where it runs.
 
     Raises:
-        ModelError: there is no such model, or its weights cannot be had.
-        CheckpointError: the directory holds no ensemble.
+        ModelError: there is no such model, or its weights cannot be loaded.
+        CheckpointError: the directory has no ensemble.
     """
     path = Path(recipe.name)
     if path.is_dir():
-        teacher: nn.Module = checkpoint.load(measured(path))
+        teacher: nn.Module = checkpoint.load(scored_ensemble(path))
     else:
         teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
     teacher.to(device, like.dtype).eval().requires_grad_(False)
@@ -102,10 +104,11 @@ def load_teacher(
 
 
 def mixing(recipe: MixRecipe, classes: int) -> Mixup:
-    """Timm's mixup and CutMix as the recipe has them."""
+    """Timm's mixup and CutMix with a recipe's settings."""
     return Mixup(  # type: ignore[no-untyped-call]
         mixup_alpha=recipe.mixup,
         cutmix_alpha=recipe.cutmix,
+        # Timm refuses to choose between two that are off.
         prob=recipe.prob if recipe.mixup or recipe.cutmix else 0.0,
         switch_prob=recipe.switch_prob,
         label_smoothing=recipe.label_smoothing,
@@ -114,7 +117,10 @@ def mixing(recipe: MixRecipe, classes: int) -> Mixup:
 
 
 def mixed(mix: Mixup, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Mixed images and the shares of their classes; the last of an odd number stays as it is."""
+    """Mixed images and the fractions of their classes, [N, K].
+
+    Timm mixes images in pairs; the last of an odd number stays as it is.
+    """
     even = len(images) // 2 * 2
     smooth: Tensor = mixup_target(target, mix.num_classes, 1.0, mix.label_smoothing)  # type: ignore[no-untyped-call]
     smooth = smooth.to(images.dtype)

@@ -1,4 +1,4 @@
-"""timm's optimizers and learning-rate schedules, made and taken up again."""
+"""timm's optimizers and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from treeify.training.recipe import OptimizerRecipe, ScheduleRecipe
 
 
 def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer of all of a model's parameters.
+    """Build an optimizer of all of a model's parameters.
 
     Raises:
-        RecipeError: timm does not take these options.
+        RecipeError: timm does not accept these options.
     """
     create = cast("Callable[..., torch.optim.Optimizer]", create_optimizer_v2)
     try:
@@ -34,22 +34,22 @@ def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
         )
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise RecipeError(
-            f"optimizer {rule.name!r} cannot be made: {error}",
-            expected="options that timm.optim.create_optimizer_v2 takes for it",
+            f"optimizer {rule.name!r} cannot be built: {error}",
+            expected="options that timm.optim.create_optimizer_v2 accepts for it",
         ) from error
 
 
 def scheduler(
     schedule: ScheduleRecipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> Any:
-    """Timm's scheduler, told every step; the rate is a function of the step's number alone.
+    """Build a scheduler, to be updated in every step; rates depend on the step's number alone.
 
     Raises:
-        RecipeError: timm does not take these options.
+        RecipeError: timm does not accept these options.
     """
     create = cast("Callable[..., Any]", create_scheduler_v2)
     try:
-        made, _ = create(
+        scheduler, _ = create(
             optimizer,
             schedule.name,
             num_epochs=schedule.epochs,
@@ -62,18 +62,22 @@ def scheduler(
         )
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(
-            f"schedule {schedule.name!r} cannot be made: {error}",
-            expected="options that timm.scheduler.create_scheduler_v2 takes",
+            f"schedule {schedule.name!r} cannot be built: {error}",
+            expected="options that timm.scheduler.create_scheduler_v2 accepts",
         ) from error
-    return made
+    return scheduler
 
 
-def laid_out(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """An optimizer's state in the parameters' memory formats, in which it was computed."""
-    parameters = [own for group in optimizer.param_groups for own in group["params"]]
+def in_memory_formats(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A saved optimizer's state in the memory formats of the parameters it belongs to.
+
+    Files hold every tensor contiguously. Kernels go through memory in order, and in another order
+    they may round differently: the resumed run would not get the bits of one that was not stopped.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, values in state["state"].items():
+        parameter = parameters[int(index)]
         for key, value in values.items():
-            like = parameters[int(index)]
-            if isinstance(value, Tensor) and value.shape == like.shape:
-                values[key] = torch.empty_like(like, dtype=value.dtype).copy_(value)
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                values[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
     return state

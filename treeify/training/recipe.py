@@ -1,25 +1,10 @@
-"""Recipes: all about a training run, in sections that are checked before anything is built."""
+"""Recipes: everything about a training run, in sections that are checked before it begins."""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from types import UnionType
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    ClassVar,
-    Literal,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     NonNegativeFloat,
@@ -27,7 +12,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    create_model,
     field_validator,
     model_validator,
 )
@@ -35,83 +19,13 @@ from pydantic_core import PydanticCustomError
 from timm.optim import get_optimizer_info, list_optimizers
 
 from treeify.data import SOURCES, Data
-from treeify.errors import RecipeError, nearest
+from treeify.errors import nearest
 from treeify.losses import LOSSES
 from treeify.registry import Registry
+from treeify.training.sections import Named, Section, options_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-class Section(BaseModel):
-    """A part of a recipe: no key it does not know, no value converted from another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-
-    @classmethod
-    def keys(cls, _values: object) -> list[str]:
-        """The keys this section may have."""
-        return list(cls.model_fields)
-
-
-def section_in(annotation: Any) -> type[Section] | None:
-    """The section that a field of this type holds, if it may hold one."""
-    is_union = get_origin(annotation) in (Union, UnionType)
-    kinds = get_args(annotation) if is_union else (annotation,)
-    return next(
-        (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None
-    )
-
-
-class Named(Section):
-    """A function's name, beside it the options of that function.
-
-    The name is a registered one, or `package.module:function` (or a class, whose instances are
-    called) of your own.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    registry: ClassVar[Registry]
-
-    name: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The function's options, defaults included."""
-        return dict(self.model_extra or {})
-
-    @classmethod
-    def keys(cls, values: object) -> list[str]:
-        """`name` and the options of the function that `values` names."""
-        named = values.get("name") if isinstance(values, dict) else None
-        try:
-            function = cls.registry.find(str(named))
-        except RecipeError:
-            return list(cls.model_fields)
-        return [*cls.model_fields, *_options(function).model_fields]
-
-    @field_validator("name")
-    @classmethod
-    def _is_known(cls, name: str) -> str:
-        kind = cls.registry.kind
-        if ":" in name:
-            try:
-                cls.registry.find(name)
-            except RecipeError as error:
-                raise PydanticCustomError(
-                    "unknown_name", f"Input should name a {kind}: {error}"
-                ) from error
-        elif name not in cls.registry:
-            known = nearest(name, cls.registry) or ", ".join(cls.registry)
-            raise PydanticCustomError("unknown_name", f"Input should name a {kind}, e.g. {known}")
-        return name
-
-    @model_validator(mode="after")
-    def _fit_function(self) -> Self:
-        options = _options(self.registry.find(self.name)).model_validate(self.model_extra)
-        assert self.__pydantic_extra__ is not None
-        self.__pydantic_extra__.update(options.model_dump())
-        return self
 
 
 class Ramp(Section):
@@ -144,23 +58,23 @@ class LossRecipe(Named):
 
     registry: ClassVar[Registry] = LOSSES
 
-    ramps: dict[str, Ramp] = {}
+    ramps: dict[str, Ramp] = Field(default={})
 
     @model_validator(mode="after")
     def _ramps_fit_function(self) -> Self:
-        known = _options(self.registry.find(self.name))
+        options = options_of(self.registry.find(self.name))
         for key, ramp in self.ramps.items():
-            if key not in known.model_fields:
+            if key not in options.model_fields:
                 raise PydanticCustomError(
                     "ramp", f"Input should have ramps of the loss's options only, not of {key!r}"
                 )
             try:
-                known.model_validate({**self.options, key: ramp.start})
-                known.model_validate({**self.options, key: ramp.stop})
+                options.model_validate({**self.options, key: ramp.start})
+                options.model_validate({**self.options, key: ramp.stop})
             except ValidationError as error:
-                wanted = error.errors()[0]["msg"].removeprefix("Input should ")
+                rule = error.errors()[0]["msg"].removeprefix("Input should ")
                 raise PydanticCustomError(
-                    "ramp", f"Input should {wanted} at both ends of the ramp of {key}"
+                    "ramp", f"Input should {rule} at both ends of the ramp of {key}"
                 ) from error
         return self
 
@@ -199,7 +113,7 @@ class ModelRecipe(Section):
     """
 
     name: str
-    kwargs: dict[str, JsonValue] = {}
+    kwargs: dict[str, JsonValue] = Field(default={})
     pretrained: bool = False
     splits: NonNegativeInt | list[str] = 4
     fanout: int = Field(default=2, ge=2)
@@ -221,13 +135,14 @@ class OptimizerRecipe(Section):
         name: as `timm.optim.list_optimizers()` has them: `momentum` is plain SGD with momentum,
             `sgd` the same with Nesterov's.
         lr: learning rate.
-        momentum: of those that have one.
+        momentum: of optimizers that have one.
         weight_decay: of all parameters, or see `filter_bias_and_bn`.
-        filter_bias_and_bn: spare biases and norms the weight decay, as timm does by default.
+        filter_bias_and_bn: no weight decay for biases and norms, as timm does by default.
         layer_decay: factor of the learning rate from layer to layer, towards the input.
         options: further arguments of the optimizer, e.g. `{betas: [0.9, 0.95]}`.
-        clip_grad: largest gradient allowed.
-        clip_mode: of what: the `norm` of all, each `value`, or `agc`, adaptive by parameter.
+        clip_grad: largest gradient.
+        clip_mode: what is limited: the `norm` of all gradients, each `value`, or with `agc` the
+            ratio of gradient to weight.
     """
 
     name: str = "momentum"
@@ -236,16 +151,16 @@ class OptimizerRecipe(Section):
     weight_decay: NonNegativeFloat = 5e-4
     filter_bias_and_bn: bool = False
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default={})
     clip_grad: PositiveFloat | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"
 
     @field_validator("name")
     @classmethod
     def _is_timms(cls, name: str) -> str:
-        known = [str(own) for own in list_optimizers()]
-        if name not in known:
-            close = nearest(name, known) or ", ".join(known[:8])
+        names = [str(optimizer) for optimizer in list_optimizers()]
+        if name not in names:
+            close = nearest(name, names) or ", ".join(names[:8])
             raise PydanticCustomError(
                 "unknown_name", f"Input should name an optimizer, e.g. {close}"
             )
@@ -277,7 +192,7 @@ class ScheduleRecipe(Section):
     warmup_epochs: NonNegativeFloat = 0.0
     warmup_lr: NonNegativeFloat = 1e-5
     min_lr: NonNegativeFloat = 0.0
-    options: dict[str, JsonValue] = {}
+    options: dict[str, JsonValue] = Field(default={})
 
     @model_validator(mode="after")
     def _warms_up_before_the_end(self) -> Self:
@@ -304,9 +219,9 @@ class MixRecipe(Section):
     Args:
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of CutMix, 0 for none.
-        prob: share of batches that are mixed.
-        switch_prob: share of those that CutMix gets where both are on.
-        label_smoothing: taken from the right class and spread over all.
+        prob: fraction of batches that are mixed.
+        switch_prob: fraction of those that CutMix mixes where both are on.
+        label_smoothing: part of a label that is spread evenly over all classes.
     """
 
     mixup: NonNegativeFloat = 0.0
@@ -328,7 +243,7 @@ class TeacherRecipe(Section):
     """
 
     name: str
-    kwargs: dict[str, JsonValue] = {}
+    kwargs: dict[str, JsonValue] = Field(default={})
     weight: PositiveFloat = 1.0
     temperature: PositiveFloat = 2.0
 
@@ -338,7 +253,7 @@ class CheckpointsRecipe(Section):
 
     Args:
         minutes: since the last time.
-        keep: how many of the newest to keep, besides the best.
+        keep: how many of the newest stay, besides the best.
     """
 
     minutes: PositiveFloat = 10.0
@@ -356,8 +271,8 @@ class Recipe(Section):
         optimizer: timm's optimizers.
         schedule: epochs and learning rate over time.
         batch_size: images per training step, of all processes together.
-        gradient_accumulation: in so many parts a process's share of a step is computed, to save
-            memory; batch norms see one part at a time.
+        gradient_accumulation: parts in which a process computes its images of a step, one after
+            the other, to save memory; batch norms see one part at a time.
         mix: mixup and CutMix.
         ema: moving average of the weights.
         teacher: another classifier to learn from.
@@ -365,19 +280,19 @@ class Recipe(Section):
         sync_batch_norm: several processes share the statistics of batch norms.
         execution: how levels run: `auto`, `packed` or `looped`, or a list with `packed` or
             `looped` for each level.
-        tune: measure first which way of running is fastest, and take it where execution is `auto`;
-            two runs may then differ in rounding.
+        tune: measure first which execution is fastest, and use it where execution is `auto`; two
+            runs may then differ in rounding.
         compile: run the ensemble through `torch.compile`.
         checkpoints: when the state is saved.
-        skip_corrupt: so many images that cannot be read are passed over and reported; one more is
+        skip_corrupt: how many images may be unreadable: they are skipped and reported; one more is
             an error.
         trackers: where Accelerate also reports to: `tensorboard`, `wandb`, ...
         seed: of the weights, the order of the images and their augmentation.
         workers: processes that prepare images; 0 prepares them in the training process.
-        device: `auto` takes CUDA, then MPS, then the CPU.
-        channels_last: keep images as [N, H, W, C] in memory, which most convolutions run faster on.
+        device: `auto` is CUDA, then MPS, then the CPU.
+        channels_last: memory format [N, H, W, C], in which most convolutions are faster.
         threads: CPU threads for PyTorch; null leaves PyTorch's choice.
-        out: run directory, new or empty; null takes `runs/NAME`, `runs/NAME-2`, ...
+        out: run directory, new or empty; null is `runs/NAME`, `runs/NAME-2`, ...
     """
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
@@ -398,26 +313,10 @@ class Recipe(Section):
     compile: bool = False
     checkpoints: CheckpointsRecipe = CheckpointsRecipe()
     skip_corrupt: NonNegativeInt = 0
-    trackers: list[str] = []
+    trackers: list[str] = Field(default=[])
     seed: NonNegativeInt = 0
     workers: NonNegativeInt = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     channels_last: bool = False
     threads: PositiveInt | None = None
     out: str | None = None
-
-
-@functools.cache
-def _options(function: Callable[..., Any]) -> type[BaseModel]:
-    """A model of a function's keyword-only parameters."""
-    described = getattr(function, "__init__") if isinstance(function, type) else function  # noqa: B009
-    hints = get_type_hints(described, include_extras=True)
-    fields: dict[str, Any] = {
-        parameter.name: (
-            hints.get(parameter.name, Any),
-            ... if parameter.default is parameter.empty else parameter.default,
-        )
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    return create_model(function.__name__, __config__=Section.model_config, **fields)

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from treeify.errors import RecipeError, nearest
-from treeify.training.recipe import DataRecipe, Named, Recipe, Section, section_in
+from treeify.training.recipe import DataRecipe, Recipe
+from treeify.training.sections import Named, Section, section_in
 
 KeyPath = tuple[str, ...]
 
@@ -105,18 +106,19 @@ def _on_top(base: dict[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Values over those they extend; another loss or data set brings its own options."""
     merged = dict(base)
     for key, value in values.items():
-        known = merged.get(key)
-        if isinstance(known, dict) and isinstance(value, dict):
-            same = value.get("name", known.get("name")) == known.get("name")
-            value = _on_top(known, value) if same or not _is_named(key) else value
+        below = merged.get(key)
+        if isinstance(below, dict) and isinstance(value, dict):
+            same = value.get("name", below.get("name")) == below.get("name")
+            value = _on_top(below, value) if same or not _is_named(key) else value
         merged[key] = value
     return merged
 
 
-def _is_named(section: str) -> bool:
-    field = Recipe.model_fields.get(section)
-    held = None if field is None else section_in(field.annotation)
-    return held is not None and issubclass(held, Named)
+def _is_named(key: str) -> bool:
+    """Whether a key of the recipe has a section with a function's name and options."""
+    field = Recipe.model_fields.get(key)
+    section = None if field is None else section_in(field.annotation)
+    return section is not None and issubclass(section, Named)
 
 
 class _Loader(yaml.SafeLoader):
@@ -193,19 +195,16 @@ def _override(
             origins.setdefault(path[:depth], "command line")
         origins[path] = "command line"
     for path, value in parsed:
-        if path[1:] == ("name",) and _get(values, path) != value:
-            _forget_options(values, path[0])
+        # Before any is set: those for the new function may come before its name.
+        if path[1:] == ("name",) and _is_named(path[0]) and _get(values, path) != value:
+            values[path[0]] = {}
     for path, value in parsed:
         problems += _set(values, path, value)
     return problems
 
 
-def _forget_options(values: dict[str, Any], section: str) -> None:
-    if _is_named(section):
-        values[section] = {}
-
-
 def _set(values: dict[str, Any], path: KeyPath, value: object) -> list[str]:
+    """Write one value into nested mappings; return what is wrong with it."""
     for depth, part in enumerate(path[:-1], start=1):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
@@ -228,15 +227,16 @@ def _validate(
     values: dict[str, Any],
     origins: Mapping[KeyPath, str],
     problems: list[str],
-    what: str,
+    subject: str,
 ) -> S:
+    """Build a section, or report its problems together with those already noticed."""
     try:
         checked = section.model_validate(values)
     except ValidationError as error:
         problems = problems + _problems(section, values, origins, error.errors())
     if problems:
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise RecipeError("\n  ".join([f"{what} has {count}.", *problems]))
+        raise RecipeError("\n  ".join([f"{subject} has {count}.", *problems]))
     return checked
 
 
@@ -251,16 +251,17 @@ def _problems(
     for error in errors:
         by_key.setdefault(_key_path(error, values), []).append(error)
     lines = []
-    for key, found in by_key.items():
-        kind = found[0]["type"]
+    for key, alternatives in by_key.items():
+        first = alternatives[0]
+        kind = first["type"]
         if kind == "extra_forbidden":
             text = f"unknown key{_suggestion(section, key, values)}"
         elif kind == "missing":
             text = "required key is missing"
         else:
             # pydantic's messages begin "Input should be ...", "String should match ...".
-            wanted = dict.fromkeys(re.sub(r"^\w+ should ", "", error["msg"]) for error in found)
-            text = f"should {' or '.join(wanted)}; found {found[0]['input']!r}"
+            rules = [re.sub(r"^\w+ should ", "", error["msg"]) for error in alternatives]
+            text = f"should {' or '.join(dict.fromkeys(rules))}; found {first['input']!r}"
         lines.append(f"{_shown(key, origins)}: {text}")
     return lines
 
@@ -279,38 +280,27 @@ def _key_path(error: ErrorDetails, values: object) -> KeyPath:
 
 
 def _suggestion(section: type[Section], key: KeyPath, values: object) -> str:
-    siblings = _valid_keys(section, key[:-1], values)
+    """The keys that may have been meant: beside an unknown one, or of its name elsewhere."""
+    paths = list(_key_paths(section, values))
+    siblings = [path[-1] for path in paths if path[:-1] == key[:-1]]
     if close := nearest(key[-1], siblings, count=1):
         return f", did you mean {close}?"
-    elsewhere = [".".join(path) for path in _all_keys(section, values) if path[-1] == key[-1]]
-    if elsewhere:
-        return f", did you mean {elsewhere[0]!r}?"
+    if elsewhere := [path for path in paths if path[-1] == key[-1]]:
+        shortest = min(elsewhere, key=len)
+        return f", did you mean {'.'.join(shortest)!r}?"
     return f"; valid here: {', '.join(siblings)}"
 
 
-def _valid_keys(section: type[Section], path: KeyPath, values: object) -> list[str]:
-    annotation: Any = section
-    for part in path:
-        annotation, values = _below(annotation, part), _get(values, (part,))
-    inner = section_in(annotation)
-    return inner.keys(values) if inner else []
-
-
-def _below(annotation: Any, key: str) -> Any:
-    section = section_in(annotation)
-    if section is not None:
-        field = section.model_fields.get(key)
-        return field.annotation if field else None
-    return get_args(annotation)[1] if get_origin(annotation) is dict else None
-
-
-def _all_keys(section: type[Section], values: object, path: KeyPath = ()) -> Iterator[KeyPath]:
-    for key in section.keys(values):
-        yield (*path, key)
-        field = section.model_fields.get(key)
-        inner = section_in(field.annotation) if field else None
-        if inner is not None:
-            yield from _all_keys(inner, _get(values, (key,)), (*path, key))
+def _key_paths(annotation: Any, values: object, path: KeyPath = ()) -> Iterator[KeyPath]:
+    """Every key that may stand below a field of this type, with the values it has."""
+    if (section := section_in(annotation)) is not None:
+        for key in section.keys(values):
+            yield (*path, key)
+            if field := section.model_fields.get(key):
+                yield from _key_paths(field.annotation, _get(values, (key,)), (*path, key))
+    elif get_origin(annotation) is dict and isinstance(values, dict):
+        for key, inner in values.items():
+            yield from _key_paths(get_args(annotation)[1], inner, (*path, key))
 
 
 def _shown(key: KeyPath, origins: Mapping[KeyPath, str]) -> str:

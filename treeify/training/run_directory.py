@@ -1,12 +1,14 @@
 """The directory a training run leaves behind.
 
-    recipe.yaml        the recipe with every default filled in
-    environment.json   versions, machine and commit
-    metrics.jsonl      one line per finished epoch
-    checkpoints/       step-00000360-epoch-0015, ...: ensembles `treeify.load` reads, with the
-                       trainer's state beside them (`trainer.json`, `trainer.safetensors`) and, if
-                       the recipe has a moving average, the averaged ensemble in `ema/`
-    last, best         links to two of them
+    recipe.yaml                   the recipe with every default filled in
+    environment.json              versions, machine and commit
+    metrics.jsonl                 one line per finished epoch
+    checkpoints/
+      step-00000360-epoch-0015/   an ensemble, as `treeify.load` reads it
+        trainer.json              how far the run is, see `run_state`, ...
+        trainer.safetensors       ... and the tensors of that
+        ema/                      the averaged ensemble, if the recipe has a moving average
+    last, best                    links to two of the checkpoints
 
 `last` is the newest state, `best` the epoch with the highest held-out accuracy of all leaves:
 chosen on the held-out images, so its own accuracy on them is a little flattering.
@@ -16,20 +18,16 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
-from functools import partial
+from json import JSONDecodeError
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 
 from treeify import files
@@ -37,35 +35,32 @@ from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError
 from treeify.training import state_file
+from treeify.training.environment import Environment
+from treeify.training.events import EPOCH, Epoch
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import dump_recipe, load_recipe
-from treeify.versions import MODEL_LIBRARIES, versions_of
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
-
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 STATES, LAST, BEST, EMA = "checkpoints", "last", "best", "ema"
 CHECKPOINTS = (LAST, BEST)
 RUN_FILES = (RECIPE, ENVIRONMENT, METRICS, STATES, *CHECKPOINTS)
-PACKAGES = ("treeify", *MODEL_LIBRARIES, "accelerate", "numpy", "safetensors")
 
-# What a run may go on with otherwise than it began; none of it changes the weights.
+# Keys that may change when a run goes on: none of them changes the weights.
 _FREE = ("out", "workers", "trackers", "checkpoints", "skip_corrupt")
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedState:
     """A state of a run.
 
     Args:
         hne: the ensemble as it was.
-        state: the trainer's, see `treeify.training.trainer`.
+        state: of the run, as `RunState.load_state_dict` reads it.
         ema: the averaged ensemble, if there is one.
     """
 
@@ -86,24 +81,29 @@ class RunDirectory:
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
         """Write what is run and where."""
-        text = json.dumps(environment(device), indent=2) + "\n"
+        text = json.dumps(asdict(Environment.of(device)), indent=2) + "\n"
         with self._writing():
             files.replace_text(self.path / RECIPE, dump_recipe(recipe))
             files.replace_text(self.path / ENVIRONMENT, text)
 
-    def append_metrics(self, epoch: DataclassInstance) -> None:
+    def environment(self) -> Environment:
+        """What `describe` wrote."""
+        text = (self.path / ENVIRONMENT).read_text(encoding="utf-8")
+        return TypeAdapter(Environment).validate_json(text)
+
+    def append_metrics(self, epoch: Epoch) -> None:
         """Add a line to `metrics.jsonl`."""
         with self._writing():
             files.append_line(self.path / METRICS, json.dumps(asdict(epoch)))
 
-    def metrics(self) -> list[dict[str, Any]]:
+    def metrics(self) -> list[Epoch]:
         """The lines of `metrics.jsonl`; one that was cut off is not among them."""
         file = self.path / METRICS
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        found: list[dict[str, Any]] = []
-        with contextlib.suppress(ValueError):
-            found.extend(map(json.loads, lines))
-        return found
+        epochs: list[Epoch] = []
+        with contextlib.suppress(JSONDecodeError):
+            epochs.extend(EPOCH.validate_python(json.loads(line)) for line in lines)
+        return epochs
 
     def save(
         self,
@@ -113,12 +113,14 @@ class RunDirectory:
         *,
         keep: int,
     ) -> None:
-        """Write a checkpoint whole, point `last` and `best` to theirs, and remove older ones.
+        """Write a checkpoint, point `last` and `best` to theirs, and remove older ones.
+
+        In this order, whenever the process is killed there is a checkpoint to go on from.
 
         Args:
             hne: the ensemble.
             ema: the averaged ensemble.
-            state: the trainer's; `step` and `epochs` name it, `best` names the best so far.
+            state: of a `RunState`; `step` and `epochs` name it, `best` names the best so far.
             keep: how many of the newest stay, besides the best.
 
         Raises:
@@ -135,6 +137,7 @@ class RunDirectory:
         with self._writing():
             files.publish(final, write)
             self._point(final, state)
+        # Last: until now the links named one of these.
         for old in self._states()[:-keep]:
             if old.name != state["best"]:
                 shutil.rmtree(old)
@@ -161,13 +164,13 @@ class RunDirectory:
         return sorted((self.path / STATES).glob("step-*"))
 
     def newest(self, warn: Callable[[str], None]) -> Path | None:
-        """The newest whole state; None if there was none yet. For one process only.
+        """The newest undamaged state; None if nothing was saved yet. For one process only.
 
         Metrics written after it and what killed writers left behind are removed; damaged states are
         renamed.
 
         Args:
-            warn: told about states that are damaged.
+            warn: hears about states that are damaged.
 
         Raises:
             CheckpointError: every state is damaged, or one cannot be read.
@@ -181,14 +184,15 @@ class RunDirectory:
                 files.remove(draft)
         for path in reversed(states):
             try:
-                state = _whole(path)
+                state = _undamaged(path)
             except _DAMAGE as problem:  # noqa: PERF203 - a few states at most
-                other = files.unused(path.with_name(f"damaged-{path.name}"))
-                path.rename(other)
-                warn(f"{path} is damaged, it is {other.name} now: {problem}")
+                damaged = files.unused(path.with_name(f"damaged-{path.name}"))
+                path.rename(damaged)
+                warn(f"{path} is damaged, it is {damaged.name} now: {problem}")
             except OSError as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
             else:
+                # A process that was killed may have written it without pointing to it.
                 with self._writing():
                     self._point(path, state)
                 self._forget_after(state["epochs"])
@@ -203,7 +207,8 @@ class RunDirectory:
         return None
 
     def _forget_after(self, epochs: int) -> None:
-        rows = [json.dumps(row) + "\n" for row in self.metrics() if row["epoch"] <= epochs]
+        """Remove metrics of epochs that the state to go on from has not finished."""
+        rows = [json.dumps(asdict(row)) + "\n" for row in self.metrics() if row.epoch <= epochs]
         with self._writing():
             files.replace_text(self.path / METRICS, "".join(rows))
 
@@ -217,8 +222,8 @@ class RunDirectory:
         )
 
 
-def measured(path: Path) -> Path:
-    """The ensemble that a run's last scores are of, or the directory of an ensemble itself.
+def scored_ensemble(path: Path) -> Path:
+    """The directory of the ensemble that a run's last scores are of, or of an ensemble itself.
 
     Args:
         path: a run, one of its checkpoints, or an ensemble.
@@ -228,29 +233,30 @@ def measured(path: Path) -> Path:
 
 
 def state_name(step: int, epochs: int) -> str:
-    """Of a checkpoint after so many steps and finished epochs."""
+    """The name of a checkpoint after so many steps and finished epochs."""
     return f"step-{step:08d}-epoch-{epochs:04d}"
 
 
-def load_state(path: Path) -> Saved:
-    """A checkpoint that is whole.
+def load_state(path: Path) -> SavedState:
+    """Read a checkpoint.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
     ema = checkpoint.load(path / EMA) if (path / EMA).is_dir() else None
-    return Saved(checkpoint.load(path), state_file.read_state(path), ema)
+    return SavedState(checkpoint.load(path), state_file.read_state(path), ema)
 
 
-# What reading a damaged state's files says; files that are whole but must not be read say else.
+# What reading a damaged file raises; one that may not be read, say, raises something else.
 _DAMAGE = (CheckpointError, FileNotFoundError, ValueError, SafetensorError)
 
 
-def _whole(path: Path) -> dict[str, Any]:
-    """The trainer's part of a state, once all its files are known to be whole."""
+def _undamaged(path: Path) -> dict[str, Any]:
+    """The run's part of a checkpoint; raises one of `_DAMAGE` if any of its files is damaged."""
     for ensemble in [path, *([path / EMA] if (path / EMA).is_dir() else [])]:
         json.loads((ensemble / checkpoint.CONFIG).read_text(encoding="utf-8"))
-        with safe_open(ensemble / checkpoint.WEIGHTS, "pt"):  # it notices what is cut off
+        # Opening compares the length with the header's; nothing is read that loading reads again.
+        with safe_open(ensemble / checkpoint.WEIGHTS, "pt"):
             pass
     return state_file.read_state(path)
 
@@ -259,10 +265,12 @@ def _whole(path: Path) -> dict[str, Any]:
 def locked(directory: RunDirectory) -> Iterator[None]:
     """Keep other processes from training in the same directory.
 
+    The system gives up a lock when its process ends, even if killed: no run is locked for ever.
+
     Raises:
-        CheckpointError: one does.
+        CheckpointError: another process trains there.
     """
-    if fcntl is None:  # Windows has other means; nothing is checked there
+    if fcntl is None:  # Windows locks files by other means: nothing is checked
         yield
         return
     with (directory.path / RECIPE).open("rb") as file:
@@ -289,11 +297,11 @@ def check_same(directory: RunDirectory, recipe: Recipe) -> None:
             f"{str(directory.path)!r} holds no run.",
             expected=f"a directory with {RECIPE}, as treeify train makes it",
         )
-    own, other = (_flat(found.model_dump()) for found in (recipe, load_recipe(file)))
+    new, old = (_flat(each.model_dump()) for each in (recipe, load_recipe(file)))
     differing = [
-        f"{key}: {own.get(key)!r}, the run has {other.get(key)!r}"
-        for key in sorted(own.keys() | other.keys())
-        if own.get(key) != other.get(key) and key.split(".")[0] not in _FREE
+        f"{key}: {new.get(key)!r}, the run has {old.get(key)!r}"
+        for key in sorted(new.keys() | old.keys())
+        if new.get(key) != old.get(key) and key.split(".")[0] not in _FREE
     ]
     if differing:
         raise CheckpointError(
@@ -304,24 +312,34 @@ def check_same(directory: RunDirectory, recipe: Recipe) -> None:
         )
 
 
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values of nested mappings by their key paths, e.g. `optimizer.lr`."""
+    flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = isinstance(value, Mapping) and value
-        found |= _flat(value, f"{above}{key}.") if inner else {f"{above}{key}": value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
 
 
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError unless a run may be written to `path`."""
+def free_path(recipe: Recipe, out: Path | str | None, *, overwrite: bool) -> Path:
+    """Where a new run goes: `out`, else the recipe's, else `runs/NAME`, `runs/NAME-2`, ...
+
+    Raises:
+        CheckpointError: the directory is neither empty nor to be overwritten.
+    """
+    out = out or recipe.out
+    if out is None:
+        return files.unused(Path("runs") / recipe.name)
+    path = Path(out)
     if path.is_dir() and not any(path.iterdir()):
-        return
+        return path
     if path.is_dir() and overwrite:
-        if is_run(path) or not any((path / name).exists() for name in RUN_FILES):
-            return
+        clashes = [name for name in RUN_FILES if (path / name).exists()]
+        if is_run(path) or not clashes:
+            return path
         raise CheckpointError(
             f"{str(path)!r} holds no run, but files that a run would replace.",
-            found=", ".join(name for name in RUN_FILES if (path / name).exists()),
+            found=", ".join(clashes),
             next_step="Give another --out.",
         )
     if path.exists():
@@ -330,6 +348,7 @@ def check_free(path: Path, *, overwrite: bool) -> None:
             expected="a directory that is new or empty",
             next_step="Give another --out, or --overwrite to replace the run in it.",
         )
+    return path
 
 
 def is_run(path: Path) -> bool:
@@ -337,42 +356,10 @@ def is_run(path: Path) -> bool:
     return all((path / name).is_file() for name in (RECIPE, ENVIRONMENT))
 
 
-def make(path: Path) -> RunDirectory:
-    """The directory, made if need be, without an earlier run's files; other files stay."""
+def create(path: Path) -> RunDirectory:
+    """Create a run's directory, or remove an earlier run's files from it; other files stay."""
     path.mkdir(parents=True, exist_ok=True)
     if is_run(path):
         for name in RUN_FILES:
             files.remove(path / name)
     return RunDirectory(path)
-
-
-def new_path(name: str) -> Path:
-    """`runs/NAME`, or the first of `runs/NAME-2`, `runs/NAME-3`, ... that is not there yet."""
-    return files.unused(Path("runs") / name)
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a run depends on besides its recipe, ready for JSON."""
-    return {
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "versions": versions_of(*PACKAGES),
-        "commit": _commit(),
-        "argv": sys.argv,
-    }
-
-
-def _commit() -> str | None:
-    """The commit this code was run from, `-dirty` if it was changed; None outside a repository."""
-    here = Path(__file__)
-    git = partial(subprocess.run, cwd=here.parent, capture_output=True, text=True, check=True)
-    try:
-        git(["git", "ls-files", "--error-unmatch", here.name])  # not some repository around us
-        return str(git(["git", "describe", "--always", "--dirty", "--abbrev=40"]).stdout.strip())
-    except (OSError, subprocess.CalledProcessError):
-        return None

@@ -1,4 +1,8 @@
-"""A trainer's state on the disk: plain values as JSON, tensors as safetensors, never pickle."""
+"""A run's state on the disk: plain values as JSON, tensors as safetensors, never pickle.
+
+JSON has neither tensors, nor tuples, nor keys that are numbers: each is written as an object with
+one key that says what it stands for. Optimizers have all three.
+"""
 
 from __future__ import annotations
 
@@ -50,29 +54,30 @@ def read_state(directory: Path) -> dict[str, Any]:
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """JSON values; tensors are put aside and named."""
+    """A value as JSON has it; its tensors are collected under the names that stand for them."""
     if isinstance(value, Tensor):
         name = f"{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous().clone()
         return {_TENSOR: name}
     if isinstance(value, Mapping):  # keys may be numbers
-        return {_PAIRS: [[key, _plain(own, tensors)] for key, own in value.items()]}
+        return {_PAIRS: [[key, _plain(item, tensors)] for key, item in value.items()]}
     if isinstance(value, tuple):
-        return {_TUPLE: [_plain(own, tensors) for own in value]}
+        return {_TUPLE: [_plain(item, tensors) for item in value]}
     if isinstance(value, list):
-        return [_plain(own, tensors) for own in value]
+        return [_plain(item, tensors) for item in value]
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{type(value).__name__} cannot be part of a trainer's state")
 
 
 def _nested(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The value that `_plain` wrote."""
     if isinstance(value, dict):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]
         if _TUPLE in value:
-            return tuple(_nested(own, tensors) for own in value[_TUPLE])
-        return {key: _nested(own, tensors) for key, own in value[_PAIRS]}
+            return tuple(_nested(item, tensors) for item in value[_TUPLE])
+        return {key: _nested(item, tensors) for key, item in value[_PAIRS]}
     if isinstance(value, list):
-        return [_nested(own, tensors) for own in value]
+        return [_nested(item, tensors) for item in value]
     return value

@@ -22,7 +22,8 @@ class SyncedBatchNorms(TorchFunctionMode):
     """While entered, batch norms in training mode share their statistics between processes.
 
     Args:
-        counts: whether this process's images are part of them; if not, it only takes part.
+        counts: whether this process's images are part of them. If not, it still takes part: the
+            others wait for it.
     """
 
     def __init__(self, *, counts: bool = True) -> None:
@@ -36,7 +37,7 @@ class SyncedBatchNorms(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Take over `F.batch_norm`; everything else runs as it is."""
+        """Replace `F.batch_norm`; everything else runs as it is."""
         if func is F.batch_norm:
             return synced_batch_norm(*args, **(kwargs or {}), counts=self.counts)
         return func(*args, **(kwargs or {}))
@@ -71,16 +72,18 @@ def synced_batch_norm(
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     dims = [0, *range(2, x.ndim)]
     shape = [1, -1, *[1] * (x.ndim - 2)]
-    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    count = torch.full((1,), x.numel() // x.shape[1], dtype=wide.dtype, device=x.device)
-    total = _sum(torch.cat([wide.sum(dims), count]) * counts)
+    values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x  # sums need the digits
+    count = torch.full((1,), x.numel() // x.shape[1], dtype=values.dtype, device=x.device)
+    # Sums and counts, not means: processes may have different numbers of images.
+    total = _sum(torch.cat([values.sum(dims), count]) * counts)
     mean, count = total[:-1] / total[-1], total[-1].detach()
-    centred = wide - mean.view(shape)
+    centred = values - mean.view(shape)
     # About the mean and not from the mean square: that would cancel digits.
     var = _sum(centred.square().sum(dims) * counts) / count
     if running_mean is not None and running_var is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            # PyTorch normalises with the biased variance, and keeps the unbiased one.
             unbiased = var * (count / (count - 1).clamp(min=1))
             running_var.lerp_(unbiased.to(running_var.dtype), momentum)
     normed = centred * (var + eps).rsqrt().view(shape)
@@ -92,7 +95,7 @@ def synced_batch_norm(
 
 
 def _sum(local: Tensor) -> Tensor:
-    """Over all processes; its gradient likewise."""
+    """Sum over all processes, gradients too: each one's loss depends on everybody's images."""
     total: Tensor = all_reduce(local)  # type: ignore[no-untyped-call]
     return total
 

@@ -28,19 +28,19 @@ class ReadTensor(nn.Module):
     ) -> None:
         super().__init__()
         # In a tuple, so that the ensemble does not become a submodule of its own segment.
-        self.owner = (get_parent(root, slot.key)[0],)
+        self.parent = (get_parent(root, slot.key)[0],)
         self.name = slot.key.rpartition(".")[2]
         self.slot, self.branches, self.level, self.form = slot, branches, level, form
 
     def forward(self, span: Span) -> Tensor:
         """The tensor, for the branches of `span`."""
-        packed = get_tensor(self.owner[0], self.name)
-        stored = self.branches[self.slot.level]
+        packed = get_tensor(self.parent[0], self.name)
+        slot_branches = self.branches[self.slot.level]
         if self.form is Form.SHARED:
-            return self.slot.branch(packed, stored, 0)
-        ratio = self.branches[self.level] // stored
+            return self.slot.branch(packed, slot_branches, 0)
+        ratio = self.branches[self.level] // slot_branches
         parents = span.parents(ratio)
-        part = narrow(packed, stored, parents)
+        part = narrow(packed, slot_branches, parents)
         if not self.slot.scalar:
             part = torch.unflatten(part, 0, (parents.size, -1))
         if ratio == 1:

@@ -18,12 +18,12 @@ from treeify.tree import Span
 _State = dict[str, Tensor]
 
 
-def is_closed(code: Any) -> bool:
+def is_opaque(code: Any) -> bool:
     """Whether a function or class is not torch's, and was not traced: anything may be in it."""
     return not (isinstance(code, str) or is_library(code))
 
 
-def _dense(values: Any) -> Any:
+def _contiguous(values: Any) -> Any:
     """Tensors without gaps, as in the base model: views of them must be possible."""
     return tree_map_only(Tensor, Tensor.contiguous, values)
 
@@ -33,7 +33,7 @@ class EachBranch(TargetOperation):
 
     def __init__(self, target: Target) -> None:
         super().__init__(target)
-        self.is_closed = is_closed(target)
+        self.is_opaque = is_opaque(target)
 
     def forward(self, span: Span, *args: Any, **kwargs: Any) -> Any:
         """One result per branch."""
@@ -41,8 +41,8 @@ class EachBranch(TargetOperation):
 
     def _call(self, index: int, args: Any, kwargs: Any) -> Any:
         args, kwargs = pick(args, index), pick(kwargs, index)
-        if self.is_closed:
-            args, kwargs = _dense((args, kwargs))
+        if self.is_opaque:
+            args, kwargs = _contiguous((args, kwargs))
         return call_target(self.target, *args, **kwargs)
 
 
@@ -54,12 +54,12 @@ class FirstBranch(EachBranch):
         return self._call(0, args, kwargs)
 
 
-class Dense(nn.Module):
-    """What is given to an untraced function or module that is called once for all branches."""
+class Contiguous(nn.Module):
+    """Makes contiguous what an untraced function or module is called with once for all."""
 
     def forward(self, span: Span, value: Any) -> Any:
-        """The value, without gaps in memory."""
-        return _dense(value)
+        """The value, its tensors contiguous."""
+        return _contiguous(value)
 
 
 class EachBranchModule(nn.Module):
@@ -85,7 +85,7 @@ class EachBranchModule(nn.Module):
         copies: bool = False,
     ) -> None:
         super().__init__()
-        self.copies, self.is_closed = copies, is_closed(type(module))
+        self.copies, self.is_opaque = copies, is_opaque(type(module))
         self.module, self.packed_module = module, packed_module
         self.layout, self.branches, self.level = dict(layout), branches, level
         self.shared_buffers = [
@@ -140,8 +140,8 @@ class EachBranchModule(nn.Module):
     def _inputs(self, values: Any, index: int) -> Any:
         """One branch's arguments, as the base model's module may have them."""
         inputs = pick(values, index)
-        if self.is_closed:
-            inputs = _dense(inputs)
+        if self.is_opaque:
+            inputs = _contiguous(inputs)
         return tree_map_only(Tensor, torch.clone, inputs) if self.copies else inputs
 
     def _state(self, branch: int) -> _State:

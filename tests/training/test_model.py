@@ -1,0 +1,43 @@
+"""The ensemble of a run: refused if it does not fit, tuned if the recipe says so."""
+
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+import treeify
+from treeify.data import digits
+from treeify.errors import RecipeError
+from treeify.training.model import check_classes
+from treeify.training.recipe_file import load_recipe
+from treeify.training.trainer import train
+
+
+def test_a_model_that_returns_more_than_logits_is_refused() -> None:
+    class Pair(small.SmallNet):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+            logits = super().forward(x)
+            return logits, logits
+
+    hne = treeify.hierarchicalize(Pair(10), ["stage1"], example_input=small.EXAMPLE)
+    with pytest.raises(RecipeError, match=r"does not return logits(?s:.)*tuple"):
+        check_classes(hne, digits())
+
+
+def test_counting_classes_leaves_frozen_batch_norms_frozen() -> None:
+    hne = treeify.hierarchicalize(
+        small.SmallNet(10), ["stage1"], example_input=small.EXAMPLE
+    ).train()
+    norm = hne.get_submodule("stem.1").eval()
+    check_classes(hne, digits())
+    assert hne.training
+    assert not norm.training
+
+
+def test_tuned_and_fixed_executions_train(recipe_file: Path) -> None:
+    tuned = train(load_recipe(recipe_file, ["tune=true", "schedule.epochs=1"])).run
+    assert {situation.training for situation in tuned.hne.tunings} == {True, False}
+    assert treeify.load(tuned.directory / "last").tunings == tuned.hne.tunings
+    looped = train(load_recipe(recipe_file, ["execution=[packed, looped, looped]"])).run
+    assert looped.hne.execution == ("packed", "looped", "looped")

@@ -24,6 +24,7 @@ from treeify.errors import CheckpointError, DataError, InputError
 from treeify.evaluation.halves import Halves
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
+from treeify.training.model import check_classes
 from treeify.training.recipe import DataRecipe
 
 _IMAGES_AT_ONCE = 128

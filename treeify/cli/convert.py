@@ -141,7 +141,7 @@ def _cost_table(base: Cost, nested: tuple[Cost, ...]) -> Table:
         )
         for cost in (base, *nested)
     ]
-    caption = "MACs per image, counted by fvcore; independent: as many base models"
+    caption = "MACs per image, as fvcore counts; independent: as many base models"
     return table([Column(heading, ",d") for heading in headings], rows, caption=caption)
 
 

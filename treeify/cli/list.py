@@ -113,7 +113,7 @@ def list_models(
 def _table(models: Mapping[str, Row | None]) -> Table:
     numbers = (Column(heading, "", no_wrap=True) for heading in ("parameters", "MACs", "packed"))
     columns = [Column("model", no_wrap=True), Column("family"), *numbers, Column("checked")]
-    caption = "MACs per image of the usual size, without batch norms"
+    caption = "MACs per image of the usual size"
     rows = [_cells(name, row) for name, row in models.items()]
     return table(columns, rows, caption=f"{caption}; packed: fraction of the branches' MACs")
 
@@ -121,7 +121,7 @@ def _table(models: Mapping[str, Row | None]) -> Table:
 def _cells(name: str, row: Row | None) -> tuple[str, ...]:
     if row is None:
         return name, family(name), "?", "?", "?", "no"
-    fraction = "?" if row.packed_share is None else f"{row.packed_share:.1%}"
+    fraction = "?" if row.packed_fraction is None else f"{row.packed_fraction:.1%}"
     return name, row.family or "", _count(row.parameters), _count(row.macs), fraction, _checked(row)
 
 

@@ -138,7 +138,7 @@ def _line(row: Row) -> str:
     )
     if row.failure is not None:
         return f"FAILED ({row.how or 'not built'}): {row.failure} ({spent})"
-    fraction = "" if row.packed_share is None else f", {row.packed_share:.1%} of MACs packed"
+    fraction = "" if row.packed_fraction is None else f", {row.packed_fraction:.1%} of MACs packed"
     if row.how == META:
         reason = "" if row.shortage is None else f": {row.shortage}"
         return f"converted, shapes checked (meta){reason}{fraction} ({spent})"

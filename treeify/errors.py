@@ -24,14 +24,9 @@ class TreeifyError(Exception):
         found: str | None = None,
         next_step: str | None = None,
     ) -> None:
-        lines = [where]
-        if expected is not None:
-            lines.append(f"  Expected {expected}")
-        if found is not None:
-            lines.append(f"  Found {found}")
-        if next_step is not None:
-            lines.append(f"  {next_step}")
-        super().__init__("\n".join(lines))
+        details = {"Expected ": expected, "Found ": found, "": next_step}
+        lines = [f"  {label}{text}" for label, text in details.items() if text is not None]
+        super().__init__("\n".join([where, *lines]))
 
 
 class ModelError(TreeifyError):

@@ -82,9 +82,7 @@ def publish(final: Path, write: Callable[[Path], None]) -> None:
 def point(link: Path, target: Path) -> None:
     """Let a symbolic link name something, from one moment to the next.
 
-    Args:
-        link: the link; if it is a directory, as copying may leave it, that one is renamed.
-        target: what the link names.
+    A directory in the link's place, as copying may leave it, is renamed.
 
     Raises:
         OSError: it cannot be written.
@@ -100,12 +98,7 @@ def point(link: Path, target: Path) -> None:
 
 
 def drafts(folder: Path, names: str) -> list[Path]:
-    """What killed writers left behind.
-
-    Args:
-        folder: where they wrote.
-        names: a regular expression for what they wrote.
-    """
+    """What killed writers left in a folder, where a regular expression tells what they wrote."""
     pattern = re.compile(rf"\.({names})\.\d+")
     return [path for path in folder.glob(".*") if pattern.fullmatch(path.name)]
 

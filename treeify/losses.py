@@ -31,15 +31,7 @@ Loss = Callable[..., Tensor]
 
 LOSSES = Registry("loss")
 register = LOSSES.register
-
-
-def get(name: str) -> Loss:
-    """The loss registered under `name`.
-
-    Raises:
-        RecipeError: there is none; the message offers the nearest names.
-    """
-    return LOSSES.find(name)
+get = LOSSES.find
 
 
 def names() -> tuple[str, ...]:
@@ -193,15 +185,7 @@ def from_teacher(
 
 
 def nested_logits(logits: Tensor, tree: Tree) -> Tensor:
-    """Mean logits `y^b` of every nested sub-ensemble.
-
-    Args:
-        logits: of every leaf, [N, L, K].
-        tree: the shape the leaves belong to; its B + 1 nested sizes are averaged over.
-
-    Returns:
-        [N, B + 1, K], from one leaf to all `L`.
-    """
+    """Mean logits `y^b` of the B + 1 nested sub-ensembles: [N, L, K] -> [N, B + 1, K]."""
     sizes = torch.tensor(tree.nested_sizes, device=logits.device)
     return logits.cumsum(1)[:, sizes - 1] / sizes[:, None]
 

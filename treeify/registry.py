@@ -35,7 +35,19 @@ class Registry(dict[str, Callable[..., Any]]):
 
     def register(self, name: str) -> Callable[[F], F]:
         """Decorate a function to be found under `name`."""
-        return lambda function: self._add(name, function)
+
+        def add(function: F) -> F:
+            if name in self:
+                raise RecipeError(
+                    f"two functions want to be the {self.kind} {name!r}.",
+                    expected="each name to be registered once",
+                    found=f"{_where(self[name])} and {_where(function)}",
+                    next_step="Register the second under another name.",
+                )
+            self[name] = function
+            return function
+
+        return add
 
     def find(self, name: str) -> Callable[..., Any]:
         """The function registered under `name`, or that `package.module:function` names.
@@ -48,25 +60,12 @@ class Registry(dict[str, Callable[..., Any]]):
             return import_function(name, self.kind, RecipeError, expected)
         if name not in self:
             close = nearest(name, self)
-            names = ", ".join(sorted(self))
+            others = f"{close} (did you mean it?), or another of" if close else "one of"
             raise RecipeError(
                 f"no {self.kind} is called {name!r}.",
-                expected=f"{close} (did you mean it?), or another of {names}"
-                if close
-                else f"one of {names}",
+                expected=f"{others} {', '.join(sorted(self))}",
             )
         return self[name]
-
-    def _add(self, name: str, function: F) -> F:
-        if name in self:
-            raise RecipeError(
-                f"two functions want to be the {self.kind} {name!r}.",
-                expected="each name to be registered once",
-                found=f"{_where(self[name])} and {_where(function)}",
-                next_step="Register the second under another name.",
-            )
-        self[name] = function
-        return function
 
 
 def import_function(

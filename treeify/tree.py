@@ -94,9 +94,6 @@ class Tree:
     def pieces(self, leaves: Span) -> list[tuple[int, Span]]:
         """A range of leaves cut where it goes on below a branch that is computed already.
 
-        Args:
-            leaves: the leaves to add to those before them.
-
         Returns:
             Per piece the first level to compute and its leaves; above that level a piece has a
             single branch, computed before, from that level on none.
@@ -157,22 +154,21 @@ class Tree:
         """
         self.check_size(leaves)
         counts = self.branch_count(leaves)
-        steps = list(zip(pairwise(counts), self.fanouts, strict=True))
+        steps = zip(pairwise(counts), self.fanouts, strict=True)
         # Every parent has all its children, or there is one parent with some of them.
         if any(above > 1 and below != above * fanout for (above, below), fanout in steps):
             raise LeafError(
                 f"the first {leaves} leaves do not form a tree with equally many children.",
                 expected=f"one of the nested sizes {self.nested_sizes}",
             )
-        fanouts = [below // above for (above, below), _ in steps]
+        fanouts = [below // above for above, below in pairwise(counts)]
         dropped = sum(fanout == 1 for fanout in fanouts)
         return dropped, Tree(tuple(fanouts[dropped:]))
 
     def __str__(self) -> str:
         """The tree drawn with one line per branch, siblings beyond the first two elided."""
         header = f"{self.leaves} leaves, branches per level {' '.join(map(str, self.branches))}"
-        lines = [header, "level 0", *self._draw(1, "", 0)]
-        return "\n".join(lines)
+        return "\n".join([header, "level 0", *self._draw(1, "", 0)])
 
     def _draw(self, level: int, indent: str, branch: int) -> list[str]:
         """A line for each child at `level` of a branch, and below the first one its children's."""
@@ -183,10 +179,8 @@ class Tree:
         for child in range(fanout):
             index = branch * fanout + child
             last = child == fanout - 1
-            first_leaf = index * width
-            span = (
-                f"leaf {index}" if width == 1 else f"leaves {first_leaf}-{first_leaf + width - 1}"
-            )
+            leaves = f"leaves {index * width}-{(index + 1) * width - 1}"
+            span = leaves if width > 1 else f"leaf {index}"
             lines.append(f"{indent}{'└─' if last else '├─'} level {level} branch {index}: {span}")
             if branch == 0 and child == 0:
                 lines += self._draw(level + 1, indent + ("   " if last else "│  "), index)
@@ -199,21 +193,13 @@ def fanouts_for(leaves: int, explicit: Sequence[int | None]) -> tuple[int, ...]:
     Raises:
         SplitError: no such fanouts exist.
     """
-    fixed = prod(fanout for fanout in explicit if fanout is not None)
-    free = sum(fanout is None for fanout in explicit)
-    if free == 0:
-        candidates = [tuple(fanout for fanout in explicit if fanout is not None)]
-    else:
-        candidates = [
-            tuple(value if fanout is None else fanout for fanout in explicit)
-            for value in range(2, leaves + 1)
-            if fixed * value**free == leaves
-        ]
-    if not candidates or prod(candidates[0]) != leaves:
-        raise SplitError(
-            f"{leaves} models cannot be the leaves of a tree with {len(explicit)} splits.",
-            expected="as many models as the product of the fanouts",
-            found=f"fanouts {tuple(explicit)}",
-            next_step="Give every split its fanout: splits=['layer2:2', 'layer3:3'] for 6 models.",
-        )
-    return candidates[0]
+    for value in range(2, max(leaves, 2) + 1):  # any one will do where no fanout is None
+        fanouts = tuple(value if fanout is None else fanout for fanout in explicit)
+        if prod(fanouts) == leaves:
+            return fanouts
+    raise SplitError(
+        f"{leaves} models cannot be the leaves of a tree with {len(explicit)} splits.",
+        expected="as many models as the product of the fanouts",
+        found=f"fanouts {tuple(explicit)}",
+        next_step="Give every split its fanout: splits=['layer2:2', 'layer3:3'] for 6 models.",
+    )

@@ -21,12 +21,7 @@ register = SOURCES.register
 
 
 class UnreadableImageError(DataError):
-    """An image file is damaged.
-
-    Args:
-        path: of the file.
-        reason: what reading it said.
-    """
+    """An image file is damaged; `reason` is what reading it said."""
 
     def __init__(self, path: str, reason: Exception | None = None) -> None:
         if reason is None:  # a loader's worker sent it: with a message that has all this
@@ -83,13 +78,8 @@ def in_parts(
 ) -> Data:
     """A data set that comes in two parts.
 
-    Args:
-        train: images and classes to train on.
-        held_out: the others.
-        crop: what training images go through each time.
-        fit: what held-out images go through.
-        classes: their names.
-        what: the held-out images, for reports.
+    Training images go through `crop` and held-out images through `fit` each time they are read;
+    `what` says in reports which images are held out.
     """
     split = f"the {len(held_out):,} {what} held out"
     return Data(Transformed(train, crop), Transformed(held_out, fit), tuple(classes), split)

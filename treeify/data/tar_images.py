@@ -18,15 +18,7 @@ IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 
 
 class Entry(NamedTuple):
-    """Where the bytes of one image lie, and its class.
-
-    Args:
-        tar: path of the file.
-        key: of the sample, for messages.
-        offset: of the image's bytes.
-        size: how many.
-        label: its class.
-    """
+    """Where the `size` bytes of one image lie in a tar file, and its class; `key` names it."""
 
     tar: str
     key: str
@@ -36,11 +28,7 @@ class Entry(NamedTuple):
 
 
 class TarImages(Dataset[Any]):
-    """The images of tar files and their classes, read by index.
-
-    Args:
-        entries: where each lies.
-    """
+    """The images of tar files and their classes, read by index."""
 
     def __init__(self, entries: list[Entry]) -> None:
         self.entries = entries

@@ -15,13 +15,7 @@ from treeify.models.recognise import recognise
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model, and what it takes to build it again.
-
-    Args:
-        model: the network.
-        architecture: how to build it again.
-        example: one blank image of the size it is fed, `[1, C, H, W]`.
-    """
+    """A base model, how to build it again, and one blank image `[1, C, H, W]` as it is fed."""
 
     model: nn.Module
     architecture: Architecture

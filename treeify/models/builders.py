@@ -22,11 +22,7 @@ _MOVED = {"treeify.shallower:build": "treeify.models.shallow:build"}
 
 
 def find_builder(name: str, pretrained: bool = False) -> Callable[..., object]:
-    """The function that builds a model from keyword arguments.
-
-    Args:
-        name: of the model, in one of the forms that `Architecture` takes.
-        pretrained: let it load trained weights.
+    """The function that builds a model from keyword arguments; `Architecture` tells its names.
 
     Raises:
         ModelError: the name is unknown; the message offers the nearest names.

@@ -18,11 +18,8 @@ BOTTLENECK = 4
 class Bottleneck(nn.Module):
     """One layer: 1x1 reduction, depthwise 3x3, 1x1 expansion, added to the input or a shortcut.
 
-    Args:
-        inputs: channels of the input.
-        outputs: channels of the output; the bottleneck has a quarter of them.
-        stride: of the depthwise convolution and the shortcut.
-        shortcut: put a 1x1 convolution and batch norm on the skip path.
+    The bottleneck has a quarter of the output's channels; the shortcut, a 1x1 convolution with
+    batch norm, has the stride of the depthwise convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, *, stride: int, shortcut: bool) -> None:
@@ -76,9 +73,10 @@ class CifarResNet(nn.Module):
         layers: Sequence[int] = DEPTH_50,
         strides: Sequence[int] = STRIDES,
     ) -> None:
-        """Build the layers, initialised."""
         super().__init__()
-        _check_blocks(layers, strides)
+        kind = "integers of at least 1"
+        check_blocks("layers", layers, BLOCK_CHANNELS, kind, min(layers, default=0) >= 1)
+        check_blocks("strides", strides, BLOCK_CHANNELS, kind, min(strides, default=0) >= 1)
         first, second = (_scaled(channels, width) for channels in STEM_CHANNELS)
         self.stem = nn.Sequential(
             nn.Conv2d(3, first, 3, padding=1, bias=False),
@@ -112,14 +110,16 @@ def _block(inputs: int, outputs: int, layers: int, stride: int) -> nn.Sequential
     return nn.Sequential(first, *others)
 
 
-def _check_blocks(layers: Sequence[int], strides: Sequence[int]) -> None:
-    for name, values in (("layers", layers), ("strides", strides)):
-        if len(values) != len(BLOCK_CHANNELS) or min(values) < 1:
-            raise ModelError(
-                f"{name} does not describe the network's blocks.",
-                expected=f"{len(BLOCK_CHANNELS)} integers of at least 1",
-                found=f"{list(values)}",
-            )
+def check_blocks(
+    name: str, values: Sequence[int], blocks: Sequence[int], kind: str, valid: bool
+) -> None:
+    """Raise ModelError unless values are valid and as many as a network's blocks."""
+    if len(values) != len(blocks) or not valid:
+        raise ModelError(
+            f"{name} does not describe the network's blocks.",
+            expected=f"{len(blocks)} {kind}",
+            found=f"{list(values)}",
+        )
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -25,17 +25,11 @@ _NOT_STRUCTURE = frozenset(vars(nn.Module())) | {
 
 
 def fingerprint(model: nn.Module) -> str:
-    """A digest of what a model computes, whatever its weights are.
+    """A digest of what a model computes, whatever its weights are: 64 hexadecimal digits.
 
     It covers every module's class, printed hyper-parameters and plain attributes, every parameter's
     and buffer's name, shape and dtype, and what is shared. It leaves out weights, train/eval mode,
     `requires_grad`, devices and hooks. Comparable under one version of torch, timm and torchvision.
-
-    Args:
-        model: any module; not modified.
-
-    Returns:
-        64 hexadecimal digits.
     """
     # Saved ensembles hold fingerprints: the lines must stay as they are, to the letter.
     digest = hashlib.sha256()

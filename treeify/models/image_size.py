@@ -24,36 +24,21 @@ def example_shape(model: nn.Module, architecture: Architecture | None = None) ->
     builder, the input size of timm's weights, 299 for torchvision's `inception_v3`, and 224. A
     model that takes another size needs an example input of the caller's.
 
-    Args:
-        model: the base model.
-        architecture: its architecture, where known.
-
     Returns:
         The shape `(C, H, W)`.
     """
     timm_shape = timm_config(model).get("input_size")
     argument = None if architecture is None else _sides(architecture.kwargs.get(_IMAGE_SIZE))
-    if sides := image_size(model) or argument:
-        size = sides
-    elif timm_shape:
-        size = tuple(timm_shape[1:])
-    elif architecture is not None and architecture.name == "torchvision/inception_v3":
-        size = (299, 299)
-    else:
-        size = (224, 224)
+    inception = architecture is not None and architecture.name == "torchvision/inception_v3"
+    usual = (299, 299) if inception else (224, 224)
+    size = image_size(model) or argument or (tuple(timm_shape[1:]) if timm_shape else usual)
     return (input_channels(model, default=timm_shape[0] if timm_shape else 3), *size)
 
 
 def resized(architecture: Architecture, model: nn.Module, size: int) -> Architecture:
-    """The architecture for square images of another size.
+    """The architecture of `model` for square images of another height and width.
 
-    Args:
-        architecture: how to build `model`.
-        model: the base model.
-        size: height and width of the images.
-
-    Returns:
-        The same architecture, unless the model is built for one size: then with that argument set.
+    It is the same, unless the model is built for one size: then it has that argument set.
     """
     channels, *default_size = example_shape(model, architecture)
     if default_size == [size, size]:

@@ -9,6 +9,7 @@ from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.ops import Conv2dNormActivation
 
 from treeify.errors import ModelError
+from treeify.models.cifar_resnet import check_blocks
 
 STEM_CHANNELS = 24
 BLOCK_CHANNELS = (32, 48, 88, 136, 224)
@@ -47,10 +48,11 @@ class MobileNetV2(nn.Module):
         layers: Sequence[int] = LAYERS,
         strides: Sequence[int] = STRIDES,
     ) -> None:
-        """Build the layers, initialised."""
         super().__init__()
-        _check_blocks("layers", layers, "integers of at least 1", min(layers, default=0) >= 1)
-        _check_blocks("strides", strides, "strides of 1 or 2", set(strides) <= {1, 2})
+        valid = min(layers, default=0) >= 1
+        check_blocks("layers", layers, BLOCK_CHANNELS, "integers of at least 1", valid)
+        valid = set(strides) <= {1, 2}
+        check_blocks("strides", strides, BLOCK_CHANNELS, "strides of 1 or 2", valid)
         first = _scaled(STEM_CHANNELS, width)
         self.stem = nn.Sequential(
             Conv2dNormActivation(3, first, stride=2, activation_layer=nn.ReLU6),
@@ -92,15 +94,6 @@ def _initialize(module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         nn.init.normal_(module.weight, 0, 0.01)
         nn.init.zeros_(module.bias)
-
-
-def _check_blocks(name: str, values: Sequence[int], kind: str, valid: bool) -> None:
-    if len(values) != len(BLOCK_CHANNELS) or not valid:
-        raise ModelError(
-            f"{name} does not describe the network's blocks.",
-            expected=f"{len(BLOCK_CHANNELS)} {kind}",
-            found=f"{list(values)}",
-        )
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -26,17 +26,11 @@ from treeify.models.skeleton import build_without_weights
 
 
 def recognise(model: nn.Module) -> Architecture | None:
-    """How to build a model like `model` again, if it comes from timm or torchvision.
+    """How to build a model like `model` again, if it comes from timm or torchvision, else None.
 
     The answer rebuilds exactly this structure: its fingerprint was compared. A model that was
     changed after it was built, cast to another dtype, or whose class is the user's own has no
-    name; its constructor is never called.
-
-    Args:
-        model: any module; not modified, and no random state is used.
-
-    Returns:
-        The architecture, or None where there is none.
+    name; its constructor is never called. No random state is used.
     """
     # A class of the user's own is not constructed: its constructor may do anything.
     origin = type(model).__module__

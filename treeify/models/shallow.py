@@ -64,8 +64,7 @@ def _is_sequence(module: nn.Module) -> bool:
 def _leave_out(sequence: nn.Module, blocks: int) -> None:
     """Remove the blocks of a sequence that repeat those before them too often."""
     names = [name for name, _ in sequence.named_children()]
-    shapes = [_shape(child) for child in sequence.children()]
-    for position in reversed(_repeats(shapes, blocks)):
+    for position in reversed(_repeats(list(map(_shape, sequence.children())), blocks)):
         if isinstance(sequence, nn.ModuleList):
             del sequence[position]  # numbers those that follow anew
         else:
@@ -92,8 +91,7 @@ def _repeats(shapes: list[_Shape], times: int) -> list[int]:
 
 def _shape(module: nn.Module) -> _Shape:
     """What blocks of one shape have in common."""
-    parameters = tuple((name, parameter.shape) for name, parameter in module.named_parameters())
-    return type(module), parameters
+    return type(module), tuple((name, tensor.shape) for name, tensor in module.named_parameters())
 
 
 def _meta_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

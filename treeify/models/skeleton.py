@@ -31,11 +31,7 @@ def skeleton(architecture: Architecture) -> nn.Module:
 
 
 def build_without_weights(architecture: Architecture) -> nn.Module:
-    """A model whose parameters are on the meta device, unless its constructor reads them.
-
-    Raises:
-        ModelError: the name is unknown or its builder refuses the arguments.
-    """
+    """A model whose parameters are on the meta device, unless its constructor reads them."""
     try:
         with ParametersOnMeta():
             return architecture.build()

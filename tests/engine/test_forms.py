@@ -14,7 +14,6 @@ from treeify.engine.forms import (
     Leaves,
     Multiply,
     children,
-    chunk,
     join,
     pack,
     pick,
@@ -63,7 +62,7 @@ def test_neighbouring_spans_are_joined(form: Form) -> None:
     branches = _branches(5)
     parts = [pack(Branches(branches[a:b]), FACTS, form) for a, b in ((0, 2), (2, 5))]
     assert_close(join(parts, form, FACTS), pack(branches, FACTS, form))
-    single = chunk(pack(branches, FACTS, form), FACTS, 5, form)
+    single = unpack(pack(branches, FACTS, form), FACTS, 5, form, unbind=False)
     assert_close(join(single, form, FACTS), pack(branches, FACTS, form))
 
 

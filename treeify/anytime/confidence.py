@@ -19,12 +19,7 @@ from treeify.errors import InputError
 
 
 class Prediction(NamedTuple):
-    """The ensemble's answer to a batch.
-
-    Args:
-        logits: mean logits of each image's leaves, `[N, K]`.
-        leaves: how many leaves each image used, `[N]`.
-    """
+    """Mean logits `[N, K]` of each image's leaves, and how many leaves it used, `[N]`."""
 
     logits: Tensor
     leaves: Tensor
@@ -56,10 +51,7 @@ class Budget:
     def on(self, logits: Tensor, labels: Tensor, macs: Sequence[int]) -> Budget:
         """The same thresholds with what they give on other images.
 
-        Args:
-            logits: of the images at every size, `[S, N, K]`.
-            labels: their classes, `[N]`.
-            macs: MACs per image of each size.
+        Logits `[S, N, K]` and MACs per image `[S]` are those of every size.
         """
         thresholds = torch.tensor((*self.thresholds, 0.0), dtype=torch.double)
         confident = confidence(logits.double()) >= thresholds[:, None]

@@ -136,10 +136,7 @@ class Slowdown:
     """How slow the machine is at present: recent times over the typical ones.
 
     Other work on a machine slows down several transitions in a row, those of the next session too.
-    The median of the last three tells such a spell from a single slow transition.
-
-    Args:
-        recent: the ratios of the last transitions of any session, at most three.
+    The median of the last three, of any session, tells such a spell from a single slow transition.
     """
 
     recent: tuple[float, ...] = ()
@@ -149,11 +146,8 @@ class Slowdown:
 class Forecast:
     """How long a session's next transition is likely to take, by what was observed so far.
 
-    Args:
-        typical: median seconds of every transition.
-        slowdown: of the sessions before; it also learns from this one.
-        spent: seconds that this session's transitions took.
-        expected: seconds that they typically take.
+    This session's transitions took `spent` seconds where `expected` are typical. The slowdown is
+    that of the sessions before; it also learns from this one.
     """
 
     typical: Mapping[Transition, float]

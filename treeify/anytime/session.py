@@ -43,13 +43,8 @@ class Session:
     """Anytime inference on one batch that can be stopped and resumed; made by `hne.session`.
 
     Nothing is computed twice: all answers together cost the MACs of one call. Between them the leaf
-    logits so far are kept and, per level, the values of at most one branch.
-
-    Args:
-        program: the segments, in evaluation mode.
-        plan: how they run.
-        x: images, `[N, C, H, W]`.
-        macs: MACs per image of the first `n` leaves.
+    logits so far are kept and, per level, the values of at most one branch. The program is that of
+    evaluation mode; `macs` maps `n` to the MACs per image of the first `n` leaves.
     """
 
     def __init__(self, program: Program, plan: Plan, x: Tensor, macs: Callable[[int], int]) -> None:

@@ -96,18 +96,13 @@ def _join_leaves(*outputs: Any) -> Any:
     return torch.cat(outputs, dim=min(1, first.ndim - 1)) if isinstance(first, Tensor) else first
 
 
-def unpack(value: Any, facts: Any, count: int, form: Form = Form.PACKED) -> Branches:
-    """Packed, or in the batch -> per branch; views, no copies."""
-    return _by_branch(value, facts, count, form, unbind=True)
+def unpack(
+    value: Any, facts: Any, count: int, form: Form = Form.PACKED, *, unbind: bool = True
+) -> Branches:
+    """Packed, or in the batch -> per branch; views, no copies.
 
-
-def chunk(value: Any, facts: Any, count: int, form: Form) -> Branches:
-    """Packed, or in the batch -> one value in that form for each branch; views, no copies."""
-    return _by_branch(value, facts, count, form, unbind=False)
-
-
-def _by_branch(value: Any, facts: Any, count: int, form: Form, *, unbind: bool) -> Branches:
-    """The values of `count` branches, `unbind` without the dim along which they are stacked."""
+    Branches that are stacked keep that dim, and so the form, unless `unbind`.
+    """
 
     def tensors(fact: TensorFacts | None, tensor: Any) -> Any:
         if fact is None:
@@ -136,12 +131,6 @@ def children(parents: Branches, span: Span, ratio: int) -> Branches:
 
 def read_once(span: Span, ratio: int, x: Tensor, facts: TensorFacts) -> tuple[int, Tensor]:
     """The input of an operation that computes all siblings from one copy of their parent's value.
-
-    Args:
-        span: the branches to compute.
-        ratio: siblings per parent.
-        x: the parents' values, packed.
-        facts: of the base value.
 
     Returns:
         How many parents the returned tensor has, and the tensor. A span that cuts through
@@ -232,11 +221,7 @@ def _has_channels_last(x: Tensor) -> bool:
 
 
 class Multiply(nn.Module):
-    """Numbers that grow with the batch, for the branches' images together.
-
-    Args:
-        grows: the number's `Facts.grows`.
-    """
+    """Numbers that grow with the batch (`Facts.grows`), for the branches' images together."""
 
     def __init__(self, grows: Any) -> None:
         super().__init__()
@@ -256,12 +241,7 @@ class Multiply(nn.Module):
 
 
 class Leaves(nn.Module):
-    """Outputs of the last level -> the leaf dim at 1: `[N, L*K, ...] -> [N, L, K, ...]`.
-
-    Args:
-        facts: of the base value.
-        form: the form the value is in, packed or in the batch.
-    """
+    """Outputs of the last level, packed or in the batch -> `[N, L, K, ...]`, the leaf dim at 1."""
 
     def __init__(self, facts: Any, form: Form) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -138,14 +138,8 @@ def call_with(
     """Call a module with other tensors in the place of its own.
 
     `torch.func.functional_call` without its checks, which forbid `torch.jit.trace` (and so counting
-    MACs) and cost more than a small layer; compiling takes the original.
-
-    Args:
-        module: the module; it has its own tensors again afterwards.
-        tensors: under their keys in the module.
-        args: of the call.
-        kwargs: of the call.
-        after: filled with what is in the place of `tensors` when the call ends.
+    MACs) and cost more than a small layer; compiling takes the original. The module has its own
+    tensors again afterwards; `after` is filled with what is in the place of `tensors` by then.
     """
     after = {} if after is None else after
     if torch.compiler.is_compiling():
@@ -192,12 +186,7 @@ def _swap(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def slots(skeleton: nn.Module, uses: Iterable[tuple[fx.Node, int]]) -> dict[str, Slot]:
-    """The level of every tensor: the lowest level that uses it; 0 where nothing does.
-
-    Args:
-        skeleton: the base architecture.
-        uses: nodes of all graphs with their levels.
-    """
+    """The slot of every tensor, at the lowest level whose nodes use it; 0 where nothing does."""
     tensors = dict(named_tensors(skeleton))
     # By identity, since tied tensors have several keys and one level.
     lowest: dict[int, int] = {}
@@ -221,6 +210,7 @@ def _read_by(node: fx.Node, skeleton: nn.Module, tensors: Mapping[str, Tensor]) 
     return [f"{target}.{name}" for name, _ in named_tensors(skeleton.get_submodule(target))]
 
 
+@dataclass
 class Packer:
     """Makes modules of packed, uninitialised tensors out of the base architecture's.
 
@@ -232,25 +222,17 @@ class Packer:
         unbranched: paths of modules called before the first split only: they stay what they are.
     """
 
-    def __init__(
-        self,
-        slots: Mapping[str, Slot],
-        tree: Tree,
-        widen: Mapping[type[nn.Module], Widen],
-        like: Mapping[str, Tensor],
-        unbranched: Set[str],
-    ) -> None:
-        self.slots, self.tree, self.widen, self.like = slots, tree, widen, like
-        self.unbranched = unbranched
-        self._packed: dict[int, Tensor] = {}
+    slots: Mapping[str, Slot]
+    tree: Tree
+    widen: Mapping[type[nn.Module], Widen]
+    like: Mapping[str, Tensor]
+    unbranched: Set[str]
+    _packed: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def pack_children(self, packed: nn.Module, module: nn.Module, path: str = "") -> None:
-        """Give a container the packed tensors and children of a module.
+        """Give a container, e.g. the ensemble, the packed tensors and children of a module.
 
-        Args:
-            packed: the container, e.g. the ensemble; it receives children, parameters and buffers.
-            module: the base architecture on the meta device, or a module in it.
-            path: the module's path.
+        The module, at a path of the base architecture, is on the meta device.
         """
         self._pack_tensors(packed, module, path)
         for name, child in module._modules.items():

@@ -49,22 +49,15 @@ class Plan:
 
     def __str__(self) -> str:
         """One line, e.g. `packed packed looped, channels_last, fused`."""
-        options = [
-            *(["channels_last"] if self.channels_last else []),
-            *(["fused"] if self.fuse else []),
-        ]
-        return ", ".join([" ".join(self.execution), *options])
+        options = {"channels_last": self.channels_last, "fused": self.fuse}
+        return ", ".join([" ".join(self.execution), *(name for name in options if options[name])])
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a plan was chosen for.
+    """What a plan was chosen for: inputs of a shape `(N, C, H, W)` and dtype on a machine.
 
-    Args:
-        training: a training step (forward and backward), or inference.
-        shape: of the input, `(N, C, H, W)`.
-        dtype: of the input.
-        machine: what it was measured on.
+    `training` is a training step, forward and backward; otherwise it is inference.
     """
 
     training: bool
@@ -110,11 +103,7 @@ TUNING = TypeAdapter(Tuning)
 
 
 class Planner:
-    """Chooses the plan of an input, by the user's setting and by what was tuned.
-
-    Args:
-        levels: how many levels the ensemble has.
-    """
+    """Chooses the plan of an input, by the user's setting and by what was tuned."""
 
     def __init__(self, levels: int) -> None:
         self.levels = levels
@@ -146,10 +135,7 @@ class Planner:
     def plan(self, x: Tensor, *, training: bool, tuned: bool = True) -> Plan:
         """How an input runs: the setting, with what was tuned for its shape or the nearest batch.
 
-        Args:
-            x: the input.
-            training: a training step, or inference.
-            tuned: whether to go by what was tuned.
+        What was tuned counts only if `tuned`.
         """
         tuning = self._nearest(x, training=training) if self.tunings and tuned else None
         plan = tuning.plan if tuning else Plan((PACKED,) * self.levels)

@@ -14,9 +14,6 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
     `model.train()` instead would also wake what was in evaluation mode inside of a model in
     training, such as frozen batch norms.
-
-    Args:
-        model: within, it may be switched by `train` and `eval` at will.
     """
     modes = [(module, module.training) for module in model.modules()]
     try:
@@ -30,11 +27,7 @@ def preserve_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserve_buffers(model: nn.Module) -> Iterator[None]:
-    """Restore a model's buffers and their values at the end, whatever took their place.
-
-    Args:
-        model: within, passes in training mode may update and assign its buffers.
-    """
+    """Restore a model's buffers and their values at the end, whatever took their place."""
     buffers = [
         (module._buffers, name, buffer, buffer.clone())
         for module in model.modules()

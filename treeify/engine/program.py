@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
-from treeify.engine.forms import Branches, Form, chunk, concat_dim, join
+from treeify.engine.forms import Branches, Form, concat_dim, join, unpack
 from treeify.engine.packed_tensors import chunk_once
 from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span, Tree
@@ -44,13 +44,7 @@ class Crossing:
 
 
 class CrossingValue:
-    """A value that higher levels read, for a span of its level's branches.
-
-    Args:
-        crossing: what the value is.
-        span: the branches it belongs to.
-        value: the value, in the crossing's form.
-    """
+    """A value that higher levels read, in its crossing's form for a span of branches."""
 
     def __init__(self, crossing: Crossing, span: Span, value: Any) -> None:
         self.crossing, self.span, self.value = crossing, span, value
@@ -83,7 +77,8 @@ class CrossingValue:
         """One branch's part, dense: operations would otherwise copy it at each reading."""
         if self._dense_branches is None:
             crossing = self.crossing
-            branches = chunk(self.value, crossing.facts, self.span.size, crossing.form)
+            count = self.span.size
+            branches = unpack(self.value, crossing.facts, count, crossing.form, unbind=False)
             self._dense_branches = Branches(
                 tree_map(_dense, branch, self.value) for branch in branches
             )
@@ -145,11 +140,8 @@ def _unshared(tensor: Tensor) -> Tensor:
 class Segment:
     """One level, ready to run.
 
-    Args:
-        level: the level.
-        module: called with a span and the values of `inputs`; returns the values of `outputs`.
-        inputs: names of values from lower levels.
-        outputs: names of values that higher levels read.
+    Its module is called with a span and the values of `inputs`, which come from lower levels, and
+    returns those of `outputs`, which higher levels read.
     """
 
     level: int
@@ -160,7 +152,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Program:
-    """A mode's segments, from the root to the leaves.
+    """A mode's segments, one per level from the root to the leaves.
 
     Args:
         tree: the tree they run.
@@ -185,13 +177,7 @@ class Program:
         return {self.image: CrossingValue(self.crossings[self.image], Span(0, 1), x)}
 
     def run(self, x: Tensor, leaves: Span, execution: Sequence[str] | None = None) -> Any:
-        """Outputs of a range of leaves, `[N, C, H, W] -> [N, leaves, K]`.
-
-        Args:
-            x: images.
-            leaves: which leaves.
-            execution: how each level runs; packed if not given.
-        """
+        """Outputs of a range of leaves, `[N, C, H, W] -> [N, leaves, K]`, by default packed."""
         execution = execution or (PACKED,) * self.tree.levels
         return Walk(self, execution).descend(0, leaves, self.start(x))
 
@@ -225,15 +211,10 @@ class Walk:
     kept: dict[int, dict[str, CrossingValue]] = field(default_factory=dict)
 
     def descend(self, level: int, leaves: Span, values: Mapping[str, CrossingValue]) -> Any:
-        """Run the levels from `level` on for some leaves.
+        """Run the levels from `level` on for leaves none of whose branches is computed there.
 
-        Args:
-            level: where to start.
-            leaves: the leaves; from `level` on none of their branches has been computed.
-            values: values of lower levels for their branches above `level`.
-
-        Returns:
-            The leaves' outputs, `[N, leaves, K]`.
+        `values` are of lower levels, for the leaves' branches above `level`; returns the leaves'
+        outputs, `[N, leaves, K]`.
         """
         while level < self.program.tree.levels:
             last = self._stage_end(level)
@@ -250,13 +231,8 @@ class Walk:
     ) -> Any:
         """Run every level once, packed, for leaves that go on below several computed branches.
 
-        Args:
-            leaves: the leaves; those before them are computed.
-            start: the images, where a later level reads them.
-            kept: values of the branches that are computed but not complete, per level.
-
-        Returns:
-            The leaves' outputs, `[N, leaves, K]`.
+        The leaves before them are computed. `start` are the images, where a later level reads
+        them; `kept` are, per level, values of the branch that is computed but not complete.
         """
         program, tree = self.program, self.program.tree
         values = dict(start)
@@ -274,9 +250,8 @@ class Walk:
 
     def _stage_end(self, level: int) -> int:
         """The last of the levels that are walked together with `level`."""
-        if self.execution[level] == LOOPED:
-            while level + 1 < self.program.tree.levels and self.execution[level + 1] == LOOPED:
-                level += 1
+        while tuple(self.execution[level : level + 2]) == (LOOPED, LOOPED):
+            level += 1
         return level
 
     def _stage(

@@ -17,11 +17,7 @@ Times = dict[str, list[float]]
 
 
 def describe(device: torch.device) -> str:
-    """A device, the settings that its speed depends on, and the torch version, as text.
-
-    Args:
-        device: a CPU or an accelerator.
-    """
+    """A device, the settings that its speed depends on, and the torch version, as text."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:

@@ -69,9 +69,8 @@ def __getattr__(name: str) -> Any:
         return import_module("treeify.losses")
     if name not in _HOMES:
         raise AttributeError(f"module 'treeify' has no attribute {name!r}")
-    found = getattr(import_module(f"treeify.{_HOMES[name]}"), name)
-    globals()[name] = found
-    return found
+    attribute = globals()[name] = getattr(import_module(f"treeify.{_HOMES[name]}"), name)
+    return attribute
 
 
 def __dir__() -> list[str]:

@@ -96,8 +96,7 @@ def answer(
     Raises:
         InputError: the model returns no single tensor of logits.
     """
-    logits, leaves = None, None
-    pending = None  # positions of the images that are not yet confident
+    logits: Tensor | None = None
     for size, threshold in zip(sizes, (*thresholds, None), strict=True):
         answer = session.advance(to=size)
         scores = answer.logits
@@ -107,8 +106,9 @@ def answer(
                 expected="[N, K]",
                 found=type(scores).__name__,
             )
-        if logits is None or leaves is None or pending is None:
+        if logits is None:
             logits, leaves = scores.clone(), torch.zeros(len(scores), dtype=torch.long)
+            # Positions of the images that are not yet confident, and of all.
             pending = batch = torch.arange(len(scores), device=scores.device)
         observe(answer, pending if session.droppable else batch)
         if not session.droppable:
@@ -123,18 +123,14 @@ def answer(
             break
         if session.droppable and confident.any():
             session.select(~confident)
-    assert logits is not None and leaves is not None
+    assert logits is not None
     return Prediction(logits, leaves)
 
 
 def thresholds_for(
     limit: float | Sequence[float] | Budget, sizes: Sequence[int]
 ) -> tuple[float, ...]:
-    """One threshold for every size but the last.
-
-    Raises:
-        InputError: a threshold is no probability, or their number is wrong.
-    """
+    """One threshold for every size but the last, each at least 0."""
     if isinstance(limit, Budget):
         if limit.sizes != tuple(sizes):
             raise InputError(

@@ -33,14 +33,10 @@ _MIN_ROUNDS = 5
 
 @dataclass(frozen=True)
 class Latency:
-    """How long it takes to go from so many leaves straight to so many.
+    """How many seconds it takes to go from `start` leaves straight to `stop`.
 
-    Args:
-        start: leaves before.
-        stop: leaves afterwards.
-        typical: the median, in seconds.
-        slow: the 99th percentile, in seconds.
-        margin: what a forecast is multiplied by to hold 99 times in 100.
+    `typical` is the median and `slow` the 99th percentile; a forecast is multiplied by `margin` to
+    hold 99 times in 100.
     """
 
     # Saved ensembles have the ends of a transition under these names.

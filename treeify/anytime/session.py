@@ -243,14 +243,7 @@ def _mean(leaf_logits: Tensor) -> Tensor:
 
 
 def answers(session: Session, sizes: Sequence[int]) -> Iterator[Answer]:
-    """Advance a session through sizes, one answer each.
-
-    Yields:
-        The answer at every size.
-
-    Raises:
-        LeafError: the sizes do not increase.
-    """
+    """Advance a session through increasing sizes, one answer each."""
     for size in sizes:
         if size == session.leaves:
             raise LeafError(

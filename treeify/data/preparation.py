@@ -84,11 +84,7 @@ _BY_TIMM = ("image_folder", "timm", "webdataset")
 def timm_transforms(
     size: int, like: str | None, flip: bool, auto_augment: str | None, random_erasing: float
 ) -> tuple[Transform, Transform]:
-    """What timm does with training images and with held-out ones.
-
-    Raises:
-        DataError: nothing is known of the model `like`, or the augmentation is unknown.
-    """
+    """What timm does with training images and with held-out ones, as a data set's options say."""
     options: dict[str, Any] = {"input_size": size, **transform_options(like)}
     try:
         crop = create_transform(

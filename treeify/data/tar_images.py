@@ -48,11 +48,7 @@ class TarImages(Dataset[Any]):
 
 
 def folders_in(path: Path) -> tuple[TarImages, tuple[str, ...]]:
-    """The images of a tar file with one folder per class, and the classes.
-
-    Raises:
-        DataError: it is damaged or holds no such images.
-    """
+    """The images of a tar file with one folder per class, and the classes."""
     try:
         with tarfile.open(path) as tar:
             members = [info for info in tar if info.isfile() and _extension(info.name) in IMAGES]

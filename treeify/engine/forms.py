@@ -172,13 +172,11 @@ class Convert(nn.Module):
             if self.source is not Form.BRANCHES:
                 value = unpack(value, self.facts, parents.size, self.source)
             branches = children(value, span, self.ratio)
-        return branches if self.target is Form.BRANCHES else self._pack(branches)
-
-    def _pack(self, branches: Branches) -> Any:
-        """Pack branches, a single one without a copy."""
+        if self.target is Form.BRANCHES:
+            return branches
         single = len(branches) == 1 and isinstance(self.facts, TensorFacts)
         if single and concat_dim(self.facts, self.target) is not None:
-            return branches[0]
+            return branches[0]  # it is packed already: no copy
         return pack(branches, self.facts, self.target)
 
     def _permute(self, fact: TensorFacts | None, value: Any, count: int) -> Any:

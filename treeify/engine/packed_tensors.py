@@ -101,12 +101,11 @@ def set_memory_format(module: nn.Module, memory_format: torch.memory_format | No
 
 def get_submodule(root: nn.Module, path: str) -> nn.Module:
     """`root.get_submodule` that also finds names hidden by an attribute of the ensemble."""
-    module: nn.Module | None = root
     for name in path.split(".") if path else ():
-        assert module is not None
-        module = module._modules[name]
-    assert module is not None
-    return module
+        child = root._modules[name]
+        assert child is not None
+        root = child
+    return root
 
 
 def get_parent(root: nn.Module, key: str) -> tuple[nn.Module, str]:

@@ -122,6 +122,4 @@ def _torchvision_guesses(model: nn.Module) -> Iterator[Architecture]:
 
 def _documented_size(name: str) -> int:
     """How many parameters torchvision says its trained model has."""
-    weights = next(iter(torchvision.models.get_model_weights(name)))
-    parameters: int = weights.meta["num_params"]
-    return parameters
+    return int(next(iter(torchvision.models.get_model_weights(name))).meta["num_params"])

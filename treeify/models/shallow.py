@@ -24,19 +24,12 @@ def cut(architecture: Architecture, blocks: int) -> Architecture:
 
 
 def build(model: str, blocks: int, **options: object) -> nn.Module:
-    """A model in which at most some blocks of one shape follow one another.
+    """A model, as `Architecture` builds it, with at most so many blocks of one shape in a row.
 
     Where more modules in a row are of one class and have parameters of the same shapes, those after
     the first are left out; so are further turns of blocks that take turns. The full model's weights
-    never take memory: what is left is initialised by its layers.
-
-    Args:
-        model: as `Architecture` takes it.
-        blocks: of one shape, at least 1.
-        **options: what the model's builder is given.
-
-    Returns:
-        The model, in training mode. It may not run: a forward can count on its blocks.
+    never take memory: what is left is initialised by its layers. It may not run: a forward can
+    count on its blocks.
 
     Raises:
         ModelError: the model cannot be built.

@@ -63,12 +63,7 @@ class _Draft:
 
 
 class Emitter:
-    """Writes the segments of one graph.
-
-    Args:
-        decisions: how its nodes run, in its order.
-        tree: the tree.
-    """
+    """Writes the segments of one graph, by a decision for each of its nodes but the output."""
 
     def __init__(self, decisions: Mapping[fx.Node, Decision], tree: Tree) -> None:
         self._decisions, self._tree = decisions, tree
@@ -94,15 +89,13 @@ class Emitter:
         first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
 
         def read(source: fx.Node) -> fx.Node:
-            if decision.reads_parents and source is first:
-                return self._raw(source, level)
-            if decision.reads is not Form.SHARED:
+            of_parents = decision.reads_parents and source is first
+            if decision.reads is not Form.SHARED and not of_parents:
                 return self._value(source, level, decision.reads)
-            return (
-                self._contiguous(source, level)
-                if decision.reads_contiguous
-                else self._raw(source, level)
-            )
+            raw = self._raw(source, level)
+            if not decision.reads_contiguous or not facts(source).tensors:
+                return raw
+            return draft.call(f"{source.name}_contiguous", Contiguous(), (draft.span, raw))
 
         args, kwargs = map_arg(node.args, read), map_arg(node.kwargs, read)
         if module is None:
@@ -124,14 +117,6 @@ class Emitter:
             draft.values[node, None] = draft.placeholder(node.name)
             draft.inputs.append(node.name)
         return draft.values[node, None]
-
-    def _contiguous(self, node: fx.Node, level: int) -> fx.Node:
-        """The value as it was made, contiguous."""
-        raw = self._raw(node, level)
-        if not facts(node).tensors:
-            return raw
-        draft = self._drafts[level]
-        return draft.call(f"{node.name}_contiguous", Contiguous(), (draft.span, raw))
 
     def _value(self, node: fx.Node, level: int, form: Form) -> fx.Node:
         """The value in a form, for the branches of `level`."""

@@ -199,8 +199,9 @@ class HierarchicalEnsemble(PackedTree):
         if deadline is not None:
             check_deadline(deadline)
             session = self.session(x)
-            latencies = self._latencies_for(x)
-            slowdown = self._slowdowns.setdefault(latencies.situation, Slowdown())
+            situation = Situation.of(x, training=False)
+            latencies = find(self.latencies, situation, self.plan(x))
+            slowdown = self._slowdowns.setdefault(situation, Slowdown())
             advance_until(session, latencies, deadline, begin, slowdown=slowdown, observe=for_all)
             return session.logits
         if confidence is not None:
@@ -282,9 +283,6 @@ class HierarchicalEnsemble(PackedTree):
         self.latencies[situation] = latencies
         self._slowdowns.pop(situation, None)
         return latencies
-
-    def _latencies_for(self, x: Tensor) -> Latencies:
-        return find(self.latencies, Situation.of(x, training=False), self.plan(x))
 
     def sub_ensemble(self, leaves: int) -> HierarchicalEnsemble:
         """A smaller ensemble of the first `leaves` leaves, with its own copy of what they need.

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from treeify import files
 from treeify.conversion.api import resolve
 from treeify.conversion.assemble import assemble, blank_image
-from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
 from treeify.conversion.initialize import copies
-from treeify.conversion.measurements import MEASUREMENTS
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture

@@ -136,7 +136,8 @@ class Emitter:
             if not info.tensors and form is Form.BATCH:
                 # A number of the base model's batch, for the branches' images together.
                 return Multiply(info.grows) if grows_with_batch(node) else None
-            if not _differs(node, form):
+            differs = {Form.PACKED: bool(info.tensors), Form.BATCH: has_batch(node)}
+            if not differs.get(form):  # looped branches read it as it is
                 return None
         branches = 1 if decision.form is Form.SHARED else self._tree.branches[decision.level]
         ratio = self._tree.branches[level] // branches
@@ -167,10 +168,3 @@ class Emitter:
     def _crossing(self, node: fx.Node) -> Crossing:
         info, decision = facts(node), self._decisions[node]
         return Crossing(decision.level, decision.form, info.value, info.rows)
-
-
-def _differs(node: fx.Node, form: Form) -> bool:
-    """Whether a shared value takes another shape in a form."""
-    if form is Form.BATCH:
-        return has_batch(node)
-    return form is Form.PACKED and bool(facts(node).tensors)

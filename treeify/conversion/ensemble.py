@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from treeify.anytime.confidence import Budget, Prediction, answer, thresholds_for
@@ -21,11 +23,10 @@ from treeify.anytime.deadline import (
 )
 from treeify.anytime.session import Answer, Session, answers, mean_over_leaves
 from treeify.conversion.initialize import Source
-from treeify.conversion.measurements import Measurements
 from treeify.conversion.packed_tree import PackedTree
 from treeify.conversion.splits import Splits
 from treeify.engine.packed_tensors import set_memory_format
-from treeify.engine.plan import Situation, Tuning
+from treeify.engine.plan import AUTO, Situation, Tuning
 from treeify.engine.preserve import preserve_modes
 from treeify.engine.tuning import tune
 from treeify.errors import InputError
@@ -36,6 +37,27 @@ if TYPE_CHECKING:
 
 # Called with an answer on the way and the positions `[M]` in the batch of the images it is for.
 Observer = Callable[[Answer, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured of an ensemble, one value that is saved beside the weights.
+
+    Args:
+        execution: the setting of `hne.execution`.
+        tunings: what `hne.tune` chose, one for each situation.
+        latencies: what `hne.calibrate` measured, one for each situation.
+        budgets: confidence thresholds, one for each mean of MACs per image.
+    """
+
+    execution: str | tuple[str, ...] = AUTO
+    tunings: tuple[Tuning, ...] = ()
+    latencies: tuple[Latencies, ...] = ()
+    budgets: tuple[Budget, ...] = ()
+
+
+# To and from JSON values.
+MEASUREMENTS = TypeAdapter(Measurements)
 
 
 class HierarchicalEnsemble(PackedTree):

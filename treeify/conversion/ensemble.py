@@ -296,12 +296,8 @@ class HierarchicalEnsemble(PackedTree):
         """
         self.session(x)
         situation = Situation.of(x, training=False)
-        start = partial(self.session, x)
-        latencies = measure(
-            *(start, situation, self.plan(x), self.tree.nested_sizes),
-            repeats=repeats,
-            budget=budget,
-        )
+        start, plan, sizes = partial(self.session, x), self.plan(x), self.tree.nested_sizes
+        latencies = measure(start, situation, plan, sizes, repeats=repeats, budget=budget)
         self.latencies[situation] = latencies
         self._slowdowns.pop(situation, None)
         return latencies

@@ -129,13 +129,8 @@ def pack(
         raise ModelError("there are no models to pack.", expected="one model per leaf")
     models = [unwrapped(model) for model in models]
     _check_alike(models)
-    hne = assemble(
-        models[0],
-        recognise(models[0]),
-        splits,
-        leaves=len(models),
-        example_input=example_input,
-    )
+    first, leaves = models[0], len(models)
+    hne = assemble(first, recognise(first), splits, leaves=leaves, example_input=example_input)
     _check_constants(models, plain_tensors(hne.traced))
     hne.fill(Source(lambda network: dict(named_tensors(models[network])), by_leaf=True))
     return hne

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from treeify import files
 from treeify.conversion.api import resolve
 from treeify.conversion.assemble import assemble, blank_image
-from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
 from treeify.conversion.initialize import copies
-from treeify.conversion.measurements import MEASUREMENTS
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture
@@ -152,9 +151,10 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             example_input=blank_image(base, config["example"]),
         )
     except TreeifyError as error:
+        versions = (f"{package} {number}" for package, number in config["versions"].items())
         raise CheckpointError(
             f"{path}: its base model no longer converts as recorded: {error}",
-            expected=f"the versions it was saved with: {_versions_text(config)}",
+            expected=f"the versions it was saved with: {', '.join(versions)}",
         ) from error
     _check_fingerprint(path, config, hne)
     _fill(path, hne, weights)
@@ -228,24 +228,15 @@ def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
     return values
 
 
-def _versions_text(config: Mapping[str, Any]) -> str:
-    return ", ".join(f"{package} {number}" for package, number in config["versions"].items())
-
-
 def _untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     """The state with each tied tensor once, under its first name."""
-    state: dict[str, Tensor] = {}
-    seen: set[int] = set()
     packed = dict(named_tensors(hne))
+    names: dict[int, str] = {}
     for key in hne.state_dict():
-        if key not in packed:  # the extra state of a module: it is as it was built
-            continue
-        tensor = packed[key]
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            # safetensors stores a dense row-major tensor, whatever memory format it computes in.
-            state[key] = tensor.detach().cpu().contiguous()
-    return state
+        if key in packed:  # unlike the extra state of a module, which is as it was built
+            names.setdefault(id(packed[key]), key)
+    # safetensors stores a dense row-major tensor, whatever memory format it computes in.
+    return {key: packed[key].detach().cpu().contiguous() for key in names.values()}
 
 
 def _unlisted(hne: HierarchicalEnsemble) -> dict[str, Tensor]:

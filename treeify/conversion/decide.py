@@ -84,13 +84,7 @@ def without_in_place(skeleton: nn.Module) -> nn.Module:
 class Decider:
     """Decides how the nodes of one graph run.
 
-    Args:
-        traced: the base model.
-        base: its architecture `without_in_place`.
-        levels: level of every node.
-        slots: slot of every tensor.
-        root: the ensemble that holds the packed tensors.
-        tree: the tree.
+    `base` is the base architecture `without_in_place`, `root` the ensemble with the packed tensors.
     """
 
     traced: Traced
@@ -196,11 +190,7 @@ class Decider:
         )
 
     def _together(self, node: fx.Node, call: Call) -> tuple[Form, nn.Module]:
-        """The better form whose rule takes the call, and the operation.
-
-        Raises:
-            Unpackable: neither does.
-        """
+        """The better form whose rule takes the call, and the operation; else raises Unpackable."""
         reasons = []
         for form, rule in self._candidates(node, call):
             try:
@@ -212,11 +202,7 @@ class Decider:
         raise Unpackable(next(refusals, reasons[0]))
 
     def _call(self, node: fx.Node) -> Call:
-        """The call as rules see it.
-
-        Raises:
-            Unpackable: no rule may run it.
-        """
+        """The call as rules see it; raises Unpackable if none may run it."""
         module, storage, level = self._module(node), None, self.levels[node]
         if module is not None:
             storage = self._storage(node)
@@ -247,11 +233,7 @@ class Decider:
         return [packed, in_batch]
 
     def _operation_in(self, form: Form, node: fx.Node, call: Call, rule: Rule | None) -> nn.Module:
-        """The operation of a node with its branches in one tensor.
-
-        Raises:
-            Unpackable: there is no rule, or it refuses.
-        """
+        """The operation on all branches in one tensor; raises Unpackable if no rule takes it."""
         # Only the first argument is ever read once for all siblings, as an image is by a layer.
         first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
         if first is not None and self._forms[first] in (Form.SHARED, form):

@@ -63,12 +63,7 @@ class _Draft:
 
 
 class Emitter:
-    """Writes the segments of one graph.
-
-    Args:
-        decisions: how its nodes run, in its order.
-        tree: the tree.
-    """
+    """Writes the segments of one graph, by a decision for each of its nodes but the output."""
 
     def __init__(self, decisions: Mapping[fx.Node, Decision], tree: Tree) -> None:
         self._decisions, self._tree = decisions, tree
@@ -94,15 +89,13 @@ class Emitter:
         first = next((arg for arg in node.args if isinstance(arg, fx.Node)), None)
 
         def read(source: fx.Node) -> fx.Node:
-            if decision.reads_parents and source is first:
-                return self._raw(source, level)
-            if decision.reads is not Form.SHARED:
+            of_parents = decision.reads_parents and source is first
+            if decision.reads is not Form.SHARED and not of_parents:
                 return self._value(source, level, decision.reads)
-            return (
-                self._contiguous(source, level)
-                if decision.reads_contiguous
-                else self._raw(source, level)
-            )
+            raw = self._raw(source, level)
+            if not decision.reads_contiguous or not facts(source).tensors:
+                return raw
+            return draft.call(f"{source.name}_contiguous", Contiguous(), (draft.span, raw))
 
         args, kwargs = map_arg(node.args, read), map_arg(node.kwargs, read)
         if module is None:
@@ -125,14 +118,6 @@ class Emitter:
             draft.inputs.append(node.name)
         return draft.values[node, None]
 
-    def _contiguous(self, node: fx.Node, level: int) -> fx.Node:
-        """The value as it was made, contiguous."""
-        raw = self._raw(node, level)
-        if not facts(node).tensors:
-            return raw
-        draft = self._drafts[level]
-        return draft.call(f"{node.name}_contiguous", Contiguous(), (draft.span, raw))
-
     def _value(self, node: fx.Node, level: int, form: Form) -> fx.Node:
         """The value in a form, for the branches of `level`."""
         step = self._step(node, level, form)
@@ -151,7 +136,8 @@ class Emitter:
             if not info.tensors and form is Form.BATCH:
                 # A number of the base model's batch, for the branches' images together.
                 return Multiply(info.grows) if grows_with_batch(node) else None
-            if not _differs(node, form):
+            differs = {Form.PACKED: bool(info.tensors), Form.BATCH: has_batch(node)}
+            if not differs.get(form):  # looped branches read it as it is
                 return None
         branches = 1 if decision.form is Form.SHARED else self._tree.branches[decision.level]
         ratio = self._tree.branches[level] // branches
@@ -182,10 +168,3 @@ class Emitter:
     def _crossing(self, node: fx.Node) -> Crossing:
         info, decision = facts(node), self._decisions[node]
         return Crossing(decision.level, decision.form, info.value, info.rows)
-
-
-def _differs(node: fx.Node, form: Form) -> bool:
-    """Whether a shared value takes another shape in a form."""
-    if form is Form.BATCH:
-        return has_batch(node)
-    return form is Form.PACKED and bool(facts(node).tensors)

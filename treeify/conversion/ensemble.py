@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 
 from treeify.anytime.confidence import Budget, Prediction, answer, thresholds_for
@@ -21,11 +23,10 @@ from treeify.anytime.deadline import (
 )
 from treeify.anytime.session import Answer, Session, answers, mean_over_leaves
 from treeify.conversion.initialize import Source
-from treeify.conversion.measurements import Measurements
 from treeify.conversion.packed_tree import PackedTree
 from treeify.conversion.splits import Splits
 from treeify.engine.packed_tensors import set_memory_format
-from treeify.engine.plan import Situation, Tuning
+from treeify.engine.plan import AUTO, Situation, Tuning
 from treeify.engine.preserve import preserve_modes
 from treeify.engine.tuning import tune
 from treeify.errors import InputError
@@ -36,6 +37,27 @@ if TYPE_CHECKING:
 
 # Called with an answer on the way and the positions `[M]` in the batch of the images it is for.
 Observer = Callable[[Answer, Tensor], None]
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured of an ensemble, one value that is saved beside the weights.
+
+    Args:
+        execution: the setting of `hne.execution`.
+        tunings: what `hne.tune` chose, one for each situation.
+        latencies: what `hne.calibrate` measured, one for each situation.
+        budgets: confidence thresholds, one for each mean of MACs per image.
+    """
+
+    execution: str | tuple[str, ...] = AUTO
+    tunings: tuple[Tuning, ...] = ()
+    latencies: tuple[Latencies, ...] = ()
+    budgets: tuple[Budget, ...] = ()
+
+
+# To and from JSON values.
+MEASUREMENTS = TypeAdapter(Measurements)
 
 
 class HierarchicalEnsemble(PackedTree):
@@ -199,8 +221,9 @@ class HierarchicalEnsemble(PackedTree):
         if deadline is not None:
             check_deadline(deadline)
             session = self.session(x)
-            latencies = self._latencies_for(x)
-            slowdown = self._slowdowns.setdefault(latencies.situation, Slowdown())
+            situation = Situation.of(x, training=False)
+            latencies = find(self.latencies, situation, self.plan(x))
+            slowdown = self._slowdowns.setdefault(situation, Slowdown())
             advance_until(session, latencies, deadline, begin, slowdown=slowdown, observe=for_all)
             return session.logits
         if confidence is not None:
@@ -273,18 +296,11 @@ class HierarchicalEnsemble(PackedTree):
         """
         self.session(x)
         situation = Situation.of(x, training=False)
-        start = partial(self.session, x)
-        latencies = measure(
-            *(start, situation, self.plan(x), self.tree.nested_sizes),
-            repeats=repeats,
-            budget=budget,
-        )
+        start, plan, sizes = partial(self.session, x), self.plan(x), self.tree.nested_sizes
+        latencies = measure(start, situation, plan, sizes, repeats=repeats, budget=budget)
         self.latencies[situation] = latencies
         self._slowdowns.pop(situation, None)
         return latencies
-
-    def _latencies_for(self, x: Tensor) -> Latencies:
-        return find(self.latencies, Situation.of(x, training=False), self.plan(x))
 
     def sub_ensemble(self, leaves: int) -> HierarchicalEnsemble:
         """A smaller ensemble of the first `leaves` leaves, with its own copy of what they need.

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import Slot, get_tensor, named_tensors, narrow
 from treeify.errors import InputError
+from treeify.models.architecture import Architecture
 from treeify.seeds import seed_of
 from treeify.tree import Span, Tree
 
@@ -27,13 +28,6 @@ INITS = ("fresh", "copy", "perturb")
 PERTURBATION = 0.1
 
 State = Mapping[str, Tensor]
-
-
-class Buildable(Protocol):
-    """Something that builds a base model with the random state as it stands."""
-
-    def build(self) -> nn.Module:
-        """A base model with its architecture's own initialisation."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Source:
 
 def initial_weights(
     model: nn.Module,
-    architecture: Buildable | None,
+    architecture: Architecture | None,
     scheme: str,
     seed: int,
     *,
@@ -101,33 +95,21 @@ def copies(model: nn.Module) -> Source:
 
 
 @torch.no_grad()
-def fill(root: nn.Module, slots: Iterable[Slot], tree: Tree, source: Source) -> None:
-    """Fill an ensemble's packed tensors from `L` networks; two states are in memory at a time.
-
-    Args:
-        root: the ensemble.
-        slots: the slot of every tensor.
-        tree: its tree.
-        source: the networks.
-    """
-    slots = list(slots)
-
-    # Network by network, not tensor by tensor: only so are two networks in memory, and not all.
-    def copy_branches(network: int, state: State) -> None:
-        for slot in slots:
-            branches = tree.branches[slot.level]
-            siblings = tree.leaves_below(slot.level) if source.by_leaf else 1
-            branch, position = divmod(network, siblings)
-            if position == 0 and branch < branches:
-                part = narrow(get_tensor(root, slot.key), branches, Span(branch, branch + 1))
-                part.copy_(state[slot.key])
-
+def fill(root: nn.Module, slots: Collection[Slot], tree: Tree, source: Source) -> None:
+    """Fill an ensemble's packed tensors from `L` networks; two states are in memory at a time."""
     # Like no_grad, inference mode holds for one thread only: the copying thread enters it again.
     inference = torch.is_inference_mode_enabled()
 
-    def copy_beside(network: int, state: State) -> None:
+    # Network by network, not tensor by tensor: only so are two networks in memory, and not all.
+    def copy_branches(network: int, state: State) -> None:
         with torch.inference_mode(inference), torch.no_grad():
-            copy_branches(network, state)
+            for slot in slots:
+                branches = tree.branches[slot.level]
+                siblings = tree.leaves_below(slot.level) if source.by_leaf else 1
+                branch, position = divmod(network, siblings)
+                if position == 0 and branch < branches:
+                    part = narrow(get_tensor(root, slot.key), branches, Span(branch, branch + 1))
+                    part.copy_(state[slot.key])
 
     # Building a network occupies one core, copying it another.
     with ThreadPoolExecutor(1) as copier:
@@ -136,7 +118,7 @@ def fill(root: nn.Module, slots: Iterable[Slot], tree: Tree, source: Source) -> 
             state = source.state(network)
             if copying is not None:
                 copying.result()
-            copying = copier.submit(copy_beside, network, state)
+            copying = copier.submit(copy_branches, network, state)
             del state  # or it would stay in memory while the next but one is built
         if copying is not None:
             copying.result()
@@ -147,7 +129,7 @@ def branch_seed(seed: int, network: int) -> int:
     return seed_of("treeify", seed, network) >> 1
 
 
-def built(architecture: Buildable, seed: int, network: int) -> State:
+def built(architecture: Architecture, seed: int, network: int) -> State:
     """The tensors of a newly built base model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(branch_seed(seed, network))
@@ -189,18 +171,11 @@ def _is_stuck(module: nn.Module) -> bool:
 def _reset_method(module: nn.Module) -> Callable[[], None] | None:
     for name in ("reset_parameters", "_reset_parameters"):  # MultiheadAttention has the latter
         method = getattr(module, name, None)
-        if callable(method) and _takes_nothing(method):
-            return method  # type: ignore[no-any-return]
+        if callable(method):
+            with suppress(TypeError):  # it cannot be called without arguments
+                inspect.signature(method).bind()
+                return method  # type: ignore[no-any-return]
     return None
-
-
-def _takes_nothing(method: Callable[..., Any]) -> bool:
-    """Whether a method can be called without arguments."""
-    try:
-        inspect.signature(method).bind()
-    except TypeError:
-        return False
-    return True
 
 
 def _perturb(tensor: Tensor) -> Tensor:

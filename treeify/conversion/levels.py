@@ -20,12 +20,10 @@ class Dependencies:
     """Which nodes depend on which: one bit mask per node over the graph's order.
 
     Masks make the sets of thousands of nodes, one for each of hundreds of possible splits, cheap.
-
-    Args:
-        graph: a traced graph.
     """
 
     def __init__(self, graph: fx.Graph) -> None:
+        """Compute the masks from the last node to the first, so that users come before inputs."""
         self.nodes = list(graph.nodes)
         position = {node: index for index, node in enumerate(self.nodes)}
         self.users = [sum(1 << position[user] for user in node.users) for node in self.nodes]
@@ -55,7 +53,7 @@ class Dependencies:
         names: dict[str, None] = {}
         for node in self.nodes:
             if node.op not in ("placeholder", "output", "get_attr"):
-                names |= dict.fromkeys([*_around(facts(node).scope), facts(node).path])
+                names |= dict.fromkeys([*enclosing(facts(node).scope), facts(node).path])
         return list(names)
 
 
@@ -63,11 +61,11 @@ def _names_of(node: fx.Node) -> set[str]:
     """Every name of a split point that a node is part of."""
     if node.op == "output":
         return set()
-    names = {facts(node).path, *_around(facts(node).scope)}
+    names = {facts(node).path, *enclosing(facts(node).scope)}
     return names if node.op == "placeholder" else names | {INPUT}
 
 
-def _around(scope: str) -> Iterator[str]:
+def enclosing(scope: str) -> Iterator[str]:
     """A module's path and those of the modules around it, the outermost first."""
     parts = scope.split(".") if scope else []
     return (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))

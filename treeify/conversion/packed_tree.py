@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from treeify.conversion import initialize
-from treeify.conversion.decide import Decider, overwriting, without_in_place
+from treeify.conversion.decide import Decider, Decision, overwriting, without_in_place
 from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import Source
 from treeify.conversion.levels import levels
@@ -38,18 +38,13 @@ _Self = TypeVar("_Self", bound="PackedTree")
 
 
 class PackedTree(nn.Module):
-    """A tree of `L` networks that share their early layers; maps images to every leaf's logits.
+    """What an ensemble computes: `L` networks that share their early layers, without measurements.
 
-    Parameters carry the base model's own names; each holds the branches of its level, concatenated
-    along dim 0. The constructor only allocates them: see `fill`.
-
-    Args:
-        traced: the base model, traced.
-        splits: where it splits.
-        like: the base model, for the tensors' devices, dtypes and modes.
+    The arguments are those of `HierarchicalEnsemble`.
     """
 
     def __init__(self, traced: Traced, splits: Splits, like: nn.Module) -> None:
+        """Allocate the packed tensors, decide how every node runs and write both programs."""
         super().__init__()
         self._traced, self._splits = traced, splits
         skeleton, tree = traced.skeleton, splits.tree
@@ -66,16 +61,12 @@ class PackedTree(nn.Module):
         packer.pack_children(self, skeleton)
         self._shared_buffers = _shared_buffers(skeleton, self._slots, calls)
         base = without_in_place(skeleton)
-        decisions = {
-            training: Decider(traced, base, node_levels[training], self._slots, self, tree).run(
-                graph
-            )
-            for training, graph in traced.graphs.items()
-        }
-        self._programs = {
-            training: Emitter(decisions[training], tree).run(graph)
-            for training, graph in traced.graphs.items()
-        }
+        decisions: dict[bool, dict[fx.Node, Decision]] = {}
+        self._programs: dict[bool, Program] = {}
+        for training, graph in traced.graphs.items():
+            decider = Decider(traced, base, node_levels[training], self._slots, self, tree)
+            decisions[training] = decider.run(graph)
+            self._programs[training] = Emitter(decisions[training], tree).run(graph)
         for path in overwriting(decisions.values()):
             storage = get_submodule(self, path)
             if hasattr(storage, "inplace"):

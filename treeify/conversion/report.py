@@ -59,16 +59,7 @@ class Conversion:
 
 
 def notes(traced: Traced, shared_buffers: Sequence[str], perturbed: Sequence[str]) -> Iterator[str]:
-    """Say what a user should know of an ensemble.
-
-    Args:
-        traced: the base model.
-        shared_buffers: buffers of modules called at several levels.
-        perturbed: modules that could not initialise themselves.
-
-    Yields:
-        One note for each thing that differs from the base model.
-    """
+    """What a user should know of an ensemble: one note for each difference from the base model."""
     if perturbed:
         yield (
             f"perturbed by {PERTURBATION} times their root mean square, since they cannot"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from treeify.conversion.levels import INPUT, Dependencies
+from treeify.conversion.levels import INPUT, Dependencies, enclosing
 from treeify.errors import SplitError, nearest
 from treeify.tracing.facts import facts
 from treeify.tracing.trace import Traced
@@ -66,41 +66,34 @@ def split_points(traced: Traced) -> list[SplitPoint]:
 
     Points that put the same nodes behind the split are one point; the outermost module names it.
     """
-    return _points(Dependencies(traced.graphs[False]))
+    return _distinct_points(Dependencies(traced.graphs[False]))
 
 
-def _points(dependencies: Dependencies) -> list[SplitPoint]:
-    costs = _Costs(dependencies)
-    points, masks = [], {dependencies.behind(INPUT)}
+def _distinct_points(dependencies: Dependencies) -> list[SplitPoint]:
+    names: dict[int, str] = {}
     for name in dependencies.names():
+        names.setdefault(dependencies.behind(name), name)
+    names.pop(dependencies.behind(INPUT), None)  # nothing would be shared
+    return sorted(_points(dependencies, names.values()), key=lambda point: point.macs_before)
+
+
+def _points(dependencies: Dependencies, names: Iterable[str]) -> Iterator[SplitPoint]:
+    """The split points of names, with what the nodes before and behind each cost."""
+    # Of thousands of nodes, only those with MACs and those with tensors that may cross a split.
+    costs: list[tuple[int, int]] = []
+    tensors: list[tuple[int, int, int]] = []
+    for index, node in enumerate(dependencies.nodes):
+        info, bit = facts(node), 1 << index
+        if info.macs:
+            costs.append((bit, info.macs))
+        if info.tensors and bit & dependencies.rooted:
+            tensors.append((bit, dependencies.users[index], len(info.tensors)))
+    for name in names:
         mask = dependencies.behind(name)
-        if mask not in masks:
-            masks.add(mask)
-            points.append(costs.point(name))
-    return sorted(points, key=lambda point: point.macs_before)
-
-
-class _Costs:
-    """What splits at the names of a graph cost, by its nodes with MACs or tensors."""
-
-    def __init__(self, dependencies: Dependencies) -> None:
-        self._dependencies = dependencies
-        self._macs: list[tuple[int, int]] = []
-        self._tensors: list[tuple[int, int, int]] = []
-        for index, node in enumerate(dependencies.nodes):
-            info, bit = facts(node), 1 << index
-            if info.macs:
-                self._macs.append((bit, info.macs))
-            if info.tensors and bit & dependencies.rooted:
-                self._tensors.append((bit, dependencies.users[index], len(info.tensors)))
-
-    def point(self, name: str) -> SplitPoint:
-        """The split point of a name."""
-        mask = self._dependencies.behind(name)
-        before = sum(macs for bit, macs in self._macs if not bit & mask)
-        after = sum(macs for bit, macs in self._macs if bit & mask)
-        crossing = (count for bit, users, count in self._tensors if users & mask and not bit & mask)
-        return SplitPoint(name, before, after, sum(crossing))
+        before = sum(macs for bit, macs in costs if not bit & mask)
+        after = sum(macs for bit, macs in costs if bit & mask)
+        crossing = (count for bit, users, count in tensors if users & mask and not bit & mask)
+        yield SplitPoint(name, before, after, sum(crossing))
 
 
 def choose(
@@ -174,7 +167,7 @@ def inner_point(traced: Traced) -> SplitPoint | None:
     Modules of the model itself are its stages, or hold them (`stages.2`): a point deeper than both
     is taken where there is one.
     """
-    candidates = _candidates(traced, Dependencies(traced.graphs[False]))
+    candidates = _candidates(traced)
     inside = [point for point in candidates if point.depth > 1]
     return min(
         inside or [point for point in candidates if point.depth],
@@ -191,8 +184,7 @@ def _named_points(traced: Traced, names: Sequence[str]) -> tuple[SplitPoint, ...
                 raise _unknown(traced, dependencies, name, training)
         for earlier, later in pairwise(names):
             _check_order(dependencies, earlier, later)
-    costs = _Costs(modes[False])
-    return tuple(costs.point(name) for name in names)
+    return tuple(_points(modes[False], names))
 
 
 def _unknown(traced: Traced, dependencies: Dependencies, name: str, training: bool) -> SplitError:
@@ -221,9 +213,8 @@ def _call_around(traced: Traced, dependencies: Dependencies, name: str) -> str |
     if name not in dict(traced.skeleton.named_modules()):
         return None
     called = {str(node.target) for node in dependencies.nodes if node.op == "call_module"}
-    parts = name.split(".")
-    around = (".".join(parts[:count]) for count in range(1, len(parts)))
-    return next((path for path in around if path in called), None)
+    parent = name.rpartition(".")[0]
+    return next((path for path in enclosing(parent) if path in called), None)
 
 
 def _check_order(dependencies: Dependencies, earlier: str, later: str) -> None:
@@ -244,29 +235,25 @@ def _check_order(dependencies: Dependencies, earlier: str, later: str) -> None:
         )
 
 
-def _candidates(traced: Traced, dependencies: Dependencies) -> list[SplitPoint]:
-    """Points with MACs on both sides that are there in training mode too.
-
-    Args:
-        traced: the model.
-        dependencies: in its evaluation graph.
-    """
-    in_training = Dependencies(traced.graphs[True])
-    points = (point for point in _points(dependencies) if point.macs_before and point.macs_after)
-    return [point for point in points if in_training.behind(point.name)]
+def _candidates(traced: Traced) -> dict[SplitPoint, int]:
+    """Points with MACs on both sides that are there in training mode too, with their masks."""
+    evaluation, training = (Dependencies(traced.graphs[mode]) for mode in (False, True))
+    return {
+        point: evaluation.behind(point.name)
+        for point in _distinct_points(evaluation)
+        if point.macs_before and point.macs_after and training.behind(point.name)
+    }
 
 
 def _even_points(traced: Traced, count: int) -> tuple[SplitPoint, ...]:
     """The `count` points that even out the levels' MACs, with as few live tensors as can be."""
-    dependencies = Dependencies(traced.graphs[False])
-    candidates = _candidates(traced, dependencies)
-    masks = {point.name: dependencies.behind(point.name) for point in candidates}
-    for live in sorted({point.live for point in candidates}):
-        points = _most_even([point for point in candidates if point.live <= live], masks, count)
-        if points is not None:
-            return points
     if count == 0:
         return ()
+    candidates = _candidates(traced)
+    for live in sorted({point.live for point in candidates}):
+        masks = {point: mask for point, mask in candidates.items() if point.live <= live}
+        if (points := _most_even(masks, count)) is not None:
+            return points
     raise SplitError(
         f"{type(traced.skeleton).__name__} has no {count} split points one behind the other.",
         expected=f"at most as many splits as it has layers, {len(candidates)} points here",
@@ -274,35 +261,29 @@ def _even_points(traced: Traced, count: int) -> tuple[SplitPoint, ...]:
     )
 
 
-def _most_even(
-    points: Sequence[SplitPoint], masks: dict[str, int], count: int
-) -> tuple[SplitPoint, ...] | None:
+def _most_even(masks: Mapping[SplitPoint, int], count: int) -> tuple[SplitPoint, ...] | None:
     """Shortest path over the points in order of MACs; None if no chain has `count` points."""
-    if count == 0:
-        return ()
-    total = points[0].macs_before + points[0].macs_after if points else 0
-    even = total / (count + 1)
+    first = next(iter(masks))
+    even = (first.macs_before + first.macs_after) / (count + 1)
 
     def unevenness(macs: int) -> float:
         return (macs / even - 1) ** 2
 
-    # best[point] = (cost, names) of the cheapest chain that ends at the point
-    best: dict[str, tuple[float, tuple[SplitPoint, ...]]] = {
-        point.name: (unevenness(point.macs_before) + _DEPTH_COST * point.depth, (point,))
-        for point in points
-    }
+    # Cost and points of the cheapest chain that ends at each point.
+    best: list[tuple[float, tuple[SplitPoint, ...]]] = [
+        (unevenness(point.macs_before) + _DEPTH_COST * point.depth, (point,)) for point in masks
+    ]
     for _ in range(count - 1):
-        longer: dict[str, tuple[float, tuple[SplitPoint, ...]]] = {}
-        for point in points:
+        longer = []
+        for point, mask in masks.items():
             options = [
                 (cost + unevenness(point.macs_before - chain[-1].macs_before), chain)
-                for cost, chain in best.values()
-                if chain[-1].macs_before < point.macs_before
-                and not masks[point.name] & ~masks[chain[-1].name]
+                for cost, chain in best
+                if chain[-1].macs_before < point.macs_before and not mask & ~masks[chain[-1]]
             ]
             if options:
                 cost, chain = min(options, key=lambda option: option[0])
-                longer[point.name] = (cost + _DEPTH_COST * point.depth, (*chain, point))
+                longer.append((cost + _DEPTH_COST * point.depth, (*chain, point)))
         best = longer
-    finished = [(cost + unevenness(chain[-1].macs_after), chain) for cost, chain in best.values()]
+    finished = [(cost + unevenness(chain[-1].macs_after), chain) for cost, chain in best]
     return min(finished, key=lambda option: option[0])[1] if finished else None

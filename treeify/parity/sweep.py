@@ -121,16 +121,16 @@ def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -
     )
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["treeify.parity.sweep"])
-    ours, theirs = context.Pipe()
+    parent_end, child_end = context.Pipe()
     fields: dict[str, Any] = {}
     # What the process leaves behind if it is ended is here, and goes.
     with tempfile.TemporaryDirectory(prefix="treeify-") as scratch:
-        args = (theirs, name, settings, exhausted, Path.cwd(), scratch)
+        args = (child_end, name, settings, exhausted, Path.cwd(), scratch)
         process = context.Process(target=_check, args=args, daemon=True)
         process.start()
-        theirs.close()
+        child_end.close()
         try:
-            if _listen(ours, fields, end):
+            if _listen(parent_end, fields, end):
                 process.join()
                 failure = _death(process.exitcode)
             else:
@@ -138,7 +138,7 @@ def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -
         finally:
             process.kill()
             process.join()
-            ours.close()
+            parent_end.close()
     return fields if fields.pop(_DONE, False) else {**fields, "failure": failure}
 
 

@@ -29,13 +29,13 @@ def deviation(actual: Any, expected: Any, scale: float = 1.0) -> float:
     """
     check_structure(actual, expected)
     worst = 0.0
-    for one, other in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
-        if not isinstance(other, Tensor):
+    for tensor, reference in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        if not isinstance(reference, Tensor):
             continue
-        if one.shape != other.shape or one.dtype != other.dtype:
+        if tensor.shape != reference.shape or tensor.dtype != reference.dtype:
             return math.inf
-        if other.numel() and not torch.equal(one, other):
-            worst = max(worst, *map(_largest, _pieces(one), _pieces(other), repeat(scale)))
+        if reference.numel() and not torch.equal(tensor, reference):
+            worst = max(worst, *map(_largest, _pieces(tensor), _pieces(reference), repeat(scale)))
     return worst
 
 

@@ -1,4 +1,4 @@
-"""Only the branches that the leaves need are run, and MACs agree with fvcore on what ran."""
+"""Only the branches that leaves need are run, MACs are what fvcore counts, answers are timed."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +14,9 @@ from torch import nn
 
 import treeify
 from treeify.evaluation import cost
-from treeify.evaluation.cost import base_cost, costs, count_macs, fvcore_macs
+from treeify.evaluation.cost import answer_seconds, base_cost, costs, count_macs, fvcore_macs
 from treeify.models import cifar_resnet50, mobilenetv2_hne
+from treeify.models.architecture import Architecture
 from treeify.rules.operations.widened import Widened
 from treeify.tree import Span, Tree
 
@@ -233,3 +234,22 @@ def test_a_tree_without_splits_costs_one_model() -> None:
     assert Tree().nested_sizes == (1,)
     hne = small.ensemble([])
     assert costs(hne)[0].macs == base_cost(hne).macs
+
+
+def test_every_nested_size_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = torch.zeros(1, 3, 8, 8)
+    base = Architecture("small:build", {"classes": 10})
+    hne = treeify.hierarchicalize(base, ["stage1", "stage2:3"], example_input=example).eval()
+    sizes = []
+    predict = treeify.HierarchicalEnsemble.predict
+
+    def counting(self: treeify.HierarchicalEnsemble, x: torch.Tensor, leaves: int) -> object:
+        sizes.append(leaves)
+        return predict(self, x, leaves)
+
+    monkeypatch.setattr(treeify.HierarchicalEnsemble, "predict", counting)
+    seconds = answer_seconds(hne, example, budget=0.0)
+    assert list(seconds) == [1, 3, 6]
+    assert all(time > 0 for time in seconds.values())
+    # Once to warm up, and the three rounds that are measured whatever they take.
+    assert sizes == [1, 3, 6] * 4

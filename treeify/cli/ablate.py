@@ -31,8 +31,7 @@ def run_grid(
         typer.Option(min=1, help="Seeds of every variant, from 0; by default the grid's."),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Directory of the runs; by default runs/NAME."),
+        Path | None, typer.Option(help="Directory of the runs; by default runs/NAME.")
     ] = None,
     only: Annotated[
         list[str] | None,

@@ -20,13 +20,7 @@ ClassIndex = Annotated[int, Field(serialization_alias="class")]
 
 @serialised(frozen=True)
 class ClassProbability:
-    """How probable a class is.
-
-    Args:
-        index: of the class.
-        label: its name, if known.
-        probability: 0 to 1.
-    """
+    """How probable a class is, 0 to 1; the label is its name, if known."""
 
     index: ClassIndex
     label: str | None
@@ -40,13 +34,7 @@ class ClassProbability:
 
 @serialised(frozen=True)
 class Step(ClassProbability):
-    """What one image was answered after some leaves: the likeliest class.
-
-    Args:
-        leaves: how many.
-        elapsed_ms: milliseconds since the call.
-        macs: per image.
-    """
+    """The likeliest class of one image after some leaves, and the milliseconds since the call."""
 
     leaves: int
     elapsed_ms: float
@@ -55,14 +43,7 @@ class Step(ClassProbability):
 
 @serialised(frozen=True)
 class ImageAnswers:
-    """What one image was answered until it was done.
-
-    Args:
-        path: of its file.
-        leaves: how many leaves it used.
-        answers: the steps.
-        top: the likeliest classes at the end.
-    """
+    """What one image was answered by as many leaves as it used, and the likeliest classes then."""
 
     path: str
     leaves: int
@@ -113,12 +94,7 @@ class Answers:
         self._begin = time.perf_counter()
 
     def observe(self, answer: Answer, images: Tensor) -> None:
-        """Remember an answer that has just come, and show it.
-
-        Args:
-            answer: leaves, logits and MACs per image.
-            images: the positions `[M]` in the batch of the images it is for.
-        """
+        """Remember and show an answer that came for the images at positions `[M]` in the batch."""
         now = time.perf_counter()
         self._timed.append(_TimedAnswer(answer, now - self._begin, images.cpu()))
         self._show(self)
@@ -137,8 +113,7 @@ class Answers:
     def of_images(self, leaves: Sequence[int] | None = None) -> list[ImageAnswers]:
         """What every image was answered so far.
 
-        Args:
-            leaves: how many each image used; answers of more are not for it any longer.
+        Where the leaves that each used are given, answers of more are not for it any longer.
         """
         sizes = [self.leaves] * len(self.files) if leaves is None else leaves
         return [self._of_image(image, size) for image, size in enumerate(sizes)]

@@ -22,42 +22,24 @@ BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130
 # What typer says about arguments in its own words; it exports one kind of such an error only.
 _UsageError: Any = typer.BadParameter.__base__
 
-# Where each command lives and its line in the overview. Modules are imported when their command
-# runs: `treeify --help` need not wait for torch.
+# The function of each command, in the module of the command's name, and its line in the overview.
+# Modules are imported when their command runs: `treeify --help` need not wait for torch.
 COMMANDS = {
-    "splits": ("treeify.cli.splits:splits", "List the points where a model can be split."),
-    "convert": (
-        "treeify.cli.convert:convert",
-        "Convert a classifier into a hierarchical neural ensemble.",
-    ),
-    "train": (
-        "treeify.cli.train:train",
-        "Train a hierarchical neural ensemble from a recipe.",
-    ),
-    "eval": (
-        "treeify.cli.eval:evaluate",
-        "Measure a trained ensemble on held-out images, for every nested size.",
-    ),
-    "ablate": (
-        "treeify.cli.ablate:run_grid",
-        "Train a grid of recipes with several seeds, and compare them.",
-    ),
-    "predict": (
-        "treeify.cli.predict:predict",
-        "Classify images, with answers that get better while there is time.",
-    ),
+    "splits": ("splits", "List the points where a model can be split."),
+    "convert": ("convert", "Convert a classifier into a hierarchical neural ensemble."),
+    "train": ("train", "Train a hierarchical neural ensemble from a recipe."),
+    "eval": ("evaluate", "Measure a trained ensemble on held-out images, for every nested size."),
+    "ablate": ("run_grid", "Train a grid of recipes with several seeds, and compare them."),
+    "predict": ("predict", "Classify images, with answers that get better while there is time."),
     "calibrate": (
-        "treeify.cli.calibrate:calibrate",
+        "calibrate",
         "Measure how fast an ensemble answers here, and choose when images need no more leaves.",
     ),
     "verify": (
-        "treeify.cli.verify:verify",
+        "verify",
         "Convert models and prove that every leaf equals the untouched architecture.",
     ),
-    "list": (
-        "treeify.cli.list:list_models",
-        "List the models that convert, with their size and packed fraction.",
-    ),
+    "list": ("list_models", "List the models that convert, with their size and packed fraction."),
 }
 
 
@@ -93,9 +75,9 @@ class _Command(TyperCommand):
 
 def load_command(name: str) -> Any:
     """The click command behind a name."""
-    module, _, function = COMMANDS[name][0].partition(":")
+    module = importlib.import_module(f"treeify.cli.{name}")
     alone = typer.Typer(add_completion=False, rich_markup_mode="markdown")
-    alone.command(name, cls=_Command)(getattr(importlib.import_module(module), function))
+    alone.command(name, cls=_Command)(getattr(module, COMMANDS[name][0]))
     return typer.main.get_command(alone)
 
 

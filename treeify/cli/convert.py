@@ -21,7 +21,7 @@ from treeify.conversion.initialize import initial_weights
 from treeify.errors import InputError
 from treeify.evaluation.cost import Cost, base_cost, costs
 from treeify.models.base_model import BaseModel, base_model
-from treeify.parity.verify import Figures, verify
+from treeify.parity.verify import verify
 
 
 def convert(
@@ -52,8 +52,7 @@ def convert(
         typer.Option(help="Directory to write, new or empty; by default converted/NAME."),
     ] = None,
     overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Write even if the directory is not empty."),
+        bool, typer.Option("--overwrite", help="Write even if the directory is not empty.")
     ] = False,
     no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.")] = False,
     as_json: Json = False,
@@ -98,12 +97,16 @@ def convert(
     if not no_verify:
         with console.status("checking every leaf against the base architecture"):
             figures = verify(hne, hne.example_images(2))
-        say(console, _parity_line(figures))
+        say(
+            console,
+            f"Parity with the base architecture holds: the largest deviation is {figures.worst:.2g}"
+            " of the tolerance (leaves in evaluation and training mode, buffers, nested sizes,"
+            " gradients).",
+        )
     checkpoint.save(hne, out, overwrite=overwrite)
     say(console, f"Written to {out}; read it with treeify.load({str(out)!r}).")
     if as_json:
-        parity = None if figures is None else figures.as_dict()
-        print_json(_report(base, hne, cost, nested) | {"parity": parity, "out": out})
+        print_json(_report(base, hne, cost, nested) | {"parity": figures, "out": out})
 
 
 def _init(init: str | None, pretrained: bool) -> str:
@@ -149,13 +152,6 @@ def _ratio(number: int, base: int) -> str:
     return f"{number / base:.2f}" if base else "-"
 
 
-def _parity_line(figures: Figures) -> str:
-    return (
-        f"Parity with the base architecture holds: the largest deviation is {figures.worst:.2g} of"
-        " the tolerance (leaves in evaluation and training mode, buffers, nested sizes, gradients)."
-    )
-
-
 def _report(
     base: BaseModel, hne: HierarchicalEnsemble, cost: Cost, nested: tuple[Cost, ...]
 ) -> dict[str, Any]:
@@ -169,7 +165,14 @@ def _report(
         "leaves": hne.leaves,
         "branches": hne.tree.branches,
         "base": {"macs": cost.macs, "parameters": cost.parameters},
-        "nested": [asdict(size) | _independent(cost, size.leaves) for size in nested],
+        "nested": [
+            asdict(size)
+            | {
+                "independent_macs": size.leaves * cost.macs,
+                "independent_parameters": size.leaves * cost.parameters,
+            }
+            for size in nested
+        ],
         "packed_share": conversion.packed_fraction,
         "nodes": [
             {
@@ -183,12 +186,4 @@ def _report(
             for node in conversion.nodes
         ],
         "notes": conversion.notes,
-    }
-
-
-def _independent(base: Cost, count: int) -> dict[str, int]:
-    """What as many base models cost."""
-    return {
-        "independent_macs": count * base.macs,
-        "independent_parameters": count * base.parameters,
     }

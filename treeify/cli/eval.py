@@ -16,7 +16,7 @@ from treeify.cli.scores import as_csv, score_rows, score_table
 from treeify.conversion import checkpoint
 from treeify.engine import timing
 from treeify.errors import DataError
-from treeify.evaluation.latency import answer_seconds
+from treeify.evaluation.cost import answer_seconds
 from treeify.evaluation.metrics import measure
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting

@@ -34,14 +34,7 @@ def table(
     title: str | None = None,
     caption: str | None = None,
 ) -> Table:
-    """A table of some sections with a line between them.
-
-    Args:
-        columns: from left to right.
-        sections: of rows, with a cell for every column; text is shown as it is.
-        title: above the table.
-        caption: below the table.
-    """
+    """A table of some sections of rows with a line between them; text is shown as it is."""
     result = Table(title=title, caption=caption)
     for column in columns:
         result.add_column(

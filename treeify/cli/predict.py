@@ -34,8 +34,7 @@ from treeify.training.distributed import resolve_device
 def predict(
     directory: SavedEnsemble,
     images: Annotated[
-        list[Path],
-        typer.Argument(metavar="IMAGE...", help="Image files; one batch."),
+        list[Path], typer.Argument(metavar="IMAGE...", help="Image files; one batch.")
     ],
     deadline: Annotated[
         float | None,
@@ -53,8 +52,7 @@ def predict(
         ),
     ] = None,
     leaves: Annotated[
-        int | None,
-        typer.Option(min=1, help="Leaves to stop at; by default all."),
+        int | None, typer.Option(min=1, help="Leaves to stop at; by default all.")
     ] = None,
     budget: Annotated[
         int | None,
@@ -141,22 +139,15 @@ class Report:
     """What `--json` prints: how the images were prepared, what ended the answers, and these.
 
     Args:
-        ensemble: the directory.
-        device: where it ran.
         input: shape of an image, `(C, H, W)`.
         mean: of each channel.
         std: of each channel.
-        normalisation: where these come from.
-        leaves: asked for, if any.
-        confidence: asked for, if any.
-        budget: mean MACs per image, asked for, if any.
-        deadline_ms: asked for, if any.
+        normalisation: where mean and std come from.
+        leaves: the limit asked for; else confidence, budget (mean MACs per image) or deadline is.
         elapsed_ms: from the call to its last answer.
-        deadline_met: whether it was, with a deadline.
         measured_latencies: whether they had to be measured first.
         macs: mean MACs per image of the leaves used.
         notes: what the user should know.
-        images: the answers.
     """
 
     ensemble: str
@@ -223,15 +214,13 @@ def _labels(
 
 def _saved_budget(hne: HierarchicalEnsemble, target: int, path: Path) -> Budget:
     """The thresholds that were chosen for a number of MACs per image."""
-    budgets = hne.budgets
-    if target in budgets:
-        return budgets[target]
+    if target in hne.budgets:
+        return hne.budgets[target]
+    saved = ", ".join(f"{macs:,}" for macs in sorted(hne.budgets))
     raise InputError(
         f"no thresholds are saved for a budget of {target:,} MACs per image.",
-        expected=f"one of {', '.join(f'{macs:,}' for macs in sorted(budgets))}"
-        if budgets
-        else "a budget that was calibrated",
-        found=None if budgets else "none, no budget has been calibrated",
+        expected=f"one of {saved}" if saved else "a budget that was calibrated",
+        found=None if saved else "none, no budget has been calibrated",
         next_step=f"Choose them: treeify calibrate {path} --target-macs {target}",
     )
 

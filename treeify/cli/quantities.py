@@ -1,4 +1,7 @@
-"""Quantities with units, as they are written on the command line: `20ms`, `60M`."""
+"""Quantities with units, as they are written on the command line: `20ms`, `60M`.
+
+What is not written so raises an InputError that names the option.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,7 @@ _COUNTS |= {"M": Decimal(10**6), "G": Decimal(10**9), "T": Decimal(10**12)}
 
 
 class Part(NamedTuple):
-    """One of several parts.
-
-    Args:
-        number: from 1 on.
-        parts: how many there are.
-    """
+    """One of several parts, numbered from 1 on."""
 
     number: int
     parts: int
@@ -34,15 +32,7 @@ class Part(NamedTuple):
 
 
 def seconds(text: str, option: str) -> float:
-    """A duration in seconds.
-
-    Args:
-        text: a number with `s`, `ms` or `us` after it; seconds without a unit.
-        option: who asks, for the error.
-
-    Raises:
-        InputError: the text is no duration, or none above 0.
-    """
+    """A duration in seconds, from a number with `s`, `ms`, `us` or no unit (seconds) after it."""
     value = _quantity(text, _SECONDS)
     if not value:
         raise InputError(
@@ -54,16 +44,8 @@ def seconds(text: str, option: str) -> float:
 
 
 def count(text: str, option: str) -> int:
-    """A whole number.
-
-    Args:
-        text: a number with `k`, `M`, `G` or `T` (thousands, millions, ...) after it; without one,
-            digits may be grouped by commas or underscores.
-        option: who asks, for the error.
-
-    Raises:
-        InputError: the text is no whole number above 0.
-    """
+    """A whole number above 0; `k`, `M`, `G` or `T` (thousands, millions, ...) may follow it."""
+    # Without a unit, digits may be grouped by commas or underscores.
     grouped = re.fullmatch(_GROUPED, text.strip())
     value = _quantity(re.sub("[_,]", "", text) if grouped else text, _COUNTS)
     if not value or value != value.to_integral_value():
@@ -76,16 +58,7 @@ def count(text: str, option: str) -> int:
 
 
 def numbers(text: str, option: str, *, positive: bool = False) -> tuple[float, ...]:
-    """Comma-separated numbers.
-
-    Args:
-        text: such as `0.485,0.456,0.406`.
-        option: who asks, for the error.
-        positive: all of them must be above 0.
-
-    Raises:
-        InputError: the text is no such list.
-    """
+    """Comma-separated numbers, such as `0.485,0.456,0.406`."""
     try:
         values = tuple(map(float, text.split(",")))
     except ValueError:
@@ -99,15 +72,7 @@ def numbers(text: str, option: str, *, positive: bool = False) -> tuple[float, .
 
 
 def part(text: str, option: str) -> Part:
-    """Which of how many parts, as written.
-
-    Args:
-        text: such as `3/8`.
-        option: who asks, for the error.
-
-    Raises:
-        InputError: the text is no such pair.
-    """
+    """Which of how many parts, such as `3/8`."""
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None:
         raise InputError(

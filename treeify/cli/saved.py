@@ -17,13 +17,8 @@ from treeify.training.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, sco
 def checkpoint_in(directory: Path) -> Path:
     """The checkpoint that is meant: a run's last one, or the directory itself.
 
-    Where a moving average was kept, it is meant: it is what the run measured.
-
-    Args:
-        directory: a run directory, or a checkpoint such as `runs/NAME/best`.
-
-    Returns:
-        A directory with a readable configuration; `CheckpointError` is raised if there is none.
+    Where a moving average was kept, it is meant: it is what the run measured. `CheckpointError` is
+    raised if the checkpoint has no readable configuration.
     """
     path = scored_ensemble(directory)
     checkpoint.read_config(path)
@@ -45,13 +40,8 @@ def preparation_in(
 ) -> Preparation:
     """What images go through before a checkpoint's ensemble sees them.
 
-    Args:
-        path: the checkpoint.
-        mean: of each channel, or of all, instead of the known one.
-        std: of each channel, or of all; to be set together with the mean.
-
-    Raises:
-        InputError: the ensemble takes no images, or the numbers do not fit its channels.
+    Mean and standard deviation of each channel, or of all, replace the known ones; both or neither
+    are set.
     """
     config = checkpoint.read_config(path)
     architecture = config["architecture"] and Architecture.from_dict(config["architecture"])
@@ -74,15 +64,7 @@ def skips_damaged(path: Path) -> bool:
 
 
 def data_section(path: Path, options: Sequence[str]) -> DataRecipe:
-    """The data of the run that wrote a checkpoint, changed by options; else the options alone.
-
-    Args:
-        path: the checkpoint.
-        options: `key=value` of a recipe's data section.
-
-    Raises:
-        RecipeError: neither says what data to use, or an option is wrong.
-    """
+    """The data of the run that wrote a checkpoint, changed by `key=value`; else these alone."""
     if recipe := recipe_of(path):
         return load_recipe(recipe, [f"data.{option}" for option in options]).data
     if options:

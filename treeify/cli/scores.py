@@ -44,12 +44,12 @@ def score_rows(
         hne: the ensemble, for its costs.
         scores: its scores on held-out images.
         train: its scores on training images, if known.
-        seconds: how long an answer takes, by number of leaves, if measured.
+        seconds: of an answer, by number of leaves, if measured.
         x: one image `[1, C, H, W]` of the size that was scored; by default the conversion's size.
     """
     rows = []
     for index, (score, cost) in enumerate(zip(scores, costs(hne, x), strict=True)):
-        row = {**asdict(score), "macs": cost.macs, "parameters": cost.parameters}
+        row = asdict(score) | asdict(cost)
         if train:
             row["training"] = train[index].accuracy
         if seconds:
@@ -59,12 +59,7 @@ def score_rows(
 
 
 def score_table(rows: Sequence[Mapping[str, Any]], *, brief: bool = False) -> Table:
-    """The rows of `score_rows`, to be printed by rich.
-
-    Args:
-        rows: one per nested size.
-        brief: leave out calibration error and logit deviation.
-    """
+    """The rows of `score_rows`; brief tables leave out calibration error and logit deviation."""
     caption = "accuracy of the mean logits; MACs per image"
     if "training" in rows[0]:
         caption += "; training: augmented images, during the last epoch"
@@ -76,12 +71,9 @@ def score_table(rows: Sequence[Mapping[str, Any]], *, brief: bool = False) -> Ta
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], leaves: Sequence[float]) -> str:
-    """The rows of `score_rows` and, below them, each single leaf's accuracy.
+    """The rows of `score_rows` (`first` leaves) and, below them, each `single` leaf's accuracy.
 
-    Args:
-        rows: one per nested size; `kind` is `first` leaves.
-        leaves: accuracy of every leaf in percent; `kind` is the `single` leaf of that number,
-            counted from 0 as everywhere.
+    Accuracies are in percent; single leaves are counted from 0 as everywhere.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, ["kind", *rows[0]], lineterminator="\n")

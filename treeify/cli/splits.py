@@ -17,8 +17,7 @@ from treeify.models.base_model import base_model
 def splits(
     name: Name,
     clean: Annotated[
-        bool,
-        typer.Option("--clean", help="Only points where a single tensor is live."),
+        bool, typer.Option("--clean", help="Only points where a single tensor is live.")
     ] = False,
     num_classes: NumClasses = None,
     input_size: InputSize = None,

@@ -97,14 +97,13 @@ def verify(
     if unchecked:
         results.check_writable(output)
     _check(console, unchecked, output, settings)
-    coverage = results.read(output) if output.exists() else results.Coverage(())
+    coverage = results.read(output)
     if failed := todo(models, coverage, settings, retry=True):
         say(console, f"{len(failed)} of {len(models)} failed: {', '.join(failed)}")
         sys.exit(FAILED)
     proven = {row.name for row in coverage.present(splits) if row.proven}
-    unproven = [name for name in models if name not in proven]
     text = f"All {len(models)} passed."
-    if unproven:
+    if unproven := [name for name in models if name not in proven]:
         text = (
             f"All {len(models)} converted, {len(models) - len(unproven)} proven; only shapes were"
             f" checked of {', '.join(unproven)}."
@@ -133,9 +132,8 @@ def _check(console: Console, names: Sequence[str], output: Path, settings: Setti
 
 def _line(row: Row) -> str:
     """The outcome of a check."""
-    spent = f"{row.seconds:.1f} s" + (
-        "" if row.peak_memory is None else f", {row.peak_memory / 1e9:.2f} GB"
-    )
+    memory = "" if row.peak_memory is None else f", {row.peak_memory / 1e9:.2f} GB"
+    spent = f"{row.seconds:.1f} s{memory}"
     if row.failure is not None:
         return f"FAILED ({row.how or 'not built'}): {row.failure} ({spent})"
     fraction = "" if row.packed_fraction is None else f", {row.packed_fraction:.1%} of MACs packed"

@@ -1,4 +1,4 @@
-"""What each nested sub-ensemble costs: MACs and parameters.
+"""What each nested sub-ensemble costs: MACs, parameters, and seconds on this machine.
 
 MACs are multiply-accumulates of one image in evaluation mode, counted on what really runs by the
 rules of fvcore, which the paper's figures follow: each product of a convolution, a linear layer, a
@@ -16,12 +16,14 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.engine import timing
 from treeify.engine.preserve import preserve_modes
 from treeify.tracing.mac_counter import MacCounter, frozen_parameters
 
@@ -95,12 +97,26 @@ def base_cost(hne: HierarchicalEnsemble) -> Cost:
     return Cost(1, hne.count_macs(1), parameters)
 
 
+@torch.no_grad()
+def answer_seconds(
+    hne: HierarchicalEnsemble, x: Tensor, *, budget: float = 3.0
+) -> dict[int, float]:
+    """The median seconds of an answer on this machine, by number of leaves.
+
+    Args:
+        hne: the ensemble, in evaluation mode.
+        x: images `[N, C, H, W]` to answer at once.
+        budget: seconds after which no more rounds begin.
+    """
+    actions = {str(size): partial(hne.predict, x, leaves=size) for size in hne.tree.nested_sizes}
+    times = timing.alternate(actions, x.device, repeats=51, budget=budget)
+    return {int(size): seconds for size, seconds in timing.medians(times).items()}
+
+
 def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """MACs of a model on the meta device, in one pass: what `fvcore_macs` counts, but faster.
 
-    Args:
-        model: without weights; every module's mode is put back.
-        shape: of one image, `(C, H, W)`.
+    Every module's mode is put back; the shape is that of one image, `(C, H, W)`.
     """
     with preserve_modes(model), frozen_parameters(model), torch.no_grad(), MacCounter() as counter:
         model.eval()(torch.zeros(1, *shape, device="meta"))
@@ -108,12 +124,7 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
 
 
 def fvcore_macs(model: nn.Module, x: Tensor) -> int:
-    """MACs of one evaluation pass, counted by fvcore on the executed graph.
-
-    Args:
-        model: any module; every module's mode is put back.
-        x: its input.
-    """
+    """MACs of one evaluation pass, counted by fvcore; every module's mode is put back."""
     analysis = FlopCountAnalysis(model, x)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")
@@ -133,9 +144,6 @@ def fvcore_macs(model: nn.Module, x: Tensor) -> int:
         torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
-_Handle = Callable[[list[Any], list[Any]], Any]
-
-
 def _nothing(inputs: list[Any], outputs: list[Any]) -> Counter[str]:
     return Counter()
 
@@ -146,7 +154,7 @@ def _batch_norm(inputs: list[Any], outputs: list[Any]) -> Any:
     return Counter() if standardises_weights else batchnorm_flop_jit(inputs, outputs)
 
 
-def _by_torch(name: str) -> _Handle:
+def _by_torch(name: str) -> Callable[[list[Any], list[Any]], Counter[str]]:
     """Count an operation by running it on the meta device, which shows the products in it."""
 
     def count(inputs: list[Any], outputs: list[Any]) -> Counter[str]:

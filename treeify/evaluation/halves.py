@@ -51,12 +51,7 @@ class Halves:
 
 @torch.no_grad()
 def nested_answers(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Logits of every nested size `[S, N, K]`, and classes `[N]`, of all images.
-
-    Args:
-        hne: the ensemble, in evaluation mode.
-        batches: images `[N, 3, H, W]` and classes `[N]`; a batch may be empty.
-    """
+    """Logits `[S, N, K]` of every nested size and classes `[N]`, of all images in the batches."""
     parameter = next(hne.parameters())
     logits, labels = [], []
     for images, target, *_ in batches:

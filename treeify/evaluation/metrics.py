@@ -48,8 +48,8 @@ class Score:
     logit_std: float
 
 
-def _correct(nested: Tensor, target: Tensor) -> Tensor:
-    return nested.argmax(-1) == target[:, None]
+def _correct(logits: Tensor, target: Tensor) -> Tensor:
+    return (logits.argmax(-1) == target[:, None]).float()
 
 
 def _logit_std(logits: Tensor, nested: Tensor, tree: Tree) -> Tensor:
@@ -92,10 +92,8 @@ class Scores:
         lengths = [prod(shape) for shape in shapes.values()]
         self._sums = torch.zeros(sum(lengths), dtype=torch.float64)
         self._totals = {
-            name: part.view(shape)
-            for (name, shape), part in zip(
-                shapes.items(), torch.split(self._sums, lengths), strict=True
-            )
+            name: part.view(shapes[name])
+            for name, part in zip(shapes, torch.split(self._sums, lengths), strict=True)
         }
         self._uncounted: list[tuple[Tensor, Tensor]] = []
 
@@ -119,7 +117,7 @@ class Scores:
         self._uncounted = []
         nested = nested_logits(logits, self.tree)
         confidence = nested.softmax(-1).amax(-1)
-        correct = _correct(nested, target).float()
+        correct = _correct(nested, target)
         ones = torch.ones_like(correct)
         bins = F.one_hot((confidence * _BINS).long().clamp(max=_BINS - 1), _BINS)
         binned = torch.stack([ones, confidence, correct], dim=1)[..., None] * bins[:, None]
@@ -127,7 +125,7 @@ class Scores:
         columns = (
             ones[:, :1],
             *(correct, _nll(nested, target), _logit_std(logits, nested, self.tree)),
-            (logits.argmax(-1) == target[:, None]).float(),
+            _correct(logits, target),
             binned.flatten(1),
         )
         rows = torch.split(torch.cat(columns, dim=1), batches)
@@ -161,21 +159,10 @@ class Scores:
             raise DataError("there are no images to measure accuracy on.")
         totals = self.state_dict()
         gaps = (totals["bin_confidence"] - totals["bin_correct"]).abs().sum(-1)
+        sums = [100 * totals["correct"], totals["nll"], 100 * gaps, totals["std"]]
+        means = (torch.stack(sums, dim=1) / self.images).tolist()
         return tuple(
-            Score(leaves, *row)
-            for leaves, row in zip(
-                self.tree.nested_sizes,
-                torch.stack(
-                    [
-                        100 * totals["correct"] / self.images,
-                        totals["nll"] / self.images,
-                        100 * gaps / self.images,
-                        totals["std"] / self.images,
-                    ],
-                    dim=1,
-                ).tolist(),
-                strict=True,
-            )
+            Score(leaves, *row) for leaves, row in zip(self.tree.nested_sizes, means, strict=True)
         )
 
     def leaf_accuracy(self) -> tuple[float, ...]:
@@ -196,9 +183,6 @@ def measure(
         hne: the ensemble; every module's mode is put back.
         batches: images [N, 3, H, W] and classes [N].
         stop: asked before every batch but the first; when it says so, the rest is left out.
-
-    Returns:
-        The totals.
     """
     first = next(hne.parameters())
     scores = Scores(hne.tree)

@@ -34,13 +34,13 @@ _SIDES = (64, 96, 128, 160, 192, 224, 256)
 _ENOUGH = 8
 # What timm's builders call the number of blocks, for models that count on it, and small ones; of
 # stages the most that run.
-_FEWER_BLOCKS: tuple[dict[str, Any], ...] = (
-    *({"depth": 4}, {"depth": 2}, {"depth": 1}),
-    *({"depths": [1] * stages} for stages in (5, 4, 3)),
-    *({"layers": [1] * stages} for stages in (4, 3)),
-    *({"num_blocks": 4}, {"num_blocks": 2}),
-    {"stages": [1, 1, 1, 1]},
-)
+_FEWER_BLOCKS: dict[str, tuple[Any, ...]] = {
+    "depth": (4, 2, 1),
+    "depths": ([1] * 5, [1] * 4, [1] * 3),
+    "layers": ([1] * 4, [1] * 3),
+    "num_blocks": (4, 2),
+    "stages": ([1] * 4,),
+}
 # How many blocks of one shape in a row are left, most first.
 _BLOCKS_IN_A_ROW = (4, 2, 1)
 # What Python and the libraries take before there is a model.
@@ -70,18 +70,10 @@ class CheckLevel:
 
 
 def check_levels(name: str, leaves: int, memory: int) -> Iterator[CheckLevel]:
-    """How fully a model can be checked, by building it without weights.
-
-    Args:
-        name: of the model.
-        leaves: of the ensemble.
-        memory: bytes a check may need.
+    """How fully a model can be checked within some bytes of memory, by building it without weights.
 
     Yields:
         Those estimated to need no more memory, the fullest first; the meta device is the last.
-
-    Raises:
-        ModelError: the model cannot be built.
     """
     options: dict[str, Any] = {} if ":" in name else {"num_classes": CLASSES}
     full = _smallest_input(Architecture(name, options))
@@ -109,20 +101,17 @@ def _cut(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Shallo
 
 def _built_shallower(architecture: Architecture, shape: tuple[int, ...]) -> Iterator[_Shallower]:
     """Fewer blocks as far as the builder takes their number, the most first."""
-    seen = set()
-    for options in _FEWER_BLOCKS:
-        (key, value) = next(iter(options.items()))
-        if key in seen:
-            continue
-        built = Architecture(architecture.name, {**architecture.kwargs, **options})
-        if (model := _skeleton_that_runs(built, shape)) is not None:
-            if isinstance(value, list):
-                seen.add(key)  # with fewer stages it would be another model
-            yield f"{key}={value}", built, model
+    for key, values in _FEWER_BLOCKS.items():
+        for value in values:
+            built = Architecture(architecture.name, {**architecture.kwargs, key: value})
+            if (model := _skeleton_that_runs(built, shape)) is not None:
+                yield f"{key}={value}", built, model
+                if isinstance(value, list):
+                    break  # with fewer stages it would be another model
 
 
 def _skeleton_that_runs(architecture: Architecture, shape: tuple[int, ...]) -> nn.Module | None:
-    """The skeleton of a model, if it can be built and takes images of that shape."""
+    """The skeleton of a model; None if it cannot be built or does not take that shape."""
     try:
         model = skeleton(architecture)
     except ModelError:
@@ -143,10 +132,7 @@ def estimated_bytes(model: nn.Module, leaves: int) -> int:
 
 
 def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int, ...]]:
-    """The architecture, and the smallest square image that both its modes run on.
-
-    Of those below the usual size, one where the fewest batch norms have too little to average.
-    """
+    """The architecture, and the smallest image where the fewest batch norms starve."""
     model = skeleton(architecture)
     usual = example_shape(model, architecture)
     best, fewest = (architecture, usual), math.inf
@@ -168,10 +154,7 @@ def _smallest_input(architecture: Architecture) -> tuple[Architecture, tuple[int
 
 
 def _starved(model: nn.Module, shape: Sequence[int]) -> int | None:
-    """How many calls of batch norms take the mean of too few numbers, for images of a shape.
-
-    None if the model, on the meta device, does not take them in both modes.
-    """
+    """How many batch norms average too few numbers; None if not both modes run on the shape."""
     x = torch.zeros(IMAGES, *shape, device="meta")
     sizes: list[float] = []
 

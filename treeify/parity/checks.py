@@ -30,13 +30,7 @@ LeafOf = Callable[[int], nn.Module]
 def check_outputs(hne: HierarchicalEnsemble, leaf_of: LeafOf, x: Tensor) -> dict[str, float]:
     """Deviations in evaluation mode: of leaves, by every plan, and of prefixes.
 
-    Args:
-        hne: the ensemble; may be changed.
-        leaf_of: gives its separate networks.
-        x: images, `[N, C, H, W]`.
-
-    Returns:
-        `leaf_eval`, and where that is at most 1 `prefix`.
+    The ensemble may be changed. `prefix` is left out where `leaf_eval` exceeds 1.
     """
     hne.eval()
     outputs: dict[Plan, Any] = {}
@@ -97,14 +91,8 @@ def check_training(
 
     The gradient of a branch is compared with the sum of those of the networks that share it.
 
-    Args:
-        hne: the ensemble; may be changed.
-        leaf_of: gives its separate networks.
-        x: images, `[N, C, H, W]`.
-        without_gradient: the parameters that receive none, and none in any network, are added.
-
-    Returns:
-        `leaf_train`, `buffers` and `gradient`, of the leaves up to the first that exceeds 1.
+    The ensemble may be changed. Leaves after the first that exceeds 1 are left out. Parameters that
+    receive no gradient, and none in any network, are added to `without_gradient`.
     """
     weights: list[Tensor] = []
     packed = run_pass(hne, x, weights, training=True)
@@ -146,11 +134,8 @@ def check_training(
 class Pass:
     """What a pass of a network or an ensemble gives.
 
-    Args:
-        output: in the model's own structure.
-        buffers: as the forward pass left them: recomputing activations in the backward pass would
-            once more update the statistics of batch norms.
-        gradients: of all parameters that received one.
+    Buffers are as the forward pass left them: recomputing activations in the backward pass would
+    once more update the statistics of batch norms.
     """
 
     output: Any
@@ -161,14 +146,8 @@ class Pass:
 def run_pass(model: nn.Module, x: Tensor, weights: list[Tensor], *, training: bool) -> Pass:
     """Run a model forward and, in training mode, backward from a weighted sum of its outputs.
 
-    Args:
-        model: a network or an ensemble; its mode, buffers and gradients change.
-        x: images, `[N, C, H, W]`.
-        weights: of the outputs that have gradients; drawn and appended if there are none yet.
-        training: the mode.
-
-    Raises:
-        ParityError: no output has a gradient in training mode.
+    Its mode, buffers and gradients change. Weights of the outputs that have gradients are drawn and
+    appended if there are none yet.
     """
     for parameter in model.train(training).parameters():
         # Whole numbers can have none.
@@ -258,11 +237,7 @@ def check_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
     """Check that every leaf's output has the shape the untouched base architecture gives.
 
     All that can be checked on the meta device: in evaluation mode every way to run and every nested
-    size, in training mode all leaves.
-
-    Args:
-        hne: the ensemble. Not modified but for its buffers.
-        x: images, `[N, C, H, W]`.
+    size, in training mode all leaves. The ensemble is not modified but for its buffers.
 
     Raises:
         ParityError: a leaf's output has another shape.
@@ -281,14 +256,15 @@ def check_shapes(hne: HierarchicalEnsemble, x: Tensor) -> None:
 
 
 def _check_output_shapes(output: Any, size: int, expected: Any) -> None:
+    expected_shapes = _shapes(expected)
     for index in range(size):
         leaf_output = select(output, index)
         check_structure(leaf_output, expected)
-        if _shapes(leaf_output) != _shapes(expected):
+        if (shapes := _shapes(leaf_output)) != expected_shapes:
             raise ParityError(
                 f"leaf {index} of {size} has an output of another shape.",
-                expected=f"{_shapes(expected)}",
-                found=f"{_shapes(leaf_output)}",
+                expected=f"{expected_shapes}",
+                found=f"{shapes}",
             )
     if any(out.shape[min(1, out.ndim - 1)] != size for out in tensors_in(output)):
         raise ParityError(f"the output of {size} leaves does not have {size} of them.")

@@ -27,9 +27,6 @@ def deterministic(dtype: torch.dtype) -> Iterator[None]:
     """Let random draws give their mean and, where that is float64, let no cast lower precision.
 
     For the runs of networks alone: copying or reading their state goes through the modes too.
-
-    Args:
-        dtype: in which networks are compared.
     """
     with ExitStack() as modes:
         if dtype == torch.float64:

@@ -14,10 +14,8 @@ def settle(model: nn.Module) -> None:
     """Give fresh statistics and zero-initialised weights values that matter, as training would.
 
     A fresh network hides mistakes: running means of 0, variances and scales of 1, and last scales
-    of residual branches of 0, under which whole branches vanish from the output.
-
-    Args:
-        model: changed in place, from torch's random state.
+    of residual branches of 0, under which whole branches vanish from the output. The model is
+    changed in place, from torch's random state.
     """
     with torch.no_grad():
         for name, tensor in idle_tensors(model):
@@ -33,11 +31,8 @@ def fit_statistics(model: nn.Module, images: Tensor) -> None:
     """Bring running means and variances of batch norms near those of some images.
 
     With statistics that fit no images the activations of deep networks grow in evaluation mode,
-    until the rounding of float64 decides what the network answers.
-
-    Args:
-        model: a network or an ensemble; changed in place, from torch's random state.
-        images: `[N, C, H, W]`.
+    until the rounding of float64 decides what the network answers. The network or ensemble is
+    changed in place, from torch's random state.
     """
     norms = [
         module

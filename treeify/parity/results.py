@@ -188,11 +188,7 @@ def shipped() -> Coverage:
 
 
 def append(path: Path, row: Row) -> None:
-    """Add a row in one write, on the disk when this returns.
-
-    Raises:
-        DataError: the file cannot be written.
-    """
+    """Add a row in one write, on the disk when this returns; DataError if it cannot be written."""
     try:
         files.append_line(path, row.model_dump_json(by_alias=True, exclude_defaults=True))
     except OSError as error:

@@ -51,16 +51,7 @@ class Settings:
 
 
 def shard(names: Sequence[str], part: int, parts: int) -> list[str]:
-    """Every `parts`-th name from the `part`-th on: neighbours are alike and cost alike.
-
-    Args:
-        names: all of them, in the same order for every shard.
-        part: from 1 to `parts`.
-        parts: how many shards there are.
-
-    Raises:
-        InputError: there is no such shard.
-    """
+    """Every `parts`-th name from the `part`-th on: neighbours are alike and cost alike."""
     if not 1 <= part <= parts:
         raise InputError(
             f"there is no shard {part}/{parts}.", expected="K/N with K from 1 to N, e.g. 3/8"
@@ -73,14 +64,8 @@ def todo(
 ) -> list[str]:
     """The names that are still to be checked under the present versions, in order.
 
-    Those are names without a row of these splits, and models that were not checked in full for
-    want of memory, if there is more of it now.
-
-    Args:
-        names: of the models.
-        coverage: the rows there are.
-        settings: what is asked of every model.
-        retry: those too whose row says that the check failed.
+    Those are names without a row of these splits, models that were not checked in full for want of
+    memory if there is more of it now, and with `retry` models whose check failed.
     """
     done = {
         row.name
@@ -101,16 +86,8 @@ def sweep(names: Sequence[str], output: Path, settings: Settings) -> Iterator[Ro
     A model that crashes its process, runs out of memory or of time has a row that says so. What a
     sweep was doing when it was interrupted leaves no row.
 
-    Args:
-        names: of the models.
-        output: the file of JSON lines, made if need be.
-        settings: what is asked of every model.
-
     Yields:
         Each row, once it is in the file.
-
-    Raises:
-        DataError: the file cannot be written.
     """
     versions = results.versions()
     for name in names:
@@ -134,13 +111,9 @@ def _within_memory(name: str, settings: Settings) -> dict[str, Any]:
 
 
 def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -> dict[str, Any]:
-    """Fields of the model's row, but for the fullest checks so many of which ran out of memory.
+    """Fields of the model's row, from a process that is stopped at `end` of `time.monotonic`.
 
-    Args:
-        name: of the model.
-        settings: what is asked of every model.
-        exhausted: how many of the fullest checks are not done again.
-        end: when it must have ended, by `time.monotonic`.
+    The first `exhausted` checks, the fullest ones, ran out of memory before and are left out.
     """
     # A server that has imported everything and does nothing else forks them off.
     context: Any = multiprocessing.get_context(
@@ -148,16 +121,16 @@ def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -
     )
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["treeify.parity.sweep"])
-    ours, theirs = context.Pipe()
+    parent_end, child_end = context.Pipe()
     fields: dict[str, Any] = {}
     # What the process leaves behind if it is ended is here, and goes.
     with tempfile.TemporaryDirectory(prefix="treeify-") as scratch:
-        args = (theirs, name, settings, exhausted, Path.cwd(), scratch)
+        args = (child_end, name, settings, exhausted, Path.cwd(), scratch)
         process = context.Process(target=_check, args=args, daemon=True)
         process.start()
-        theirs.close()
+        child_end.close()
         try:
-            if _listen(ours, fields, end):
+            if _listen(parent_end, fields, end):
                 process.join()
                 failure = _death(process.exitcode)
             else:
@@ -165,7 +138,7 @@ def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -
         finally:
             process.kill()
             process.join()
-            ours.close()
+            parent_end.close()
     return fields if fields.pop(_DONE, False) else {**fields, "failure": failure}
 
 
@@ -232,9 +205,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _reason(error: Exception, memory: int) -> str:
-    text = re.sub(r"\s+", " ", str(error)).strip()
     if is_out_of_memory(error):
         return f"{_OUT_OF_MEMORY}: more than the {results.gigabytes(memory)} it may use"
+    text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:_LONGEST_REASON]
 
 
@@ -243,9 +216,8 @@ def _limit_memory(size: int) -> None:
     if sys.platform == "linux":
         import resource
 
-        resource.setrlimit(
-            resource.RLIMIT_DATA, (size, resource.getrlimit(resource.RLIMIT_DATA)[1])
-        )
+        _, hard_limit = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (size, hard_limit))
 
 
 def _peak_memory() -> int | None:

@@ -26,19 +26,16 @@ def deviation(actual: Any, expected: Any, scale: float = 1.0) -> float:
         actual: a tensor, or tensors in tuples, lists or dictionaries.
         expected: the same of the base architecture.
         scale: what the absolute part of the tolerance is multiplied by; see `scale_of`.
-
-    Raises:
-        ParityError: the tensors are nested in tuples, lists or dictionaries of another structure.
     """
     check_structure(actual, expected)
     worst = 0.0
-    for one, other in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
-        if not isinstance(other, Tensor):
+    for tensor, reference in zip(tree_leaves(actual), tree_leaves(expected), strict=True):
+        if not isinstance(reference, Tensor):
             continue
-        if one.shape != other.shape or one.dtype != other.dtype:
+        if tensor.shape != reference.shape or tensor.dtype != reference.dtype:
             return math.inf
-        if other.numel() and not torch.equal(one, other):
-            worst = max(worst, *map(_largest, _pieces(one), _pieces(other), repeat(scale)))
+        if reference.numel() and not torch.equal(tensor, reference):
+            worst = max(worst, *map(_largest, _pieces(tensor), _pieces(reference), repeat(scale)))
     return worst
 
 
@@ -84,13 +81,13 @@ def _pieces(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _largest(actual: Tensor, expected: Tensor, scale: float) -> float:
     """The largest of the elements' deviations."""
-    pair = actual.detach(), expected.detach()
-    if any(tensor.is_complex() for tensor in pair):
-        actual, expected = (torch.view_as_real(tensor.to(torch.complex128)) for tensor in pair)
-    elif expected.dtype in (torch.float32, torch.float64):
-        actual, expected = pair
-    else:
-        actual, expected = (tensor.double() for tensor in pair)
+    actual, expected = actual.detach(), expected.detach()  # of the same dtype
+    if expected.is_complex():
+        actual, expected = (
+            torch.view_as_real(tensor.to(torch.complex128)) for tensor in (actual, expected)
+        )
+    elif expected.dtype not in (torch.float32, torch.float64):
+        actual, expected = actual.double(), expected.double()
     tolerance = expected.abs().mul_(RTOL).add_(ATOL * scale)
     error = (actual - expected).abs_().div_(tolerance)
     largest = error.max().item()

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
@@ -68,13 +67,6 @@ class Figures:
         """The largest deviation of all checks."""
         return max(self.leaf_eval, self.leaf_train, self.buffers, self.prefix, self.gradient)
 
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return dict(_FIGURES.dump_python(self, mode="json"))
-
-
-_FIGURES = TypeAdapter(Figures)
-
 
 def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
     """Check leaf, prefix and gradient parity against the untouched base architecture.
@@ -120,9 +112,6 @@ def verify_outputs(hne: HierarchicalEnsemble, x: Tensor) -> float:
 
     Returns:
         The largest deviation, in multiples of the tolerance.
-
-    Raises:
-        ParityError: it exceeds the tolerance in float32 and in float64.
     """
     deviations, _ = _decide(check_outputs, hne, x, training=False)
     return max(deviations.values())
@@ -143,11 +132,7 @@ def _with_settled_weights(hne: HierarchicalEnsemble, x: Tensor) -> Iterator[Hier
 
 
 def _decide(
-    check: _Check,
-    hne: HierarchicalEnsemble,
-    x: Tensor,
-    *,
-    training: bool,
+    check: _Check, hne: HierarchicalEnsemble, x: Tensor, *, training: bool
 ) -> tuple[dict[str, float], str]:
     """Run a check in the ensemble's precision and, if rounding is too coarse, in float64.
 
@@ -158,8 +143,10 @@ def _decide(
         x: images.
         training: the mode that is checked.
 
+    Returns:
+        The figures, and the precision they were decided in.
+
     Raises:
-        InputError: the images do not fit the model.
         ParityError: a figure exceeds 1 in float64 too, the model's own values are random, or the
             precision of the ensemble is off by more than its rounding explains.
     """
@@ -229,17 +216,7 @@ def _is_random(leaf_of: LeafOf, x: Tensor, *, training: bool) -> bool:
 
 
 def _check_rounding(network: nn.Module, x: Tensor, coarse: float, *, training: bool) -> None:
-    """Refuse deviations that float64 does not have and rounding does not explain.
-
-    Args:
-        network: one of the ensemble's.
-        x: images in the precision that is too coarse.
-        coarse: the ensemble's largest deviation in it, in multiples of the tolerance.
-        training: the mode it was found in.
-
-    Raises:
-        ParityError: there is such a deviation.
-    """
+    """Refuse a deviation that float64 does not have and one network's rounding does not explain."""
     rounding = _rounding(network, x, training=training)
     allowed = _AMPLIFIED[training] * max(1.0, rounding)
     if not (coarse <= allowed and (math.isfinite(coarse) or not math.isfinite(rounding))):
@@ -254,10 +231,7 @@ def _check_rounding(network: nn.Module, x: Tensor, coarse: float, *, training: b
 
 
 def _rounding(network: nn.Module, x: Tensor, *, training: bool) -> float:
-    """How far a network's outputs and gradients are from its own in float64.
-
-    In multiples of the tolerance.
-    """
+    """How many times the tolerance a network's values and gradients are from those in float64."""
     weights: list[Tensor] = []
     expected = run_pass(copy.deepcopy(network).double(), x.double(), weights, training=training)
     weights = [weight.to(x.dtype) for weight in weights]

@@ -52,8 +52,7 @@ def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int
         exhausted: how many levels, the fullest first, took more memory than estimated.
 
     Raises:
-        TreeifyError: the model cannot be built or converted, or a check found a difference.
-        SplitError: of these, the model has no such splits.
+        SplitError: the model has no such splits.
     """
     torch.manual_seed(SEED)
     usual = skeleton(Architecture(name))
@@ -84,11 +83,7 @@ def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int
 
 
 def _check_without_weights(name: str, splits: str) -> dict[str, Any]:
-    """Convert a model as it is usually built and fed, without weights, and check its shapes.
-
-    Returns:
-        What the conversion did, as fields of a `results.Row`.
-    """
+    """Convert a usual model without weights and check its shapes; gives fields of a `Row`."""
     architecture = Architecture(name)
     base = skeleton(architecture)
     x = torch.zeros(IMAGES, *example_shape(base, architecture), device="meta")
@@ -110,11 +105,7 @@ def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
 
 
 def _check_numbers(level: CheckLevel, splits: str, tell: Tell) -> None:
-    """All checks of a level's model, with weights.
-
-    Raises:
-        SplitError: the splits named are not there, or not as many as asked for.
-    """
+    """All checks of a level's model, with weights; SplitError if it has no such splits."""
     architecture, example = level.architecture, torch.zeros(1, *level.shape)
     source = _settled(architecture)
     hne = assemble(resolve(architecture)[0], architecture, splits, source, example_input=example)
@@ -142,28 +133,20 @@ def _check_numbers(level: CheckLevel, splits: str, tell: Tell) -> None:
 
 
 def _settled(architecture: Architecture) -> Source:
-    """The weights of networks like the model.
-
-    Every network has its own, all of them at work: else a mistake could leave no trace.
-    """
+    """Weights of networks like the model, all at work: else a mistake could leave no trace."""
     base = architecture.build()
     settle(base)
     return initial_weights(base, architecture, "perturb", SEED)
 
 
 def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
-    """Save an ensemble, load it again and compare.
-
-    Args:
-        hne: the ensemble, whose base model treeify can build. Its mode is put back afterwards.
-        x: images, `[N, C, H, W]`.
+    """Save an ensemble whose base model treeify can build, load it again and compare.
 
     Returns:
         The largest deviation of the leaf logits, in multiples of the tolerance.
 
     Raises:
         ParityError: a tensor is not what was saved, or the logits deviate by more than 1.
-        CheckpointError: it cannot be saved, or not be loaded.
     """
     with tempfile.TemporaryDirectory(prefix="treeify-") as directory:
         checkpoint.save(hne, directory)

@@ -26,13 +26,13 @@ from treeify.fusion import (
     Prepared,
     packed_module,
 )
-from treeify.rules.activations import ACTIVATIONS
 from treeify.rules.dropout import DROPOUTS
+from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.operations.broadcast import Broadcast
-from treeify.rules.operations.channels import PackedStochasticDepth
 from treeify.rules.operations.direct import Direct
 from treeify.rules.operations.linear import PackedLinear
 from treeify.rules.operations.norm import NormInBatch, PackedLayerNorm
+from treeify.rules.operations.packed import PackedStochasticDepth
 from treeify.rules.operations.widened import Widened
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)

@@ -11,8 +11,8 @@ from torch import fx, nn
 from torchvision.models import convnext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from treeify.rules.activations import ACTIVATIONS
 from treeify.rules.call import Call, Unpackable
+from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.operations.norm import (
     GroupNormFunction,
     NormFunction,

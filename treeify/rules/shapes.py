@@ -1,4 +1,4 @@
-"""Reshapes that leave the order of the images alone."""
+"""Shapes: read, and changed by reshaping or expanding; the order of the images stays."""
 
 from __future__ import annotations
 
@@ -6,15 +6,43 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import fx, nn
 
 from treeify.rules.call import Call, Unpackable
 from treeify.rules.image_by_image import run_along, to_batch, to_batch_along
 from treeify.rules.operations.direct import Direct
-from treeify.rules.operations.shapes import Reshape
-from treeify.rules.table import batch_rule, rule, widens
+from treeify.rules.operations.shapes import BranchShape, ExpandEach, Reshape
+from treeify.rules.table import batch_rule, pure, rule, widens
 from treeify.rules.widening import unchanged, widened
-from treeify.tracing.facts import TensorFacts
+from treeify.tracing.facts import TensorFacts, facts
+
+SHAPE_READINGS: tuple[Any, ...] = (
+    *("size", "dim", "numel", "ndimension", "is_floating_point", getattr),
+)
+_NO_READING = "it reads a tensor attribute"
+
+
+@rule(*SHAPE_READINGS, pure=True)
+def pack_shape_reading(call: Call) -> BranchShape:
+    """Readings of packed tensors."""
+    call.input_facts()
+    if call.facts.tensors:
+        raise Unpackable(_NO_READING)
+    return BranchShape(call.target, 1)
+
+
+@batch_rule(*SHAPE_READINGS, pure=True)
+def run_shape_reading(call: Call) -> nn.Module:
+    """Readings of tensors in the batch; `x.T` and `x.data` are tensors themselves."""
+    operand = call.batch_facts()
+    if not call.facts.tensors:
+        assert operand.batch_dim is not None
+        return BranchShape(call.target, operand.batch_dim)
+    if call.argument(1, "name") not in ("T", "mT", "data"):
+        raise Unpackable(_NO_READING)
+    return Direct(call.target)
+
 
 _RESHAPES = ("view", "reshape", torch.reshape)
 
@@ -105,3 +133,45 @@ def run_unsqueeze(call: Call) -> Direct:
     """A new dim, before the batch or after it."""
     call.require_one_tensor()
     return Direct(call.target)
+
+
+@batch_rule("expand", "expand_as", "repeat", pure=True, counts=True)
+def run_expand(call: Call) -> nn.Module:
+    """Tokens and masks expanded to the batch."""
+    argument = call.argument(0, "input")
+    operand, result = call.tensor(argument), call.result_facts()
+    if operand is None:
+        raise Unpackable("its result has no batch dim")
+    assert result.batch_dim is not None
+    # Dims are aligned from the right: where the operand has what is the batch of the result.
+    dim = len(operand.shape) - len(result.shape) + result.batch_dim
+    if operand.batch_dim is not None:
+        same_dim = dim == operand.batch_dim
+        if not same_dim or operand.shape[dim] != result.shape[result.batch_dim]:
+            raise Unpackable("it repeats the batch")
+        return Direct(call.target)
+    if argument not in call.varying:
+        return Direct(call.target)
+    to_each_image = result.counts_images and len(operand.shape) == len(result.shape)
+    if (
+        call.target == "expand_as"
+        or call.node.kwargs
+        or not (to_each_image and operand.shape[dim] == 1)
+    ):
+        raise Unpackable("it expands a parameter in another way than to every image")
+    return ExpandEach(call.target, dim)
+
+
+@batch_rule(torch.repeat_interleave, "repeat_interleave", pure=True, counts=True)
+def run_repeat_interleave(call: Call) -> Direct:
+    """Every element several times; also every image, where each has as many copies."""
+    repeats = call.argument(1, "repeats")
+    is_number = isinstance(repeats, int) or (
+        isinstance(repeats, fx.Node) and not facts(repeats).tensors
+    )
+    return run_along(2, batch_too=is_number)(call)
+
+
+# What makes tensors without images: siblings may share the result.
+pure(torch.arange, torch.zeros, torch.ones, torch.full, torch.linspace, torch.meshgrid)
+pure("new_zeros", "new_ones", "new_full", torch.zeros_like, torch.ones_like, F.one_hot)

@@ -148,12 +148,9 @@ class FusedConv(Prepared):
         return result if fused else self._finish(result, addend)
 
     def _tensors(self, span: Span, parents: int, shape: torch.Size | None = None) -> Weights:
-        """The weight and bias of a span, for convolving over its parents.
+        """The weight and bias of a span, for convolving an input that holds its parents.
 
-        Args:
-            span: the branches.
-            parents: how many branches the input holds.
-            shape: of the input that oneDNN lays the weight out for; None leaves it as it is.
+        With the input's shape, the weight is laid out for oneDNN.
         """
         return self.cached((span, parents, shape), self._prepare)
 
@@ -165,15 +162,7 @@ class FusedConv(Prepared):
         parents: int,
         shape: torch.Size | None,
     ) -> Weights:
-        """Cut a span's part out of the folded weights, ordered and laid out for a convolution.
-
-        Args:
-            weight: of all branches.
-            bias: of all branches, or None.
-            span: the branches.
-            parents: how many branches the input holds.
-            shape: of the input that oneDNN lays the weight out for; None leaves it as it is.
-        """
+        """Cut a span's part out of the folded weights, ordered and laid out, see `_tensors`."""
         weight = narrow(weight, self.branches, span)
         bias = None if bias is None else narrow(bias, self.branches, span)
         if self._swaps(span, parents):

@@ -23,14 +23,6 @@ _R = TypeVar("_R", bound=Rule)
 _W = TypeVar("_W", bound=Callable[..., None])
 
 
-def _always(call: Call) -> bool:
-    return True
-
-
-def _never(call: Call) -> bool:
-    return False
-
-
 @dataclass(frozen=True)
 class OperationRules:
     """All that is registered for an operation.
@@ -48,7 +40,7 @@ class OperationRules:
     widen: Widen | None = None
     packed: Rule | None = None
     in_batch: Rule | None = None
-    prefers_batch: Callable[[Call], bool] = _never
+    prefers_batch: Callable[[Call], bool] = lambda call: False
     pure: bool = False
     takes_counts: bool = False
 
@@ -124,7 +116,7 @@ def batch_rule(
     """
     flags = _true(pure=pure, takes_counts=counts)
     if first:
-        flags["prefers_batch"] = first if callable(first) else _always
+        flags["prefers_batch"] = first if callable(first) else lambda call: True
 
     def register(function: _R) -> _R:
         _enter(targets, in_batch=function, **flags)

@@ -34,17 +34,7 @@ class LinearFunction(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
-    """Each branch's own linear layer on its part of the batch.
-
-    Args:
-        x: `[G*N, ..., I]`.
-        weight: `[G*O, I]`.
-        bias: `[G*O]` or None.
-        count: branches `G`.
-
-    Returns:
-        `[G*N, ..., O]`.
-    """
+    """Each branch's own linear layer: `[G*N, ..., I]`, `[G*O, I]` and `[G*O] -> [G*N, ..., O]`."""
     if count == 1:
         return F.linear(x, weight, bias)
     features, outputs = weight.shape[-1], weight.shape[0] // count

@@ -126,7 +126,7 @@ class Call:
         return tensors
 
     def require_one_tensor(self) -> TensorFacts:
-        """Facts of the only tensor argument; Unpackable if it has no batch or is not the only one."""
+        """Facts of the single tensor argument; Unpackable if there are more, or no batch dim."""
         if len(self.tensor_arguments()) != 1:
             raise Unpackable("it reads more than one tensor")
         return self.batch_facts()

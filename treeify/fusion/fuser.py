@@ -58,11 +58,7 @@ _FUNCTIONS: dict[Any, Activation] = {
 
 
 class FusedTwin:
-    """A program's twin with batch norms folded and sums and activations written in place.
-
-    Args:
-        source: the program; its twin is made when first asked for.
-    """
+    """A program's twin with batch norms folded and sums and activations written in place."""
 
     def __init__(self, source: Program) -> None:
         self.source = source
@@ -70,7 +66,7 @@ class FusedTwin:
 
     @cached_property
     def program(self) -> Program:
-        """The twin."""
+        """The twin, made when first asked for."""
         fusers = [_SegmentFuser(segment) for segment in self.source.segments]
         segments = tuple(fuser.run() for fuser in fusers)
         self._dropouts = [dropout for fuser in fusers for dropout in fuser.dropouts]

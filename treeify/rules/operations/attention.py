@@ -40,13 +40,7 @@ class MaskedAttention(nn.Module):
 
 
 class PackedSelfAttention(PackedOperation):
-    """`nn.MultiheadAttention` of tokens to themselves, with each branch's own projections.
-
-    Args:
-        module: the base architecture's attention, for its options.
-        packed_module: holds its packed tensors.
-        branches: how many branches it holds.
-    """
+    """`nn.MultiheadAttention` of tokens to themselves, with each branch's own projections."""
 
     def __init__(
         self, module: nn.MultiheadAttention, packed_module: nn.Module, branches: int

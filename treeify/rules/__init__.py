@@ -12,7 +12,6 @@ from treeify.rules import (  # noqa: F401 - each registers its rules
     linear,
     norm,
     pooling,
-    rearrange,
     reductions,
     shapes,
     softmax,

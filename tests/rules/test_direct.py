@@ -5,10 +5,9 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from treeify.rules.operations.channels import ConcatenateChannels
 from treeify.rules.operations.direct import Direct, ToBatch
-from treeify.rules.operations.packed import PackedOperation
-from treeify.rules.operations.products import EinsumOfBranches
+from treeify.rules.operations.linear import EinsumOfBranches
+from treeify.rules.operations.packed import ConcatenateChannels, PackedOperation
 from treeify.rules.operations.shapes import BranchShape, Element, ExpandEach, Reshape
 from treeify.tree import Span
 

@@ -27,7 +27,7 @@ from treeify.rules.operations.branchwise import (
     SharedModule,
     is_opaque,
 )
-from treeify.rules.shape_readings import SHAPE_READINGS
+from treeify.rules.shapes import SHAPE_READINGS
 from treeify.rules.table import Rule, rules_of
 from treeify.tracing.facts import facts
 from treeify.tracing.functionalize import is_isolating_copy

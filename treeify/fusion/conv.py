@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from treeify.engine.forms import read_once
 from treeify.engine.packed_tensors import narrow
-from treeify.fusion.overwrite import Activation, add_into, attributes
+from treeify.fusion.overwrite import Activation, attributes, finish
 from treeify.fusion.prepared_weights import SMALL, Prepared, Weights, has_onednn, suits_onednn
 from treeify.rules.operations.conv import WidenedConv, swap
 from treeify.rules.operations.widened import Widened
@@ -102,7 +102,7 @@ class FusedConv(Prepared):
         result = convolve(x, weight, bias, stride, padding, dilation, parents * self.groups)
         if swaps:
             result = swap(result, 1, parents, self.groups, span.size // parents)
-        return self._finish(result, addend)
+        return finish(result, addend, self.activation)
 
     def _unfused(self, span: Span, x: Tensor, addend: Tensor | float | None) -> Tensor:
         for operation in self.operations:
@@ -110,12 +110,7 @@ class FusedConv(Prepared):
                 x = operation(span, x) if isinstance(operation, Widened) else operation(x)
         if type(self._norm[0]) is BatchNormAct2d:
             return x  # it has the activation in it already
-        return self._finish(x, addend)
-
-    def _finish(self, result: Tensor, addend: Tensor | float | None) -> Tensor:
-        if addend is not None:
-            result = add_into(result, addend)
-        return result if self.activation is None else self.activation.apply(result)
+        return finish(x, addend, self.activation)
 
     def _swaps(self, span: Span, parents: int) -> bool:
         """Whether channels leave the convolution in another order, see `WidenedConv`."""
@@ -134,7 +129,7 @@ class FusedConv(Prepared):
         rows = x.permute(0, 2, 3, 1).reshape(-1, channels)
         result = F.linear(rows, weight.view(-1, channels), bias)
         result = result.view(images, height, width, result.shape[1]).permute(0, 3, 1, 2)
-        return self._finish(result, addend)
+        return finish(result, addend, self.activation)
 
     def _onednn(self, span: Span, parents: int, x: Tensor, addend: Tensor | float | None) -> Tensor:
         """OneDNN's own call: weights laid out once, the activation in the same pass."""
@@ -145,15 +140,12 @@ class FusedConv(Prepared):
         activation = self.activation if addend is None else None
         result: Tensor = convolve(x, weight, bias, *self.geometry, groups, *attributes(activation))
         fused = activation is not None and activation.name
-        return result if fused else self._finish(result, addend)
+        return result if fused else finish(result, addend, self.activation)
 
     def _tensors(self, span: Span, parents: int, shape: torch.Size | None = None) -> Weights:
-        """The weight and bias of a span, for convolving over its parents.
+        """The weight and bias of a span, for convolving an input that holds its parents.
 
-        Args:
-            span: the branches.
-            parents: how many branches the input holds.
-            shape: of the input that oneDNN lays the weight out for; None leaves it as it is.
+        With the input's shape, the weight is laid out for oneDNN.
         """
         return self.cached((span, parents, shape), self._prepare)
 
@@ -165,15 +157,7 @@ class FusedConv(Prepared):
         parents: int,
         shape: torch.Size | None,
     ) -> Weights:
-        """Cut a span's part out of the folded weights, ordered and laid out for a convolution.
-
-        Args:
-            weight: of all branches.
-            bias: of all branches, or None.
-            span: the branches.
-            parents: how many branches the input holds.
-            shape: of the input that oneDNN lays the weight out for; None leaves it as it is.
-        """
+        """Cut a span's part out of the folded weights, ordered and laid out, see `_tensors`."""
         weight = narrow(weight, self.branches, span)
         bias = None if bias is None else narrow(bias, self.branches, span)
         if self._swaps(span, parents):

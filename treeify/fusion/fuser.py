@@ -26,13 +26,13 @@ from treeify.fusion import (
     Prepared,
     packed_module,
 )
-from treeify.rules.activations import ACTIVATIONS
 from treeify.rules.dropout import DROPOUTS
+from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.operations.broadcast import Broadcast
-from treeify.rules.operations.channels import PackedStochasticDepth
 from treeify.rules.operations.direct import Direct
 from treeify.rules.operations.linear import PackedLinear
 from treeify.rules.operations.norm import NormInBatch, PackedLayerNorm
+from treeify.rules.operations.packed import PackedStochasticDepth
 from treeify.rules.operations.widened import Widened
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, BatchNormAct2d)
@@ -58,11 +58,7 @@ _FUNCTIONS: dict[Any, Activation] = {
 
 
 class FusedTwin:
-    """A program's twin with batch norms folded and sums and activations written in place.
-
-    Args:
-        source: the program; its twin is made when first asked for.
-    """
+    """A program's twin with batch norms folded and sums and activations written in place."""
 
     def __init__(self, source: Program) -> None:
         self.source = source
@@ -70,7 +66,7 @@ class FusedTwin:
 
     @cached_property
     def program(self) -> Program:
-        """The twin."""
+        """The twin, made when first asked for."""
         fusers = [_SegmentFuser(segment) for segment in self.source.segments]
         segments = tuple(fuser.run() for fuser in fusers)
         self._dropouts = [dropout for fuser in fusers for dropout in fuser.dropouts]

@@ -34,11 +34,13 @@ def attributes(activation: Activation | None) -> tuple[str, list[float], str]:
     return activation.name, activation.scalars, activation.algorithm
 
 
-def add_into(x: Tensor, addend: Tensor | float) -> Tensor:
-    """The sum, written over `x` where shapes and types allow."""
-    if not isinstance(addend, Tensor) or x.shape != addend.shape or x.dtype != addend.dtype:
-        return x + addend
-    return x.add_(addend)
+def finish(x: Tensor, addend: Tensor | float | None, activation: Activation | None) -> Tensor:
+    """Add and activate, written over `x`; a sum only where shapes and types allow."""
+    if isinstance(addend, Tensor) and x.shape == addend.shape and x.dtype == addend.dtype:
+        x = x.add_(addend)
+    elif addend is not None:
+        x = x + addend
+    return x if activation is None else activation.apply(x)
 
 
 class Overwrite(nn.Module):
@@ -62,5 +64,4 @@ class AddInto(nn.Module):
 
     def forward(self, span: Span, x: Tensor, addend: Tensor | float) -> Tensor:
         """The sum."""
-        result = add_into(x, addend)
-        return result if self.activation is None else self.activation.apply(result)
+        return finish(x, addend, self.activation)

@@ -56,8 +56,13 @@ class Prepared(nn.Module):
 
     def __init__(self, sources: Sequence[tuple[nn.Module, Sequence[str]]]) -> None:
         super().__init__()
-        # Tables and names instead of tensors, since a tensor may be replaced by another.
-        self._entries = [entry for module, names in sources for entry in _entries(module, names)]
+        # Tables and names instead of tensors, since a tensor may be replaced by another. A name in
+        # neither table is a parametrized weight, which `refresh` then misses and refuses.
+        self._entries = [
+            (module._buffers if name in module._buffers else module._parameters, name)
+            for module, names in sources
+            for name in names
+        ]
         self.forget()
 
     def forget(self) -> None:
@@ -123,13 +128,6 @@ class Prepared(nn.Module):
         while size > limit:
             weight, _ = self._cache.pop(next(iter(self._cache)))
             size -= weight.numel()
-
-
-def _entries(module: nn.Module, names: Sequence[str]) -> list[tuple[dict[str, Any], str]]:
-    """The tables that hold a module's tensors, each with a tensor's name."""
-    # A name in neither table is a parametrized weight, which `refresh` then misses and refuses.
-    buffers, parameters = module._buffers, module._parameters
-    return [(buffers if name in buffers else parameters, name) for name in names]
 
 
 def suits_onednn(x: Tensor) -> bool:

@@ -4,22 +4,16 @@ Rules are registered in one table, one family of operations per file; importing 
 """
 
 from treeify.rules import (  # noqa: F401 - each registers its rules
-    activations,
     attention,
-    concatenate,
     conv,
     dropout,
     elementwise,
-    expand,
     indexing,
     linear,
     norm,
     pooling,
-    products,
-    rearrange,
     reductions,
-    reshape,
-    shape_readings,
+    shapes,
     softmax,
     windows,
 )

@@ -8,8 +8,8 @@ from torch import nn
 from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import require_aligned
 from treeify.rules.image_by_image import to_batch
+from treeify.rules.operations.attention import MaskedAttention, PackedSelfAttention
 from treeify.rules.operations.direct import Direct
-from treeify.rules.operations.products import MaskedAttention, PackedSelfAttention
 from treeify.rules.table import batch_rule, rule
 
 _OPERANDS = ("query", "key", "value")

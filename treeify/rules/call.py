@@ -77,47 +77,28 @@ class Call:
         return tensors
 
     def input_facts(self) -> TensorFacts:
-        """Facts of the first argument, which must be a packable tensor.
-
-        Raises:
-            Unpackable: it is not a tensor with the batch at dim 0 and a dim 1.
-        """
+        """Facts of the first argument; Unpackable without a batch at dim 0 and a dim 1."""
         operand = self.tensor(self.argument(0, "input"))
         if operand is None or operand.branch_dim != 1:
             raise Unpackable("its input has no batch at dim 0")
         return operand
 
     def batch_facts(self) -> TensorFacts:
-        """Facts of the first argument, which must be a tensor with a dim that grows with the batch.
-
-        Raises:
-            Unpackable: it is not.
-        """
+        """Facts of the first argument; Unpackable without a dim that grows with the batch."""
         operand = self.tensor(self.argument(0, "input"))
         if operand is None or operand.batch_dim is None:
             raise Unpackable("its input has no batch dim")
         return operand
 
     def batch_first_facts(self, least_rank: int = 1) -> TensorFacts:
-        """Facts of the first argument, which must be a tensor that begins with the batch.
-
-        Args:
-            least_rank: how many dims it must have.
-
-        Raises:
-            Unpackable: it is not.
-        """
+        """Facts of the first argument; Unpackable unless batch first, of at least that rank."""
         operand = self.batch_facts()
         if operand.batch_dim != 0 or len(operand.shape) < least_rank:
             raise Unpackable("its input does not begin with the batch")
         return operand
 
     def result_facts(self) -> TensorFacts:
-        """Facts of the result, which must be a tensor with a dim that grows with the batch.
-
-        Raises:
-            Unpackable: it is not.
-        """
+        """Facts of the result; Unpackable unless it is a tensor that grows with the batch."""
         result = self.facts.value
         if not isinstance(result, TensorFacts) or result.batch_dim is None:
             raise Unpackable("its result has no batch dim")
@@ -145,11 +126,7 @@ class Call:
         return tensors
 
     def require_one_tensor(self) -> TensorFacts:
-        """Facts of the only tensor among the arguments, which must have a batch dim.
-
-        Raises:
-            Unpackable: there are other tensors, or it has none.
-        """
+        """Facts of the single tensor argument; Unpackable if there are more, or no batch dim."""
         if len(self.tensor_arguments()) != 1:
             raise Unpackable("it reads more than one tensor")
         return self.batch_facts()

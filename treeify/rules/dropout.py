@@ -9,8 +9,8 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 
 from treeify.rules.call import Call, Unpackable
-from treeify.rules.operations.channels import PackedStochasticDepth
 from treeify.rules.operations.direct import Direct
+from treeify.rules.operations.packed import PackedStochasticDepth
 from treeify.rules.table import batch_rule, rule, widens
 from treeify.rules.widening import unchanged, widened
 

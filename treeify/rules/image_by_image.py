@@ -36,22 +36,13 @@ def dims_of(call: Call, rank: int, position: int, default: int | None = None) ->
 
 
 def to_batch(call: Call) -> ToBatch:
-    """The packed operation of anything that treats every image by itself.
-
-    Raises:
-        Unpackable: an argument or result has no batch, so that branches are stacked.
-    """
+    """The packed operation of what treats every image by itself; Unpackable without a batch."""
     call.require_channels()
     return ToBatch(call.target)
 
 
 def to_batch_along(position: int, default: int | None = None) -> Callable[[Call], ToBatch]:
-    """The packed rule of what works along dims and keeps the shape.
-
-    Args:
-        position: of the argument with the dims, see `dims_of`.
-        default: the dim where no argument says otherwise.
-    """
+    """The packed rule of what keeps the shape and works along dims, found as `dims_of` does."""
 
     def pack_along(call: Call) -> ToBatch:
         operation = to_batch(call)
@@ -67,12 +58,9 @@ def to_batch_along(position: int, default: int | None = None) -> Callable[[Call]
 def run_along(
     position: int, default: int | None = None, *, batch_too: bool = False
 ) -> Callable[[Call], Direct]:
-    """The batch rule of what works along dims of its tensors.
+    """The batch rule of what works along dims, found as `dims_of` does.
 
-    Args:
-        position: of the argument with the dims, see `dims_of`.
-        default: the dim where no argument says otherwise.
-        batch_too: whether it may work along the batch.
+    With `batch_too` it may work along the batch as well.
     """
 
     def run_along_dims(call: Call) -> Direct:

@@ -1,4 +1,4 @@
-"""Parts of tensors, read or replaced, that leave the batch alone."""
+"""Parts of tensors, read, replaced or joined, that leave the batch alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from treeify.rules.call import Call, Unpackable
 from treeify.rules.elementwise import require_aligned
 from treeify.rules.image_by_image import dims_of, run_along, to_batch
 from treeify.rules.operations.direct import Direct, ToBatch
+from treeify.rules.operations.packed import ConcatenateChannels
 from treeify.rules.operations.shapes import Element
 from treeify.rules.table import batch_rule, rule
 from treeify.tracing.facts import TensorFacts, facts
@@ -102,3 +103,27 @@ def _by_dim(indices: Sequence[Any], rank: int) -> list[Any]:
         elif item is not None:  # which makes a new dim
             by_dim.append(item)
     return by_dim + [_EVERYTHING] * (rank - len(by_dim))
+
+
+@rule(torch.cat, torch.concat, pure=True)
+def pack_cat(call: Call) -> nn.Module:
+    """Concatenation: of channels within every branch, of other dims as it stands."""
+    call.require_channels()
+    dim = call.argument(1, "dim", call.node.kwargs.get("axis", 0))
+    if not isinstance(dim, int):
+        raise Unpackable("its dim is not a constant")
+    rank = len(call.facts.tensors[0].shape)
+    return ConcatenateChannels() if dim % rank == 1 else Direct(call.target)
+
+
+batch_rule(torch.cat, torch.concat, pure=True)(run_along(1, default=0))
+rule(torch.stack, pure=True)(to_batch)
+
+
+@batch_rule(torch.stack, pure=True)
+def run_stack(call: Call) -> Direct:
+    """A new dim beside the batch."""
+    batch_dims = {operand.batch_dim for operand in call.tensor_arguments()}
+    if len(batch_dims) != 1 or None in batch_dims:
+        raise Unpackable("its operands hold the batch in different dims")
+    return Direct(call.target)

@@ -11,8 +11,8 @@ from torch import fx, nn
 from torchvision.models import convnext
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from treeify.rules.activations import ACTIVATIONS
 from treeify.rules.call import Call, Unpackable
+from treeify.rules.elementwise import ACTIVATIONS
 from treeify.rules.operations.norm import (
     GroupNormFunction,
     NormFunction,
@@ -31,7 +31,6 @@ _LAYER_NORMS = (nn.LayerNorm, timm_norm.LayerNorm)
 _RMS_NORMS = (nn.RMSNorm, timm_norm.RmsNorm)
 _CHANNEL_LAYER_NORMS = (timm_norm.LayerNorm2d, convnext.LayerNorm2d)
 _NORM_ACTS = (timm_norm_act.BatchNormAct2d, timm_norm_act.GroupNormAct)
-_OVER_BATCH = "it normalises over the batch"
 
 
 @widens(*_BATCH_NORMS, *_INSTANCE_NORMS, timm_norm_act.BatchNormAct2d)
@@ -114,7 +113,7 @@ def _require_batch_beside(call: Call, dims: int) -> None:
     """Refuse a norm whose last `dims` dims may hold the batch."""
     operand = call.batch_facts()
     if operand.batch_dim != 0 or dims >= len(operand.shape):
-        raise Unpackable(_OVER_BATCH)
+        raise Unpackable("it normalises over the batch")
 
 
 @batch_rule(F.layer_norm, F.rms_norm, first=True)

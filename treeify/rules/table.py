@@ -21,14 +21,7 @@ from treeify.rules.call import Call
 Rule = Callable[[Call], nn.Module]
 _R = TypeVar("_R", bound=Rule)
 _W = TypeVar("_W", bound=Callable[..., None])
-
-
-def _always(call: Call) -> bool:
-    return True
-
-
-def _never(call: Call) -> bool:
-    return False
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -48,7 +41,7 @@ class OperationRules:
     widen: Widen | None = None
     packed: Rule | None = None
     in_batch: Rule | None = None
-    prefers_batch: Callable[[Call], bool] = _never
+    prefers_batch: Callable[[Call], bool] = lambda call: False
     pure: bool = False
     takes_counts: bool = False
 
@@ -83,12 +76,7 @@ def leaf_types() -> frozenset[type[nn.Module]]:
 
 def widens(*types: type[nn.Module]) -> Callable[[_W], _W]:
     """Register how modules of exactly these types get more branches, in place: `(module, G)`."""
-
-    def register(function: _W) -> _W:
-        _enter(types, widen=function)
-        return function
-
-    return register
+    return _registering(types, "widen")
 
 
 def rule(*targets: Any, pure: bool = False) -> Callable[[_R], _R]:
@@ -99,12 +87,7 @@ def rule(*targets: Any, pure: bool = False) -> Callable[[_R], _R]:
         pure: the result depends on nothing but the arguments, so that siblings reading the same
             values may share it.
     """
-
-    def register(function: _R) -> _R:
-        _enter(targets, packed=function, **_true(pure=pure))
-        return function
-
-    return register
+    return _registering(targets, "packed", pure=pure)
 
 
 def batch_rule(
@@ -122,15 +105,10 @@ def batch_rule(
         counts: whether numbers that grow with the batch are sizes of the result: in the batch they
             are multiplied by the branches. Without it, calls that read one run per branch.
     """
-    flags = _true(pure=pure, takes_counts=counts)
-    if first:
-        flags["prefers_batch"] = first if callable(first) else _always
-
-    def register(function: _R) -> _R:
-        _enter(targets, in_batch=function, **flags)
-        return function
-
-    return register
+    prefers_batch = (lambda call: True) if first is True else first
+    return _registering(
+        targets, "in_batch", pure=pure, takes_counts=counts, prefers_batch=prefers_batch
+    )
 
 
 def pure(*targets: Any) -> None:
@@ -138,9 +116,17 @@ def pure(*targets: Any) -> None:
     _enter(targets, pure=True)
 
 
-def _true(**flags: bool) -> dict[str, Any]:
-    """The flags that are set: what one rule says of an operation, another does not take back."""
-    return {name: flag for name, flag in flags.items() if flag}
+def _registering(kinds: tuple[Any, ...], name: str, **flags: Any) -> Callable[[_F], _F]:
+    """Enters a function under a name, with the flags that are set.
+
+    What one rule says of an operation, another does not take back.
+    """
+
+    def register(function: _F) -> _F:
+        _enter(kinds, **{name: function}, **{key: flag for key, flag in flags.items() if flag})
+        return function
+
+    return register
 
 
 def _enter(kinds: tuple[Any, ...], **entries: Any) -> None:

@@ -13,15 +13,7 @@ def unchanged(module: nn.Module, branches: int) -> None:
 
 
 def widened(call: Call, *, of_channels: bool = False) -> Widened:
-    """The packed operation of a module that has a widen rule.
-
-    Args:
-        call: of the module.
-        of_channels: as `Widened` takes it.
-
-    Raises:
-        Unpackable: its input is not packable, or it reads another tensor too.
-    """
+    """The packed operation of a module with a widen rule; Unpackable if it reads other tensors."""
     if len(call.tensor_arguments()) > 1:
         raise Unpackable("it reads more than one tensor")
     call.input_facts()
@@ -29,16 +21,8 @@ def widened(call: Call, *, of_channels: bool = False) -> Widened:
 
 
 def of_rows(call: Call, *, of_channels: bool = False) -> OfRows:
-    """The operation in the batch of a module that has a widen rule.
-
-    Args:
-        call: of the module.
-        of_channels: as `Widened` takes it.
-
-    Raises:
-        Unpackable: its input does not begin with rows of images, or has one for each: then branches
-            run in the channels.
-    """
+    """The operation in the batch of a module with a widen rule; Unpackable unless of many rows."""
+    # With one row for each image, branches run in the channels.
     if call.batch_first_facts(least_rank=2).branch_dim == 1:
         raise Unpackable("its input has one row for each image")
     return OfRows(Widened(call.packed_module, call.module, call.branches, of_channels=of_channels))

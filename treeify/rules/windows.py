@@ -17,17 +17,14 @@ _NAMES = {
     *("window_reverse", "window_reverse_nchw", "grid_reverse", "grid_reverse_nchw"),
     "deblockify",
 }
+_registry: Any = timm_registry  # has no annotations
+# Several models have a function of one name.
+_JOINING = [
+    function for function in _registry.get_notrace_functions() if function.__name__ in _NAMES
+]
 
 
-def _untraced_functions() -> list[Any]:
-    """Functions that join windows, as timm registers them; several models have one of a name."""
-    registry: Any = timm_registry  # has no annotations
-    return [
-        function for function in registry.get_notrace_functions() if function.__name__ in _NAMES
-    ]
-
-
-@batch_rule(*_untraced_functions(), *OF_EACH_IMAGE, pure=True)
+@batch_rule(*_JOINING, *OF_EACH_IMAGE, pure=True)
 def run_windows(call: Call) -> Direct:
     """Windows of every image, cut or put together again."""
     operands, result = call.tensor_arguments(), call.facts.value

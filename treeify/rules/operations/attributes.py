@@ -15,12 +15,7 @@ from treeify.tree import Span
 class ReadTensor(nn.Module):
     """Reads a parameter or buffer that the base model uses directly.
 
-    Args:
-        root: the ensemble.
-        slot: where the tensor lives.
-        branches: branches of each level.
-        level: the level that reads it.
-        form: shared gives the base model's own shape, packed `[G, ...]`.
+    A level reads it in the base model's own shape if `form` is shared, else stacked, `[G, ...]`.
     """
 
     def __init__(

@@ -116,13 +116,7 @@ class EachBranchModule(nn.Module):
     def _assign(
         self, name: str, states: Mapping[int, _State], tensors: list[Tensor | None]
     ) -> None:
-        """Take over what calls assigned; what they read until then stays as it was.
-
-        Args:
-            name: of the tensor.
-            states: the tensors that each branch read; changed in place for a shared buffer.
-            tensors: what each branch's call assigned; None where it assigned nothing.
-        """
+        """Take over what calls assigned, if anything; a shared buffer's goes into `states`."""
         pairs = zip(states, tensors, strict=True)
         assigned = {branch: tensor.detach() for branch, tensor in pairs if tensor is not None}
         if name in self.shared_buffers:

@@ -137,11 +137,8 @@ class PackedCondConv(PackedOperation):
     """timm's convolution whose weights every image mixes for itself from those of experts.
 
     It is a grouped convolution over the images already, so only the mixing has to know the branch.
-
-    Args:
-        module: the base architecture's convolution, for its options.
-        packed_module: holds the `weight` `[G*E, P]` of `E` experts, and `bias` `[G*E, O]` or None.
-        branches: how many branches it holds.
+    The packed `weight` is `[G*E, P]` of `E` experts, the `bias` `[G*E, O]` or None; options are the
+    base architecture's.
     """
 
     def __init__(self, module: CondConv2d, packed_module: nn.Module, branches: int) -> None:

@@ -21,11 +21,7 @@ def call_target(target: Target, *args: Any, **kwargs: Any) -> Any:
 
 
 class TargetOperation(nn.Module):
-    """An operation of a function, a module or a tensor method.
-
-    Args:
-        target: the function or module, or the method's name.
-    """
+    """An operation of a function, a module or, by its name, a tensor method."""
 
     def __init__(self, target: Target) -> None:
         super().__init__()

@@ -1,8 +1,10 @@
-"""Linear layers of all branches in one product."""
+"""Linear layers of all branches in one product, and einsum with tensors of each branch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
+from string import ascii_letters
 
 import torch
 import torch.nn.functional as F
@@ -32,17 +34,7 @@ class LinearFunction(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor:
-    """Each branch's own linear layer on its part of the batch.
-
-    Args:
-        x: `[G*N, ..., I]`.
-        weight: `[G*O, I]`.
-        bias: `[G*O]` or None.
-        count: branches `G`.
-
-    Returns:
-        `[G*N, ..., O]`.
-    """
+    """Each branch's own linear layer: `[G*N, ..., I]`, `[G*O, I]` and `[G*O] -> [G*N, ..., O]`."""
     if count == 1:
         return F.linear(x, weight, bias)
     features, outputs = weight.shape[-1], weight.shape[0] // count
@@ -54,3 +46,43 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, count: int) -> Tensor
     else:
         product = torch.baddbmm(bias.view(count, 1, outputs), rows, columns)
     return product.view(*x.shape[:-1], outputs)
+
+
+class EinsumOfBranches(nn.Module):
+    """Products of images with tensors of each branch: one letter more, for the branches.
+
+    Args:
+        sources: the base model's subscripts of each operand.
+        target: those of the result.
+        dims: where each operand holds the batch; None for one value a branch, and -1 for one value
+            for all branches.
+        dim: where the result holds it.
+    """
+
+    def __init__(
+        self, sources: Sequence[str], target: str, dims: Sequence[int | None], dim: int
+    ) -> None:
+        super().__init__()
+        used = {*target, *"".join(sources)}
+        letter = next(letter for letter in ascii_letters if letter not in used)
+
+        def with_branch(subscripts: str, at: int | None) -> str:
+            at = at or 0
+            return subscripts if at < 0 else subscripts[:at] + letter + subscripts[at:]
+
+        left = ",".join(map(with_branch, sources, dims))
+        self.equation = f"{left}->{with_branch(target, dim)}"
+        self.dims, self.dim = dims, dim
+
+    def forward(self, span: Span, equation: str, *operands: Tensor) -> Tensor:
+        """`[..., G*N, ...]`, from such operands and `[G, ...]`."""
+        by_branch = [
+            operand if at is None or at < 0 else torch.unflatten(operand, at, (span.size, -1))
+            for operand, at in zip(operands, self.dims, strict=True)
+        ]
+        result: Tensor = torch.einsum(self.equation, *by_branch)
+        return result.flatten(self.dim, self.dim + 1)
+
+    def extra_repr(self) -> str:
+        """The equation that runs."""
+        return self.equation

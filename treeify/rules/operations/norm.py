@@ -16,13 +16,7 @@ from treeify.tree import Span
 
 
 class PackedLayerNorm(PackedOperation):
-    """Layer norms over each branch's own channels, with each branch's own scale.
-
-    Args:
-        packed_module: holds the `weight` and `bias`, `[G*C]`, or None.
-        branches: how many branches it holds.
-        eps: added to the variance.
-    """
+    """Layer norms over each branch's own channels, with scales and shifts `[G*C]`, or none."""
 
     def __init__(self, packed_module: nn.Module, branches: int, eps: float) -> None:
         super().__init__(packed_module, branches)
@@ -44,15 +38,8 @@ class PackedLayerNorm(PackedOperation):
 class NormInBatch(PackedOperation):
     """Layer or root-mean-square norms over the last dims, with each branch's own scale.
 
-    Siblings of a split normalise their parent's features once.
-
-    Args:
-        packed_module: holds the `weight` and `bias`, `[G*D1, ...]`, or None.
-        branches: how many branches it holds.
-        function: `F.layer_norm` or `F.rms_norm`.
-        shape: the normalised shape `(D1, ...)` of one branch.
-        eps: added to the variance.
-        ratio: siblings per input branch; above 1 only right after a split.
+    Siblings of a split, `ratio` for each parent, normalise the parent's features once. Scales and
+    shifts are `[G*D1, ...]`, or none, where one branch's `shape` is `(D1, ...)`.
     """
 
     def __init__(

@@ -31,13 +31,7 @@ def has_patches(conv: nn.Module) -> bool:
 
 
 def pays(conv: Any, branches: int, x: Tensor) -> bool:
-    """Whether the product is the faster way for an input.
-
-    Args:
-        conv: one branch's convolution, see `has_patches`.
-        branches: how many are computed.
-        x: the input, `[N, ..., H, W]`.
-    """
+    """Whether the product is faster for these branches of `conv`, on an input `[N, ..., H, W]`."""
     # Who records a forward pass, to count MACs, wants to meet a convolution. Without gradients
     # there is nothing to gain: fused convolutions lay their weights out once (`treeify.fusion`).
     is_recorded = torch._C._get_tracing_state() is not None

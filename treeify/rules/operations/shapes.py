@@ -11,12 +11,7 @@ from treeify.tree import Span
 
 
 class BranchShape(TargetOperation):
-    """Reads what the base model would of a tensor's shape: `C`, not `G*C`; or `N`, not `G*N`.
-
-    Args:
-        target: the function or method that reads it.
-        dim: the dim in which the branches are.
-    """
+    """Reads what the base model would of a shape with branches in `dim`: `C`, not `G*C`."""
 
     def __init__(self, target: Target, dim: int) -> None:
         super().__init__(target)
@@ -41,12 +36,7 @@ class Reshape(nn.Module):
 
 
 class ExpandEach(TargetOperation):
-    """Expands a tensor without a batch, one per branch, to every image of the branch.
-
-    Args:
-        target: the expanding method.
-        dim: where the result has its batch; 1 long in the tensor.
-    """
+    """Expands a tensor of each branch to all its images, in `dim`, where the tensor is 1 long."""
 
     def __init__(self, target: Target, dim: int) -> None:
         super().__init__(target)

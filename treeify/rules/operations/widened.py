@@ -74,11 +74,7 @@ class Widened(nn.Module):
 
 
 class OfRows(nn.Module):
-    """Runs a widened module on branches in the batch, where every image has several rows.
-
-    Args:
-        operation: what runs with branches in the channels.
-    """
+    """Runs a widened module on branches in the batch, where every image has several rows."""
 
     def __init__(self, operation: Widened) -> None:
         super().__init__()

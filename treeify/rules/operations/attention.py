@@ -1,12 +1,9 @@
-"""Einsum and attention of images with tensors of each branch."""
+"""Attention of images with tensors of each branch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from string import ascii_letters
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,46 +11,6 @@ from treeify.rules.operations.linear import linear
 from treeify.rules.operations.packed import PackedOperation
 from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
-
-
-class EinsumOfBranches(nn.Module):
-    """Products of images with tensors of each branch: one letter more, for the branches.
-
-    Args:
-        sources: the base model's subscripts of each operand.
-        target: those of the result.
-        dims: where each operand holds the batch; None for one value a branch, and -1 for one value
-            for all branches.
-        dim: where the result holds it.
-    """
-
-    def __init__(
-        self, sources: Sequence[str], target: str, dims: Sequence[int | None], dim: int
-    ) -> None:
-        super().__init__()
-        used = {*target, *"".join(sources)}
-        letter = next(letter for letter in ascii_letters if letter not in used)
-
-        def with_branch(subscripts: str, at: int | None) -> str:
-            at = at or 0
-            return subscripts if at < 0 else subscripts[:at] + letter + subscripts[at:]
-
-        left = ",".join(map(with_branch, sources, dims))
-        self.equation = f"{left}->{with_branch(target, dim)}"
-        self.dims, self.dim = dims, dim
-
-    def forward(self, span: Span, equation: str, *operands: Tensor) -> Tensor:
-        """`[..., G*N, ...]`, from such operands and `[G, ...]`."""
-        by_branch = [
-            operand if at is None or at < 0 else torch.unflatten(operand, at, (span.size, -1))
-            for operand, at in zip(operands, self.dims, strict=True)
-        ]
-        result: Tensor = torch.einsum(self.equation, *by_branch)
-        return result.flatten(self.dim, self.dim + 1)
-
-    def extra_repr(self) -> str:
-        """The equation that runs."""
-        return self.equation
 
 
 class MaskedAttention(nn.Module):
@@ -83,13 +40,7 @@ class MaskedAttention(nn.Module):
 
 
 class PackedSelfAttention(PackedOperation):
-    """`nn.MultiheadAttention` of tokens to themselves, with each branch's own projections.
-
-    Args:
-        module: the base architecture's attention, for its options.
-        packed_module: holds its packed tensors.
-        branches: how many branches it holds.
-    """
+    """`nn.MultiheadAttention` of tokens to themselves, with each branch's own projections."""
 
     def __init__(
         self, module: nn.MultiheadAttention, packed_module: nn.Module, branches: int

@@ -108,13 +108,9 @@ def _first_line(failure: Exception | None) -> str:
 
 @dataclass(frozen=True)
 class GraphRunner:
-    """Runs graphs of a model in one mode.
+    """Runs graphs of a model in one mode, on its `skeleton` (on the meta device) or on itself.
 
-    Args:
-        model: with its weights.
-        skeleton: the model on the meta device.
-        example: an input of any batch size.
-        training: the mode.
+    Of `example` only the device, the dtype and the shape of an image matter.
     """
 
     model: nn.Module
@@ -123,19 +119,14 @@ class GraphRunner:
     training: bool
 
     def _run(self, batch: int, action: Callable[[nn.Module, Tensor], _T]) -> _T:
-        """Run something on a root and so many images, and undo what it leaves behind.
-
-        Raises:
-            InputError: the model does not run on the example's shape.
-            StateError: a module counts its calls.
-        """
+        """Run something on a root and so many images, and undo what it leaves behind."""
+        image = self.example.shape[1:]
         failure: Exception | None = None
         # The meta device costs next to nothing; models that look at values while they run, or that
         # use what it has not, need a real one.
         for device in ("meta", self.example.device):
             root = self.skeleton if device == "meta" else copy.deepcopy(self.model)
-            shape = (batch, *self.example.shape[1:])
-            images = torch.zeros(shape, dtype=self.example.dtype, device=device)
+            images = torch.zeros(batch, *image, dtype=self.example.dtype, device=device)
             with undo_side_effects(root), torch.no_grad(), frozen_parameters(root):
                 root.train(self.training)
                 try:
@@ -144,10 +135,9 @@ class GraphRunner:
                     raise
                 except Exception as error:
                     failure = error
-        text = f"[N, {', '.join(map(str, self.example.shape[1:]))}]"
         raise InputError(
-            f"{type(self.model).__name__} does not run on an input of shape {text}:"
-            f" {_first_line(failure)}",
+            f"{type(self.model).__name__} does not run on an input of shape"
+            f" [N, {', '.join(map(str, image))}]: {_first_line(failure)}",
             expected="an input shape the model accepts",
             next_step="Pass example_input=torch.zeros(1, C, H, W) of the right size"
             " (--input-size).",

@@ -44,14 +44,9 @@ def require_copyable(model: nn.Module) -> None:
 
 
 def _require_copyable_module(path: str, module: nn.Module, module_ids: Collection[int]) -> None:
-    """Refuse a module of a model of which a copy would not be right.
-
-    `copy.deepcopy` copies no function: what a lambda, a cache or a weak reference holds of the
-    model would go on being used by the copy, with the weights of the model.
-
-    Raises:
-        TraceError: see `require_copyable`.
-    """
+    """Refuse a module of which a copy would not be right."""
+    # `copy.deepcopy` copies no function: what a lambda, a cache or a weak reference holds of the
+    # model would go on being used by the copy, with the weights of the model.
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError(
             f"{path or 'the model'} is scripted, and shows no code to trace.",

@@ -123,9 +123,7 @@ def isolate(
     """Give calls that change their inputs, though nothing about them says so, copies of these.
 
     `changing` has the inputs they change, by functions that were not traced into and leaf modules.
-
-    Raises:
-        ReadLaterError: an input, what it is a view of, or a part of it is read again afterwards.
+    Neither these, nor what they are views of, nor their parts may be read again afterwards.
     """
     for node, sources in changing.items():
         for source in sources:

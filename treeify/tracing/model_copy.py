@@ -20,8 +20,6 @@ from torch.utils._pytree import tree_leaves
 from treeify.errors import TraceError
 from treeify.tracing.side_effects import attributes
 
-_PARAMETER_SOURCES = ("torch.nn.utils",)
-
 
 def require_copyable(model: nn.Module) -> None:
     """Refuse a model of which a copy would show no code, or run that of the model itself.
@@ -130,7 +128,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     """
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__.startswith(_PARAMETER_SOURCES):
+            if type(hook).__module__.startswith("torch.nn.utils"):
                 raise TraceError(
                     f"a hook of {type(hook).__module__} computes weights of {path or 'the model'}.",
                     expected="parameters, or parametrizations of them",

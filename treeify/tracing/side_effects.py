@@ -75,15 +75,7 @@ class Snapshot:
         }
 
     def compare(self) -> list[str]:
-        """See what the module has done besides computing.
-
-        Returns:
-            Attributes that it assigned values of the graph to, and that held none before.
-
-        Raises:
-            TraceError: it drew random numbers.
-            StateError: it changed an attribute that holds numbers or tensors.
-        """
+        """Attributes that first got values in the pass, whose other side effects are refused."""
         changed = changed_number(self._numbers, _numbers(self.module))
         if changed is not None:
             self._refuse(changed)

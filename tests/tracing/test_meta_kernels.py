@@ -45,9 +45,9 @@ class Watched(RecordingInterpreter):
 
 def recorded(module: nn.Module, x: Tensor, *, count: bool = False) -> Watched:
     model = nn.Sequential(module).train(module.training)
-    recorder = Watched(model, fx.symbolic_trace(model).graph)
+    recorder = Watched(model, fx.symbolic_trace(model).graph, count=count)
     with torch.no_grad():
-        recorder.record(x, count=count)
+        recorder.run(x)
     return recorder
 
 

@@ -63,28 +63,22 @@ class ReadLaterError(InPlaceError):
 class Aliases:
     """Aliases in a graph whose in-place operations are being replaced.
 
-    Args:
-        root: holds what the graph's targets name.
-        run: gives the value of every node of the graph, in its present state.
+    `root` holds what the graph's targets name; `run` computes every node in its present state.
     """
 
     def __init__(self, root: nn.Module, run: Callable[[], Values]) -> None:
         self._root, self._run = root, run
 
-    def read_later(
-        self, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
-    ) -> list[fx.Node]:
+    def read_later(self, changed: fx.Node, node: fx.Node) -> list[fx.Node]:
         """The values that are the same tensor as `changed`, and read after `node` changes it.
-
-        `order` has the nodes' places in the graph.
 
         Raises:
             ReadLaterError: another value that overlaps with the one changed is read later.
         """
         late = {
             other: readers[0]
-            for other in self._related(changed, order[node], order)
-            if (readers := [user for user in other.users if order.get(user, -1) > order[node]])
+            for other in self._related(changed, node)
+            if (readers := [user for user in other.users if user > node])
         }
         late.pop(changed, None)
         if not late:
@@ -99,20 +93,14 @@ class Aliases:
                 raise ReadLaterError(node, changed, f", and {other.name} with it", reader)
         return same
 
-    def _related(
-        self, start: fx.Node, before: int, order: Mapping[fx.Node, int]
-    ) -> Iterator[fx.Node]:
-        """Values made before some place that may lie where `start` does."""
+    def _related(self, start: fx.Node, end: fx.Node) -> Iterator[fx.Node]:
+        """Values computed before `end` that may lie where `start` does."""
         seen, pending = {start}, [start]
         while pending:
             value = pending.pop()
             yield value
             related = list(value.all_input_nodes) if self._may_alias(value) else []
-            related += [
-                user
-                for user in value.users
-                if order.get(user, -1) < before and self._may_alias(user)
-            ]
+            related += [user for user in value.users if user < end and self._may_alias(user)]
             pending += [other for other in related if other not in seen]
             seen.update(related)
 

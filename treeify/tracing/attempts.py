@@ -6,7 +6,6 @@ models' control flow depends. A module whose inside stops the tracer even so bec
 
 from __future__ import annotations
 
-import inspect
 import sys
 import traceback
 from collections.abc import Mapping
@@ -17,13 +16,8 @@ import torch
 from torch import fx, nn
 
 from treeify.errors import TraceError
-from treeify.tracing.proxies import ValueProxy, proxies_are_tensors, recorded_factories
-from treeify.tracing.side_effects import (
-    Snapshot,
-    StateError,
-    refuse_autograd_functions,
-    version,
-)
+from treeify.tracing.proxies import proxies_are_tensors, recorded_factories
+from treeify.tracing.side_effects import Snapshot, StateError, refuse_autograd_functions, version
 from treeify.tracing.sizes import Sizes
 from treeify.tracing.tracer import Tracer
 
@@ -48,13 +42,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class _Stop:
-    """Where an attempt ended.
-
-    Args:
-        nodes: how many there were by then.
-        inside: the innermost module it was in; empty in the model's own forward.
-        error: what ended it.
-    """
+    """How an attempt ended: after so many nodes, inside a module (empty for the model itself)."""
 
     nodes: int
     inside: str
@@ -73,11 +61,7 @@ class _Stop:
 class Attempts:
     """Attempts at tracing a model, each with one more module left as it is.
 
-    Args:
-        model: the copy that is traced.
-        leaf_types: module types that are one call.
-        sizes: answers to what the model asks about sizes.
-        leaf_modules: modules that have to be one call, by path, and why; more are added.
+    `leaf_modules` says by path which modules have to be one call, and why; more are added.
     """
 
     model: nn.Module
@@ -86,11 +70,7 @@ class Attempts:
     leaf_modules: dict[str, str]
 
     def trace(self) -> tuple[dict[bool, fx.Graph], Limits]:
-        """The graphs of evaluation and of training, and what they are limited to.
-
-        Raises:
-            TraceError: the model's own forward cannot be traced.
-        """
+        """The graphs of evaluation and of training, and what they are limited to."""
         while True:
             before = len(self.leaf_modules)
             results = {training: self._trace_mode(training) for training in (False, True)}
@@ -219,22 +199,17 @@ def _assigned_buffer(
     return None
 
 
-# Lines of these files say nothing about where in the user's code tracing stopped.
-_TRACER_FILES = (__file__, *map(inspect.getfile, (Tracer, Sizes, ValueProxy, Snapshot)))
-
-
 def _user_line(error: BaseException, *, imported: bool = False) -> str:
     """The innermost line of the traceback that belongs neither to torch nor to the tracer.
 
     Its file's full path, or that below the folder it was imported from: the same on any machine.
     """
-    ignored = (str(Path(torch.__file__).parent), *_TRACER_FILES, "<")
+    ignored = (*(str(Path(file).parent) for file in (torch.__file__, __file__)), "<")
     frames = traceback.extract_tb(error.__traceback__)
-    frame = next(
-        (frame for frame in reversed(frames) if not frame.filename.startswith(ignored)), None
-    )
-    if frame is None:
+    users = [frame for frame in frames if not frame.filename.startswith(ignored)]
+    if not users:
         return "an unknown line"
+    frame = users[-1]
     file = _below_imports(Path(frame.filename)) if imported else frame.filename
     return f"{file}:{frame.lineno} in {frame.name}: {frame.line}"
 

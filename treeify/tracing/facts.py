@@ -79,12 +79,7 @@ def facts(node: fx.Node) -> Facts:
 
 
 def annotate(graph: fx.Graph, runner: GraphRunner, aliases: Aliases) -> None:
-    """Leave the facts on every node of a graph, calls in it that change their inputs isolated.
-
-    Raises:
-        InPlaceError: such a call changes what is read later.
-        InputError: the model does not run on the example's shape.
-    """
+    """Leave the facts on every node of a graph, calls in it that change their inputs isolated."""
     small, large = (runner.record(graph, batch) for batch in BATCHES)
     if small.mutating_calls:
         isolate(graph, small.mutating_calls, aliases)

@@ -86,7 +86,6 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
     Raises:
         InPlaceError: an operation has no out-of-place twin, or such an alias is read later.
     """
-    order = {node: position for position, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         target = in_place_target(node, root)
         if target is None or stems_from_state(target):
@@ -94,12 +93,12 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
         if node.target in IN_PLACE_OPERATORS and (_is_number(target) or _is_put_back(node, target)):
             _make_out_of_place(node)
             continue
-        _check_unread(view_source(target), target, node, order)
-        same = [target, *aliases.read_later(target, node, order)]
+        _check_unread(view_source(target), target, node)
+        same = [target, *aliases.read_later(target, node)]
         _make_out_of_place(node)
         for value in same:
             for reader in list(value.users):
-                if order[reader] > order[node]:
+                if reader > node:
                     reader.replace_input_with(value, node)
 
 
@@ -124,16 +123,13 @@ def isolate(
     """Give calls that change their inputs, though nothing about them says so, copies of these.
 
     `changing` has the inputs they change, by functions that were not traced into and leaf modules.
-
-    Raises:
-        ReadLaterError: an input, what it is a view of, or a part of it is read again afterwards.
+    Neither these, nor what they are views of, nor their parts may be read again afterwards.
     """
-    order = {node: position for position, node in enumerate(graph.nodes)}
     for node, sources in changing.items():
         for source in sources:
-            _check_unread(source, source, node, order)
-            for other in aliases.read_later(source, node, order):
-                _check_unread(other, source, node, order)
+            _check_unread(source, source, node)
+            for other in aliases.read_later(source, node):
+                _check_unread(other, source, node)
         if node.op == "call_function":
             node.target = _on_copies(node.target)
             continue
@@ -154,12 +150,12 @@ def _needs_view(node: fx.Node) -> bool:
     source, *arguments = (*node.args, *node.kwargs.values())
     if isinstance(source, fx.Node) and stems_from_state(source):
         return True
-    return any(isinstance(value, torch.dtype) or _reads_dtype(value) for value in arguments)
-
-
-def _reads_dtype(value: Any) -> bool:
-    is_getattr = isinstance(value, fx.Node) and value.target is getattr
-    return is_getattr and value.args[1] == "dtype"
+    return any(
+        value.target is getattr and value.args[1] == "dtype"
+        if isinstance(value, fx.Node)
+        else isinstance(value, torch.dtype)
+        for value in arguments
+    )
 
 
 def _on_copies(function: Any) -> Callable[..., Any]:
@@ -180,16 +176,13 @@ def in_place_target(node: fx.Node, root: nn.Module) -> fx.Node | None:
         in_place = getattr(root.get_submodule(str(node.target)), "inplace", False)
     elif node.op == "call_method":
         in_place = _says_in_place(str(node.target))
-    elif node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
-        in_place = (
+    else:
+        in_place = node.op == "call_function" and (
             node.target in IN_PLACE_OPERATORS
             or node.target is operator.setitem
             or _in_place_flag(node) is not None
-            or _says_in_place(name)
+            or _says_in_place(getattr(node.target, "__name__", ""))
         )
-    else:
-        in_place = False
     return first if in_place else None
 
 
@@ -222,16 +215,12 @@ def _says_in_place(name: str) -> bool:
 
 
 def _make_out_of_place(node: fx.Node) -> None:
-    """Let a node compute what it would have put into its first input.
-
-    Raises:
-        InPlaceError: torch has no such operation.
-    """
+    """Let a node compute what it would have put into its first input, if torch can do that."""
     if node.op == "call_module":
         return  # modules run with their `inplace` flag off: see `conversion.decide`
     if node.op == "call_method":
         name = str(node.target)
-        if hasattr(torch.Tensor, name[:-1]):
+        if hasattr(Tensor, name[:-1]):
             node.target = name[:-1]
         else:
             node.op, node.target, node.args = "call_function", call_on_copy, (name, *node.args)
@@ -292,16 +281,10 @@ def _is_slice(index: Any) -> bool:
     )
 
 
-def _check_unread(
-    source: fx.Node | None, changed: fx.Node, node: fx.Node, order: Mapping[fx.Node, int]
-) -> None:
-    """Let neither `source` nor what it is a view of be read after `node`, which changes `changed`.
-
-    Raises:
-        ReadLaterError: one of them is.
-    """
+def _check_unread(source: fx.Node | None, changed: fx.Node, node: fx.Node) -> None:
+    """Refuse reads of `source`, or of what it is a view of, after `node` changes `changed`."""
     while source is not None:
-        late = [user for user in source.users if order.get(user, -1) > order[node]]
+        late = [user for user in source.users if user > node]
         if late:
             view = "" if source is changed else f", a view of {source.name}"
             raise ReadLaterError(node, changed, view, late[0])

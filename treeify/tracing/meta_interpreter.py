@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,13 +26,16 @@ from treeify.tracing.side_effects import (
 )
 from treeify.tracing.sizes import BATCHES
 
-_T = TypeVar("_T")
+_Interpreter = TypeVar("_Interpreter", bound=fx.Interpreter)
 
 
 class RecordingInterpreter(fx.Interpreter):
-    """Runs a graph on the module its targets name, and records what each node gives and costs."""
+    """Runs a graph on the module its targets name, and records what each node gives and costs.
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    Counting what it costs makes it take twice as long.
+    """
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, *, count: bool) -> None:
         super().__init__(root, graph=graph)
         # Each node's output, with shapes for tensors, and with what else can be compared.
         self.shapes: dict[fx.Node, Any] = {}
@@ -40,18 +44,15 @@ class RecordingInterpreter(fx.Interpreter):
         # Calls that change inputs in place, though nothing about them says so.
         self.mutating_calls: dict[fx.Node, list[fx.Node]] = {}
         self._counter = MacCounter()
+        self._kernels = self._counter if count else MetaKernels()
 
-    def record(self, images: Tensor, *, count: bool) -> None:
-        """Run the graph; counting makes it take twice as long."""
-        with self._counter if count else MetaKernels():
-            self.run(images)
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph as fx does."""
+        with self._kernels:
+            return super().run(*args, **kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Run a module.
-
-        Raises:
-            StateError: it, or one in it, counts its calls: branches cannot have a counter each.
-        """
+        """Run a module, and refuse one that counts its calls: branches have no counter each."""
         module = self.fetch_attr(target)
         # Twice: a size remembered from the first call is the same at the second, a count is not.
         for _ in range(2):
@@ -108,13 +109,9 @@ def _first_line(failure: Exception | None) -> str:
 
 @dataclass(frozen=True)
 class GraphRunner:
-    """Runs graphs of a model in one mode.
+    """Runs graphs of a model in one mode, on its `skeleton` (on the meta device) or on itself.
 
-    Args:
-        model: with its weights.
-        skeleton: the model on the meta device.
-        example: an input of any batch size.
-        training: the mode.
+    Of `example` only the device, the dtype and the shape of an image matter.
     """
 
     model: nn.Module
@@ -122,32 +119,28 @@ class GraphRunner:
     example: Tensor
     training: bool
 
-    def _run(self, batch: int, action: Callable[[nn.Module, Tensor], _T]) -> _T:
-        """Run something on a root and so many images, and undo what it leaves behind.
-
-        Raises:
-            InputError: the model does not run on the example's shape.
-            StateError: a module counts its calls.
-        """
+    def _run(self, batch: int, interpreter_of: Callable[[nn.Module], _Interpreter]) -> _Interpreter:
+        """Run the interpreter of a root on so many images, and undo what it leaves behind there."""
+        image = self.example.shape[1:]
         failure: Exception | None = None
         # The meta device costs next to nothing; models that look at values while they run, or that
         # use what it has not, need a real one.
         for device in ("meta", self.example.device):
             root = self.skeleton if device == "meta" else copy.deepcopy(self.model)
-            shape = (batch, *self.example.shape[1:])
-            images = torch.zeros(shape, dtype=self.example.dtype, device=device)
+            images = torch.zeros(batch, *image, dtype=self.example.dtype, device=device)
             with undo_side_effects(root), torch.no_grad(), frozen_parameters(root):
                 root.train(self.training)
                 try:
-                    return action(root, images)
+                    interpreter = interpreter_of(root)
+                    interpreter.run(images)
+                    return interpreter
                 except StateError:
                     raise
                 except Exception as error:
                     failure = error
-        text = f"[N, {', '.join(map(str, self.example.shape[1:]))}]"
         raise InputError(
-            f"{type(self.model).__name__} does not run on an input of shape {text}:"
-            f" {_first_line(failure)}",
+            f"{type(self.model).__name__} does not run on an input of shape"
+            f" [N, {', '.join(map(str, image))}]: {_first_line(failure)}",
             expected="an input shape the model accepts",
             next_step="Pass example_input=torch.zeros(1, C, H, W) of the right size"
             " (--input-size).",
@@ -155,20 +148,10 @@ class GraphRunner:
 
     def record(self, graph: fx.Graph, batch: int) -> RecordingInterpreter:
         """What each node gives for so many images; MACs are counted where they are needed."""
-
-        def action(root: nn.Module, images: Tensor) -> RecordingInterpreter:
-            interpreter = RecordingInterpreter(root, graph)
-            interpreter.record(images, count=batch == BATCHES[0] and not self.training)
-            return interpreter
-
-        return self._run(batch, action)
+        count = batch == BATCHES[0] and not self.training
+        return self._run(batch, partial(RecordingInterpreter, graph=graph, count=count))
 
     def values(self, graph: fx.Graph) -> Values:
         """Every node's value, all kept to the end: so no two lie in one place by chance."""
-
-        def action(root: nn.Module, images: Tensor) -> Values:
-            interpreter = fx.Interpreter(root, garbage_collect_values=False, graph=graph)
-            interpreter.run(images)
-            return interpreter.env
-
-        return self._run(BATCHES[0], action)
+        keeping = partial(fx.Interpreter, garbage_collect_values=False, graph=graph)
+        return self._run(BATCHES[0], keeping).env

@@ -20,8 +20,6 @@ from torch.utils._pytree import tree_leaves
 from treeify.errors import TraceError
 from treeify.tracing.side_effects import attributes
 
-_PARAMETER_SOURCES = ("torch.nn.utils",)
-
 
 def require_copyable(model: nn.Module) -> None:
     """Refuse a model of which a copy would show no code, or run that of the model itself.
@@ -44,14 +42,9 @@ def require_copyable(model: nn.Module) -> None:
 
 
 def _require_copyable_module(path: str, module: nn.Module, module_ids: Collection[int]) -> None:
-    """Refuse a module of a model of which a copy would not be right.
-
-    `copy.deepcopy` copies no function: what a lambda, a cache or a weak reference holds of the
-    model would go on being used by the copy, with the weights of the model.
-
-    Raises:
-        TraceError: see `require_copyable`.
-    """
+    """Refuse a module of which a copy would not be right."""
+    # `copy.deepcopy` copies no function: what a lambda, a cache or a weak reference holds of the
+    # model would go on being used by the copy, with the weights of the model.
     if isinstance(module, torch.jit.ScriptModule):
         raise TraceError(
             f"{path or 'the model'} is scripted, and shows no code to trace.",
@@ -135,7 +128,7 @@ def private_copy(model: nn.Module) -> nn.Module:
     """
     for path, module in model.named_modules():
         for hook in module._forward_pre_hooks.values():
-            if type(hook).__module__.startswith(_PARAMETER_SOURCES):
+            if type(hook).__module__.startswith("torch.nn.utils"):
                 raise TraceError(
                     f"a hook of {type(hook).__module__} computes weights of {path or 'the model'}.",
                     expected="parameters, or parametrizations of them",

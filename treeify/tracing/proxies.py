@@ -6,8 +6,8 @@ import builtins
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from functools import wraps
+from contextlib import contextmanager
+from functools import partialmethod, wraps
 from typing import Any, get_args
 from unittest import mock
 
@@ -52,18 +52,14 @@ class ValueProxy(fx.Proxy):
             return self.tracer.create_proxy("call_method", "dim", (self,), {})
         return len(shapes[0])
 
-
-def _record_in_place(operation: Callable[..., Any]) -> Callable[[fx.Proxy, Any], Any]:
-    """What `x += y` and the like record: fx itself takes them for `x = x + y`."""
-
-    def change(proxy: fx.Proxy, other: Any) -> Any:
-        return proxy.tracer.create_proxy("call_function", operation, (proxy, other), {})
-
-    return change
+    def _record_in_place(self, operation: Callable[..., Any], other: Any) -> Any:
+        """Record `x += y` or the like, which fx itself takes for `x = x + y`."""
+        return self.tracer.create_proxy("call_function", operation, (self, other), {})
 
 
 for _operation in IN_PLACE_OPERATORS:
-    setattr(ValueProxy, f"__{_operation.__name__}__", _record_in_place(_operation))
+    _method = partialmethod(ValueProxy._record_in_place, _operation)
+    setattr(ValueProxy, f"__{_operation.__name__}__", _method)
 
 
 class SizedProxy(ValueProxy):
@@ -145,7 +141,6 @@ def recorded_factories() -> Iterator[None]:
 
         return call
 
-    with ExitStack() as stack:
-        for name in _FACTORIES:
-            stack.enter_context(mock.patch.object(torch, name, recorded(getattr(torch, name))))
+    factories = {name: recorded(getattr(torch, name)) for name in _FACTORIES}
+    with mock.patch.multiple(torch, **factories):
         yield

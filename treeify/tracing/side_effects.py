@@ -29,10 +29,8 @@ def gradient_and_autocast() -> tuple[bool, tuple[Any, ...]]:
 
     `torch.autocast(..., enabled=False)` sets nothing that is not set already while tracing.
     """
-    kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    enabled = [
-        (kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind)
-    ]
+    kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+    enabled = [(kind, torch.get_autocast_dtype(kind)) for kind in kinds]
     torch.autocast_increment_nesting()
     depth = torch.autocast_decrement_nesting()
     return torch.is_grad_enabled(), (depth, enabled)
@@ -77,15 +75,7 @@ class Snapshot:
         }
 
     def compare(self) -> list[str]:
-        """See what the module has done besides computing.
-
-        Returns:
-            Attributes that it assigned values of the graph to, and that held none before.
-
-        Raises:
-            TraceError: it drew random numbers.
-            StateError: it changed an attribute that holds numbers or tensors.
-        """
+        """Attributes that first got values in the pass, whose other side effects are refused."""
         changed = changed_number(self._numbers, _numbers(self.module))
         if changed is not None:
             self._refuse(changed)
@@ -146,11 +136,8 @@ def version(value: Any) -> int | None:
 def _random_states() -> tuple[Any, ...]:
     state: Any = np.random.get_state()
     kind, keys, position, *_ = state
-    return (
-        random.getstate(),
-        (kind, bytes(keys), position),
-        torch.get_rng_state().numpy().tobytes(),
-    )
+    numpy_state = (kind, bytes(keys), position)
+    return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
 
 
 @contextmanager
@@ -200,16 +187,11 @@ def undo_side_effects(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        constants = {
-            name: value for name, value in vars(model).items() if name.startswith(CONSTANT)
-        }
+        constants = {key: value for key, value in vars(model).items() if key.startswith(CONSTANT)}
         for module, state in before:
             vars(module).clear()
             vars(module).update(state)
         for cache, contents in caches:
             cache.clear()
-            if isinstance(cache, dict):
-                cache.update(contents)
-            else:
-                cache.extend(contents)
+            (cache.update if isinstance(cache, dict) else cache.extend)(contents)
         vars(model).update(constants)

@@ -23,13 +23,9 @@ BATCHES = (2, 3)
 class Sizes:
     """Outputs of a graph's nodes at both batch sizes, while the graph is being traced.
 
-    They are on the meta device, which computes shapes and no values: so cheap that the model's code
-    may ask at any node, and without memory for the images.
-
-    Args:
-        model: the copy that is traced.
-        skeleton: its copy on the meta device.
-        image: shape of one image, `(C, H, W)`.
+    They are on the meta device, as the model's `skeleton` is: it computes shapes and no values, so
+    cheaply that the model's code may ask at any node, and without memory for the images. `image` is
+    the shape of one, `(C, H, W)`.
     """
 
     def __init__(self, model: nn.Module, skeleton: nn.Module, image: tuple[int, ...]) -> None:
@@ -80,11 +76,7 @@ class Sizes:
             np.random.set_state(states[1])
 
     def _run_node(self, node: fx.Node, run: int) -> Any:
-        """A node's output at one of the batch sizes.
-
-        Raises:
-            ValueError: that of a node it reads could not be computed.
-        """
+        """A node's output at one of the batch sizes, if those that it reads could be computed."""
 
         def output_of(source: fx.Node) -> Any:
             output = self._outputs[source][run]

@@ -20,12 +20,7 @@ from torch.utils._pytree import SUPPORTED_NODES
 from treeify.tracing.aliasing import Aliases, InPlaceError
 from treeify.tracing.attempts import Attempts, Limits
 from treeify.tracing.facts import TensorFacts, annotate, enclosing, facts
-from treeify.tracing.functionalize import (
-    CONSTANT,
-    functionalize,
-    join_constants,
-    reshape_views,
-)
+from treeify.tracing.functionalize import CONSTANT, functionalize, join_constants, reshape_views
 from treeify.tracing.meta_interpreter import GraphRunner
 from treeify.tracing.model_copy import hooks_of, meta_copy, private_copy, require_copyable
 from treeify.tracing.sizes import Sizes
@@ -109,12 +104,7 @@ def trace(
 
 
 def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:
-    """Make a traced graph functional, and annotate its nodes.
-
-    Raises:
-        InPlaceError: an operation in place that no other can stand for.
-        InputError: the model does not run on the example's shape.
-    """
+    """Make a traced graph functional, and annotate its nodes."""
     _register_dataclasses(graph)
     _pass_first_by_position(graph, runner.model)
     join_constants(graph)
@@ -127,11 +117,7 @@ def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:
 
 
 def _add_leaf_module(error: InPlaceError, leaf_modules: dict[str, str]) -> None:
-    """Let the innermost module with the operation be one call: inside of it, nothing is replaced.
-
-    Raises:
-        InPlaceError: the given one, if the operation is in the model's own forward.
-    """
+    """Let the innermost module with the operation be one call: inside it, nothing is replaced."""
     inside = enclosing(error.node)
     if not inside or inside in leaf_modules:
         raise error

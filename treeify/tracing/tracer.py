@@ -28,12 +28,8 @@ _T = TypeVar("_T")
 class Tracer(fx.Tracer):
     """Traces one mode of a model with either unknown or known sizes.
 
-    Args:
-        leaf_types: types of modules that rules handle as one call.
-        leaf_modules: paths of modules that stopped the tracer before.
-        sizes: answers to what the model asks about sizes.
-        fixed_buffers: ids of buffers that decide what the model does, and are read as they are now.
-        known_sizes: whether sizes are numbers while tracing, but for those of the batch.
+    `fixed_buffers` are the ids of those that decide what the model does, and are read as they are
+    now. If `known_sizes`, sizes are numbers while tracing, but for those of the batch.
     """
 
     def __init__(
@@ -115,11 +111,7 @@ class Tracer(fx.Tracer):
         return parameter_proxy_cache[name]
 
     def create_arg(self, a: Any) -> Any:
-        """An argument as a node holds it.
-
-        Raises:
-            TraceError: a tensor was computed from parameters that the tracer did not see.
-        """
+        """An argument as a node holds it, if it was not computed unseen from parameters."""
         if isinstance(a, Tensor):
             if a.grad_fn is not None:
                 raise TraceError("it takes parameters from a list, which no graph shows")
@@ -138,11 +130,7 @@ class Tracer(fx.Tracer):
     def create_node(
         self, kind: str, target: Any, args: Any, *options: Any, **named: Any
     ) -> fx.Node:
-        """Add a node to the graph.
-
-        Raises:
-            TraceError: it reads another graph's value, or gradients or autocast were switched.
-        """
+        """Add a node to the graph, if there it gives what it gives in the model."""
         node = super().create_node(kind, target, args, *options, **named)
         if any(source.graph is not self.graph for source in node.all_input_nodes):
             raise TraceError("it reads a value of another pass, as a cache keeps them")
@@ -166,18 +154,15 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        """Record the call of a leaf module, or what any other module computes.
-
-        Raises:
-            NameError: it has parameters that the traced model has not.
-        """
+        """Record the call of a leaf module, or what any other module computes."""
         if self._computing_sizes:
             return forward(*args, **kwargs)
         try:
             path = self.path_of_module(m)
         except NameError:
             # What forward makes of the model's own modules (`self.layers[:2]`), or of none.
-            if self._has_foreign_tensors(m):
+            ids = {id(tensor) for tensor in (*self.root.parameters(), *self.root.buffers())}
+            if any(id(tensor) not in ids for tensor in (*m.parameters(), *m.buffers())):
                 raise
             return forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
@@ -194,18 +179,8 @@ class Tracer(fx.Tracer):
             raise
         return result
 
-    def _has_foreign_tensors(self, m: nn.Module) -> bool:
-        """Whether a module has parameters or buffers that the traced model has not."""
-        ids = {id(tensor) for tensor in (*self.root.parameters(), *self.root.buffers())}
-        return any(id(tensor) not in ids for tensor in (*m.parameters(), *m.buffers()))
-
     def check_side_effects(self, before: Snapshot, path: str) -> None:
-        """Note what the module at a path assigned, and refuse what else it did besides computing.
-
-        Raises:
-            TraceError: it drew random numbers, or changed a constant of the graph.
-            StateError: it changed an attribute that holds numbers or tensors.
-        """
+        """Note what the module at a path assigned, and refuse its other side effects."""
         self.assigned.update(f"{path}.{key}" if path else key for key in before.compare())
         if any(version(tensor) != first for tensor, first in self._constants.values()):
             raise TraceError("it changes a tensor that it has used before, which no graph shows")

@@ -138,7 +138,7 @@ def measure(report: common.Report, name: str, file: str, length: int, workers: i
     beside = recipe.model_copy(update={"workers": workers})
     bare, waiting = Bare(alone), Waiting()
     with tempfile.TemporaryDirectory() as folder:
-        with mock.patch("treeify.training.trainer.training_loader", bare.loader):
+        with mock.patch("treeify.training.loaders.training_loader", bare.loader):
             train(alone, out=Path(folder) / "bare", reporter=bare)
         train(beside, out=Path(folder) / "waiting", reporter=waiting)
     # The first step warms both up.

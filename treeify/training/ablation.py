@@ -5,8 +5,8 @@ A grid is a file:
     name: table1
     recipe: ../digits_hne.yaml        # of all variants, relative to the file
     overrides: [schedule.epochs=20]   # of all variants
-    seeds: 5
-    variants:
+    seeds: 5                          # how many, from 0
+    variants:                         # by the name of their row
       L_I: [loss.name=independent]
       L_HD: [loss.name=hierarchical_distillation]
       other: {recipe: ../other.yaml, overrides: [optimizer.lr=0.05]}
@@ -29,39 +29,20 @@ from treeify.errors import RecipeError
 from treeify.training.events import Epoch, Reporter
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
-from treeify.training.run_directory import (
-    LAST,
-    RunDirectory,
-    check_same,
-    is_run,
-    state_name,
-)
+from treeify.training.run_directory import LAST, RunDirectory, check_same, is_run, state_name
 from treeify.training.sections import Section
 from treeify.training.trainer import train
 
 
 class Variant(Section):
-    """A row of the table.
-
-    Args:
-        recipe: of this variant, instead of the grid's.
-        overrides: after the grid's.
-    """
+    """A row of the table: its recipe stands instead of the grid's, its overrides after them."""
 
     recipe: str | None = None
     overrides: list[str] = Field(default=[])
 
 
 class Grid(Section):
-    """What is compared.
-
-    Args:
-        name: of the grid; its runs are in `runs/NAME` unless told otherwise.
-        recipe: of the variants, relative to the file.
-        overrides: of all variants.
-        seeds: how many, from 0.
-        variants: by the name of their row.
-    """
+    """What is compared; the runs are in `runs/NAME` unless told otherwise."""
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     recipe: str
@@ -72,14 +53,7 @@ class Grid(Section):
 
 @dataclass(frozen=True)
 class GridRun:
-    """One run of a grid.
-
-    Args:
-        variant: its row.
-        seed: of the run.
-        recipe: what is trained.
-        directory: where.
-    """
+    """One run of a grid: its row of the table, its seed, what is trained and where."""
 
     variant: str
     seed: int
@@ -132,11 +106,7 @@ def expand(path: Path, out: Path, seeds: int | None = None) -> list[GridRun]:
 
 
 def last_epoch(run: GridRun) -> Epoch | None:
-    """A finished run's last epoch; None if it has not finished.
-
-    Raises:
-        CheckpointError: the directory holds another recipe's run.
-    """
+    """A finished run's last epoch, else None; CheckpointError if the run is of another recipe."""
     if not is_run(run.directory):
         return None
     directory = RunDirectory(run.directory)
@@ -196,12 +166,7 @@ def results(runs: Sequence[GridRun]) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table.
-
-    Args:
-        mean: over seeds.
-        deviation: standard deviation over seeds (divided by one less), None for one seed.
-    """
+    """A mean over seeds, and the sample standard deviation; None for one seed."""
 
     mean: float
     deviation: float | None

@@ -24,19 +24,13 @@ from treeify.training.sync_batch_norm import is_distributed
 
 T = TypeVar("T")
 
-_PRECISIONS = {"fp32": "no", "fp64": "no", "bf16": "bf16", "fp16": "fp16"}
-
 
 class LostProcessError(TreeifyError):
     """A loader's worker or another process of the run died."""
 
 
 def join(device: torch.device) -> PartialState:
-    """Connect the processes of the run, unless they are; say which of them this one is.
-
-    Args:
-        device: of the recipe.
-    """
+    """Connect the processes of the run, unless they are; say which of them this one is."""
     if not is_distributed():
         # A process may train several recipes, each on another device.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -83,16 +77,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def accelerator(recipe: Recipe, device: torch.device, directory: Path) -> Accelerator:
-    """Accelerate's handle on devices, precision and trackers, as a recipe wants them.
-
-    Args:
-        recipe: its precision, trackers and compile.
-        device: what the recipe's resolves to.
-        directory: of the run, for trackers; it need not exist yet.
-
-    Raises:
-        RecipeError: the device does not compute in this precision, or a tracker is not installed.
-    """
+    """Accelerate's handle on devices, precision and trackers; `directory` need not exist yet."""
     # Accelerate would keep the settings of the first recipe that this process trained.
     AcceleratorState._reset_state()
     if device.type == "cuda" and device.index is not None:
@@ -100,7 +85,7 @@ def accelerator(recipe: Recipe, device: torch.device, directory: Path) -> Accele
     try:
         accelerator = Accelerator(
             cpu=device.type == "cpu",
-            mixed_precision=_PRECISIONS[recipe.precision],
+            mixed_precision=recipe.precision if recipe.precision in ("bf16", "fp16") else "no",
             log_with=list(recipe.trackers) or None,
             project_dir=directory,
             dynamo_backend="inductor" if recipe.compile else None,
@@ -131,11 +116,7 @@ def open_trackers(accelerator: Accelerator, recipe: Recipe) -> None:
 
 
 class Team:
-    """What the processes of a run agree on; each method is called by all of them.
-
-    Args:
-        accelerator: knows the processes.
-    """
+    """What the processes of a run agree on; each method is called by all of them."""
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.device: torch.device = accelerator.device
@@ -185,15 +166,7 @@ class Team:
 
 @contextmanager
 def explained(next_step: Callable[[], str]) -> Iterator[None]:
-    """Turn the errors that a dead worker or process causes into one clear message.
-
-    Args:
-        next_step: gives what the user can do.
-
-    Raises:
-        LostProcessError: a worker or process died.
-        RuntimeError: anything else that went wrong, as it is.
-    """
+    """Turn the errors that a dead worker or process causes into a `LostProcessError`."""
     try:
         yield
     except RuntimeError as error:

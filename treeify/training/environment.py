@@ -20,19 +20,10 @@ PACKAGES = ("treeify", *MODEL_LIBRARIES, "accelerate", "numpy", "safetensors")
 
 @dataclass(frozen=True)
 class Environment:
-    """Where and when a run began.
+    """Where and when (`started`, ISO 8601 in UTC) a run began, and treeify's commit.
 
-    Args:
-        started: date and time in UTC, in ISO 8601.
-        python: its version.
-        platform: operating system and processor.
-        cpus: of the machine.
-        threads: of PyTorch.
-        device: as PyTorch names it.
-        gpu: its name, None on other devices.
-        versions: of the packages that results depend on, None for one that was not installed.
-        commit: of treeify, see `_commit`.
-        argv: the command.
+    The versions are those of the packages that results depend on, None for one that was not
+    installed; `threads` are PyTorch's.
     """
 
     started: str

@@ -61,16 +61,9 @@ class Batch(NamedTuple):
 class Order(Sampler[list[Draw]]):
     """The batches of one process, step by step: in random order, each image once an epoch.
 
-    A step's images are the same on any number of processes, which divide them. Set `epoch` and
-    `start`, the first step, before iterating.
-
-    Args:
-        images: of the data set.
-        batch_size: images of all processes per step; the last step of an epoch may have fewer.
-        seed: of the order.
-        process: whose batches, from 0.
-        processes: how many divide each step.
-        parts: batches of each process and step, to accumulate gradients.
+    A step's images are the same on any number of processes, which divide them: `batch_size` of all
+    together, the last step of an epoch may have fewer. Each process has `parts` batches of a step,
+    to accumulate gradients. Set `epoch` and `start`, the first step, before iterating.
     """
 
     def __init__(
@@ -123,12 +116,7 @@ class Order(Sampler[list[Draw]]):
 
 
 class TrainingImages(Dataset[tuple[Any, Any, tuple[str, ...]]]):
-    """Training examples by `Draw`; the next one replaces an image that cannot be read.
-
-    Args:
-        examples: the images and classes.
-        seed: of the augmentation.
-    """
+    """Training examples by `Draw`; the next one replaces an image that cannot be read."""
 
     def __init__(self, examples: Any, seed: int) -> None:
         self.examples, self.seed = examples, seed
@@ -151,11 +139,7 @@ class TrainingImages(Dataset[tuple[Any, Any, tuple[str, ...]]]):
 class HeldOutImages(Dataset[Any]):
     """Held-out examples, every `processes`-th, beginning with the one numbered `process`.
 
-    Args:
-        examples: the images and classes.
-        process: of those that divide the images, from 0.
-        processes: how many divide the images.
-        skip: give None and the path in the place of an image that cannot be read.
+    With `skip`, None and the path stand in the place of an image that cannot be read.
     """
 
     def __init__(self, examples: Any, process: int, processes: int, *, skip: bool) -> None:
@@ -186,13 +170,7 @@ def collate(items: list[Any]) -> Batch:
 
 
 def training_loader(data: Data, order: Order, workers: int = 0) -> DataLoader[Batch]:
-    """Load batches of training images in an order.
-
-    Args:
-        data: the data set.
-        order: which images when.
-        workers: processes that prepare images; 0 prepares them in this one.
-    """
+    """Load batches of training images in an order; 0 workers prepare them in this process."""
     return _loader(TrainingImages(data.train, order.seed), workers, batch_sampler=order)
 
 
@@ -227,11 +205,7 @@ def noting(batches: Iterable[Batch], skipped: set[str]) -> Iterator[Batch]:
 
 
 def check_skipped(skipped: Collection[str], allowed: int) -> None:
-    """Compare the images that could not be read with how many a recipe allows.
-
-    Raises:
-        DataError: they are more.
-    """
+    """Raise DataError if more images could not be read than a recipe allows."""
     if len(skipped) > allowed:
         paths = sorted(skipped)[:5]
         raise DataError(
@@ -243,11 +217,7 @@ def check_skipped(skipped: Collection[str], allowed: int) -> None:
 
 
 class TimedBatches(Iterator[Batch]):
-    """Batches, and the seconds that were spent waiting for them.
-
-    Args:
-        batches: of a loader.
-    """
+    """Batches, and the seconds that were spent waiting for them."""
 
     def __init__(self, batches: Iterable[Batch]) -> None:
         self.seconds = 0.0

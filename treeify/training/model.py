@@ -16,12 +16,7 @@ from treeify.training.recipe import Recipe
 
 
 def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
-    """Build the untrained ensemble of a recipe, on the CPU.
-
-    Args:
-        recipe: its model section and seed are used.
-        data: gives the example image.
-    """
+    """Build the untrained ensemble of a recipe's model section and seed, on the CPU."""
     model = recipe.model
     architecture = Architecture(model.name, model.kwargs)
     base: nn.Module | Architecture = architecture
@@ -72,12 +67,8 @@ def choose_execution(
 ) -> None:
     """Set how levels run and where their weights lie, measured if the recipe says so.
 
-    Args:
-        hne: the ensemble, where it will be trained; one that was tuned before stays as it is.
-        recipe: its execution, tune and channels_last.
-        data: gives the example image.
-        images: how many are in one forward pass of a process.
-        team: the first process measures, so that all of them run alike.
+    An ensemble that was tuned before stays as it is. The first process measures, with as many
+    images as are in one forward pass of a process, so that all of them run alike.
     """
     hne.execution = recipe.execution
     if recipe.tune and not hne.tunings:

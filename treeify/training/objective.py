@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.data.mixup import Mixup, mixup_target
@@ -20,13 +19,7 @@ from treeify.training.run_directory import scored_ensemble
 
 
 class Objective:
-    """The recipe's loss plus the distillation of its teacher, at any time of the run.
-
-    Args:
-        recipe: its loss and teacher.
-        hne: the ensemble to be trained, for its tree and dtype.
-        device: where the teacher runs.
-    """
+    """The recipe's loss plus the distillation of its teacher, at any time of the run."""
 
     def __init__(self, recipe: Recipe, hne: HierarchicalEnsemble, device: torch.device) -> None:
         self.tree, self.recipe = hne.tree, recipe.loss
@@ -34,17 +27,14 @@ class Objective:
         self.teacher: Callable[[Tensor], Tensor] | None = None
         self.weight = self.temperature = 0.0
         if recipe.teacher is not None:
-            self.teacher = load_teacher(recipe.teacher, next(hne.parameters()), device)
+            self.teacher = load_teacher(recipe.teacher, next(hne.parameters()).dtype, device)
             self.weight, self.temperature = recipe.teacher.weight, recipe.teacher.temperature
 
     def __call__(self, logits: Tensor, target: Tensor, images: Tensor, epoch: float) -> Tensor:
-        """The loss of a batch, a scalar.
+        """The loss of a batch, a scalar; options move with the epochs trained, with fractions.
 
-        Args:
-            logits: of every leaf, [N, L, K].
-            target: classes, [N], or their fractions, [N, K].
-            images: [N, C, H, W], for the teacher.
-            epoch: how many were trained, with fractions, for options that move.
+        Logits are [N, L, K], the target classes, [N], or their fractions, [N, K], and the images,
+        for the teacher, [N, C, H, W].
         """
         ramps = {key: ramp.at(epoch) for key, ramp in self.recipe.ramps.items()}
         loss = self.loss(logits, target, self.tree, **ramps)
@@ -62,38 +52,23 @@ def _loss(recipe: LossRecipe) -> Callable[..., Tensor]:
     function = losses.get(recipe.name)
     if not isinstance(function, type):
         return partial(function, **recipe.options)
-    if not recipe.ramps:
-        # One instance for all steps: it may have a state of its own.
-        instance: Callable[..., Tensor] = function(**recipe.options)
-        return instance
-
-    def call(*args: Any, **ramps: Any) -> Tensor:
-        loss: Tensor = function(**{**recipe.options, **ramps})(*args)
-        return loss
-
-    return call
+    if recipe.ramps:
+        return lambda *args, **ramps: function(**{**recipe.options, **ramps})(*args)
+    # One instance for all steps: it may have a state of its own.
+    instance: Callable[..., Tensor] = function(**recipe.options)
+    return instance
 
 
 def load_teacher(
-    recipe: TeacherRecipe, like: Tensor, device: torch.device
+    recipe: TeacherRecipe, dtype: torch.dtype, device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """Load a classifier as a function to its logits, `[N, C, H, W] -> [N, K]`.
-
-    Args:
-        recipe: which classifier.
-        like: a tensor of the dtype it computes in.
-        device: where it runs.
-
-    Raises:
-        ModelError: there is no such model, or its weights cannot be loaded.
-        CheckpointError: the directory has no ensemble.
-    """
+    """Load a classifier as a function to its logits, `[N, C, H, W] -> [N, K]`."""
     path = Path(recipe.name)
     if path.is_dir():
         teacher: nn.Module = checkpoint.load(scored_ensemble(path))
     else:
         teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
-    teacher.to(device, like.dtype).eval().requires_grad_(False)
+    teacher.to(device, dtype).eval().requires_grad_(False)
 
     def answer(images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -122,10 +97,9 @@ def mixed(mix: Mixup, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     Timm mixes images in pairs; the last of an odd number stays as it is.
     """
     even = len(images) // 2 * 2
-    smooth: Tensor = mixup_target(target, mix.num_classes, 1.0, mix.label_smoothing)  # type: ignore[no-untyped-call]
-    smooth = smooth.to(images.dtype)
+    labels: Tensor = mixup_target(target, mix.num_classes, 1.0, mix.label_smoothing)  # type: ignore[no-untyped-call]
+    labels = labels.to(images.dtype)
     if even:
-        images, labels = images.clone(), smooth.clone()
-        images[:even], labels[:even] = mix(images[:even].clone(), target[:even])
-        return images, labels
-    return images, smooth
+        images = images.clone()  # timm mixes in place
+        images[:even], labels[:even] = mix(images[:even], target[:even])
+    return images, labels

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
@@ -15,13 +16,9 @@ from treeify.training.recipe import OptimizerRecipe, ScheduleRecipe
 
 
 def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Build an optimizer of all of a model's parameters.
-
-    Raises:
-        RecipeError: timm does not accept these options.
-    """
-    create = cast("Callable[..., torch.optim.Optimizer]", create_optimizer_v2)
-    try:
+    """Build an optimizer of all of a model's parameters."""
+    create: Callable[..., torch.optim.Optimizer] = create_optimizer_v2
+    with _checked(f"optimizer {rule.name!r}", "optim.create_optimizer_v2"):
         return create(
             model,
             rule.name,
@@ -32,23 +29,14 @@ def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
             layer_decay=rule.layer_decay,
             **rule.options,
         )
-    except (TypeError, ValueError, AssertionError, ImportError) as error:
-        raise RecipeError(
-            f"optimizer {rule.name!r} cannot be built: {error}",
-            expected="options that timm.optim.create_optimizer_v2 accepts for it",
-        ) from error
 
 
 def scheduler(
     schedule: ScheduleRecipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> Any:
-    """Build a scheduler, to be updated in every step; rates depend on the step's number alone.
-
-    Raises:
-        RecipeError: timm does not accept these options.
-    """
-    create = cast("Callable[..., Any]", create_scheduler_v2)
-    try:
+    """Build a scheduler, to be updated in every step; rates depend on the step's number alone."""
+    create: Callable[..., Any] = create_scheduler_v2
+    with _checked(f"schedule {schedule.name!r}", "scheduler.create_scheduler_v2"):
         scheduler, _ = create(
             optimizer,
             schedule.name,
@@ -60,12 +48,19 @@ def scheduler(
             updates_per_epoch=steps_per_epoch,
             **schedule.options,
         )
-    except (TypeError, ValueError, AssertionError) as error:
-        raise RecipeError(
-            f"schedule {schedule.name!r} cannot be built: {error}",
-            expected="options that timm.scheduler.create_scheduler_v2 accepts",
-        ) from error
     return scheduler
+
+
+@contextmanager
+def _checked(subject: str, function: str) -> Iterator[None]:
+    """Turn what timm raises for options that it does not accept into a `RecipeError`."""
+    try:
+        yield
+    except (TypeError, ValueError, AssertionError, ImportError) as error:
+        raise RecipeError(
+            f"{subject} cannot be built: {error}",
+            expected=f"options that timm.{function} accepts for it",
+        ) from error
 
 
 def in_memory_formats(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:

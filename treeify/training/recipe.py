@@ -89,11 +89,7 @@ class DataRecipe(Named):
     registry: ClassVar[Registry] = SOURCES
 
     def load(self) -> Data:
-        """Read the data set.
-
-        Returns:
-            Its training and held-out examples; `DataError` is raised if they cannot be read.
-        """
+        """Read the data set; a `DataError` says what cannot be read."""
         data: Data = self.registry.find(self.name)(**self.options)
         return data
 

@@ -44,13 +44,7 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def data_recipe(options: Sequence[str]) -> DataRecipe:
-    """A data set and its options from `key=value` words.
-
-    Args:
-        options: `name=...` and options of that data set, the values in YAML.
-
-    Returns:
-        The section a recipe would have.
+    """The section a recipe would have, from `name=...` and options of that data set in YAML.
 
     Raises:
         RecipeError: a key is unknown or a value wrong; all problems are listed.
@@ -78,27 +72,27 @@ def _read(
             expected="a YAML file",
             found=f"{error}" + (f", extended by {str(below[-1])!r}" if below else ""),
         ) from error
-    values, lines, repeated = _parse(text, str(path))
-    where = f" of {path.name}" if below else ""
-    origins = {key: f"line {line}{where}" for key, line in lines.items()}
-    problems = [
-        f"{_shown(key, origins)}: the key is there twice, first in line {line}"
-        for key, line in repeated
-    ]
+    values, node = _parse(text, str(path))
+    origins: dict[KeyPath, str] = {}
+    problems = []
+    for key, line in _keys(node):
+        first = origins.get(key)
+        origins[key] = f"line {line} of {path.name}" if below else f"line {line}"
+        if first is not None:
+            problems.append(f"{_shown(key, origins)}: the key is there twice, first in {first}")
     extended = values.pop("extends", None)
-    if extended is None:
-        return values, origins, problems
     if not isinstance(extended, str):
-        problems.append(f"extends should be the path of a recipe; found {extended!r}")
+        if extended is not None:
+            problems.append(f"extends should be the path of a recipe; found {extended!r}")
         return values, origins, problems
     other = path.parent / extended
-    line = (*below, path)
-    if any(other.resolve() == file.resolve() for file in line):
+    chain = (*below, path)
+    if any(other.resolve() == file.resolve() for file in chain):
         raise RecipeError(
             f"recipe {str(other)!r} extends itself.",
-            found=" extends ".join(str(file) for file in (*line, other)),
+            found=" extends ".join(str(file) for file in (*chain, other)),
         )
-    base, base_origins, base_problems = _read(other, line)
+    base, base_origins, base_problems = _read(other, chain)
     return _on_top(base, values), base_origins | origins, base_problems + problems
 
 
@@ -132,10 +126,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(
-    text: str, path: str
-) -> tuple[dict[str, Any], dict[KeyPath, int], list[tuple[KeyPath, int]]]:
-    """A YAML mapping, the line of every key in it, and repeated keys with their first line."""
+def _parse(text: str, path: str) -> tuple[dict[str, Any], yaml.Node]:
+    """A YAML mapping and its node, which knows the line of every key."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -150,13 +142,7 @@ def _parse(
             expected="a YAML mapping, e.g. 'name: digits'",
             found=f"{values!r}",
         )
-    lines: dict[KeyPath, int] = {}
-    repeated = []
-    for key, line in _keys(node):
-        if key in lines:
-            repeated.append((key, lines[key]))
-        lines[key] = line
-    return values, lines, repeated
+    return values, node
 
 
 def _keys(root: yaml.Node) -> Iterator[tuple[KeyPath, int]]:

@@ -22,7 +22,6 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from json import JSONDecodeError
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +55,7 @@ _FREE = ("out", "workers", "trackers", "checkpoints", "skip_corrupt")
 
 @dataclass(frozen=True)
 class SavedState:
-    """A state of a run.
-
-    Args:
-        hne: the ensemble as it was.
-        state: of the run, as `RunState.load_state_dict` reads it.
-        ema: the averaged ensemble, if there is one.
-    """
+    """A checkpoint's ensemble, what `RunState.load_state_dict` reads, and the averaged ensemble."""
 
     hne: HierarchicalEnsemble
     state: dict[str, Any]
@@ -71,11 +64,7 @@ class SavedState:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Writes and reads the files of one run.
-
-    Args:
-        path: an existing directory without files of another run.
-    """
+    """Writes and reads the files of one run, in a directory that exists."""
 
     path: Path
 
@@ -101,7 +90,7 @@ class RunDirectory:
         file = self.path / METRICS
         lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         epochs: list[Epoch] = []
-        with contextlib.suppress(JSONDecodeError):
+        with contextlib.suppress(json.JSONDecodeError):
             epochs.extend(EPOCH.validate_python(json.loads(line)) for line in lines)
         return epochs
 
@@ -119,12 +108,9 @@ class RunDirectory:
 
         Args:
             hne: the ensemble.
-            ema: the averaged ensemble.
+            ema: the averaged ensemble, if the recipe has a moving average.
             state: of a `RunState`; `step` and `epochs` name it, `best` names the best so far.
             keep: how many of the newest stay, besides the best.
-
-        Raises:
-            CheckpointError: it cannot be written; the earlier ones are as they were.
         """
 
         def write(draft: Path) -> None:
@@ -167,10 +153,7 @@ class RunDirectory:
         """The newest undamaged state; None if nothing was saved yet. For one process only.
 
         Metrics written after it and what killed writers left behind are removed; damaged states are
-        renamed.
-
-        Args:
-            warn: hears about states that are damaged.
+        renamed, and `warn` hears about them.
 
         Raises:
             CheckpointError: every state is damaged, or one cannot be read.
@@ -238,11 +221,7 @@ def state_name(step: int, epochs: int) -> str:
 
 
 def load_state(path: Path) -> SavedState:
-    """Read a checkpoint.
-
-    Raises:
-        CheckpointError: it cannot be loaded.
-    """
+    """Read a checkpoint."""
     ema = checkpoint.load(path / EMA) if (path / EMA).is_dir() else None
     return SavedState(checkpoint.load(path), state_file.read_state(path), ema)
 
@@ -263,16 +242,11 @@ def _undamaged(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def locked(directory: RunDirectory) -> Iterator[None]:
-    """Keep other processes from training in the same directory.
-
-    The system gives up a lock when its process ends, even if killed: no run is locked for ever.
-
-    Raises:
-        CheckpointError: another process trains there.
-    """
+    """Keep other processes from training in the same directory; CheckpointError if one does."""
     if fcntl is None:  # Windows locks files by other means: nothing is checked
         yield
         return
+    # The system gives up a lock when its process ends, even if killed: no run is locked for ever.
     with (directory.path / RECIPE).open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -285,12 +259,7 @@ def locked(directory: RunDirectory) -> Iterator[None]:
 
 
 def check_same(directory: RunDirectory, recipe: Recipe) -> None:
-    """Raise unless a directory holds a run of this recipe.
-
-    Raises:
-        CheckpointError: it holds no run.
-        RecipeError: the run's recipe cannot be read.
-    """
+    """Raise CheckpointError unless a directory holds a run of this recipe."""
     file = directory.path / RECIPE
     if not file.is_file():
         raise CheckpointError(
@@ -322,31 +291,25 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def free_path(recipe: Recipe, out: Path | str | None, *, overwrite: bool) -> Path:
-    """Where a new run goes: `out`, else the recipe's, else `runs/NAME`, `runs/NAME-2`, ...
-
-    Raises:
-        CheckpointError: the directory is neither empty nor to be overwritten.
-    """
+    """Where a new run goes: `out`, else the recipe's, else `runs/NAME`, `runs/NAME-2`, ..."""
     out = out or recipe.out
     if out is None:
         return files.unused(Path("runs") / recipe.name)
     path = Path(out)
-    if path.is_dir() and not any(path.iterdir()):
-        return path
-    if path.is_dir() and overwrite:
-        clashes = [name for name in RUN_FILES if (path / name).exists()]
-        if is_run(path) or not clashes:
-            return path
-        raise CheckpointError(
-            f"{str(path)!r} holds no run, but files that a run would replace.",
-            found=", ".join(clashes),
-            next_step="Give another --out.",
-        )
-    if path.exists():
+    is_directory = path.is_dir()
+    is_free = not any(path.iterdir()) if is_directory else not path.exists()
+    if not is_free and not (overwrite and is_directory):
         raise CheckpointError(
             f"run directory {str(path)!r} is taken.",
             expected="a directory that is new or empty",
             next_step="Give another --out, or --overwrite to replace the run in it.",
+        )
+    clashes = [name for name in RUN_FILES if (path / name).exists()]
+    if clashes and not is_run(path):
+        raise CheckpointError(
+            f"{str(path)!r} holds no run, but files that a run would replace.",
+            found=", ".join(clashes),
+            next_step="Give another --out.",
         )
     return path
 

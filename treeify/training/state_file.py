@@ -23,11 +23,7 @@ _TENSOR, _PAIRS, _TUPLE = "tensor", "pairs", "tuple"
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:
-    """Write nested dicts, lists, numbers, strings and tensors.
-
-    Raises:
-        TypeError: there is something else in the state.
-    """
+    """Write nested dicts, lists, numbers, strings and tensors; TypeError for anything else."""
     tensors: dict[str, Tensor] = {}
     plain = _plain(state, tensors)
     save_file(tensors, directory / TENSORS)
@@ -37,11 +33,7 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
 
 
 def read_state(directory: Path) -> dict[str, Any]:
-    """What `write_state` wrote, tensors on the CPU.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
+    """What `write_state` wrote, tensors on the CPU; CheckpointError if it is missing or damaged."""
     try:
         plain = json.loads((directory / VALUES).read_text(encoding="utf-8"))
         state: dict[str, Any] = _nested(plain, load_file(directory / TENSORS))

@@ -21,9 +21,7 @@ from torch.overrides import TorchFunctionMode
 class SyncedBatchNorms(TorchFunctionMode):
     """While entered, batch norms in training mode share their statistics between processes.
 
-    Args:
-        counts: whether this process's images are part of them. If not, it still takes part: the
-            others wait for it.
+    A process whose images do not count still takes part: the others wait for it.
     """
 
     def __init__(self, *, counts: bool = True) -> None:
@@ -57,16 +55,8 @@ def synced_batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm` with the statistics of all processes' images.
 
-    Args:
-        x: images of this process, `[N, C, ...]`; other processes may have another N.
-        running_mean: `[C]`, updated in place.
-        running_var: `[C]`, updated in place.
-        weight: `[C]`.
-        bias: `[C]`.
-        training: use the statistics of `x`; else nothing is shared.
-        momentum: of the running statistics.
-        eps: added to the variance.
-        counts: whether the images of this process count.
+    `x` has those of this process, `[N, C, ...]`: other processes may have another N, and with
+    `counts=False` these are left out. Nothing is shared unless `training`.
     """
     if not training:
         return F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)

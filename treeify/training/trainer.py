@@ -25,33 +25,14 @@ from treeify.engine.preserve import preserve_modes
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.evaluation.metrics import Scores, measure
 from treeify.seeds import seed_of
-from treeify.training import distributed, optimizers
+from treeify.training import distributed, loaders, optimizers, run_directory
 from treeify.training.distributed import Team, resolve_device
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step, flat
 from treeify.training.interrupt import Interrupt
-from treeify.training.loaders import (
-    Batch,
-    Order,
-    TimedBatches,
-    check_skipped,
-    held_out_loader,
-    noting,
-    seed_everything,
-    training_loader,
-)
 from treeify.training.model import build, check_classes, choose_execution
 from treeify.training.objective import Objective, mixed, mixing
 from treeify.training.recipe import Recipe
-from treeify.training.run_directory import (
-    RunDirectory,
-    SavedState,
-    check_same,
-    create,
-    free_path,
-    load_state,
-    locked,
-    state_name,
-)
+from treeify.training.run_directory import RunDirectory, SavedState
 from treeify.training.run_state import RunState
 from treeify.training.sync_batch_norm import SyncedBatchNorms, is_distributed
 
@@ -98,17 +79,21 @@ def train(
     reporter = reporter if reporter is not None and is_main else Reporter()
     if resume is not None:
         directory = RunDirectory(Path(resume))
-        check_same(directory, recipe)
+        run_directory.check_same(directory, recipe)
     else:
-        path = free_path(recipe, out, overwrite=overwrite) if is_main else Path()
+        path = run_directory.free_path(recipe, out, overwrite=overwrite) if is_main else Path()
         directory = RunDirectory(distributed.broadcast(path))
     with timing.threads(recipe.threads), ExitStack() as stack:
         # Before `newest` tidies up, which would remove drafts that another process is writing.
         if resume is not None and is_main:
-            stack.enter_context(locked(directory))
+            stack.enter_context(run_directory.locked(directory))
         with processes.local_main_process_first():
             data = recipe.data.load()
-        saved = None if resume is None else _load_newest(directory, is_main, reporter)
+        saved = None
+        if resume is not None:
+            newest = directory.newest(reporter.warned) if is_main else None
+            newest = distributed.broadcast(newest)
+            saved = None if newest is None else run_directory.load_state(newest)
         hne = build(recipe, data) if saved is None else saved.hne
         check_classes(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)
@@ -116,16 +101,10 @@ def train(
             trainer.load(saved)
         # Only now, when nothing of the recipe can be wrong any more, is an earlier run replaced.
         if resume is None and is_main:
-            create(directory.path).describe(recipe, device)
-            stack.enter_context(locked(directory))
+            run_directory.create(directory.path).describe(recipe, device)
+            stack.enter_context(run_directory.locked(directory))
         with distributed.explained(directory.describe_last):
             return trainer.fit()
-
-
-def _load_newest(directory: RunDirectory, is_main: bool, reporter: Reporter) -> SavedState | None:
-    """The state to go on from; the main process tidies up and chooses."""
-    path = distributed.broadcast(directory.newest(reporter.warned) if is_main else None)
-    return None if path is None else load_state(path)
 
 
 class Trainer:
@@ -147,15 +126,15 @@ class Trainer:
         self.team = team = Team(self.accelerator)
         hne.to(team.device, torch.float64 if recipe.precision == "fp64" else None)
         divided = {"process": team.index, "processes": team.size}
-        self.order = Order(
+        self.order = loaders.Order(
             len(data.train),  # type: ignore[arg-type]
             recipe.batch_size,
             recipe.seed,
             parts=recipe.gradient_accumulation,
             **divided,
         )
-        self.train_batches = training_loader(data, self.order, recipe.workers)
-        self.held_out_batches = held_out_loader(
+        self.train_batches = loaders.training_loader(data, self.order, recipe.workers)
+        self.held_out_batches = loaders.held_out_loader(
             data.held_out,
             recipe.batch_size,
             workers=recipe.workers,
@@ -183,11 +162,7 @@ class Trainer:
         self.saved_at = time.monotonic()
 
     def load(self, saved: SavedState) -> None:
-        """Go on from a saved state, whose ensemble this one is.
-
-        Raises:
-            CheckpointError: it was saved on other data.
-        """
+        """Go on from a saved state, whose ensemble this one is; it has to be of the same data."""
         if (expected := saved.state["images"]) != self.order.images:
             raise CheckpointError(
                 f"{self.directory.path} was trained on other data.",
@@ -242,7 +217,7 @@ class Trainer:
         order.epoch, order.start = state.epochs, state.step - state.epochs * order.steps
         self.hne.train()
         # After the last step of an epoch, a loader would start its workers for nothing.
-        batches = TimedBatches(self.train_batches if order.start < order.steps else ())
+        batches = loaders.TimedBatches(self.train_batches if order.start < order.steps else ())
         for index in range(order.start, order.steps):
             lr = float(state.optimizer.param_groups[0]["lr"])
             loss, is_interrupted, is_save_due = self._step(batches, index, interrupt)
@@ -258,7 +233,7 @@ class Trainer:
         self.team.broadcast_buffers(self.hne, *([] if self.ema is None else [self.ema]))
         held_out = measure(
             self.hne if self.ema is None else self.ema.module,
-            noting(self.held_out_batches, state.skipped),
+            loaders.noting(self.held_out_batches, state.skipped),
             stop=lambda: interrupt.requested,  # processes may have different numbers of batches
         )
         if self.team.any(interrupt.requested):
@@ -276,14 +251,11 @@ class Trainer:
         )
 
     def _step(
-        self, batches: TimedBatches, index: int, interrupt: Interrupt
+        self, batches: loaders.TimedBatches, index: int, interrupt: Interrupt
     ) -> tuple[float, bool, bool]:
-        """One training step: its loss, whether it was interrupted, whether to save the state.
+        """The next step of an epoch: its loss, whether it was interrupted, whether to save.
 
-        Args:
-            batches: the next ones are the parts of this step.
-            index: the step's, within its epoch.
-            interrupt: asked once, so that all processes stop after the same step.
+        The interrupt is asked once, so that all processes stop after the same step.
         """
         state = self.state
         loss, has_skipped = torch.zeros((), device=self.team.device), False
@@ -315,10 +287,11 @@ class Trainer:
         # The last step's state is saved with the epoch's scores.
         return value, is_interrupted, is_save_due and index < self.order.steps - 1
 
-    def _accumulate(self, batch: Batch, index: int, part: int) -> Tensor:
+    def _accumulate(self, batch: loaders.Batch, index: int, part: int) -> Tensor:
         """Add a part's gradients to those of its step; return its part of the step's loss."""
         # Dropout and mixing depend on nothing but this, so a resumed step draws the same numbers.
-        seed_everything(seed_of("step", self.recipe.seed, self.state.step, part, self.team.index))
+        seed = seed_of("step", self.recipe.seed, self.state.step, part, self.team.index)
+        loaders.seed_everything(seed)
         dtype = next(self.hne.parameters()).dtype
         images = batch.images.to(self.team.device, dtype, non_blocking=True)
         target = batch.target.to(self.team.device, non_blocking=True)
@@ -354,13 +327,9 @@ class Trainer:
                 yield
 
     def _gather_skipped(self) -> None:
-        """Tell all processes of all images that could not be read.
-
-        Raises:
-            DataError: they are more than the recipe allows.
-        """
+        """Tell all processes of all images that could not be read; too many are a DataError."""
         self.state.skipped = self.team.union(self.state.skipped)
-        check_skipped(self.state.skipped, self.recipe.skip_corrupt)
+        loaders.check_skipped(self.state.skipped, self.recipe.skip_corrupt)
 
     def _diverged(self, loss: float) -> DivergedError:
         epoch, index = divmod(self.state.step, self.order.steps)
@@ -383,7 +352,8 @@ class Trainer:
         state.epochs, state.loss, state.scores = epoch.epoch, 0.0, Scores(self.hne.tree)
         accuracy = epoch.held_out[-1].accuracy
         if accuracy > state.best_accuracy:
-            state.best_accuracy, state.best = accuracy, state_name(state.step, state.epochs)
+            state.best_accuracy = accuracy
+            state.best = run_directory.state_name(state.step, state.epochs)
         if self.accelerator.is_main_process:
             self.directory.append_metrics(epoch)
         self.accelerator.log(flat(epoch), step=state.step)

@@ -141,6 +141,6 @@ def recorded_factories() -> Iterator[None]:
 
         return call
 
-    factories = {name: recorded(getattr(torch, name)) for name in _FACTORIES}
+    factories: dict[str, Any] = {name: recorded(getattr(torch, name)) for name in _FACTORIES}
     with mock.patch.multiple(torch, **factories):
         yield

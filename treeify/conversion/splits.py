@@ -274,7 +274,7 @@ def _most_even(masks: Mapping[SplitPoint, int], count: int) -> tuple[SplitPoint,
         (unevenness(point.macs_before) + _DEPTH_COST * point.depth, (point,)) for point in masks
     ]
     for _ in range(count - 1):
-        longer = []
+        longer: list[tuple[float, tuple[SplitPoint, ...]]] = []
         for point, mask in masks.items():
             options = [
                 (cost + unevenness(point.macs_before - chain[-1].macs_before), chain)

@@ -40,10 +40,7 @@ _LINEAR = (nn.Linear, TimmLinear, PackedLinear)
 _ADDITIONS = (operator.add, torch.add, "add")
 # Operations whose result is a new tensor, of which no other value is a view: overwriting it changes
 # nothing that the tree still needs.
-_FRESH = (
-    *(nn.LayerNorm, PackedLayerNorm, NormInBatch),
-    *(*CONVOLUTIONS, *_NORMS),
-)
+_FRESH = (nn.LayerNorm, PackedLayerNorm, NormInBatch, *CONVOLUTIONS, *_NORMS)
 _ARITHMETIC = (*_ADDITIONS, operator.mul, torch.mul, "mul", operator.sub, torch.sub, "sub")
 
 _RELU = Activation(torch.relu_, "relu")

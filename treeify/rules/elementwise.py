@@ -175,11 +175,7 @@ def run_with_parameters(
 ) -> Direct | BroadcastInBatch:
     """The operation in the batch, as it stands where no operand is a parameter of each branch.
 
-    Args:
-        call: of operands that are aligned, see `require_aligned`.
-        target: what computes the result where there are such parameters.
-        operands: facts of the call's positional arguments; None for what is no tensor.
-        result: facts of the call's result.
+    Where one is, `target` computes the result. Operands are aligned, see `require_aligned`.
     """
     pairs = list(zip(operands, (arg in call.varying for arg in call.node.args), strict=True))
     if not any(operand and operand.batch_dim is None and varies for operand, varies in pairs):

@@ -25,12 +25,7 @@ class PackedOperation(nn.Module):
         self.packed_module, self.branches = packed_module, branches
 
     def part(self, span: Span, name: str) -> Tensor | None:
-        """The part of a tensor that belongs to a span of branches, a view; None if there is none.
-
-        Args:
-            span: the branches.
-            name: of the tensor, dotted if a submodule holds it.
-        """
+        """A span's part of a tensor, a view; None for no tensor. A submodule's name is dotted."""
         path, _, attribute = name.rpartition(".")
         tensor = getattr(self.packed_module.get_submodule(path), attribute, None)
         return None if tensor is None else narrow(tensor, self.branches, span)

@@ -49,17 +49,10 @@ def pays(conv: Any, branches: int, x: Tensor) -> bool:
 
 
 def convolve(conv: Any, x: Tensor, weight: Tensor, bias: Tensor | None, parents: int) -> Tensor:
-    """A packed convolution as one product for each parent.
+    """A packed convolution as one product for each parent; `conv` is one branch's, for its options.
 
-    Args:
-        conv: one branch's convolution, for its options.
-        x: `[N, P*C, H, W]` of `P` parents.
-        weight: of all their children, `[G*O, C, kernel, kernel]`.
-        bias: `[G*O]` or None.
-        parents: `P`.
-
-    Returns:
-        `[N, G*O, H', W']`, channels last.
+    `[N, P*C, H, W]` of `P` parents, and `[G*O, C, kernel, kernel]` and `[G*O]` of all their
+    children -> `[N, G*O, H', W']`, channels last.
     """
     vertical, horizontal = conv.padding
     padded = F.pad(x, (horizontal, horizontal, vertical, vertical))

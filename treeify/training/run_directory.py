@@ -104,13 +104,9 @@ class RunDirectory:
     ) -> None:
         """Write a checkpoint, point `last` and `best` to theirs, and remove older ones.
 
-        In this order, whenever the process is killed there is a checkpoint to go on from.
-
-        Args:
-            hne: the ensemble.
-            ema: the averaged ensemble, if the recipe has a moving average.
-            state: of a `RunState`; `step` and `epochs` name it, `best` names the best so far.
-            keep: how many of the newest stay, besides the best.
+        In this order, whenever the process is killed there is a checkpoint to go on from. The
+        state is a `RunState`'s: `step` and `epochs` name the checkpoint, `best` names the best so
+        far, which stays besides the newest `keep`.
         """
 
         def write(draft: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils._pytree import SUPPORTED_NODES
 
-from treeify.tracing.aliasing import Aliases, InPlaceError
+from treeify.tracing.aliasing import Aliases, InPlaceError, is_library
 from treeify.tracing.attempts import Attempts, Limits
 from treeify.tracing.facts import TensorFacts, annotate, enclosing, facts
 from treeify.tracing.functionalize import CONSTANT, functionalize, join_constants, reshape_views
@@ -159,17 +159,13 @@ def _pass_first_by_position(graph: fx.Graph, root: nn.Module) -> None:
         if node.op == "call_module":
             forward = inspect.signature(root.get_submodule(str(node.target)).forward)
             first = next(iter(forward.parameters))
-        elif node.op == "call_function" and _is_torchs(node.target):
+        elif node.op == "call_function" and is_library(node.target):
             first = _FIRST.get(node.target, "input")
         else:
             continue
         if first in node.kwargs:
             node.args = (node.kwargs[first],)
             node.kwargs = {key: value for key, value in node.kwargs.items() if key != first}
-
-
-def _is_torchs(function: Any) -> bool:
-    return (getattr(function, "__module__", None) or "torch").partition(".")[0] == "torch"
 
 
 def _constants(graphs: Iterable[fx.Graph], private: nn.Module) -> dict[str, Any]:

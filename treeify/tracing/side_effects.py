@@ -193,5 +193,8 @@ def undo_side_effects(model: nn.Module) -> Iterator[None]:
             vars(module).update(state)
         for cache, contents in caches:
             cache.clear()
-            (cache.update if isinstance(cache, dict) else cache.extend)(contents)
+            if isinstance(cache, dict):
+                cache.update(contents)
+            else:
+                cache.extend(contents)
         vars(model).update(constants)

@@ -134,13 +134,13 @@ def test_stacked_values_go_between_packed_and_looped_levels(
 def test_verify_runs_levels_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     hne = small.converted(Weighted(), ["stem", "stage1"])
-    right = program.chunk
+    right = program.unpack
 
-    def misplaced(*args: Any) -> Any:
+    def misplaced(*args: Any, **options: Any) -> Any:
         """The branches the other way round, which only a looped level under a packed one reads."""
-        return type(parts := right(*args))(reversed(parts))
+        return type(parts := right(*args, **options))(reversed(parts))
 
-    monkeypatch.setattr(program, "chunk", misplaced)
+    monkeypatch.setattr(program, "unpack", misplaced)
     with pytest.raises(ParityError, match="leaf_eval"):
         treeify.verify(hne, small.images(2))
 

@@ -67,7 +67,9 @@ def predict(
         Sequence[float] | None,
         numbers("--mean", "Of the channels, pixels in 0 to 1, if not what is known."),
     ] = None,
-    std: Annotated[Sequence[float] | None, numbers("--std", "Likewise.", positive=True)] = None,
+    std: Annotated[
+        Sequence[float] | None, numbers("--std", "Their deviation; with --mean.", positive=True)
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:

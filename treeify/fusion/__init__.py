@@ -1,6 +1,6 @@
 """Operations for evaluation without gradients: layers with what follows them fused in.
 
-Weights are folded and laid out for the processor when first used, and again whenever a tensor they
+Weights are folded and reordered for the processor when first used, and again whenever a tensor they
 come from has changed. A sum or an activation that alone reads a new tensor may overwrite it, since
 no gradient will ask for it.
 """

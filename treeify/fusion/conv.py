@@ -132,7 +132,7 @@ class FusedConv(Prepared):
         return finish(result, addend, self.activation)
 
     def _onednn(self, span: Span, parents: int, x: Tensor, addend: Tensor | float | None) -> Tensor:
-        """OneDNN's own call: weights laid out once, the activation in the same pass."""
+        """OneDNN's own call: weights reordered once, the activation in the same pass."""
         weight, bias = self._tensors(span, parents, x.shape)
         convolve = torch.ops.mkldnn._convolution_pointwise.default
         groups = parents * self.groups
@@ -145,7 +145,7 @@ class FusedConv(Prepared):
     def _tensors(self, span: Span, parents: int, shape: torch.Size | None = None) -> Weights:
         """The weight and bias of a span, for convolving an input that holds its parents.
 
-        With the input's shape, the weight is laid out for oneDNN.
+        With the input's shape, the weight is reordered for oneDNN.
         """
         return self.cached((span, parents, shape), self._prepare)
 
@@ -157,7 +157,7 @@ class FusedConv(Prepared):
         parents: int,
         shape: torch.Size | None,
     ) -> Weights:
-        """Cut a span's part out of the folded weights, ordered and laid out, see `_tensors`."""
+        """Cut a span's part out of the folded weights, in the order `_tensors` needs."""
         weight = narrow(weight, self.branches, span)
         bias = None if bias is None else narrow(bias, self.branches, span)
         if self._swaps(span, parents):

@@ -17,7 +17,7 @@ from treeify.tree import Span
 class FusedLinear(Prepared):
     """A linear layer with the activation that follows it.
 
-    A single branch runs by oneDNN, with weights laid out once and the activation in the same pass.
+    A single branch runs by oneDNN, with weights reordered once and the activation in the same pass.
     Several branches stay one batched product, whose weights need no copy.
 
     Args:
@@ -57,7 +57,7 @@ class FusedLinear(Prepared):
         return result if activation is None or activation.name else activation.apply(result)
 
     def _prepare(self, weight: Tensor, bias: Tensor | None, span: Span, rows: int) -> Weights:
-        """One branch's weight and bias, laid out for that many rows."""
+        """One branch's weight and bias, reordered for that many rows."""
         weight = narrow(weight, self.branches, span).contiguous()
         bias = None if bias is None else narrow(bias, self.branches, span)
         return torch.ops.mkldnn._reorder_linear_weight(weight, rows), bias

@@ -50,8 +50,9 @@ def _members(value: Any) -> dict[str, Any]:
 
 
 def _signature(name: str, value: Any) -> str:
-    # Types by their last name: modules may move.
-    return name + re.sub(r"\b(?:[A-Za-z]\w*\.)+(\w+)", r"\1", str(inspect.signature(value)))
+    # Types by their last name, postponed or not: modules may move.
+    text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", str(inspect.signature(value)))
+    return name + re.sub(r"\b(?:[A-Za-z]\w*\.)+(\w+)", r"\1", text)
 
 
 def _command_line() -> Iterator[str]:

@@ -1,7 +1,5 @@
 """What can go wrong, by kind: where, what was expected, what was found, what to do next."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Iterable
 

@@ -3,8 +3,6 @@
 A writer that is killed leaves a draft behind, `.NAME.PID`, and nothing else.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -14,8 +14,6 @@ Adding a loss (its keyword-only parameters become options a recipe can set):
 Source: Ruiz & Verbeek, AAAI 2021, section 3.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

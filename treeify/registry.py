@@ -1,7 +1,5 @@
 """Functions found by name: what lets a recipe name a loss or a data set, and a user add one."""
 
-from __future__ import annotations
-
 import importlib
 import operator
 import sys

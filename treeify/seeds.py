@@ -1,7 +1,5 @@
 """Seeds for one purpose each, far from every other's."""
 
-from __future__ import annotations
-
 import hashlib
 
 

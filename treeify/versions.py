@@ -1,7 +1,5 @@
 """Versions of installed packages, as saved ensembles, runs and coverage rows hold them."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 
 # A base model, and with it a fingerprint, is the same under the same versions of these.

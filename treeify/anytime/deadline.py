@@ -4,8 +4,6 @@ At small batches a call costs much the same however few leaves it computes, so g
 size is far cheaper than by the sizes before it. Latencies are therefore those of every transition.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -4,8 +4,6 @@ After `n` leaves at most one branch per level is computed but not complete, sinc
 numbered depth-first. The values that its children will read are all that is kept meanwhile.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """`treeify ablate`: a grid of recipes, and its table."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Mapping, Sequence

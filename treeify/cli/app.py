@@ -1,7 +1,5 @@
 """The `treeify` command: its subcommands, and what a user sees when one fails."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from collections.abc import Iterator

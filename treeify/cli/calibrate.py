@@ -1,7 +1,5 @@
 """`treeify calibrate`: how fast an ensemble answers here, and when images need no more leaves."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`treeify convert`: a base model's name in, a directory that `treeify.load` reads out."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import asdict
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`treeify eval`: the accuracy of a trained ensemble on held-out images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """`treeify list`: the models that convert, and what is known of each."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

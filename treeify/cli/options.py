@@ -1,7 +1,5 @@
 """The arguments and options that several commands share, and options with units."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

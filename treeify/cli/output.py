@@ -1,7 +1,5 @@
 """How commands print: lines, tables and JSON, each in one way."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple

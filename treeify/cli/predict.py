@@ -1,7 +1,5 @@
 """`treeify predict`: image files in, answers that get better out."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial

@@ -3,8 +3,6 @@
 What is not written so raises an InputError that names the option.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from decimal import Decimal

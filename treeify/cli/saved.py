@@ -1,7 +1,5 @@
 """What a directory on the command line holds: a run, or an ensemble by itself."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The tables that `train` and `eval` end with."""
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Mapping, Sequence

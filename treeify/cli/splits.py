@@ -1,7 +1,5 @@
 """`treeify splits`: the points where a model can be split."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

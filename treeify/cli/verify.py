@@ -1,7 +1,5 @@
 """`treeify verify`: many models converted and checked, one JSON line each."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a user calls: a model or its name, or trained models, in; an ensemble out."""
 
-from __future__ import annotations
-
 import logging
 import operator
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The one way from a module to an ensemble: trace it, choose splits, allocate, fill."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

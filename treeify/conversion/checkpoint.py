@@ -1,7 +1,5 @@
 """Saving and loading ensembles: weights as safetensors, everything else as JSON, never pickle."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

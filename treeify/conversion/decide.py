@@ -4,8 +4,6 @@ A decision reads only those of the node's inputs, so one pass in the graph's ord
 `treeify.conversion.emit` writes the segments they describe, and `hne.conversion` shows them.
 """
 
-from __future__ import annotations
-
 import copy
 import operator
 from collections.abc import Iterable, Mapping

@@ -4,8 +4,6 @@ Nothing is decided here. Values flow from lower to higher levels only, so runnin
 its segments in order; what a level reads of those below it is its segment's input.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

@@ -4,8 +4,6 @@ Branch initialisation depends only on `(seed, level, branch)`: branch `i` of eve
 tensors from network `i`, which is drawn with a generator seeded from `(seed, i)`.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping

@@ -5,8 +5,6 @@ does not depend on the module stays shared, so a node's level is the number of s
 ancestors (itself included).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 from torch import fx

@@ -1,7 +1,5 @@
 """A tree of networks as one module: packed tensors, and the programs that run them."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace

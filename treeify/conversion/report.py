@@ -1,7 +1,5 @@
 """What a conversion did, for `hne.conversion`: the decisions, and what a user should know."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Split points: "4", names or name:fanout -> a frozen choice, before anything is built."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

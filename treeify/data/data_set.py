@@ -1,7 +1,5 @@
 """What a data set is, and the registry that finds one by name."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass

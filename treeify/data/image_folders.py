@@ -1,7 +1,5 @@
 """Folders of images, one folder per class."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How an image is opened, sized and normalised: to train on it, to evaluate and to predict."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

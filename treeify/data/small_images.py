@@ -1,7 +1,5 @@
 """Data sets of small images: scikit-learn's digits and torchvision's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

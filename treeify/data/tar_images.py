@@ -1,7 +1,5 @@
 """Images inside tar files, read by their place in the file: nothing stays open or is unpacked."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from pathlib import Path

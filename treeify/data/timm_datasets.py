@@ -1,7 +1,5 @@
 """Data sets that timm reads by index: folders, tar files and Hugging Face's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """WebDataset shards read by index, so that a run can find its place in them again."""
 
-from __future__ import annotations
-
 import re
 import tarfile
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """The C library's allocator: memory of large tensors is used again instead of given back."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 

@@ -13,8 +13,6 @@
 dicts, with None in the place of what is no tensor.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from enum import Enum
 from typing import Any

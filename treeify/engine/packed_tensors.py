@@ -9,8 +9,6 @@ Modules a rule can widen become the same module with `G` times the channels and 
 become plain containers of their packed tensors.
 """
 
-from __future__ import annotations
-
 import copy
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set

@@ -1,7 +1,5 @@
 """Context managers that put a module's modes and buffers back."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,7 +1,5 @@
 """Timing on this machine: what measured times belong to, and how they are measured."""
 
-from __future__ import annotations
-
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Choosing how an ensemble runs by measuring it, for one input shape, mode and machine."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -10,8 +10,6 @@ An ensemble knows its MACs for the image size it was converted for: `hne.count_m
 those that fvcore counts for any size.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Held-out images in two halves: confidence thresholds are chosen on one, reported on the other."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """How well every nested sub-ensemble answers: running totals over batches, and their scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod

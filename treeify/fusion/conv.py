@@ -4,8 +4,6 @@ In evaluation mode a batch norm is a scale and a shift per channel, and so is pa
 convolution whose output it alone reads.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A program's segments with what follows each layer fused into it, for evaluation."""
 
-from __future__ import annotations
-
 import copy
 import operator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Linear layers with the activation that follows them fused in."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

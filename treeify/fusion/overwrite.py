@@ -1,7 +1,5 @@
 """Sums and activations written over a new tensor that nothing else reads."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 

@@ -1,7 +1,5 @@
 """Weights prepared once for the processor, that follow the tensors they come from."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """A base model built from its name, the number of its classes and the size of its images."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

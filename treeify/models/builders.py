@@ -1,7 +1,5 @@
 """Names of base models, and the functions of timm, torchvision and the user that build them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from functools import partial
 

@@ -1,7 +1,5 @@
 """The paper's base network for CIFAR (Table 2): a ResNet-50 with depthwise bottlenecks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """How to tell that two models are built alike."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The size of the images that a base model is fed, and how to build it for another."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The paper's base network for ImageNet (Table 3): a MobileNetV2 of width 1.4."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

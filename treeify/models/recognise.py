@@ -4,8 +4,6 @@ Names are guessed from what timm and torchvision leave on their models. A guess 
 model it builds has the same fingerprint, so a wrong one is never accepted.
 """
 
-from __future__ import annotations
-
 import contextlib
 import inspect
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Models with fewer blocks than their builders would make, for checks in little memory."""
 
-from __future__ import annotations
-
 import re
 
 import torch

@@ -1,7 +1,5 @@
 """Base models without memory for their weights."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

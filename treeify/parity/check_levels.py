@@ -5,8 +5,6 @@ converted on the meta device, where tensors have shapes and no values, and its n
 with fewer blocks: spare ones left out, or as many as its builder is asked for.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

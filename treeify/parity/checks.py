@@ -1,7 +1,5 @@
 """The properties that are checked: leaves, prefixes, statistics, gradients and shapes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager

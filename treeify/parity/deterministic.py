@@ -1,7 +1,5 @@
 """Random draws that give their mean, and precision that no cast lowers, to compare networks."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -1,7 +1,5 @@
 """Fresh weights hide mistakes: values that training would give them."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm

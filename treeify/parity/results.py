@@ -4,8 +4,6 @@ Lines are only ever appended, each in one write. A line cut off by a power cut o
 left where it is and ignored, so nothing after it is lost; the last line of a model counts.
 """
 
-from __future__ import annotations
-
 import lzma
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Many models checked one after the other, each in a process of its own."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math

@@ -1,7 +1,5 @@
 """How far outputs are from those expected, in multiples of what is tolerated."""
 
-from __future__ import annotations
-
 import math
 from itertools import repeat
 from typing import Any

@@ -4,8 +4,6 @@ The oracle is `hne.leaf(i)`: the base model's own code with one leaf's weights. 
 nothing.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """One model verified by its name: every check, as fully as there is memory for."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Callable
 from itertools import islice

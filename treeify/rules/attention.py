@@ -1,7 +1,5 @@
 """Attention: branches in the batch are more images that attend to themselves."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from torch import nn
 

@@ -1,7 +1,5 @@
 """A call of the base graph as rules see it, and what they may ask of it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Set
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Convolutions: `G` of them are one grouped convolution (the paper's Figure 2)."""
 
-from __future__ import annotations
-
 import torch.nn.functional as F
 from timm.layers.cond_conv2d import CondConv2d
 from timm.layers.conv2d_same import Conv2dSame

@@ -1,7 +1,5 @@
 """Random operations: every branch draws its own noise, as the separate networks would."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from timm.layers.drop import DropPath

@@ -1,7 +1,5 @@
 """Operations that treat every element by itself: packed tensors go straight through."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 What is left to decide is whether a call leaves the batch alone: its dims tell.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from treeify.rules.call import Call, Unpackable

@@ -1,7 +1,5 @@
 """Parts of tensors, read, replaced or joined, that leave the batch alone."""
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Sequence
 from typing import Any

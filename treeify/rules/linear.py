@@ -1,7 +1,5 @@
 """Linear layers, matrix products and einsum: one batched product over the branches."""
 
-from __future__ import annotations
-
 import operator
 
 import torch

@@ -1,7 +1,5 @@
 """Normalisation: per channel or per group, so branches do not mix once the count is multiplied."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """Pooling, resizing and padding: every channel by itself, so packed channels run as they are."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Sums, means, extremes and norms of tensors, along any dim but the batch."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 

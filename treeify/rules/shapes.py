@@ -1,7 +1,5 @@
 """Shapes: read, reshaped, expanded, transposed or shuffled, while images keep their order."""
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

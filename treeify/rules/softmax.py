@@ -1,7 +1,5 @@
 """Softmax and gated linear units: along any dim but the batch."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import nn

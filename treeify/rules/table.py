@@ -7,8 +7,6 @@ on branches in the batch, `[G*N, ...]`. Both may refuse with `Unpackable`; if al
 per branch and the conversion report says why.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar

@@ -1,7 +1,5 @@
 """Calls of modules that run packed as themselves, with `G` times the channels and groups."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from treeify.rules.call import Call, Unpackable

@@ -1,7 +1,5 @@
 """Windows of every image, as timm's functions that tracing leaves whole cut and join them."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import timm.models  # noqa: F401 - registers those functions

@@ -4,8 +4,6 @@ Which values may be aliases is read from the graph. Only if one of them is read 
 operation on another is the graph run, to see where in memory they lie.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ Tracing is tried with the images' size unknown, then with the sizes of an exampl
 models' control flow depends. A module whose inside stops the tracer even so becomes a leaf module.
 """
 
-from __future__ import annotations
-
 import sys
 import traceback
 from collections.abc import Mapping

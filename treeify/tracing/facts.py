@@ -3,8 +3,6 @@
 Found by running the graph at two batch sizes on the meta device.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any

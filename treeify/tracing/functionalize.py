@@ -4,8 +4,6 @@ A value may be shared by siblings: if the first of them changed it in place, the
 from what it made of it.
 """
 
-from __future__ import annotations
-
 import inspect
 import operator
 from collections.abc import Callable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """A base model run node by node, on the meta device where it can be: what each node gives."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What torch computes slowly on the meta device, in Python, answered for it at once."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

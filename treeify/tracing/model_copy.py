@@ -3,8 +3,6 @@
 The user's model itself is never modified.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import weakref

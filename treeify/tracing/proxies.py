@@ -1,7 +1,5 @@
 """What stands for the model's values while it is traced."""
 
-from __future__ import annotations
-
 import builtins
 import operator
 import sys

@@ -3,8 +3,6 @@
 `treeify.verify` compares them with the libraries' functions, which the leaves' networks run.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """What a forward pass may do that no fx graph shows: a module that does it has to be one call."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import random

@@ -1,7 +1,5 @@
 """What a graph's nodes give at two batch sizes, asked for while it is being traced."""
 
-from __future__ import annotations
-
 import operator
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The fx tracer: it goes into all but leaf modules, and stops at what no graph shows."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, TypeVar

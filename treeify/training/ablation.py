@@ -14,8 +14,6 @@ A grid is a file:
 Its runs are ordinary ones, in a directory each.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One process or several, connected by Accelerate, and what they agree on."""
 
-from __future__ import annotations
-
 import json
 import signal
 import threading

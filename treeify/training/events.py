@@ -1,7 +1,5 @@
 """What a training run reports while it goes on, and its result."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

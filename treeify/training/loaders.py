@@ -6,8 +6,6 @@ resumed run sees what it would have seen without the stop, whichever worker prep
 several processes see the images that one would.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """The ensemble of a run: built from its recipe, checked against the data, set up for training."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """What training minimises: the recipe's loss, on mixed images, and the distance to a teacher."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path

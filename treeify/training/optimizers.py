@@ -1,7 +1,5 @@
 """timm's optimizers and learning-rate schedules."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ Unknown keys, wrong types and impossible values are reported with their key path
 the nearest valid key.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path

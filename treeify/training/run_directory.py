@@ -14,8 +14,6 @@
 chosen on the held-out images, so its own accuracy on them is a little flattering.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

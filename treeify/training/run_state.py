@@ -1,7 +1,5 @@
 """How far a run is: what going on with it needs besides the weights."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any

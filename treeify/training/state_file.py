@@ -4,8 +4,6 @@ JSON has neither tensors, nor tuples, nor keys that are numbers: each is written
 one key that says what it stands for. Optimizers have all three.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping

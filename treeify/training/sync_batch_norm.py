@@ -5,8 +5,6 @@ its tensors. Every one of them ends in `torch.nn.functional.batch_norm`, so that
 where statistics are shared.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 

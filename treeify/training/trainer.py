@@ -5,8 +5,6 @@ One process or several: `torchrun --nproc-per-node 4 -m treeify train RECIPE`, o
 stays what the recipe says.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Attention of images with tensors of each branch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch.nn.functional as F

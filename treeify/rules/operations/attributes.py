@@ -1,7 +1,5 @@
 """Tensors that the base model reads as attributes: parameters, buffers and constants."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

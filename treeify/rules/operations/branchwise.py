@@ -1,7 +1,5 @@
 """Running an operation branch by branch, exactly as in the base model: needs no rule."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

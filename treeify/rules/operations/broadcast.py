@@ -1,7 +1,5 @@
 """Element-wise operations and products whose operands broadcast in a way packing would disturb."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import reduce
 from typing import Any

@@ -1,7 +1,5 @@
 """Convolutions of all branches as grouped ones, with weights packed, read or mixed."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Operations that run as they stand: on packed tensors, or with branches moved to the batch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Linear layers of all branches in one product, and einsum with tensors of each branch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import prod
 from string import ascii_letters

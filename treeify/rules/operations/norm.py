@@ -1,7 +1,5 @@
 """Norms with the scales and shifts of each branch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Operations on packed tensors that have to tell the branches apart."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

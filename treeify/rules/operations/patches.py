@@ -6,8 +6,6 @@ lie: the whole training step of resnet18 at 64x64 becomes 1.5 to 2 times faster
 (`benchmarks/shortcuts.py`).
 """
 
-from __future__ import annotations
-
 from math import prod
 from typing import Any
 

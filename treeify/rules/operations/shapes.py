@@ -1,7 +1,5 @@
 """Operations that read or make shapes: sizes within them are those of one branch."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

@@ -1,7 +1,5 @@
 """Modules that run packed as themselves, with more channels and groups: convolutions, norms, ..."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -233,17 +233,19 @@ def test_predictions_meet_deadlines(clock: Clock, monkeypatch: pytest.MonkeyPatc
     assert latencies.repeats == 12
     for limit, leaves in ((0.1, 1), (3.9, 1), (4.1, 3), (6.9, 3), (7.1, 6), (math.inf, 6)):
         begin = clock.now
-        logits = hne.predict(x, deadline=limit)
-        assert clock.now - begin == pytest.approx(1 + leaves)
-        assert_close(logits, hne.predict(x, leaves=leaves).detach())
+        prediction = hne.predict(x, deadline=limit)
+        assert clock.now - begin == prediction.seconds == pytest.approx(1 + leaves)
+        assert prediction.met == (1 + leaves <= limit)
+        assert prediction.leaves.tolist() == [leaves] * len(x)
+        assert_close(prediction.logits, hne.predict(x, leaves=leaves).detach())
     set_speed(2.0)
     for _ in range(2):
         hne.predict(x, deadline=math.inf)
     begin = clock.now
-    assert_close(hne.predict(x, deadline=13.9), hne.predict(x, leaves=3).detach())
+    assert_close(hne.predict(x, deadline=13.9).logits, hne.predict(x, leaves=3).detach())
     assert clock.now - begin == pytest.approx(8)
     assert hne.calibrate(x, repeats=2).typical[0, 6] == pytest.approx(14)
-    assert_close(hne.predict(x, deadline=14.1), hne.predict(x).detach())
+    assert_close(hne.predict(x, deadline=14.1).logits, hne.predict(x).detach())
 
 
 def test_rounds_meet_every_transition_in_changing_order(
@@ -329,7 +331,7 @@ def test_deadlines_need_calibration() -> None:
     with pytest.raises(InputError, match=r"none, the ensemble has not been calibrated"):
         hne.predict(x, deadline=1.0)
     hne.calibrate(x, repeats=2)
-    assert hne.predict(x, deadline=100.0).shape == (2, small.CLASSES)
+    assert hne.predict(x, deadline=100.0).logits.shape == (2, small.CLASSES)
     with pytest.raises(InputError, match=r"inference, 3x3x8x8 float32"):
         hne.predict(small.images(3), deadline=1.0)
     with pytest.raises(InputError, match=r"inference, 2x3x16x16 float32"):

@@ -48,4 +48,4 @@ def test_latencies_are_saved_and_loaded(tmp_path: Path) -> None:
     treeify.save(hne, tmp_path / "hne")
     again = treeify.load(tmp_path / "hne", model=small.SmallNet())
     assert again.latencies == {latencies.situation: latencies}
-    assert_close(again.predict(x, deadline=100.0), hne.predict(x).detach())
+    assert_close(again.predict(x, deadline=100.0).logits, hne.predict(x).detach())

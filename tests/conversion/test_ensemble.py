@@ -205,10 +205,10 @@ def test_predict_tells_an_observer_of_answers_by_a_deadline() -> None:
     hne, x = small.ensemble(), small.images(2)
     hne.calibrate(x, repeats=2)
     answers: list[tuple[Answer, Tensor]] = []
-    logits = hne.predict(x, deadline=60.0, observe=lambda *answer: answers.append(answer))
+    prediction = hne.predict(x, deadline=60.0, observe=lambda *answer: answers.append(answer))
     assert [answer.leaves for answer, _ in answers] == [6]
     assert answers[0][1].tolist() == [0, 1]
-    assert torch.equal(answers[0][0].logits, logits)
+    assert torch.equal(answers[0][0].logits, prediction.logits)
 
 
 def measured() -> Measurements:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
 from pydantic import Field, TypeAdapter
@@ -16,13 +16,6 @@ from torch import Tensor
 
 from treeify.anytime.session import Answer, Session
 from treeify.errors import InputError
-
-
-class Prediction(NamedTuple):
-    """Mean logits `[N, K]` of each image's leaves, and how many leaves it used, `[N]`."""
-
-    logits: Tensor
-    leaves: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,7 +77,7 @@ def answer(
     thresholds: Sequence[float],
     *,
     observe: Callable[[Answer, Tensor], None] = lambda answer, images: None,
-) -> Prediction:
+) -> tuple[Tensor, Tensor]:
     """Advance a session until every image is confident; confident images leave the batch.
 
     Args:
@@ -92,6 +85,9 @@ def answer(
         sizes: the nested sizes.
         thresholds: per size but the last, the confidence that suffices.
         observe: called with every answer, and the positions `[M]` of its images in the batch.
+
+    Returns:
+        Mean logits `[N, K]` of each image's leaves, and how many leaves it used, `[N]`.
 
     Raises:
         InputError: the model returns no single tensor of logits.
@@ -124,7 +120,7 @@ def answer(
         if session.droppable and confident.any():
             session.select(~confident)
     assert logits is not None
-    return Prediction(logits, leaves)
+    return logits, leaves
 
 
 def thresholds_for(

@@ -6,7 +6,7 @@ numbered depth-first. The values that its children will read are all that is kep
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,22 @@ class Answer:
     logits: Any
     elapsed: float
     macs: int
+
+
+class Prediction(NamedTuple):
+    """What became of a limit: of a deadline, or of a confidence.
+
+    Args:
+        logits: the mean over each image's leaves, `[N, K]`.
+        leaves: how many leaves each image used, `[N]` integers; by a deadline all used as many.
+        seconds: from the call to the answer.
+        met: whether that was within the deadline; None if there was none.
+    """
+
+    logits: Any
+    leaves: Tensor
+    seconds: float
+    met: bool | None = None
 
 
 class Session:

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
-from treeify.anytime.confidence import Budget, Prediction, answer, thresholds_for
+from treeify.anytime.confidence import Budget, answer, thresholds_for
 from treeify.anytime.deadline import (
     Latencies,
     Slowdown,
@@ -21,7 +21,13 @@ from treeify.anytime.deadline import (
     find,
     measure,
 )
-from treeify.anytime.session import Answer, Session, answers, mean_over_leaves
+from treeify.anytime.session import (
+    Answer,
+    Prediction,
+    Session,
+    answers,
+    mean_over_leaves,
+)
 from treeify.conversion.initialize import Source
 from treeify.conversion.packed_tree import PackedTree
 from treeify.conversion.splits import Splits
@@ -158,7 +164,7 @@ class HierarchicalEnsemble(PackedTree):
         x: Tensor,
         leaves: int | None = None,
         *,
-        deadline: float | None = None,
+        deadline: None = None,
         confidence: None = None,
         observe: Observer | None = None,
     ) -> Tensor: ...
@@ -169,7 +175,18 @@ class HierarchicalEnsemble(PackedTree):
         x: Tensor,
         leaves: int | None = None,
         *,
-        deadline: float | None = None,
+        deadline: float,
+        confidence: None = None,
+        observe: Observer | None = None,
+    ) -> Prediction: ...
+
+    @overload
+    def predict(
+        self,
+        x: Tensor,
+        leaves: int | None = None,
+        *,
+        deadline: None = None,
         confidence: float | Sequence[float] | Budget,
         observe: Observer | None = None,
     ) -> Prediction: ...
@@ -199,7 +216,8 @@ class HierarchicalEnsemble(PackedTree):
                 answers of every nested size below `leaves` then, and evaluation mode is needed.
 
         Returns:
-            `[N, K]`; with confidence a `Prediction`: logits `[N, K]` and leaves per image `[N]`.
+            `[N, K]`; with a deadline or confidence a `Prediction`: logits `[N, K]`, leaves per image
+            `[N]`, the seconds it took, and whether a deadline was met.
 
         Raises:
             LeafError: there are not that many leaves.
@@ -225,11 +243,14 @@ class HierarchicalEnsemble(PackedTree):
             latencies = find(self.latencies, situation, self.plan(x))
             slowdown = self._slowdowns.setdefault(situation, Slowdown())
             advance_until(session, latencies, deadline, begin, slowdown=slowdown, observe=for_all)
-            return session.logits
+            logits, used = session.logits, torch.full((len(x),), session.leaves)
+            seconds = time.perf_counter() - begin
+            return Prediction(logits, used, seconds, seconds <= deadline)
         if confidence is not None:
             sizes = self.tree.nested_sizes
             thresholds = thresholds_for(confidence, sizes)
-            return answer(self.session(x), sizes, thresholds, observe=observer)
+            logits, used = answer(self.session(x), sizes, thresholds, observe=observer)
+            return Prediction(logits, used, time.perf_counter() - begin)
         if observe is None:
             return mean_over_leaves(self(x, leaves=leaves))
         last = self.leaves if leaves is None else leaves

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 import small
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import treeify
 from treeify.errors import InputError
 
 UNFIT = {

@@ -11,9 +11,9 @@ from rich.console import Console
 from treeify.cli.output import Column, print_json, say, table
 
 
-def shown(*parts: object, width: int = 40) -> str:
+def shown(*parts: object, width: int = 40, terminal: bool = False) -> str:
     file = io.StringIO()
-    say(Console(file=file, width=width), *parts)  # type: ignore[arg-type]
+    say(Console(file=file, width=width, force_terminal=terminal, color_system=None), *parts)  # type: ignore[arg-type]
     return file.getvalue()
 
 
@@ -35,11 +35,30 @@ def test_sections_have_a_line_between_them() -> None:
     assert len(two.splitlines()) == len(one.splitlines()) + 1
 
 
-def test_long_words_fold_or_are_cut_off() -> None:
+def test_words_fold_on_a_terminal_only() -> None:
     word = "w" * 60
-    assert "…" in shown(table([Column("a")], [(word,)]))
-    folded = shown(table([Column("a", fold=True)], [(word,)]))
+    assert word in shown(table([Column("a")], [(word,)]))
+    folded = shown(table([Column("a")], [(word,)]), terminal=True)
     assert folded.count("w") == 60
+    assert max(map(len, folded.splitlines())) == 40
+    assert word in shown(table([Column("a", no_wrap=True)], [(word,)]), terminal=True)
+
+
+@pytest.mark.parametrize("width", [1, 10, 30, 40, 60, 200])
+@pytest.mark.parametrize("terminal", [True, False])
+def test_numbers_are_whole_at_any_width(width: int, terminal: bool) -> None:
+    columns = [Column("the layer"), *(Column(f"MACs after {n}", ",d") for n in range(3))]
+    rows = [("w" * 30, 36_579_512, 1_234_567_890, 7), ("a b", "8.12 (14.44)", 1, 2)]
+    text = shown(table(columns, rows), width=width, terminal=terminal)
+    lines = text.splitlines()
+    assert any("36,579,512" in line and "1,234,567,890" in line for line in lines)
+    assert "8.12 (14.44)" in text
+    assert "…" not in text
+    assert text.count("w") == 30
+    if not terminal:
+        assert "w" * 30 in text
+    elif 60 <= width:
+        assert max(map(len, lines)) <= width
 
 
 def test_a_row_has_a_cell_for_every_column() -> None:

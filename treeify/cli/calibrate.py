@@ -157,7 +157,7 @@ def _tuning_table(tuning: Tuning) -> Table:
         (name + (" *" if name == str(tuning.plan) else ""), 1e3 * seconds)
         for name, seconds in sorted(tuning.seconds.items(), key=lambda row: row[1])
     ]
-    columns = [Column("levels run", fold=True), Column("ms", ".2f")]
+    columns = [Column("levels run"), Column("ms", ".2f")]
     return table(columns, rows, caption=f"{tuning.situation}; * chosen")
 
 

@@ -109,7 +109,7 @@ def list_models(
 
 
 def _table(models: Mapping[str, Row | None]) -> Table:
-    numbers = (Column(heading, "", no_wrap=True) for heading in ("parameters", "MACs", "packed"))
+    numbers = (Column(heading, "") for heading in ("parameters", "MACs", "packed"))
     columns = [Column("model", no_wrap=True), Column("family"), *numbers, Column("checked")]
     caption = "MACs per image of the usual size"
     rows = [_cells(name, row) for name, row in models.items()]

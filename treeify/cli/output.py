@@ -6,8 +6,16 @@ from typing import Any, NamedTuple
 
 import typer
 from pydantic_core import to_jsonable_python
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+
+
+# No table is as wide.
+_WIDE = 10**6
+# Of each column: a line and two spaces, and how narrow words may get.
+_BORDER, _WORD = 3, 8
 
 
 class Column(NamedTuple):
@@ -15,14 +23,13 @@ class Column(NamedTuple):
 
     Args:
         heading: over it.
-        format: of its numbers, which stand on the right; None for words, which stand on the left.
-        fold: break long words instead of cutting them off.
-        no_wrap: keep each cell in one line.
+        format: of its numbers, which stand on the right and are never broken; None for words, which
+            stand on the left and fold where there is no room.
+        no_wrap: do not break words either.
     """
 
     heading: str
     format: str | None = None
-    fold: bool = False
     no_wrap: bool = False
 
 
@@ -35,31 +42,57 @@ def table(
     """A table of some sections of rows with a line between them; text is shown as it is."""
     result = Table(title=title, caption=caption)
     for column in columns:
+        numbers = column.format is not None
         result.add_column(
             column.heading,
-            justify="left" if column.format is None else "right",
-            overflow="fold" if column.fold else "ellipsis",
-            no_wrap=column.no_wrap,
+            justify="right" if numbers else "left",
+            overflow="fold",
+            no_wrap=numbers or column.no_wrap,
         )
     for rows in sections:
         for row in rows:
-            cells = zip(row, columns, strict=True)
-            result.add_row(
-                *(
-                    cell if isinstance(cell, str) else format(cell, column.format or "")
-                    for cell, column in cells
-                )
-            )
+            cells = [
+                cell if isinstance(cell, str) else format(cell, column.format or "")
+                for cell, column in zip(row, columns, strict=True)
+            ]
+            result.add_row(*cells)
+            for drawn, cell in zip(result.columns, cells, strict=True):
+                if drawn.no_wrap:
+                    drawn.min_width = max(drawn.min_width or 0, cell_len(cell))
         result.add_section()
     return result
 
 
 def say(console: Console, *parts: str | Table, style: str | None = None) -> None:
-    """Print lines, which the terminal wraps, and tables, which fit it; nothing is markup."""
+    """Print lines and tables; nothing is markup.
+
+    Lines are wrapped by the terminal, so whoever pipes one into a file gets one line. A table is as
+    wide as its cells in a pipe, and fits a terminal as far as that breaks no number.
+    """
     for part in parts:
-        # Whoever pipes a line into a file gets one line.
+        width = console.width
+        if isinstance(part, Table):
+            console.width = _table_width(console, part)
         soft_wrap = isinstance(part, str)
         console.print(part, soft_wrap=soft_wrap, highlight=False, markup=False, style=style)
+        console.width = width
+
+
+def _table_width(console: Console, table: Table) -> int:
+    """How wide to draw a table; where it would not fit, headings over numbers are broken."""
+    options = console.options.update(width=_WIDE)
+    natural = Measurement.get(console, options, table).maximum
+    if natural <= console.width or not console.is_terminal:
+        return natural
+    least = 1
+    for column in table.columns:
+        least += _BORDER
+        if column.no_wrap:
+            column.header = str(column.header).replace(" ", "\n")
+            least += max(column.min_width or 0, *map(cell_len, column.header.split("\n")))
+        else:
+            least += _WORD
+    return max(console.width, least)
 
 
 def print_json(values: Any) -> None:

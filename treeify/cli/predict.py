@@ -259,7 +259,7 @@ def _redraw(view: Live | None, answers: Answers) -> None:
         view.update(_answers_table(answers.of_images()), refresh=True)
 
 
-_IMAGE = Column("image", fold=True)
+_IMAGE = Column("image")
 _BEST = (Column("class"), Column("probability %", ".1f"))
 
 

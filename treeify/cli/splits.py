@@ -39,9 +39,9 @@ def splits(
     if as_json:
         print_json({"model": str(base.architecture), "input": list(shape), "points": points})
         return
-    names = Column("split", fold=True)
+    names = Column("split")
     headings = ("MACs before", "MACs after", "fraction after", "live")
-    numbers = [Column(heading, ",d", no_wrap=True) for heading in headings]
+    numbers = [Column(heading, ",d") for heading in headings]
     rows = [
         (point.name, point.macs_before, point.macs_after, _fraction_after(point), point.live)
         for point in points

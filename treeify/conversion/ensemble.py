@@ -216,8 +216,8 @@ class HierarchicalEnsemble(PackedTree):
                 answers of every nested size below `leaves` then, and evaluation mode is needed.
 
         Returns:
-            `[N, K]`; with a deadline or confidence a `Prediction`: logits `[N, K]`, leaves per image
-            `[N]`, the seconds it took, and whether a deadline was met.
+            `[N, K]`; with a deadline or confidence a `Prediction`: logits `[N, K]`, leaves per
+            image `[N]`, the seconds it took, and whether a deadline was met.
 
         Raises:
             LeafError: there are not that many leaves.

@@ -292,6 +292,9 @@ class PackedTree(nn.Module):
 
         Autocast converts images, and so may the model: where theirs is not the parameters' dtype,
         one leaf is tried on them, once for each dtype.
+
+        Raises:
+            InputError: it cannot.
         """
         first = next(self.parameters(), None)
         if first is None or x.dtype == first.dtype or _is_recorded():

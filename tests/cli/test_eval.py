@@ -54,7 +54,8 @@ def test_eval_gives_every_figure_as_table_json_and_csv(recipe_file: Path) -> Non
     assert found["leaf_accuracy"] == pytest.approx(single)
     with Path("scores.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    first, alone = lines[:3], lines[3:]
+    base, first, alone = lines[0], lines[1:4], lines[4:]
+    assert (base["kind"], base["accuracy"], base["macs"]) == ("base", "", str(hne.count_macs(1)))
     assert {line["kind"] for line in alone} == {"single"}
     for row, line, leaves in zip(found["scores"], first, (1, 2, 4), strict=True):
         mean = logits[:, :leaves].mean(1)
@@ -68,7 +69,10 @@ def test_eval_gives_every_figure_as_table_json_and_csv(recipe_file: Path) -> Non
         }
         for key, value in expected.items():
             assert row[key] == pytest.approx(value, rel=1e-4), key
-        assert line == {"kind": "first", **{key: str(value) for key, value in row.items()}}
+        assert line == {
+            "kind": "first",
+            **{key: "" if value is None else str(value) for key, value in row.items()},
+        }
     for row in found["scores"]:  # loosely: other tests run beside this one
         own = Timer("hne.predict(x, leaves=n)", globals={"hne": hne, "x": x, "n": row["leaves"]})
         milliseconds = 1e3 * own.timeit(20).median

@@ -5,9 +5,10 @@ import io
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from treeify.cli.output import say
-from treeify.cli.scores import as_csv, score_table
+from treeify.cli.scores import as_csv, score_table, score_tables
 
 ROWS: list[dict[str, Any]] = [
     {
@@ -23,23 +24,35 @@ ROWS: list[dict[str, Any]] = [
 ]
 
 
-def shown(rows: list[dict[str, Any]], *, brief: bool = False) -> str:
+def shown(*tables: Table) -> str:
     file = io.StringIO()
-    say(Console(file=file, width=120), score_table(rows, brief=brief))
+    say(Console(file=file, width=80), *tables)
     return file.getvalue()
 
 
 def test_a_column_for_every_score_there_is() -> None:
-    text = shown(ROWS)
+    text = shown(*score_tables(ROWS))
     for part in ("91.13", "0.512", "1.50", "0.250", "2,000", "12,345", "ECE: expected"):
         assert part in text
     assert "training" not in text
     assert " ms " not in text
-    assert " 5.00 " in shown([row | {"milliseconds": 5.0} for row in ROWS])
+    assert " 5.00 " in shown(*score_tables([row | {"milliseconds": 5.0} for row in ROWS]))
+
+
+def test_the_tables_of_large_ensembles_fit_80_columns() -> None:
+    large = {"macs": 4_109_464_576, "parameters": 25_557_032, "milliseconds": 1234.5}
+    gains = {"gain": 1.5, "gain_per_cost": None, "disagreement": 3.0, "gain_error": 0.25}
+    base = {"leaves": "base model", "macs": 4_109_464_576, "parameters": 25_557_032}
+    file = io.StringIO()
+    console = Console(file=file, width=80, force_terminal=True, color_system=None)
+    say(console, *score_tables([base, *(row | large | gains for row in ROWS)]))
+    assert max(map(len, file.getvalue().splitlines())) <= 80
+    assert "+1.50" in file.getvalue()
+    assert " - │" in file.getvalue()
 
 
 def test_a_brief_table_has_training_scores_and_no_calibration() -> None:
-    text = shown([row | {"training": 99.0} for row in ROWS], brief=True)
+    text = shown(score_table([row | {"training": 99.0} for row in ROWS]))
     assert "99.00" in text
     assert "during the last epoch" in text
     assert "ECE" not in text

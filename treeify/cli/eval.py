@@ -1,21 +1,24 @@
 """`treeify eval`: the accuracy of a trained ensemble on held-out images."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from torch import Tensor, nn
 
 from treeify import files
 from treeify.cli.options import Device, Json
 from treeify.cli.output import print_json, say
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
-from treeify.cli.scores import as_csv, score_rows, score_table
+from treeify.cli.scores import as_csv, base_row, score_rows, score_tables
 from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.engine import timing
 from treeify.errors import DataError
+from treeify.evaluation.comparison import base_model_of, compare, is_leaf, verdict
 from treeify.evaluation.cost import answer_seconds
-from treeify.evaluation.metrics import measure
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
 from treeify.training.model import check_classes
@@ -37,6 +40,13 @@ def evaluate(
             "are prepared as that model's.",
         ),
     ] = None,
+    base_weights: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="State dict of the model that was converted, to measure it beside the ensemble.",
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images.")] = 0,
     device: Device = "auto",
@@ -49,8 +59,9 @@ def evaluate(
 ) -> None:
     """Measure a trained ensemble on held-out images, for every nested size.
 
-    Accuracy, negative log-likelihood, calibration error and how much the leaves' logits differ,
-    beside MACs, parameters and the time an answer takes here; and every single leaf's accuracy.
+    The base model comes first, then what every nested size gains over one leaf, and whether that is
+    worth its cost: accuracy beside MACs, parameters and the time an answer takes here; negative
+    log-likelihood, calibration error and how much the leaves differ; every leaf's own accuracy.
 
     For example:
 
@@ -59,41 +70,68 @@ def evaluate(
         treeify eval runs/digits_hne/best --json
 
         treeify eval my_ensemble --data name=image_folder --data root=photos --csv scores.csv
+
+        treeify eval runs/my_run --base-weights my_model.pth
     """
     path = checkpoint_in(directory)
     section = data_section(path, data or ())
-    hne = checkpoint.load(path).to(resolve_device(device))
+    hne = checkpoint.load(path).to(resolve_device(device)).eval()
+    base = base_model_of(hne, base_weights)
     images = section.load()
     check_classes(hne, images)
     skip = skips_damaged(path)
     batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=skip)
     skipped: set[str] = set()
-    scores = measure(hne, noting(batches, skipped))
+    measured = base if base_weights is not None else None
+    scores, gains, base_score = compare(hne, noting(batches, skipped), measured)
     parameter = next(hne.parameters())
     x = images.example()[None].to(parameter.device, parameter.dtype)
     machine = timing.describe(x.device) if latency else None
-    seconds = answer_seconds(hne.eval(), x) if latency else None
-    rows, single = score_rows(hne, scores.result(), seconds=seconds, x=x), scores.leaf_accuracy()
+    seconds = answer_seconds(hne, x, base=base) if latency else None
+    differences = gains.result()
+    rows = score_rows(hne, scores.result(), seconds=seconds, x=x, gains=differences)
+    single = scores.leaf_accuracy()
+    first = base_row(hne, rows[0]["macs"], base_score, seconds)
+    cost = rows[-1]["macs"] / rows[0]["macs"] if rows[0]["macs"] else 1.0
+    worth = verdict(differences[-1], cost, 100 - rows[0]["accuracy"], gains.images)
     if csv is not None:
-        _write(csv, as_csv(rows, single))
+        _write(csv, as_csv(rows, single, first))
+    notes = [*_base_notes(base, hne, base_weights), *_size_notes(hne, x)]
     if as_json:
         report = {
             "ensemble": path,
             "split": images.split,
             "skipped": sorted(skipped),
+            "base": {**first, "leaves": None, "weights": base_weights},
             "scores": rows,
             "leaf_accuracy": single,
+            "verdict": worth,
+            "notes": notes,
             "machine": machine,
         }
         print_json(report)
     accuracies = ", ".join(f"{accuracy:.2f}" for accuracy in single)
     console = Console(quiet=as_json)
-    say(console, score_table(rows), f"Each leaf by itself, %: {accuracies}")
-    say(console, f"{path}; {images.split}.")
+    say(console, *score_tables([first, *rows]), f"Each leaf by itself, %: {accuracies}")
+    say(console, *([worth] if worth else []), *notes, f"{path}; {images.split}.")
     if skipped:
         say(console, f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
     if machine is not None:
         say(console, f"ms: one image, {machine}.")
+
+
+def _base_notes(base: nn.Module, hne: HierarchicalEnsemble, weights: Path | None) -> Iterator[str]:
+    """Which weights the base model has."""
+    if weights is None:
+        yield "The base model's accuracy is not known: --base-weights FILE measures it."
+    elif is_leaf(base, hne):
+        yield f"Leaf 0 is the base model: it has the weights in {weights}."
+
+
+def _size_notes(hne: HierarchicalEnsemble, x: Tensor) -> Iterator[str]:
+    if tuple(x.shape[1:]) != hne.example:
+        sizes = (" x ".join(map(str, shape)) for shape in (x.shape[1:], hne.example))
+        yield "Images of {}; the ensemble was converted for {}.".format(*sizes)
 
 
 def _write(path: Path, text: str) -> None:

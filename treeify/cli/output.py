@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
-
 # No table is as wide.
 _WIDE = 10**6
 # Of each column: a line and two spaces, and how narrow words may get.

@@ -62,13 +62,30 @@ def skips_damaged(path: Path) -> bool:
 
 
 def data_section(path: Path, options: Sequence[str]) -> DataRecipe:
-    """The data of the run that wrote a checkpoint, changed by `key=value`; else these alone."""
-    if recipe := recipe_of(path):
-        return load_recipe(recipe, [f"data.{option}" for option in options]).data
-    if options:
+    """The data of the run that wrote a checkpoint, changed by `key=value`; else these alone.
+
+    Where no size is set, images of other data are as large as those the ensemble was converted for.
+
+    Raises:
+        RecipeError: there is no run and no option, or an option is wrong.
+    """
+    recipe = recipe_of(path)
+    keys = [option.partition("=")[0].strip() for option in options]
+    if recipe is None and not options:
+        raise RecipeError(
+            f"{str(path)!r} does not say what data to evaluate on.",
+            expected="a run directory, or its last/ or best/, with the run's recipe.yaml",
+            next_step="Name the data: --data name=image_folder --data root=DIRECTORY",
+        )
+    section = _section(recipe, options)
+    is_new = recipe is None or "name" in keys
+    if not is_new or "size" in keys or "size" not in section.options:
+        return section
+    _, height, width = checkpoint.read_config(path)["example"]
+    return _section(recipe, [*options, f"size={height if height == width else [height, width]}"])
+
+
+def _section(recipe: Path | None, options: Sequence[str]) -> DataRecipe:
+    if recipe is None:
         return data_recipe(options)
-    raise RecipeError(
-        f"{str(path)!r} does not say what data to evaluate on.",
-        expected="a run directory, or its last/ or best/, with the run's recipe.yaml",
-        next_step="Name the data: --data name=image_folder --data root=DIRECTORY",
-    )
+    return load_recipe(recipe, [f"data.{option}" for option in options]).data

@@ -171,7 +171,7 @@ class _Display(Reporter):
 def _print_result(console: Console, result: Result) -> None:
     run, last = result.run, result.last
     if last is not None:
-        say(console, score_table(score_rows(run.hne, last.held_out, last.train), brief=True))
+        say(console, score_table(score_rows(run.hne, last.held_out, last.train)))
         say(console, f"Data: {run.data.split}.")
     state = run.directory / "last"
     if result.interrupted:

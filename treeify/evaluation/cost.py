@@ -97,16 +97,19 @@ def base_cost(hne: HierarchicalEnsemble) -> Cost:
 
 @torch.no_grad()
 def answer_seconds(
-    hne: HierarchicalEnsemble, x: Tensor, *, budget: float = 3.0
+    hne: HierarchicalEnsemble, x: Tensor, *, base: nn.Module | None = None, budget: float = 3.0
 ) -> dict[int, float]:
-    """The median seconds of an answer on this machine, by number of leaves.
+    """The median seconds of an answer on this machine, by number of leaves; the base model has 0.
 
     Args:
         hne: the ensemble, in evaluation mode.
         x: images `[N, C, H, W]` to answer at once.
+        base: the base model in evaluation mode, to time it in the same turns.
         budget: seconds after which no more rounds begin.
     """
-    actions = {str(size): partial(hne.predict, x, leaves=size) for size in hne.tree.nested_sizes}
+    actions = {} if base is None else {"0": partial(base, x)}
+    sizes = hne.tree.nested_sizes
+    actions |= {str(size): partial(hne.predict, x, leaves=size) for size in sizes}
     times = timing.alternate(actions, x.device, repeats=51, budget=budget)
     return {int(size): seconds for size, seconds in timing.medians(times).items()}
 

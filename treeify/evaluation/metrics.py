@@ -174,6 +174,7 @@ def measure(
     batches: Iterable[Batch],
     *,
     stop: Callable[[], bool] = lambda: False,
+    observe: Callable[[Tensor, Tensor, Tensor], None] = lambda images, logits, target: None,
 ) -> Scores:
     """Count every nested sub-ensemble's scores in evaluation mode, in one pass over the images.
 
@@ -181,6 +182,8 @@ def measure(
         hne: the ensemble; every module's mode is put back.
         batches: images [N, 3, H, W] and classes [N].
         stop: asked before every batch but the first; when it says so, the rest is left out.
+        observe: called with every batch: images, leaf logits [N, L, K] and classes [N], on the
+            ensemble's device.
     """
     first = next(hne.parameters())
     scores = Scores(hne.tree)
@@ -190,5 +193,8 @@ def measure(
             if scores.images and stop():
                 break
             if len(images):
-                scores.add(hne(images.to(first.device, first.dtype)), target.to(first.device))
+                x, classes = images.to(first.device, first.dtype), target.to(first.device)
+                logits = hne(x)
+                scores.add(logits, classes)
+                observe(x, logits, classes)
     return scores

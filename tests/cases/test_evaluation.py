@@ -1,6 +1,9 @@
 """What people give an ensemble, ask of it, and compare it with (answers, scores, tables)."""
 
+import csv
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,15 @@ import small
 import torch
 from cli import saved_ensembles as saved
 from PIL import Image
+from rich.console import Console
 from runner import run
 from torch import Tensor, nn
 
 import treeify
+from treeify.cli import calibrate
+from treeify.cli.output import say
 from treeify.data import digits
+from treeify.engine.plan import Situation, Tuning
 from treeify.errors import InputError
 from treeify.models.architecture import Architecture
 
@@ -170,3 +177,157 @@ def test_tables_in_a_pipe_hold_whole_numbers(here: Path, columns: int) -> None:
     splits = run("splits", "small:build", "--input-size", "8", columns=columns).stdout
     assert "…" not in splits
     assert "│ stage1 " in splits
+
+
+def test_calibrate_finds_the_best_answer_within_milliseconds_or_for_an_accuracy(
+    here: Path,
+) -> None:
+    hne = treeify.load("ensemble")
+    data = ("--data", "name=digits", "--no-tune", *QUICK)
+    found = reply("calibrate", "ensemble", *data, "--target-ms", "1000", "--target-accuracy", "1")
+    by_accuracy, by_time = found["targets"]
+    assert by_accuracy["option"] == "--target-accuracy"
+    assert by_accuracy["macs"] == hne.count_macs(1)  # even one leaf is right so often
+    assert (by_accuracy["leaves"], by_accuracy["budget"]) == (1, None)
+    assert by_time["milliseconds"] < 1000
+    best = max(row["accuracy"] for row in found["fixed"])
+    assert by_time["accuracy"] > best - 0.1
+    kept = treeify.load("ensemble").budgets
+    assert set(kept) == {by_time["budget"]} - {None}
+
+
+def test_a_sweep_shows_what_every_budget_costs_and_predict_keeps_to_it(here: Path) -> None:
+    shown = run("calibrate", "ensemble", "--data", "name=digits", "--no-tune", *QUICK, "--sweep")
+    assert shown.exit_code == 0, shown.output
+    kept = treeify.load("ensemble").budgets
+    assert len(kept) >= 8
+    for target, budget in kept.items():
+        assert f"budget {target:,} " in shown.stdout
+        assert f" {100 * budget.accuracy:.2f} " in shown.stdout
+    files, _ = saved.write_digits(here / "digits", 1)
+    assert reply("predict", "ensemble", *files, "--budget", f"{min(kept)}")["budget"] == min(kept)
+
+
+def test_a_plan_that_is_starred_though_slower_is_explained() -> None:
+    hne, x = small.ensemble(), small.images()
+    plan = hne.plan(x)
+    other = replace(plan, fuse=True)
+    situation = Situation.of(x, training=False)
+    slower = Tuning(situation, plan, {str(plan): 1.01, str(other): 1.0})
+    fastest = Tuning(situation, other, slower.seconds)
+    assert "gives way only to one that wins by 2 %" in str(slower)
+    assert "gives way" not in str(fastest)
+    file = io.StringIO()
+    say(Console(file=file), calibrate._tuning_table(slower), calibrate._tuning_table(fastest))
+    assert file.getvalue().count("gives way") == 1
+
+
+def test_a_deadlines_answer_says_how_many_leaves_and_whether_it_was_met() -> None:
+    hne, x = small.ensemble(), small.images(3)
+    hne.calibrate(x, repeats=2)
+    answer = hne.predict(x, deadline=60.0)
+    assert answer.met
+    assert 0 < answer.seconds < 60
+    assert answer.leaves.tolist() == [6] * 3
+    torch.testing.assert_close(answer.logits, hne.predict(x).detach())
+    late = hne.predict(x, deadline=1e-9)
+    assert late.met is False
+    assert late.leaves.tolist() == [1] * 3
+    sure = hne.predict(x, confidence=0.0)
+    assert (sure.met, sure.leaves.tolist()) == (None, [1] * 3)
+    assert type(sure) is type(answer)
+
+
+def tree_of_images(root: Path) -> list[str]:
+    """Five digits in folders, among what is not meant: the files that are, in their order."""
+    files, _ = saved.write_digits(root, 5)
+    (root / "more").mkdir()
+    (root / ".cache").mkdir()
+    Path(files[3]).rename(root / "more" / "3.PNG")
+    Path(files[4]).rename(root / ".cache" / "4.png")
+    (root / "notes.txt").write_text("no image")
+    (root / "._0.png").write_text("no image")
+    return [*files[:3], str(root / "more" / "3.PNG")]
+
+
+def test_predict_takes_a_folder_or_a_pattern(here: Path) -> None:
+    files = tree_of_images(Path("photos"))
+    for word in ("photos", "phot?s"):
+        found = reply("predict", "ensemble", word)
+        assert [image["path"] for image in found["images"]] == files
+
+
+def test_a_folder_is_answered_batch_by_batch_as_all_at_once(here: Path) -> None:
+    files = tree_of_images(Path("photos"))
+    whole = reply("predict", "ensemble", "photos")
+    parts = reply("predict", "ensemble", "photos", "--batch-size", "3")
+    assert (whole["batches"], parts["batches"]) == (1, 2)
+    for one, other in zip(whole["images"], parts["images"], strict=True):
+        assert one["path"] == other["path"]
+        assert one["top"][0]["probability"] == pytest.approx(other["top"][0]["probability"], 1e-4)
+    timed = run("predict", "ensemble", *files, "--batch-size", "3", "--deadline", "60s")
+    assert "Deadline of 60000 ms met by 2 of 2 batches: the slowest answered after" in timed.stdout
+
+
+def test_predict_writes_a_table_of_a_line_per_image(here: Path) -> None:
+    files = tree_of_images(Path("photos"))
+    Path("names.txt").write_text("\n".join(f"digit, {name}" for name in range(10)))
+    result = run("predict", "ensemble", "photos", "--csv", "a.csv", "--labels", "names.txt")
+    assert result.exit_code == 0, result.output
+    assert "Written to a.csv: 4 images." in result.stdout
+    assert "probability" not in result.stdout
+    images = reply("predict", "ensemble", "photos", "--labels", "names.txt")["images"]
+    with Path("a.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["file"] for line in lines] == files
+    for line, image in zip(lines, images, strict=True):
+        best = image["top"][0]
+        assert (int(line["class"]), line["label"]) == (best["class"], best["label"])
+        assert float(line["probability"]) == pytest.approx(best["probability"], rel=1e-5)
+        assert int(line["leaves"]) == 6
+
+
+def test_damaged_files_of_a_folder_are_named_and_left_out(here: Path) -> None:
+    files = tree_of_images(Path("photos"))
+    Path(files[1]).write_bytes(b"no image")
+    found = reply("predict", "ensemble", "photos", "--batch-size", "2")
+    assert found["unread"] == [files[1]]
+    assert [image["path"] for image in found["images"]] == [files[0], *files[2:]]
+    assert f"Not read, and left out: {files[1]}." in run("predict", "ensemble", "photos").stdout
+    named = run("predict", "ensemble", *files, "--csv", "a.csv")
+    assert named.exit_code == 2
+    assert files[1] in named.stderr
+    assert not Path("a.csv").exists()
+    for file in files:
+        Path(file).write_bytes(b"no image")
+    none = run("predict", "ensemble", "photos", "--csv", "a.csv")
+    assert none.exit_code == 2
+    assert "none of the 4 images can be read" in none.stderr
+
+
+UNFIT_WORDS = {
+    "address": (
+        "https://example.org/a//b.png?x=1",
+        "org/a//b.png?x=1 is an address",
+    ),
+    "bucket": ("s3://bucket/a.png", "Download it first."),
+    "empty folder": ("empty", "'empty' holds no images."),
+    "pattern": ("*.jpg", "'*.jpg' holds no images."),
+    "missing": ("missing.png", "'missing.png'"),
+}
+
+
+@pytest.mark.parametrize(("word", "part"), UNFIT_WORDS.values(), ids=UNFIT_WORDS)
+def test_what_names_no_image_is_said_as_typed(here: Path, word: str, part: str) -> None:
+    Path("empty").mkdir()
+    result = run("predict", "ensemble", word)
+    assert result.exit_code == 2
+    assert part in result.stderr
+
+
+@pytest.mark.parametrize("file", ["nowhere/a.csv", "ensemble"])
+def test_a_table_that_cannot_be_written_is_said_first(here: Path, file: str) -> None:
+    for command in (("predict", "ensemble", "a.png"), ("eval", "ensemble")):
+        result = run(*command, "--csv", file)
+        assert result.exit_code == 2
+        assert f"DataError: --csv {file} cannot be written." in result.stderr

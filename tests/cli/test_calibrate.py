@@ -73,6 +73,7 @@ def test_budgets_report_what_predict_does_on_the_other_half(
         assert row["macs"] == hne.count_macs(row["leaves"])
     for target, row in zip(targets(hne), found["budgets"], strict=True):
         budget = treeify.load("run/last").budgets[target]
+        assert row.pop("milliseconds") > 0
         assert BUDGET.dump_python(budget, mode="json", by_alias=True) == row
         answer = hne.predict(images[others], confidence=budget)
         accuracy = (answer.logits.argmax(-1) == labels[others]).double().mean().item()
@@ -109,6 +110,9 @@ def test_data_may_be_named(hne: treeify.HierarchicalEnsemble) -> None:
 BAD: dict[str, tuple[list[str], str, str]] = {
     "no data": (["alone", "--target-macs", "60k"], "does not say what data", "--data name="),
     "no target": (["run", "--data", "held_out=100"], "nothing to choose", "--target-macs"),
+    "no speed": (["run", "--target-ms", "1", "--batch-size", "2"], "one image at", "-size 1"),
+    "accuracy": (["run", "--target-accuracy", "100"], "right for 100 % of the images", "at most"),
+    "too fast": (["run", *QUICK, "--target-ms", "0.00001"], "mean of 1e-05 ms", "at least"),
     "target": (["run", "--target-macs", "much"], "no whole number", "60M"),
     "out of reach": (["run", "--target-macs", "3"], "--target-macs 3 cannot be kept", "(1 leaf)"),
     "size": (["run", "--data", "size=16", "--target-macs", "TARGET"], "another size", "--data"),

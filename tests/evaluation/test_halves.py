@@ -1,12 +1,17 @@
 """The two halves of the held-out images, and what is chosen and reported on them."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
 import treeify
-from treeify.evaluation.halves import Halves, nested_answers
+from treeify.anytime.deadline import Latencies, Latency
+from treeify.engine.plan import Situation
+from treeify.errors import InputError
+from treeify.evaluation.halves import Halves, cheapest, most_accurate, nested_answers
 from treeify.models.architecture import Architecture
 
 
@@ -58,9 +63,59 @@ def test_a_budget_is_chosen_on_one_half_and_reported_on_the_other(
 ) -> None:
     halves = Halves(hne, batches, 0)
     target = (hne.count_macs(1) + hne.count_macs()) // 2
-    budget = halves.budget(target)
-    assert budget.images == 10
-    assert budget.on(*halves.choose_on, halves.macs).macs == pytest.approx(target, rel=0.1)
+    point = halves.point(target)
+    assert point.reported.images == 10
+    assert point.chosen.images == 11
+    assert point.chosen.thresholds == point.reported.thresholds
+    assert point.chosen.macs == pytest.approx(target, rel=0.1)
     logits, labels = halves.report_on
     right = [(row.argmax(-1) == labels).double().mean().item() for row in logits]
-    assert halves.fixed == pytest.approx(right)
+    fixed = halves.fixed()
+    assert [point.leaves for point in fixed] == [1, 3, 6]
+    assert [point.reported.accuracy for point in fixed] == pytest.approx(right)
+    assert [point.reported.macs for point in fixed] == halves.macs
+
+
+def _points(hne: treeify.HierarchicalEnsemble, batches: list[tuple[Tensor, Tensor]]) -> Any:
+    points = Halves(hne, batches, 0).sweep()
+    x = torch.zeros(1, 3, 8, 8)
+    transitions = ((0, 1, 1.0), (0, 3, 2.0), (0, 6, 3.0), (1, 3, 2.0), (3, 6, 4.0))
+    rows = tuple(Latency(a, b, seconds, seconds, 1.0) for a, b, seconds in transitions)
+    situation = Situation.of(x, training=False)
+    return points, Latencies(situation, hne.plan(x), (1, 3, 6), rows, 10)
+
+
+def test_thresholds_cost_the_time_of_every_stop_on_the_way(
+    hne: treeify.HierarchicalEnsemble, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    points, latencies = _points(hne, batches)
+    assert [point.seconds(latencies, point.chosen) for point in points[:3]] == [1.0, 2.0, 3.0]
+    assert len(points) > 8
+    for point in points[3:]:
+        one, three, six = point.reported.fractions
+        expected = one + 3 * three + 7 * six
+        assert point.seconds(latencies, point.reported) == pytest.approx(expected)
+        assert hne.count_macs(1) < point.chosen.target_macs < hne.count_macs()
+
+
+def test_the_cheapest_and_the_most_accurate_are_chosen_on_one_half(
+    hne: treeify.HierarchicalEnsemble, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    points, latencies = _points(hne, batches)
+    level = sorted(point.chosen.accuracy for point in points)[len(points) // 2]
+    cheap = cheapest(points, level)
+    assert cheap.chosen.accuracy >= level
+    assert all(
+        other.chosen.macs >= cheap.chosen.macs or other.chosen.accuracy < level for other in points
+    )
+    best = most_accurate(points, latencies, 2.0)
+    assert best.seconds(latencies, best.chosen) <= 2
+    assert all(
+        other.chosen.accuracy <= best.chosen.accuracy
+        for other in points
+        if other.seconds(latencies, other.chosen) <= 2
+    )
+    with pytest.raises(InputError, match="at least 1e"):
+        most_accurate(points, latencies, 0.5)
+    with pytest.raises(InputError, match=r"Expected at most \d+\.\d\d %"):
+        cheapest(points, 1.01)

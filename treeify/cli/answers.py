@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated
@@ -69,6 +71,18 @@ class _TimedAnswer:
         """The probabilities of one image's classes `[K]`; None if the answer is not for it."""
         rows = (self.images == image).nonzero()
         return self.probabilities[int(rows[0])] if len(rows) else None
+
+
+def as_csv(images: Iterable[ImageAnswers]) -> str:
+    """A line for each image: its likeliest class by all the leaves it used."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["file", "class", "label", "probability", "leaves", "macs", "elapsed_ms"])
+    for image in images:
+        last = image.answers[-1]
+        best = last.index, last.label, last.probability
+        writer.writerow([image.path, *best, last.leaves, last.macs, last.elapsed_ms])
+    return text.getvalue()
 
 
 class Answers:

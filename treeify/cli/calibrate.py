@@ -9,21 +9,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.anytime.confidence import BUDGET, Budget
 from treeify.anytime.deadline import LATENCIES, Latencies
+from treeify.cli.choice import Choice, Targets
 from treeify.cli.options import Device, Json, SavedEnsemble, count
 from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
-from treeify.engine.plan import TUNING, Tuning
+from treeify.engine.plan import NOT_THE_FASTEST, TUNING, Tuning
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.evaluation.halves import Halves
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
 from treeify.training.model import check_classes
-from treeify.training.recipe import DataRecipe
 
 _IMAGES_AT_ONCE = 128
 
@@ -34,8 +33,8 @@ def calibrate(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="Key of a recipe's data section to set, for --target-macs; may be repeated. A run "
-            "directory knows its data. With like=NAME, images are prepared as that model's.",
+            help="Key of a recipe's data section to set, for targets and --sweep; may be repeated. "
+            "A run directory knows its data. With like=NAME, images are prepared as that model's.",
         ),
     ] = None,
     target_macs: Annotated[
@@ -46,6 +45,24 @@ def calibrate(
             " repeated.",
         ),
     ] = None,
+    target_ms: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Mean milliseconds per image to find the most accurate way to answer for: a number"
+            " of leaves or a budget, one image at a time.",
+        ),
+    ] = None,
+    target_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=100, help="Accuracy in percent to find the cheapest way to answer for."
+        ),
+    ] = None,
+    sweep: Annotated[
+        bool,
+        typer.Option("--sweep", help="Show, and keep thresholds for, a range of mean MACs."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per call to measure.")] = 1,
     tune: Annotated[
         bool, typer.Option("--tune/--no-tune", help="First choose the fastest way to run.")
@@ -67,30 +84,28 @@ def calibrate(
 
         treeify calibrate runs/digits_hne --target-macs 150k --target-macs 300k
 
+        treeify calibrate runs/digits_hne --sweep --target-ms 2 --target-accuracy 98
+
         treeify calibrate my_ensemble --target-macs 1.2G --data name=image_folder --data root=photos
     """
-    targets = target_macs or []
+    targets = Targets(target_macs or [], target_ms, target_accuracy, sweep)
+    targets.check(data or (), batch_size)
     path = checkpoint_in(directory)
-    section = _section(path, data or (), targets)
+    section = data_section(path, data or ()) if targets else None
     _check_writable(path)
     console = Console(quiet=as_json)
     with console.status("loading"):
         hne = checkpoint.load(path).to(resolve_device(device))
-        _check_targets(hne, targets)
+        _check_macs(hne, targets.macs)
         images = None if section is None else section.load()
-    report: dict[str, Any] = {"ensemble": path}
-    tables: list[str | Table] = []
+    choice, skipped = None, set[str]()
     if images is not None:
         _check_images(hne, images)
-        skipped: set[str] = set()
         batches = held_out_loader(images.held_out, _IMAGES_AT_ONCE, skip=skips_damaged(path))
         with console.status("answering the held-out images"):
             halves = Halves(hne, noting(batches, skipped), seed)
-        budgets = [halves.budget(target) for target in targets]
-        hne.budgets |= dict(zip(targets, budgets, strict=True))
-        report |= _thresholds_report(halves, budgets, images.split, skipped)
-        tables = [_accuracy_table(halves, budgets), _threshold_table(budgets)]
-        tables.append(_explanation(halves, images.split, skipped))
+        choice = Choice(halves, targets)
+    report: dict[str, Any] = {"ensemble": path}
     x = hne.example_images(batch_size)
     if tune:
         with console.status("tuning"):
@@ -102,20 +117,17 @@ def calibrate(
     report["latencies"] = LATENCIES.dump_python(latencies, mode="json", by_alias=True)
     medians = f"{latencies.situation}: medians of {latencies.repeats} rounds"
     say(console, _latency_table(hne, latencies))
-    say(console, f"{medians}; deadlines are kept with {latencies.margin_range()}.", *tables)
+    say(console, f"{medians}; deadlines are kept with {latencies.margin_range()}.")
+    if choice is not None and images is not None:
+        choice.finish(latencies if batch_size == 1 else None)
+        hne.budgets |= choice.budgets
+        report |= choice.report(images.split, skipped)
+        say(console, *choice.tables(), choice.explanation(images.split, skipped))
+        say(console, *choice.advice(path))
     checkpoint.save_measurements(hne, path)
     say(console, f"Saved in {path}")
     if as_json:
         print_json(report)
-
-
-def _section(path: Path, options: Sequence[str], targets: Sequence[int]) -> DataRecipe | None:
-    if options and not targets:
-        raise InputError(
-            "--data was given, but nothing to choose on it.",
-            expected="--target-macs with it, e.g. --target-macs 60M",
-        )
-    return data_section(path, options) if targets else None
 
 
 def _check_writable(path: Path) -> None:
@@ -126,7 +138,7 @@ def _check_writable(path: Path) -> None:
         )
 
 
-def _check_targets(hne: HierarchicalEnsemble, targets: Sequence[int]) -> None:
+def _check_macs(hne: HierarchicalEnsemble, targets: Sequence[int]) -> None:
     least, most = hne.count_macs(1), hne.count_macs()
     if wrong := [target for target in targets if not least <= target <= most]:
         raise InputError(
@@ -153,12 +165,16 @@ def _check_images(hne: HierarchicalEnsemble, images: Data) -> None:
 
 
 def _tuning_table(tuning: Tuning) -> Table:
+    ranked = sorted(tuning.seconds.items(), key=lambda row: row[1])
     rows = [
         (name + (" *" if name == str(tuning.plan) else ""), 1e3 * seconds)
-        for name, seconds in sorted(tuning.seconds.items(), key=lambda row: row[1])
+        for name, seconds in ranked
     ]
     columns = [Column("levels run"), Column("ms", ".2f")]
-    return table(columns, rows, caption=f"{tuning.situation}; * chosen")
+    caption = f"{tuning.situation}; * chosen"
+    if ranked[0][0] != str(tuning.plan):
+        caption += f". {NOT_THE_FASTEST}"
+    return table(columns, rows, caption=caption)
 
 
 def _latency_table(hne: HierarchicalEnsemble, latencies: Latencies) -> Table:
@@ -166,64 +182,3 @@ def _latency_table(hne: HierarchicalEnsemble, latencies: Latencies) -> Table:
     macs = ["MACs", *(hne.count_macs(size) for size in latencies.sizes)]
     caption = "ms from some leaves straight to more, and the 99th percentile"
     return table([Column(heading, ",d") for heading in headings], rows, [macs], caption=caption)
-
-
-def _accuracy_table(halves: Halves, budgets: Sequence[Budget]) -> Table:
-    """Fixed sizes, and beside them thresholds."""
-    fixed = [
-        (f"{size} {'leaf' if size == 1 else 'leaves'}, every image", macs, 100 * accuracy)
-        for size, macs, accuracy in zip(halves.sizes, halves.macs, halves.fixed, strict=True)
-    ]
-    by_budget = [
-        (f"budget {budget.target_macs:,}", budget.macs, 100 * budget.accuracy) for budget in budgets
-    ]
-    columns = [Column("answer"), Column("MACs", ",.0f"), Column("accuracy %", ".2f")]
-    caption = "mean MACs per image, on images that no threshold was chosen on"
-    return table(columns, fixed, by_budget, caption=caption)
-
-
-def _threshold_table(budgets: Sequence[Budget]) -> Table:
-    """The confidence that stops an image at each size, and how many it stops."""
-    columns = [Column("leaves", "d")]
-    columns += [Column(f"budget {budget.target_macs:,}", "") for budget in budgets]
-    rows = [
-        (size, *(_stop(budget, index) for budget in budgets))
-        for index, size in enumerate(budgets[0].sizes)
-    ]
-    caption = "an image stops at this confidence: fraction of the images that do"
-    return table(columns, rows, caption=caption)
-
-
-def _stop(budget: Budget, index: int) -> str:
-    fraction = f"{100 * budget.fractions[index]:.1f} %"
-    if index == len(budget.thresholds):
-        return f"the rest: {fraction}"
-    threshold = budget.thresholds[index]
-    return f"never: {fraction}" if threshold > 1 else f"{threshold:.4f}: {fraction}"
-
-
-def _explanation(halves: Halves, split: str, skipped: set[str]) -> str:
-    """On which images what was done."""
-    chosen, reported = halves.images
-    left_out = ", ".join(sorted(skipped))
-    return (
-        f"Thresholds were chosen on {chosen:,} held-out images; accuracy, MACs and stops are"
-        f" those of the {reported:,} others (seed {halves.seed}; {split})."
-        + (f" Not read, and left out: {left_out}." if left_out else "")
-    )
-
-
-def _thresholds_report(
-    halves: Halves, budgets: Sequence[Budget], split: str, skipped: set[str]
-) -> dict[str, Any]:
-    """Everything the tables of accuracy and thresholds show; accuracies from 0 to 1."""
-    chosen, reported = halves.images
-    rows = zip(halves.sizes, halves.macs, halves.fixed, strict=True)
-    return {
-        "split": split,
-        "seed": halves.seed,
-        "skipped": sorted(skipped),
-        "images": {"chosen_on": chosen, "reported_on": reported},
-        "fixed": [dict(zip(("leaves", "macs", "accuracy"), row, strict=True)) for row in rows],
-        "budgets": [BUDGET.dump_python(budget, mode="json", by_alias=True) for budget in budgets],
-    }

@@ -8,15 +8,13 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from treeify import files
 from treeify.cli.options import Device, Json
-from treeify.cli.output import print_json, say
+from treeify.cli.output import check_file, print_json, say, write_text
 from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
 from treeify.cli.scores import as_csv, base_row, score_rows, score_tables
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.engine import timing
-from treeify.errors import DataError
 from treeify.evaluation.comparison import base_model_of, compare, is_leaf, verdict
 from treeify.evaluation.cost import answer_seconds
 from treeify.training.distributed import resolve_device
@@ -74,6 +72,8 @@ def evaluate(
         treeify eval runs/my_run --base-weights my_model.pth
     """
     path = checkpoint_in(directory)
+    if csv is not None:
+        check_file(csv, "--csv")
     section = data_section(path, data or ())
     hne = checkpoint.load(path).to(resolve_device(device)).eval()
     base = base_model_of(hne, base_weights)
@@ -95,7 +95,7 @@ def evaluate(
     cost = rows[-1]["macs"] / rows[0]["macs"] if rows[0]["macs"] else 1.0
     worth = verdict(differences[-1], cost, 100 - rows[0]["accuracy"], gains.images)
     if csv is not None:
-        _write(csv, as_csv(rows, single, first))
+        write_text(csv, as_csv(rows, single, first), "--csv")
     notes = [*_base_notes(base, hne, base_weights), *_size_notes(hne, x)]
     if as_json:
         report = {
@@ -132,12 +132,3 @@ def _size_notes(hne: HierarchicalEnsemble, x: Tensor) -> Iterator[str]:
     if tuple(x.shape[1:]) != hne.example:
         sizes = (" x ".join(map(str, shape)) for shape in (x.shape[1:], hne.example))
         yield "Images of {}; the ensemble was converted for {}.".format(*sizes)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        files.replace_text(path, text)
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be written: {error}", next_step="Give another --csv."
-        ) from error

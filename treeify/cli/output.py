@@ -1,7 +1,9 @@
 """How commands print: lines, tables and JSON, each in one way."""
 
 import json
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import typer
@@ -10,6 +12,9 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+
+from treeify import files
+from treeify.errors import DataError
 
 # No table is as wide.
 _WIDE = 10**6
@@ -79,7 +84,7 @@ def say(console: Console, *parts: str | Table, style: str | None = None) -> None
 
 def _table_width(console: Console, table: Table) -> int:
     """How wide to draw a table; where it would not fit, headings over numbers are broken."""
-    options = console.options.update(width=_WIDE)
+    options = console.options.update(width=_WIDE, markup=False)
     natural = Measurement.get(console, options, table).maximum
     if natural <= console.width or not console.is_terminal:
         return natural
@@ -97,3 +102,29 @@ def _table_width(console: Console, table: Table) -> int:
 def print_json(values: Any) -> None:
     """Print values as JSON; they may hold dataclasses, paths and tuples."""
     typer.echo(json.dumps(to_jsonable_python(values, by_alias=True), indent=2))
+
+
+def check_file(path: Path, option: str) -> None:
+    """Raise DataError, before anything is computed, where a file cannot be written."""
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise DataError(
+            f"{option} {path} cannot be written.",
+            expected="a file in a directory that exists",
+            found="a directory" if path.is_dir() else f"{folder} as its directory",
+        )
+
+
+def write_text(path: Path, text: str, option: str) -> None:
+    """Write a file completely or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    try:
+        # As the file system names files, whatever their encoding.
+        files.replace_bytes(path, text.encode(errors="surrogateescape"))
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be written: {error}", next_step=f"Give another {option}."
+        ) from error

@@ -6,39 +6,40 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from pydantic.dataclasses import dataclass as serialised
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from timm.data.imagenet_info import ImageNetInfo
-from torch import Tensor
 
-from treeify.anytime.confidence import Budget, Prediction
-from treeify.anytime.deadline import find
-from treeify.cli.answers import Answers, ImageAnswers
+from treeify.anytime.confidence import Budget
+from treeify.cli.answers import Answers, ImageAnswers, as_csv
+from treeify.cli.batches import Limits, Run
+from treeify.cli.image_files import image_files
 from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers
-from treeify.cli.output import Column, print_json, say, table
+from treeify.cli.output import Column, check_file, print_json, say, table, write_text
 from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.data.preparation import read_files
-from treeify.engine.plan import Situation
-from treeify.errors import CheckpointError, DataError, InputError
+from treeify.errors import DataError, InputError
 from treeify.training.distributed import resolve_device
 
 
 def predict(
     directory: SavedEnsemble,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Image files; one batch.")
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Image files, folders (all images below them) or patterns such as 'photos/*.jpg'.",
+        ),
     ],
     deadline: Annotated[
         float | None,
         duration(
             "--deadline",
-            "Time from the call, once images are loaded: 20ms, 0.02s or 0.02 (seconds).",
+            "Time for each batch, once its images are loaded: 20ms, 0.02s or 0.02 (seconds).",
         ),
     ] = None,
     confidence: Annotated[
@@ -60,6 +61,10 @@ def predict(
         ),
     ] = None,
     labels: Annotated[Path | None, typer.Option(help="Text file, one class name a line.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images to answer together.")] = 64,
+    csv: Annotated[
+        Path | None, typer.Option(help="Write a line for each image to this file, not tables.")
+    ] = None,
     top: Annotated[int, typer.Option(min=1, help="Classes to end with.")] = 5,
     mean: Annotated[
         Sequence[float] | None,
@@ -75,45 +80,47 @@ def predict(
 
     Without a limit all leaves answer in the end. A deadline needs to know how long steps take for
     as many images on this machine: the first call measures it, and keeps it with the ensemble.
+    Images are read batch by batch; of a folder or pattern, those that cannot be read are left out.
 
     For example:
 
         treeify predict runs/digits_hne digit.png
+
+        treeify predict my_ensemble photos/ --csv answers.csv
 
         treeify predict my_ensemble photos/*.jpg --deadline 20ms
 
         treeify predict my_ensemble photo.jpg --confidence 0.9 --labels classes.txt --json
     """
     _check_single(leaves, deadline, confidence, budget)
+    files = image_files(images)
     path = checkpoint_in(directory)
+    if csv is not None:
+        check_file(csv, "--csv")
     console = Console(quiet=as_json)
     preparation = preparation_in(path, mean, std)
     notes = [f"Images: {preparation}."]
-    with console.status("reading"):
-        batch = read_files(images, preparation)
+    with console.status("loading"):
         names = None if labels is None else _read_labels(labels)
         hne = checkpoint.load(path).to(resolve_device(device))
-    parameter = next(hne.parameters())
-    x = batch.to(parameter.device, parameter.dtype)
-    with console.status("warming up"):
-        sufficient = confidence if budget is None else _saved_budget(hne, budget, path)
-        measured = deadline is not None and _measure_if_unknown(hne, x, path, notes)
-        classes = _warm_up(hne, x, leaves)
-    names = _labels(names, classes, hne, path, notes)
+    sufficient = confidence if budget is None else _saved_budget(hne, budget, path)
+    limits = Limits(leaves, deadline, sufficient)
+    label = partial(_labels, names, hne=hne, path=path, notes=notes)
+    run = Run(hne, path, limits, label, top, notes)
     # Drawing would eat into a deadline, and cannot grow where nothing is redrawn.
-    drawn = console.is_terminal and deadline is None and not as_json
+    drawn = console.is_terminal and deadline is None and not as_json and len(files) <= batch_size
     view = Live(console=console, auto_refresh=False, transient=True) if drawn else None
-    with view or nullcontext():
-        answers = Answers([str(file) for file in images], names, top, partial(_redraw, view))
-        prediction = hne.predict(
-            x, leaves, deadline=deadline, confidence=sufficient, observe=answers.observe
-        )
-    of_images = answers.of_images(
-        prediction.leaves.tolist() if isinstance(prediction, Prediction) else None
-    )
+    for start in range(0, len(files), batch_size):
+        with console.status("reading"):
+            run.read(files[start : start + batch_size], preparation)
+        with console.status("warming up"):
+            run.warm_up()
+        with view or nullcontext():
+            run.answer(partial(_redraw, view))
+    answered = run.finish()
     report = Report(
         ensemble=str(path),
-        device=str(x.device),
+        device=str(next(hne.parameters()).device),
         input=preparation.shape,
         mean=preparation.mean,
         std=preparation.std,
@@ -122,16 +129,22 @@ def predict(
         confidence=confidence,
         budget=budget,
         deadline_ms=None if deadline is None else 1e3 * deadline,
-        elapsed_ms=1e3 * answers.seconds,
-        deadline_met=None if deadline is None else answers.seconds <= deadline,
-        measured_latencies=measured,
-        macs=sum(hne.count_macs(image.leaves) for image in of_images) / len(of_images),
+        elapsed_ms=1e3 * max(run.seconds),
+        deadline_met=None if deadline is None else all(run.met),
+        batches=len(run.seconds),
+        measured_latencies=run.measured,
+        macs=sum(hne.count_macs(image.leaves) for image in answered) / len(answered),
         notes=notes,
-        images=of_images,
+        unread=run.unread,
+        images=answered,
     )
+    if csv is not None:
+        write_text(csv, as_csv(answered), "--csv")
+        notes.append(f"Written to {csv}: {len(answered):,} images.")
     if as_json:
         print_json(report)
-    say(console, _answers_table(of_images), _best_table(of_images), *notes, *_summary(report))
+    tables = [] if csv else [_answers_table(answered), _best_table(answered)]
+    say(console, *tables, *notes, *_summary(report, run.met))
 
 
 @serialised(frozen=True)
@@ -144,10 +157,13 @@ class Report:
         std: of each channel.
         normalisation: where mean and std come from.
         leaves: the limit asked for; else confidence, budget (mean MACs per image) or deadline is.
-        elapsed_ms: from the call to its last answer.
+        elapsed_ms: from the call to its last answer, of the slowest batch.
+        deadline_met: by every batch.
+        batches: of images that were answered together.
         measured_latencies: whether they had to be measured first.
         macs: mean MACs per image of the leaves used.
         notes: what the user should know.
+        unread: files of a folder or pattern that cannot be read.
     """
 
     ensemble: str
@@ -162,9 +178,11 @@ class Report:
     deadline_ms: float | None
     elapsed_ms: float
     deadline_met: bool | None
+    batches: int
     measured_latencies: bool
     macs: float
     notes: list[str]
+    unread: list[str]
     images: list[ImageAnswers]
 
 
@@ -225,35 +243,6 @@ def _saved_budget(hne: HierarchicalEnsemble, target: int, path: Path) -> Budget:
     )
 
 
-def _measure_if_unknown(hne: HierarchicalEnsemble, x: Tensor, path: Path, notes: list[str]) -> bool:
-    """Measure how long steps take for this batch unless that is known; whether it was done."""
-    situation = Situation.of(x, training=False)
-    try:
-        find(hne.latencies, situation, hne.plan(x))
-    except InputError:
-        repeats = hne.calibrate(x).repeats
-    else:
-        return False
-    try:
-        checkpoint.save_measurements(hne, path)
-        outcome = f"kept in {path}"
-    except CheckpointError as error:
-        outcome = f"not kept: {str(error).splitlines()[0].rstrip('.')}"
-    notes.append(
-        f"Latencies of {situation} were not known: measured in {repeats} rounds, {outcome}."
-    )
-    return True
-
-
-def _warm_up(hne: HierarchicalEnsemble, x: Tensor, leaves: int | None) -> int:
-    """Answer blank images, and return the number of classes `K`."""
-    # The first calls of a process set up kernels and take longer than any later one.
-    logits = hne.predict(torch.zeros_like(x), leaves, observe=lambda answer, images: None)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
-        raise InputError("the ensemble returns no single tensor of logits.", expected="[N, K]")
-    return logits.shape[1]
-
-
 def _redraw(view: Live | None, answers: Answers) -> None:
     if view is not None:
         view.update(_answers_table(answers.of_images()), refresh=True)
@@ -304,7 +293,7 @@ def _table(
     return table([_IMAGE, *columns], *named, caption=caption)
 
 
-def _summary(report: Report) -> list[str]:
+def _summary(report: Report, met: Sequence[bool]) -> list[str]:
     """What became of the limit."""
     leaves = sum(image.leaves for image in report.images) / len(report.images)
     word = "leaf" if leaves == 1 else "leaves"
@@ -312,6 +301,9 @@ def _summary(report: Report) -> list[str]:
     if report.deadline_ms is not None:
         end = f"answered after {report.elapsed_ms:.2f} ms with {mean}"
         verdict = "met" if report.deadline_met else "missed"
+        if len(met) > 1:
+            verdict = f"met by {sum(met)} of {len(met)} batches"
+            end = f"the slowest {end}"
         return [f"Deadline of {report.deadline_ms:g} ms {verdict}: {end}."]
     if report.confidence is not None:
         return [f"Confidence {report.confidence:g}: {mean} on average."]

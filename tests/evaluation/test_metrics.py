@@ -8,7 +8,7 @@ import small
 import torch
 from torch.nn import functional as F
 
-from treeify.errors import DataError
+from treeify.errors import DataError, InputError
 from treeify.evaluation.metrics import Score, Scores, measure
 from treeify.fusion.prepared_weights import Prepared
 from treeify.tree import Tree
@@ -181,3 +181,11 @@ def test_measuring_between_epochs_keeps_no_weights_prepared_for_evaluation() -> 
     prepared = fusing.fused_modules(hne, Prepared)
     assert prepared
     assert not any(module._folded or module._cache for module in prepared)
+
+
+def test_floats_are_converted_to_the_ensembles_dtype_and_integers_are_refused() -> None:
+    hne, target = small.ensemble(), torch.tensor([0, 1, 2])
+    x = small.images(3)
+    assert measure(hne, [(x.double(), target)]).result() == measure(hne, [(x, target)]).result()
+    with pytest.raises(InputError, match=r"torch\.uint8"):
+        measure(hne, [(x.to(torch.uint8), target)])

@@ -17,6 +17,7 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data.preparation import Preparation, read_files
 from treeify.engine.plan import Situation
 from treeify.errors import CheckpointError, DataError, InputError
+from treeify.evaluation.metrics import placed
 
 
 class Limits(NamedTuple):
@@ -77,8 +78,7 @@ class Run:
             readable = [(file.path, image) for file, image in single if image is not None]
             self._files = [path for path, _ in readable]
             images = torch.cat([torch.empty(0), *(image for _, image in readable)])
-        parameter = next(self.hne.parameters())
-        self._x = images.to(parameter.device, parameter.dtype)
+        self._x = placed(images, self.hne)
 
     def warm_up(self) -> None:
         """Answer blank images of a new shape, and know how long answers take for a deadline."""

@@ -17,6 +17,7 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.engine import timing
 from treeify.evaluation.comparison import base_model_of, compare, is_leaf, verdict
 from treeify.evaluation.cost import answer_seconds
+from treeify.evaluation.metrics import placed
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
 from treeify.training.model import check_classes
@@ -84,8 +85,7 @@ def evaluate(
     skipped: set[str] = set()
     measured = base if base_weights is not None else None
     scores, gains, base_score = compare(hne, noting(batches, skipped), measured)
-    parameter = next(hne.parameters())
-    x = images.example()[None].to(parameter.device, parameter.dtype)
+    x = placed(images.example()[None], hne)
     machine = timing.describe(x.device) if latency else None
     seconds = answer_seconds(hne, x, base=base) if latency else None
     differences = gains.result()

@@ -76,13 +76,13 @@ def say(console: Console, *parts: str | Table, style: str | None = None) -> None
     for part in parts:
         width = console.width
         if isinstance(part, Table):
-            console.width = _table_width(console, part)
+            console.width = table_width(console, part)
         soft_wrap = isinstance(part, str)
         console.print(part, soft_wrap=soft_wrap, highlight=False, markup=False, style=style)
         console.width = width
 
 
-def _table_width(console: Console, table: Table) -> int:
+def table_width(console: Console, table: Table) -> int:
     """How wide to draw a table; where it would not fit, headings over numbers are broken."""
     options = console.options.update(width=_WIDE, markup=False)
     natural = Measurement.get(console, options, table).maximum

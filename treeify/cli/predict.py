@@ -18,7 +18,7 @@ from treeify.cli.answers import Answers, ImageAnswers, as_csv
 from treeify.cli.batches import Limits, Run
 from treeify.cli.image_files import image_files
 from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers
-from treeify.cli.output import Column, check_file, print_json, say, table, write_text
+from treeify.cli.output import Column, check_file, print_json, say, table, table_width, write_text
 from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -244,8 +244,11 @@ def _saved_budget(hne: HierarchicalEnsemble, target: int, path: Path) -> Budget:
 
 
 def _redraw(view: Live | None, answers: Answers) -> None:
-    if view is not None:
-        view.update(_answers_table(answers.of_images()), refresh=True)
+    if view is None:
+        return
+    shown = _answers_table(answers.of_images())
+    if table_width(view.console, shown) <= view.console.width:  # else it could not be redrawn
+        view.update(shown, refresh=True)
 
 
 _IMAGE = Column("image")

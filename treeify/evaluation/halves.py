@@ -11,7 +11,7 @@ from treeify.anytime.confidence import Budget, budget
 from treeify.anytime.deadline import Latencies
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import InputError
-from treeify.evaluation.metrics import Batch
+from treeify.evaluation.metrics import Batch, placed
 from treeify.losses import nested_logits
 
 # Budgets of a sweep, besides the nested sizes.
@@ -154,12 +154,11 @@ def most_accurate(
 @torch.no_grad()
 def nested_answers(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
     """Logits `[S, N, K]` of every nested size and classes `[N]`, of all images in the batches."""
-    parameter = next(hne.parameters())
     logits, labels = [], []
     for images, target, *_ in batches:
         if not len(images):  # none of them can be read
             continue
-        nested = nested_logits(hne(images.to(parameter.device, parameter.dtype)).float(), hne.tree)
+        nested = nested_logits(hne(placed(images, hne)).float(), hne.tree)
         logits.append(nested.transpose(0, 1).cpu())
         labels.append(target)
     return torch.cat(logits, 1), torch.cat(labels)

@@ -185,7 +185,6 @@ def measure(
         observe: called with every batch: images, leaf logits [N, L, K] and classes [N], on the
             ensemble's device.
     """
-    first = next(hne.parameters())
     scores = Scores(hne.tree)
     with preserve_modes(hne):
         hne.eval()
@@ -193,8 +192,14 @@ def measure(
             if scores.images and stop():
                 break
             if len(images):
-                x, classes = images.to(first.device, first.dtype), target.to(first.device)
-                logits = hne(x)
+                x = placed(images, hne)
+                logits, classes = hne(x), target.to(x.device)
                 scores.add(logits, classes)
                 observe(x, logits, classes)
     return scores
+
+
+def placed(images: Tensor, hne: HierarchicalEnsemble) -> Tensor:
+    """Images on the ensemble's device, in its dtype if they are floats: integers are no images."""
+    like = next(hne.parameters())
+    return images.to(like.device, like.dtype if images.is_floating_point() else images.dtype)

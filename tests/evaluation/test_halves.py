@@ -119,3 +119,10 @@ def test_the_cheapest_and_the_most_accurate_are_chosen_on_one_half(
         most_accurate(points, latencies, 0.5)
     with pytest.raises(InputError, match=r"Expected at most \d+\.\d\d %"):
         cheapest(points, 1.01)
+
+
+def test_one_leaf_alone_can_be_swept(
+    hne: treeify.HierarchicalEnsemble, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    (point,) = Halves(hne.sub_ensemble(1).eval(), batches, 0).sweep()
+    assert (point.leaves, point.reported.fractions) == (1, (1.0,))

@@ -45,7 +45,7 @@ class Run:
         hne: HierarchicalEnsemble,
         path: Path,
         limits: Limits,
-        label: Callable[[int], list[str] | None],
+        label: Callable[[int], Sequence[str] | None],
         top: int,
         notes: list[str],
     ) -> None:
@@ -55,7 +55,7 @@ class Run:
         self.unread: list[str] = []
         self.seconds: list[float] = []
         self.met: list[bool] = []
-        self._names: list[str] | None = None
+        self._names: Sequence[str] | None = None
         self._files: list[Path] = []
         self._x = torch.empty(0)
         self._warm: set[torch.Size] = set()

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from treeify.conversion import initialize
 from treeify.conversion.decide import Decider, Decision, overwriting, without_in_place
 from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import Source
+from treeify.conversion.input_check import InputCheck
 from treeify.conversion.levels import levels
 from treeify.conversion.report import Conversion, notes
 from treeify.conversion.splits import Splits
@@ -26,7 +28,6 @@ from treeify.engine.packed_tensors import (
 from treeify.engine.plan import Plan, Planner
 from treeify.engine.preserve import preserve_modes
 from treeify.engine.program import PACKED, Program
-from treeify.errors import InputError
 from treeify.fusion.fuser import FusedTwin
 from treeify.rules import widen_rules
 from treeify.tracing.side_effects import undo_side_effects
@@ -82,7 +83,7 @@ class PackedTree(nn.Module):
         self._fused = FusedTwin(self._programs[False])
         self._hooks = _hook_tables(self)
         self._planner = Planner(tree.levels)
-        self._computable: set[tuple[torch.dtype, torch.dtype, bool]] = set()
+        self._input = InputCheck(traced.example, one_size=traced.limits.one_size)
         self._perturbed: tuple[str, ...] = ()
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with undo_side_effects(skeleton):
@@ -270,50 +271,10 @@ class PackedTree(nn.Module):
             InputError: it is no `[N, C, H, W]` with the model's channels, or its only size, or of
                 a dtype that the model cannot compute with.
         """
-        example, one_size = self._traced.example, self._traced.limits.one_size
-        fixed = len(example) if one_size else 1
-        is_batch = isinstance(x, Tensor) and x.ndim == len(example) + 1
-        if not is_batch or x.shape[1 : 1 + fixed] != example[:fixed]:
-            hint = "" if one_size else " (H and W as far as the base model allows)"
-            is_tensor = isinstance(x, Tensor)
-            kind = type(x)
-            raise InputError(
-                "the input does not fit the model.",
-                expected=f"images of shape [N, {', '.join(map(str, example))}]{hint}",
-                found=f"shape {tuple(x.shape)}"
-                if is_tensor
-                else f"{kind.__module__}.{kind.__name__}",
-                next_step=_remedy(x, len(example)),
-            )
-        self._check_dtype(x)
-
-    def _check_dtype(self, x: Tensor) -> None:
-        """Refuse images of a dtype that the model cannot compute with.
-
-        Autocast converts images, and so may the model: where theirs is not the parameters' dtype,
-        one leaf is tried on them, once for each dtype.
-
-        Raises:
-            InputError: it cannot.
-        """
-        first = next(self.parameters(), None)
-        if first is None or x.dtype == first.dtype or _is_recorded():
-            return
-        case = (x.dtype, first.dtype, torch.is_autocast_enabled(x.device.type))
-        if case in self._computable:
-            return
-        if (error := _error(self, x)) is None:
-            self._computable.add(case)
-        elif _error(self, x.to(first.dtype)) is None:  # else something else is wrong as well
-            number = (
-                "x.float() / 255, normalised as in training" if x.dtype == torch.uint8 else None
-            )
-            raise InputError(
-                "the images' dtype does not fit the model.",
-                expected=f"{first.dtype}, as its parameters",
-                found=f"{x.dtype}",
-                next_step=f"Convert them: {number or f'x.to({first.dtype})'}.",
-            ) from error
+        self._input.check_shape(x)
+        first = None if _is_recorded() else next(self.parameters(), None)
+        if first is not None:
+            self._input.check_dtype(x, first.dtype, partial(_error, self))
 
 
 def _error(hne: PackedTree, x: Tensor) -> Exception | None:
@@ -324,18 +285,6 @@ def _error(hne: PackedTree, x: Tensor) -> Exception | None:
             hne._programs[False].run(x, Span(0, 1))
     except Exception as error:  # whatever the operations of a model raise
         return error
-    return None
-
-
-def _remedy(x: Any, dims: int) -> str | None:
-    """How to make a batch of images of what is none."""
-    if isinstance(x, Tensor):
-        return "A single image becomes a batch by x[None]." if x.ndim == dims else None
-    if hasattr(x, "__array__"):
-        return (
-            "Convert it: torch.from_numpy(x), of pixels 0 to 255 then .float() / 255, normalised as"
-            " in training; channels come before height and width."
-        )
     return None
 
 

@@ -174,15 +174,10 @@ def measure(
     repeats: int,
     budget: float,
 ) -> Latencies:
-    """Time every transition between sizes in rounds, each in an order of its own.
+    """Time every transition between nested sizes in rounds, each in an order of its own.
 
-    Args:
-        start: begins a session.
-        situation: what the sessions run on.
-        plan: how they run.
-        sizes: the nested sizes.
-        repeats: how many rounds, after one to warm up.
-        budget: seconds; after it no round begins, once five are measured.
+    Every session comes from `start` and runs in `situation` by `plan`. After one round to warm up
+    there are `repeats`, but none begins after `budget` seconds once five are measured.
 
     Raises:
         InputError: fewer than two rounds give no spread.
@@ -272,13 +267,9 @@ def advance_until(
     time, times the recent slowdown or this session's if that is larger, times the transition's
     margin. The time that is then left decides again.
 
-    Args:
-        session: of the latencies' situation, at 0 leaves or a nested size.
-        latencies: measured beforehand.
-        deadline: seconds after `begin`.
-        begin: when the clock started, in seconds of `time.perf_counter()`.
-        slowdown: of the sessions before; it also learns from this one.
-        observe: called with every answer; its time counts.
+    The session is of the latencies' situation, at 0 leaves or a nested size. `deadline` counts from
+    `begin`, a `time.perf_counter()`. The slowdown of the sessions before also learns from this one.
+    `observe` is called with every answer; its time counts.
     """
     forecast = Forecast(latencies.typical, Slowdown() if slowdown is None else slowdown)
     while larger := [key for key in latencies.typical if key[0] == session.leaves]:

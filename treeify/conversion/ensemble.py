@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 import torch
 from pydantic import TypeAdapter
@@ -36,10 +36,8 @@ from treeify.engine.plan import AUTO, Situation, Tuning
 from treeify.engine.preserve import preserve_modes
 from treeify.engine.tuning import tune
 from treeify.errors import InputError
+from treeify.models.architecture import Architecture
 from treeify.tracing.trace import Traced
-
-if TYPE_CHECKING:
-    from treeify.models.architecture import Architecture
 
 # Called with an answer on the way and the positions `[M]` in the batch of the images it is for.
 Observer = Callable[[Answer, Tensor], None]

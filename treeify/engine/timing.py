@@ -71,16 +71,8 @@ def alternate(
 ) -> Times:
     """Time several actions in turns, so that a change of the machine's load concerns all of them.
 
-    Args:
-        actions: what to time, by name.
-        device: where they run.
-        repeats: rounds at most.
-        budget: seconds for all rounds; no new one starts after it.
-        at_least: rounds at least, whatever they take.
-        warm_up: run each once beforehand, untimed.
-
-    Returns:
-        Seconds of every round, by name.
+    There are at most `repeats` rounds, and after `at_least` none begins that is past `budget`
+    seconds. Returned are the seconds of every round, by name.
     """
     # The first call allocates memory, chooses kernels and prepares weights.
     for action in actions.values() if warm_up else ():

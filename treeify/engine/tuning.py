@@ -46,15 +46,8 @@ def tune(
     fastest once more. Inference is measured without gradients and with batch norms folded; a
     training step is forward and backward.
 
-    Args:
-        model: the ensemble. Its parameters get the chosen memory format; values, gradients,
-            buffers and the random state stay as they are.
-        planner: remembers the choice.
-        run: computes the leaves' logits of `x` by a plan.
-        x: images, `[N, C, H, W]`.
-        loss: of the logits; by default their mean square.
-        repeats: rounds of each comparison, of which medians are compared.
-        budget: seconds of each comparison; after it no further round begins.
+    The planner remembers the choice; `run` computes the leaves' logits of `x` by a plan. All else
+    is as in `HierarchicalEnsemble.tune`.
 
     Raises:
         InputError: there are no images.

@@ -99,6 +99,7 @@ class _SegmentFuser:
     def run(self) -> Segment:
         steps = (self._skip, self._fuse_convolution, self._fuse_linear, self._fuse_addition)
         for fuse_at in (*steps, self._fuse_activation):
+            # Backwards, so that what is erased behind a node has been visited before.
             for node in reversed(list(self.graph.nodes)):
                 if node not in self.erased:
                     fuse_at(node)
@@ -151,6 +152,7 @@ class _SegmentFuser:
         norm = self._packed(reader)
         if type(norm) not in _NORMS or getattr(norm, "running_mean", None) is None:
             return None
+        # timm's norm may drop blocks of its output, or have an activation nobody here knows.
         only_scales = type(norm) is not BatchNormAct2d
         return reader if only_scales or self._activation_inside(reader) is not None else None
 
@@ -160,6 +162,7 @@ class _SegmentFuser:
         overwritable = [operand for operand in operands if self._is_overwritable(operand)]
         if not overwritable or operands[0] is operands[1]:
             return
+        # oneDNN's convolution adds while it writes, which saves a pass over memory.
         target = next(filter(self._ends_in_convolution, overwritable), overwritable[0])
         addend = operands[1] if target is operands[0] else operands[0]
         last, activation = self._activation_after(node)
@@ -171,6 +174,7 @@ class _SegmentFuser:
             self._replace(last, AddInto(activation), (self.span, target, addend))
 
     def _ends_in_convolution(self, node: fx.Node) -> bool:
+        # An activation would have to come before the sum; three inputs mean a sum is there already.
         operation = self._operation(node)
         plain = isinstance(operation, FusedConv) and operation.activation is None
         return plain and len(node.args) == 2

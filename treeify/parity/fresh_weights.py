@@ -32,11 +32,7 @@ def fit_statistics(model: nn.Module, images: Tensor) -> None:
     until the rounding of float64 decides what the network answers. The network or ensemble is
     changed in place, from torch's random state.
     """
-    norms = [
-        module
-        for module in model.modules()
-        if isinstance(module, _BatchNorm) and module.track_running_stats
-    ]
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.momentum = 1.0  # nothing but this batch's statistics

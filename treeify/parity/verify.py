@@ -134,15 +134,7 @@ def _decide(
 ) -> tuple[dict[str, float], str]:
     """Run a check in the ensemble's precision and, if rounding is too coarse, in float64.
 
-    Args:
-        check: takes a copy of the ensemble, what gives its leaves as they are now, and images; it
-            may leave out figures once one of them exceeds 1.
-        hne: the ensemble. Not modified.
-        x: images.
-        training: the mode that is checked.
-
-    Returns:
-        The figures, and the precision they were decided in.
+    Returned are its figures and the precision they were decided in.
 
     Raises:
         ParityError: a figure exceeds 1 in float64 too, the model's own values are random, or the

@@ -88,15 +88,18 @@ def functionalize(graph: fx.Graph, root: nn.Module, aliases: Aliases) -> None:
         target = in_place_target(node, root)
         if target is None or stems_from_state(target):
             continue
+        # `n += 1` of a size gives a name another value, and the sum inside of `x[index] += y` is
+        # seen by the set item after it alone, which is replaced in its turn.
         if node.target in IN_PLACE_OPERATORS and (_is_number(target) or _is_put_back(node, target)):
             _make_out_of_place(node)
             continue
         _check_unread(view_source(target), target, node)
+        # Aliases are found by running the graph, which has to change the value in place for that.
         same = [target, *aliases.read_later(target, node)]
         _make_out_of_place(node)
         for value in same:
             for reader in list(value.users):
-                if reader > node:
+                if reader > node:  # in the order of the graph: those before it read the old value
                     reader.replace_input_with(value, node)
 
 
@@ -128,6 +131,8 @@ def isolate(
             _check_unread(source, source, node)
             for other in aliases.read_later(source, node):
                 _check_unread(other, source, node)
+        # A function's arguments may hold the tensor anywhere inside of lists and dicts, and which
+        # of them it changes was seen for one input only: it gets copies of all.
         if node.op == "call_function":
             node.target = _on_copies(node.target)
             continue
@@ -145,6 +150,7 @@ def is_isolating_copy(node: fx.Node) -> bool:
 
 def _needs_view(node: fx.Node) -> bool:
     """Whether a view shows the same bits as another dtype, or is one of the model's state."""
+    # `reshape` takes no dtype; and a copy of a buffer would not pass on what is written into it.
     source, *arguments = (*node.args, *node.kwargs.values())
     if isinstance(source, fx.Node) and stems_from_state(source):
         return True
@@ -192,6 +198,7 @@ def _is_number(value: fx.Node) -> bool:
         return False
     if value.target is getattr:
         return value.args[1] in ("shape", "ndim")
+    # Python's own operators on tensors pass here too; then an input of theirs is no number.
     computes = getattr(value.target, "__module__", "") in ("_operator", "math", "builtins")
     return computes and all(map(_is_number, value.all_input_nodes))
 
@@ -218,6 +225,7 @@ def _make_out_of_place(node: fx.Node) -> None:
         return  # modules run with their `inplace` flag off: see `conversion.decide`
     if node.op == "call_method":
         name = str(node.target)
+        # `add_` has `add`; `fill_`, `uniform_` and their like have no twin.
         if hasattr(Tensor, name[:-1]):
             node.target = name[:-1]
         else:

@@ -88,6 +88,7 @@ def trace(
         private = private_copy(model)
         skeleton = meta_copy(private)
         attempts = Attempts(private, leaf_types, Sizes(private, skeleton, image), {})
+        # Every round has one leaf module more, or ends: a model has finitely many.
         while True:
             graphs, limits = attempts.trace()
             try:
@@ -99,6 +100,7 @@ def trace(
         constants = _constants(graphs.values(), private)
     for graph in graphs.values():  # they outlive the tracer and the copies that it ran
         graph._tracer_cls, graph.owning_module = None, None
+    # Of the caller's model: the private copy has lost its hooks.
     hooked = tuple(path for path, module in model.named_modules() if hooks_of(module))
     return Traced(skeleton, graphs, image, constants, attempts.leaf_modules, limits, hooked)
 
@@ -108,6 +110,8 @@ def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:
     _register_dataclasses(graph)
     _pass_first_by_position(graph, runner.model)
     join_constants(graph)
+    # The order matters: facts are of values that nothing changes any more, and whether a view may
+    # become a copy is known only then.
     aliases = Aliases(runner.model, partial(runner.values, graph))
     functionalize(graph, runner.model, aliases)
     annotate(graph, runner, aliases)

@@ -47,6 +47,7 @@ class PackedTree(nn.Module):
         """Allocate the packed tensors, decide how every node runs and write both programs."""
         super().__init__()
         self._traced, self._splits = traced, splits
+        self._input = InputCheck(traced.example, one_size=traced.limits.one_size)
         skeleton, tree = traced.skeleton, splits.tree
         node_levels = {
             training: levels(graph, splits.names) for training, graph in traced.graphs.items()
@@ -83,7 +84,6 @@ class PackedTree(nn.Module):
         self._fused = FusedTwin(self._programs[False])
         self._hooks = _hook_tables(self)
         self._planner = Planner(tree.levels)
-        self._input = InputCheck(traced.example, one_size=traced.limits.one_size)
         self._perturbed: tuple[str, ...] = ()
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with undo_side_effects(skeleton):

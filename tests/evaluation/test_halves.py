@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import treeify
+from treeify.errors import DataError
 from treeify.evaluation.halves import Halves, nested_answers
 from treeify.models.architecture import Architecture
 
@@ -64,3 +65,11 @@ def test_a_budget_is_chosen_on_one_half_and_reported_on_the_other(
     logits, labels = halves.report_on
     right = [(row.argmax(-1) == labels).double().mean().item() for row in logits]
     assert halves.fixed == pytest.approx(right)
+
+
+def test_a_label_of_no_class_is_refused(
+    hne: treeify.HierarchicalEnsemble, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    images, labels = batches[0]
+    with pytest.raises(DataError, match="0 to 9"):
+        Halves(hne, [(images, labels + 10)], 0)

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from treeify.errors import DataError
-from treeify.evaluation.metrics import Score, Scores, measure
+from treeify.evaluation.metrics import Score, Scores, measure, require_labels
 from treeify.fusion.prepared_weights import Prepared
 from treeify.tree import Tree
 
@@ -181,3 +181,13 @@ def test_measuring_between_epochs_keeps_no_weights_prepared_for_evaluation() -> 
     prepared = fusing.fused_modules(hne, Prepared)
     assert prepared
     assert not any(module._folded or module._cache for module in prepared)
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_a_label_of_no_class_is_refused(label: int) -> None:
+    require_labels(torch.arange(4), 4)
+    with pytest.raises(DataError, match=f"0 to 3(.|\n)*Found {label}"):
+        require_labels(torch.tensor([0, label, 3]), 4)
+    hne = small.ensemble()
+    with pytest.raises(DataError, match="5 classes"):
+        measure(hne, [(small.images(), torch.tensor([0, 5]))])

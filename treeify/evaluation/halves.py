@@ -7,7 +7,7 @@ from torch import Tensor
 
 from treeify.anytime.confidence import Budget, budget
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.evaluation.metrics import Batch
+from treeify.evaluation.metrics import Batch, require_labels
 from treeify.losses import nested_logits
 
 
@@ -56,6 +56,7 @@ def nested_answers(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple
         if not len(images):  # none of them can be read
             continue
         nested = nested_logits(hne(images.to(parameter.device, parameter.dtype)).float(), hne.tree)
+        require_labels(target, nested.shape[-1])
         logits.append(nested.transpose(0, 1).cpu())
         labels.append(target)
     return torch.cat(logits, 1), torch.cat(labels)

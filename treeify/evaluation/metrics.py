@@ -168,6 +168,21 @@ class Scores:
         return tuple((100 * self.state_dict()["leaf_correct"] / self.images).tolist())
 
 
+def require_labels(target: Tensor, classes: int) -> None:
+    """Raise DataError unless classes [N], if they are integers, are numbered from 0 to below K."""
+    if target.is_floating_point() or not len(target):
+        return
+    # Before they go to a GPU, where a label out of range ends the process.
+    smallest, largest = (int(label) for label in target.aminmax())
+    if smallest < 0 or largest >= classes:
+        raise DataError(
+            "an image has a class that there is not.",
+            expected=f"numbers from 0 to {classes - 1}, of {classes} classes",
+            found=f"{largest if largest >= classes else smallest}",
+            next_step="Number the classes from 0, in the order of their names.",
+        )
+
+
 @torch.no_grad()
 def measure(
     hne: HierarchicalEnsemble,
@@ -181,6 +196,9 @@ def measure(
         hne: the ensemble; every module's mode is put back.
         batches: images [N, 3, H, W] and classes [N].
         stop: asked before every batch but the first; when it says so, the rest is left out.
+
+    Raises:
+        DataError: a class is out of range.
     """
     first = next(hne.parameters())
     scores = Scores(hne.tree)
@@ -190,5 +208,7 @@ def measure(
             if scores.images and stop():
                 break
             if len(images):
-                scores.add(hne(images.to(first.device, first.dtype)), target.to(first.device))
+                logits = hne(images.to(first.device, first.dtype))
+                require_labels(target, logits.shape[-1])
+                scores.add(logits, target.to(first.device))
     return scores

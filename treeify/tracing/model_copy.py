@@ -162,7 +162,7 @@ def _uncopyable(model: nn.Module) -> str | None:
         for name, value in attributes(module).items():
             try:
                 copy.deepcopy(value)
-            except Exception:
+            except Exception:  # noqa: PERF203 - whatever a __deepcopy__ raises
                 if not isinstance(value, Tensor):  # an activation, which the copy is without
                     return f"{name!r} of {path or 'the model'}, a {type(value).__name__}"
     return None

@@ -21,7 +21,7 @@ from treeify.data import Data
 from treeify.engine import timing
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import CheckpointError, TreeifyError
-from treeify.evaluation.metrics import Scores, measure
+from treeify.evaluation.metrics import Scores, measure, require_labels
 from treeify.seeds import seed_of
 from treeify.training import distributed, loaders, optimizers, run_directory
 from treeify.training.distributed import Team, resolve_device
@@ -67,7 +67,8 @@ def train(
         RecipeError: the data and the model have different numbers of classes, the device is not
             there, or the run to resume has another recipe.
         CheckpointError: the run directory is not empty, or a state cannot be written.
-        DataError: the data set cannot be read, or too many images cannot.
+        DataError: the data set cannot be read, too many images cannot, there is one class only, or
+            a label is of none.
         DivergedError: the loss became infinite or not a number.
         LostProcessError: a loader's worker or another process died.
     """
@@ -291,6 +292,7 @@ class Trainer:
         seed = seed_of("step", self.recipe.seed, self.state.step, part, self.team.index)
         loaders.seed_everything(seed)
         dtype = next(self.hne.parameters()).dtype
+        require_labels(batch.target, len(self.data.classes))
         images = batch.images.to(self.team.device, dtype, non_blocking=True)
         target = batch.target.to(self.team.device, non_blocking=True)
         labels = target

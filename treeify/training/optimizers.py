@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from treeify.errors import RecipeError
 from treeify.training.recipe import OptimizerRecipe, ScheduleRecipe
 
+# Schedules that fall from the first step on, where others wait for their milestones.
+_CURVES = ("cosine", "tanh", "poly")
+
 
 def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
     """Build an optimizer of all of a model's parameters."""
@@ -34,17 +37,22 @@ def scheduler(
 ) -> Any:
     """Build a scheduler, to be updated in every step; rates depend on the step's number alone."""
     create: Callable[..., Any] = create_scheduler_v2
+    epochs: float = schedule.epochs
+    options = schedule.options
+    if schedule.warmup_epochs and schedule.name in _CURVES and "warmup_prefix" not in options:
+        # timm would begin the curve with the warm-up, whose end would then be a cliff.
+        epochs, options = epochs - schedule.warmup_epochs, {**options, "warmup_prefix": True}
     with _checked(f"schedule {schedule.name!r}", "scheduler.create_scheduler_v2"):
         scheduler, _ = create(
             optimizer,
             schedule.name,
-            num_epochs=schedule.epochs,
+            num_epochs=epochs,
             warmup_epochs=schedule.warmup_epochs,
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
             step_on_epochs=False,
             updates_per_epoch=steps_per_epoch,
-            **schedule.options,
+            **options,
         )
     return scheduler
 

@@ -181,6 +181,10 @@ class Trainer:
         distributed.open_trackers(self.accelerator, self.recipe)
         epoch = self.directory.metrics()[-1] if self.state.epochs else None
         self.reporter.started(self._size())
+        if self.recipe.ema is not None and not self.state.step:
+            steps = self.recipe.schedule.epochs * self.order.steps
+            if outlasts := self.recipe.ema.outlasts(steps):
+                self.reporter.warned(outlasts)
         interrupted = False
         with Interrupt() as interrupt:
             while self.state.epochs < self.recipe.schedule.epochs and not interrupted:

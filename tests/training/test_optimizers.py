@@ -21,8 +21,8 @@ def test_each_step_uses_its_own_learning_rate(recipe: Recipe) -> None:
     lrs = [step.lr for step in recorder.of(Step)]
     warming = [0.01 + 0.04 * step / runs.TINY_STEPS for step in range(runs.TINY_STEPS)]
     cosine = [
-        0.025 * (1 + math.cos(math.pi * step / (3 * runs.TINY_STEPS)))
-        for step in range(3 * runs.TINY_STEPS)
+        0.025 * (1 + math.cos(math.pi * step / (4 * runs.TINY_STEPS)))
+        for step in range(runs.TINY_STEPS, 4 * runs.TINY_STEPS)
     ]
     assert lrs == pytest.approx([*warming, *cosine])
 

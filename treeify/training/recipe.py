@@ -174,8 +174,9 @@ class ScheduleRecipe(Section):
         name: cosine, tanh, step, multistep, poly, wsd, rsqrt or constant; not plateau, of which
             timm does not keep what it needs to be resumed.
         epochs: of the whole run.
-        warmup_epochs: from `warmup_lr` to the full rate in a straight line; what falls from there
-            (cosine, tanh, poly) takes the epochs that are left.
+        warmup_epochs: from `warmup_lr` to the full rate in a straight line. The schedule goes on as
+            if it had begun with it; with `options: {warmup_prefix: true}` it begins after it, and
+            takes the epochs that are left.
         warmup_lr: at the first step of a warm-up.
         min_lr: at the end.
         options: further arguments of `timm.scheduler.create_scheduler_v2`, e.g. `{decay_rate: 0.1,

@@ -181,10 +181,9 @@ class Trainer:
         distributed.open_trackers(self.accelerator, self.recipe)
         epoch = self.directory.metrics()[-1] if self.state.epochs else None
         self.reporter.started(self._size())
-        if self.recipe.ema is not None and not self.state.step:
-            steps = self.recipe.schedule.epochs * self.order.steps
-            if outlasts := self.recipe.ema.outlasts(steps):
-                self.reporter.warned(outlasts)
+        if not self.state.step:
+            for doubt in self._doubts():
+                self.reporter.warned(doubt)
         interrupted = False
         with Interrupt() as interrupt:
             while self.state.epochs < self.recipe.schedule.epochs and not interrupted:
@@ -200,6 +199,14 @@ class Trainer:
             tracker.finish()  # `end_training` would also end the processes' connection
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return Result(self._size(), epoch, interrupted)
+
+    def _doubts(self) -> Iterator[str]:
+        """What a new run's recipe may not mean."""
+        schedule, steps = self.recipe.schedule, self.order.steps
+        if text := optimizers.cliff(schedule, self.recipe.optimizer.lr, steps):
+            yield text
+        if self.recipe.ema and (text := self.recipe.ema.outlasts(schedule.epochs * steps)):
+            yield text
 
     def _size(self) -> RunSize:
         return RunSize(

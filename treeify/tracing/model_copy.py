@@ -156,6 +156,17 @@ def private_copy(model: nn.Module) -> nn.Module:
     return private
 
 
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy without weights; tensors that are one in the model are one in the copy."""
+    memo: dict[int, Any] = {}
+    for _, tensor in (*model.named_parameters(), *model.named_buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)
+
+
 def _uncopyable(model: nn.Module) -> str | None:
     """The first attribute that cannot be copied by itself, and whose it is."""
     for path, module in model.named_modules():
@@ -166,14 +177,3 @@ def _uncopyable(model: nn.Module) -> str | None:
                 if not isinstance(value, Tensor):  # an activation, which the copy is without
                     return f"{name!r} of {path or 'the model'}, a {type(value).__name__}"
     return None
-
-
-def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy without weights; tensors that are one in the model are one in the copy."""
-    memo: dict[int, Any] = {}
-    for _, tensor in (*model.named_parameters(), *model.named_buffers()):
-        empty = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = empty
-    return copy.deepcopy(model, memo)

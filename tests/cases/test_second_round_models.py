@@ -20,7 +20,7 @@ def test_spectral_norm_of_either_kind() -> None:
     old = chain(nn.utils.spectral_norm(nn.Conv2d(8, 8, 3)))
     old(X)
     with pytest.raises(TreeifyError, match="parametrizations"):
-        treeify.hierarchicalize(old, ["1"], example_input=X)
+        treeify.hierarchicalize(old, ["1"], init="fresh", example_input=X)
 
 
 class Backbone(nn.Module):
@@ -46,7 +46,7 @@ class Frozen(Backbone):
 
 def test_no_grad_inside_forward_stays() -> None:
     with pytest.raises(TreeifyError, match=r"switches gradients[^$]*self\.body\(self\.stem"):
-        treeify.hierarchicalize(Frozen(), ["head"], example_input=X)
+        treeify.hierarchicalize(Frozen(), ["head"], init="fresh", example_input=X)
     hne = assert_leaves(nn.Sequential(Backbone(), nn.Linear(8, 5)), "1")  # as the message advises
     hne.train()(X).sum().backward()
     trained = {name for name, tensor in hne.named_parameters() if tensor.grad is not None}

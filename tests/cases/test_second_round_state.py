@@ -27,7 +27,7 @@ def test_a_pruned_model_stays_pruned() -> None:
     prune.l1_unstructured(model[1], "weight", amount=0.5)
     model(X).sum().backward()
     with pytest.raises(TreeifyError, match=r"prune\.remove"):
-        treeify.hierarchicalize(model, ["1"], example_input=X)
+        treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X)
     prune.remove(model[1], "weight")
     assert_copies(model)
 
@@ -35,7 +35,7 @@ def test_a_pruned_model_stays_pruned() -> None:
 def test_a_lazy_layer_that_has_not_seen_an_image() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.LazyLinear(5))
     with pytest.raises(TreeifyError, match=r"3\.weight(.|\n)*Run it once"):
-        treeify.hierarchicalize(model, ["1"], example_input=X)
+        treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X)
     model(X)
     assert_copies(model)
 
@@ -97,7 +97,7 @@ def test_a_channels_last_model_is_saved(tmp_path: Path) -> None:
     model = chain().to(memory_format=torch.channels_last)
     x = X.to(memory_format=torch.channels_last)
     assert_copies(model, x=x)
-    hne = treeify.hierarchicalize(model, ["1"], example_input=x).eval()
+    hne = treeify.hierarchicalize(model, ["1"], init="fresh", example_input=x).eval()
     treeify.save(hne, tmp_path / "saved")
     loaded = treeify.load(tmp_path / "saved", model=chain()).eval()
     torch.testing.assert_close(loaded(x), hne(x))
@@ -107,7 +107,7 @@ def test_a_model_that_holds_what_cannot_be_copied() -> None:
     model = chain()
     model.writer = threading.Lock()
     with pytest.raises(TreeifyError, match="'writer' of the model, a lock"):
-        treeify.hierarchicalize(model, ["1"], example_input=X)
+        treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X)
 
 
 @pytest.mark.parametrize("init", ["copy", "perturb", "fresh"])
@@ -134,7 +134,9 @@ def doubled(module: nn.Module) -> None:
     ],
 )
 def test_weights_changed_after_the_first_answer(change) -> None:
-    hne = treeify.hierarchicalize(chain(nn.BatchNorm2d(8)), ["1"], example_input=X).eval()
+    hne = treeify.hierarchicalize(
+        chain(nn.BatchNorm2d(8)), ["1"], init="fresh", example_input=X
+    ).eval()
     with torch.no_grad():
         hne(X)
         change(hne)
@@ -143,7 +145,9 @@ def test_weights_changed_after_the_first_answer(change) -> None:
 
 
 def test_training_after_answers_in_inference_mode() -> None:
-    hne = treeify.hierarchicalize(chain(nn.BatchNorm2d(8)), ["1"], example_input=X).eval()
+    hne = treeify.hierarchicalize(
+        chain(nn.BatchNorm2d(8)), ["1"], init="fresh", example_input=X
+    ).eval()
     with torch.inference_mode():
         hne(X)
     hne.train()(X).sum().backward()
@@ -152,7 +156,9 @@ def test_training_after_answers_in_inference_mode() -> None:
 
 
 def test_an_ensemble_is_pickled_whole() -> None:
-    hne = treeify.hierarchicalize(chain(nn.BatchNorm2d(8)), ["1"], example_input=X).eval()
+    hne = treeify.hierarchicalize(
+        chain(nn.BatchNorm2d(8)), ["1"], init="fresh", example_input=X
+    ).eval()
     expected = hne(X)
     file = io.BytesIO()
     torch.save(hne, file)

@@ -28,7 +28,7 @@ class TreeifyError(Exception):
 
 
 class ModelError(TreeifyError):
-    """A model name or builder is unknown, or models that should be alike are not."""
+    """A model is unknown, has weights without shapes, or differs from one it should be like."""
 
 
 class TraceError(TreeifyError):

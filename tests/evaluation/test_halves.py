@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import treeify
 from treeify.anytime.deadline import Latencies, Latency
 from treeify.engine.plan import Situation
-from treeify.errors import InputError
+from treeify.errors import DataError, InputError
 from treeify.evaluation.halves import Halves, cheapest, most_accurate, nested_answers
 from treeify.models.architecture import Architecture
 
@@ -74,6 +74,14 @@ def test_a_budget_is_chosen_on_one_half_and_reported_on_the_other(
     assert [point.leaves for point in fixed] == [1, 3, 6]
     assert [point.reported.accuracy for point in fixed] == pytest.approx(right)
     assert [point.reported.macs for point in fixed] == halves.macs
+
+
+def test_a_label_of_no_class_is_refused(
+    hne: treeify.HierarchicalEnsemble, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    images, labels = batches[0]
+    with pytest.raises(DataError, match="0 to 9"):
+        Halves(hne, [(images, labels + 10)], 0)
 
 
 def _points(hne: treeify.HierarchicalEnsemble, batches: list[tuple[Tensor, Tensor]]) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from treeify.errors import DataError, InputError
-from treeify.evaluation.metrics import Score, Scores, measure
+from treeify.evaluation.metrics import Score, Scores, measure, require_labels
 from treeify.fusion.prepared_weights import Prepared
 from treeify.tree import Tree
 
@@ -189,3 +189,13 @@ def test_floats_are_converted_to_the_ensembles_dtype_and_integers_are_refused() 
     assert measure(hne, [(x.double(), target)]).result() == measure(hne, [(x, target)]).result()
     with pytest.raises(InputError, match=r"torch\.uint8"):
         measure(hne, [(x.to(torch.uint8), target)])
+
+
+@pytest.mark.parametrize("label", [-1, 4])
+def test_a_label_of_no_class_is_refused(label: int) -> None:
+    require_labels(torch.arange(4), 4)
+    with pytest.raises(DataError, match=f"0 to 3(.|\n)*Found {label}"):
+        require_labels(torch.tensor([0, label, 3]), 4)
+    hne = small.ensemble()
+    with pytest.raises(DataError, match="5 classes"):
+        measure(hne, [(small.images(), torch.tensor([0, 5]))])

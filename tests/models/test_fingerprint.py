@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from treeify.errors import ModelError
 from treeify.models.fingerprint import fingerprint
 
 
@@ -70,3 +71,11 @@ VARIANTS = {
 def test_fingerprints_tell_structures_apart() -> None:
     prints = {name: fingerprint(build()) for name, build in VARIANTS.items()}
     assert len(set(prints.values())) == len(prints)
+
+
+def test_a_model_without_shapes_is_refused() -> None:
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d())
+    with pytest.raises(ModelError, match=r"Found 0\.weight(.|\n)*1\.running_mean"):
+        fingerprint(model)
+    model(torch.zeros(1, 3, 8, 8))
+    assert len(fingerprint(model)) == 64

@@ -103,8 +103,9 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError unless a checkpoint may be written to `path`."""
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"{path} is a file.", expected="a directory, new or empty")
+    exists = next(each for each in (path, *path.absolute().parents) if each.exists())
+    if not exists.is_dir():
+        raise CheckpointError(f"{exists} is a file.", expected="a directory, new or empty")
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         raise CheckpointError(
             f"{path} is not empty.",

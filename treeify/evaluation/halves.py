@@ -11,7 +11,7 @@ from treeify.anytime.confidence import Budget, budget
 from treeify.anytime.deadline import Latencies
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import InputError
-from treeify.evaluation.metrics import Batch, placed
+from treeify.evaluation.metrics import Batch, placed, require_labels
 from treeify.losses import nested_logits
 
 # Budgets of a sweep, besides the nested sizes.
@@ -159,6 +159,7 @@ def nested_answers(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple
         if not len(images):  # none of them can be read
             continue
         nested = nested_logits(hne(placed(images, hne)).float(), hne.tree)
+        require_labels(target, nested.shape[-1])
         logits.append(nested.transpose(0, 1).cpu())
         labels.append(target)
     return torch.cat(logits, 1), torch.cat(labels)

@@ -168,6 +168,21 @@ class Scores:
         return tuple((100 * self.state_dict()["leaf_correct"] / self.images).tolist())
 
 
+def require_labels(target: Tensor, classes: int) -> None:
+    """Raise DataError unless classes [N], if they are integers, are numbered from 0 to below K."""
+    if target.is_floating_point() or not len(target):
+        return
+    # Before they go to a GPU, where a label out of range ends the process.
+    smallest, largest = (int(label) for label in target.aminmax())
+    if smallest < 0 or largest >= classes:
+        raise DataError(
+            "an image has a class that there is not.",
+            expected=f"numbers from 0 to {classes - 1}, of {classes} classes",
+            found=f"{largest if largest >= classes else smallest}",
+            next_step="Number the classes from 0, in the order of their names.",
+        )
+
+
 @torch.no_grad()
 def measure(
     hne: HierarchicalEnsemble,
@@ -184,6 +199,9 @@ def measure(
         stop: asked before every batch but the first; when it says so, the rest is left out.
         observe: called with every batch: images, leaf logits [N, L, K] and classes [N], on the
             ensemble's device.
+
+    Raises:
+        DataError: a class is out of range.
     """
     scores = Scores(hne.tree)
     with preserve_modes(hne):
@@ -193,7 +211,9 @@ def measure(
                 break
             if len(images):
                 x = placed(images, hne)
-                logits, classes = hne(x), target.to(x.device)
+                logits = hne(x)
+                require_labels(target, logits.shape[-1])
+                classes = target.to(x.device)
                 scores.add(logits, classes)
                 observe(x, logits, classes)
     return scores

@@ -9,6 +9,9 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from treeify.errors import ModelError
 
 # What a module carries that says nothing about what it computes: nn.Module's own bookkeeping (with
 # the train/eval flag), a memory setting of timm's, and timm's notes on where a model comes from.
@@ -28,13 +31,30 @@ def fingerprint(model: nn.Module) -> str:
     It covers every module's class, printed hyper-parameters and plain attributes, every parameter's
     and buffer's name, shape and dtype, and what is shared. It leaves out weights, train/eval mode,
     `requires_grad`, devices and hooks. Comparable under one version of torch, timm and torchvision.
+
+    Raises:
+        ModelError: weights have no shapes yet.
     """
+    require_shapes(model)
     # Saved ensembles hold fingerprints: the lines must stay as they are, to the letter.
     digest = hashlib.sha256()
     for line in chain(_module_lines(model), _tensor_lines(model)):
         # Addresses of functions differ from run to run.
         digest.update(re.sub(r" at 0x[0-9a-fA-F]+", "", line).encode() + b"\n")
     return digest.hexdigest()
+
+
+def require_shapes(model: nn.Module) -> None:
+    """Raise ModelError if weights get their shapes in the first pass only, as of `LazyLinear`."""
+    named_tensors = chain(model.named_parameters(), model.named_buffers())
+    lazy = [name for name, tensor in named_tensors if is_lazy(tensor)]
+    if lazy:
+        raise ModelError(
+            f"{type(model).__name__} has weights without shapes.",
+            expected="a model that has seen an input",
+            found=", ".join(lazy),
+            next_step="Run it once before: model(example_input).",
+        )
 
 
 def _module_lines(model: nn.Module) -> Iterator[str]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from treeify.errors import TraceError
+from treeify.models.fingerprint import require_shapes
 from treeify.tracing.side_effects import attributes
 
 
@@ -23,9 +24,11 @@ def require_copyable(model: nn.Module) -> None:
     """Refuse a model of which a copy would show no code, or run that of the model itself.
 
     Raises:
+        ModelError: its weights have no shapes yet.
         TraceError: it is scripted, needs more than images, or has functions, weak references or
             hooks that a copy would share with it or lose.
     """
+    require_shapes(model)
     module_ids = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         _require_copyable_module(path, module, module_ids)
@@ -144,6 +147,8 @@ def private_copy(model: nn.Module) -> nn.Module:
         raise TraceError(
             f"{type(model).__name__} cannot be copied: {error}",
             expected="a module that copy.deepcopy accepts, since the given model is never modified",
+            found=_uncopyable(model),
+            next_step="Leave it out while converting, or give the class a __deepcopy__.",
         ) from error
     for module in private.modules():
         for hooks in _hook_tables(module):
@@ -160,3 +165,15 @@ def meta_copy(model: nn.Module) -> nn.Module:
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
     return copy.deepcopy(model, memo)
+
+
+def _uncopyable(model: nn.Module) -> str | None:
+    """The first attribute that cannot be copied by itself, and whose it is."""
+    for path, module in model.named_modules():
+        for name, value in attributes(module).items():
+            try:
+                copy.deepcopy(value)
+            except Exception:  # noqa: PERF203 - whatever a __deepcopy__ raises
+                if not isinstance(value, Tensor):  # an activation, which the copy is without
+                    return f"{name!r} of {path or 'the model'}, a {type(value).__name__}"
+    return None

@@ -7,7 +7,7 @@ from treeify.conversion.api import hierarchicalize
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine.preserve import preserve_modes
-from treeify.errors import RecipeError
+from treeify.errors import DataError, RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training.distributed import Team, broadcast
 from treeify.training.recipe import Recipe
@@ -37,8 +37,16 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
     """Compare an ensemble's outputs with the data's classes.
 
     Raises:
+        DataError: there is one class only.
         RecipeError: there is not one logit for each class.
     """
+    if len(data.classes) < 2:
+        raise DataError(
+            "there is nothing to learn from one class.",
+            expected="images of at least two classes",
+            found=", ".join(data.classes) or "none",
+            next_step="Add a class of images of anything else.",
+        )
     image = data.example()
     first = next(hne.parameters())
     with preserve_modes(hne):

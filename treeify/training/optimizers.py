@@ -1,5 +1,6 @@
 """timm's optimizers and learning-rate schedules."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -34,11 +35,13 @@ def scheduler(
 ) -> Any:
     """Build a scheduler, to be updated in every step; rates depend on the step's number alone."""
     create: Callable[..., Any] = create_scheduler_v2
+    # With this option timm does not count the warm-up's epochs, which are part of the run.
+    prefix = schedule.warmup_epochs if schedule.options.get("warmup_prefix") else 0
     with _checked(f"schedule {schedule.name!r}", "scheduler.create_scheduler_v2"):
         scheduler, _ = create(
             optimizer,
             schedule.name,
-            num_epochs=schedule.epochs,
+            num_epochs=schedule.epochs - prefix,
             warmup_epochs=schedule.warmup_epochs,
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
@@ -47,6 +50,21 @@ def scheduler(
             **schedule.options,
         )
     return scheduler
+
+
+def cliff(schedule: ScheduleRecipe, lr: float, steps_per_epoch: int) -> str | None:
+    """Says so where the learning rate falls by more than a tenth as soon as it is warmed up."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=lr)
+    warm_up = math.ceil(schedule.warmup_epochs * steps_per_epoch)
+    scheduler(schedule, optimizer, steps_per_epoch).step_update(warm_up)
+    rate = optimizer.param_groups[0]["lr"]
+    if not warm_up or rate > 0.9 * lr:
+        return None
+    return (
+        f"The learning rate is warmed up to {lr:g}, and falls to {rate:.3g} at once: timm's"
+        f" {schedule.name} schedule counts the epochs of the warm-up too. To begin it after them,"
+        " set schedule.options.warmup_prefix=true."
+    )
 
 
 @contextmanager

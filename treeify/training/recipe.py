@@ -174,7 +174,9 @@ class ScheduleRecipe(Section):
         name: cosine, tanh, step, multistep, poly, wsd, rsqrt or constant; not plateau, of which
             timm does not keep what it needs to be resumed.
         epochs: of the whole run.
-        warmup_epochs: from `warmup_lr` to the full rate in a straight line.
+        warmup_epochs: from `warmup_lr` to the full rate in a straight line. The schedule goes on as
+            if it had begun with it; with `options: {warmup_prefix: true}` it begins after it, and
+            takes the epochs that are left.
         warmup_lr: at the first step of a warm-up.
         min_lr: at the end.
         options: further arguments of `timm.scheduler.create_scheduler_v2`, e.g. `{decay_rate: 0.1,
@@ -207,6 +209,21 @@ class EmaRecipe(Section):
 
     decay: float = Field(default=0.9999, gt=0, lt=1)
     warmup: bool = False
+
+    def outlasts(self, steps: int) -> str | None:
+        """Says so where more than a tenth of the average is still the initial weights in the end.
+
+        Args:
+            steps: of the whole run.
+        """
+        remaining = self.decay**steps
+        if self.warmup or remaining < 0.1:
+            return None
+        return (
+            f"ema.decay={self.decay:g} averages over more steps than the run's {steps:,}:"
+            f" {100 * remaining:.1f} % of the average, which is what is measured, are the initial"
+            f" weights in the end. Set ema.warmup=true, or ema.decay={0.01 ** (1 / steps):.3g}."
+        )
 
 
 class MixRecipe(Section):

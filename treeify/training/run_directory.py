@@ -314,8 +314,18 @@ def is_run(path: Path) -> bool:
 
 
 def create(path: Path) -> RunDirectory:
-    """Create a run's directory, or remove an earlier run's files from it; other files stay."""
-    path.mkdir(parents=True, exist_ok=True)
+    """Create a run's directory, or remove an earlier run's files from it; other files stay.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"run directory {str(path)!r} cannot be made: {error}",
+            next_step="Give another --out, or run elsewhere.",
+        ) from error
     if is_run(path):
         for name in RUN_FILES:
             files.remove(path / name)

@@ -21,7 +21,7 @@ from treeify.data import Data
 from treeify.engine import timing
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import CheckpointError, TreeifyError
-from treeify.evaluation.metrics import Scores, measure
+from treeify.evaluation.metrics import Scores, measure, require_labels
 from treeify.seeds import seed_of
 from treeify.training import distributed, loaders, optimizers, run_directory
 from treeify.training.distributed import Team, resolve_device
@@ -67,7 +67,8 @@ def train(
         RecipeError: the data and the model have different numbers of classes, the device is not
             there, or the run to resume has another recipe.
         CheckpointError: the run directory is not empty, or a state cannot be written.
-        DataError: the data set cannot be read, or too many images cannot.
+        DataError: the data set cannot be read, too many images cannot, there is one class only, or
+            a label is of none.
         DivergedError: the loss became infinite or not a number.
         LostProcessError: a loader's worker or another process died.
     """
@@ -180,6 +181,9 @@ class Trainer:
         distributed.open_trackers(self.accelerator, self.recipe)
         epoch = self.directory.metrics()[-1] if self.state.epochs else None
         self.reporter.started(self._size())
+        if not self.state.step:
+            for doubt in self._doubts():
+                self.reporter.warned(doubt)
         interrupted = False
         with Interrupt() as interrupt:
             while self.state.epochs < self.recipe.schedule.epochs and not interrupted:
@@ -195,6 +199,14 @@ class Trainer:
             tracker.finish()  # `end_training` would also end the processes' connection
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return Result(self._size(), epoch, interrupted)
+
+    def _doubts(self) -> Iterator[str]:
+        """What a new run's recipe may not mean."""
+        schedule, steps = self.recipe.schedule, self.order.steps
+        if text := optimizers.cliff(schedule, self.recipe.optimizer.lr, steps):
+            yield text
+        if self.recipe.ema and (text := self.recipe.ema.outlasts(schedule.epochs * steps)):
+            yield text
 
     def _size(self) -> RunSize:
         return RunSize(
@@ -291,6 +303,7 @@ class Trainer:
         seed = seed_of("step", self.recipe.seed, self.state.step, part, self.team.index)
         loaders.seed_everything(seed)
         dtype = next(self.hne.parameters()).dtype
+        require_labels(batch.target, len(self.data.classes))
         images = batch.images.to(self.team.device, dtype, non_blocking=True)
         target = batch.target.to(self.team.device, non_blocking=True)
         labels = target

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
-from treeify.engine.preserve import preserve_modes
+from treeify.engine.preserve import preserve_buffers, preserve_modes
 from treeify.errors import RecipeError
 from treeify.models.architecture import Architecture
+from treeify.training import fine_tuning
 from treeify.training.distributed import Team, broadcast
 from treeify.training.recipe import Recipe
 
@@ -22,7 +23,7 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             base = architecture.build(pretrained=True)
-    return hierarchicalize(
+    hne = hierarchicalize(
         base,
         splits=model.splits,
         fanout=model.fanout,
@@ -30,6 +31,8 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         seed=recipe.seed,
         example_input=data.example()[None],
     )
+    fine_tuning.initialise(hne, model, recipe.seed)
+    return hne
 
 
 @torch.no_grad()
@@ -58,6 +61,24 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
             found=f"one with {outputs}",
             next_step=f"Set model.kwargs.num_classes={len(data.classes)}, or its name for it.",
         )
+
+
+@torch.no_grad()
+def fewest_images(hne: HierarchicalEnsemble, data: Data) -> int:
+    """How many images an ensemble needs to be trained on: 1, or 2 where it fails with one.
+
+    Batch norms do whose features are of one pixel: one value has no variance.
+    """
+    image, first = data.example(), next(hne.parameters())
+    x = image[None].to(first.device, first.dtype)
+    with preserve_modes(hne), preserve_buffers(hne), torch.random.fork_rng(devices=[]):
+        hne.train()
+        try:
+            hne(x)
+        except (RuntimeError, ValueError):
+            hne(torch.cat([x, x]))
+            return 2
+    return 1
 
 
 def choose_execution(

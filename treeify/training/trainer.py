@@ -20,14 +20,14 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine import timing
 from treeify.engine.preserve import preserve_modes
-from treeify.errors import CheckpointError, TreeifyError
+from treeify.errors import CheckpointError, RecipeError, TreeifyError
 from treeify.evaluation.metrics import Scores, measure
 from treeify.seeds import seed_of
 from treeify.training import distributed, loaders, optimizers, run_directory
 from treeify.training.distributed import Team, resolve_device
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step, flat
 from treeify.training.interrupt import Interrupt
-from treeify.training.model import build, check_classes, choose_execution
+from treeify.training.model import build, check_classes, choose_execution, fewest_images
 from treeify.training.objective import Objective, mixed, mixing
 from treeify.training.recipe import Recipe
 from treeify.training.run_directory import RunDirectory, SavedState
@@ -131,6 +131,8 @@ class Trainer:
             parts=recipe.gradient_accumulation,
             **divided,
         )
+        if self.order.smallest == 1:
+            self._spare_single_images()
         self.train_batches = loaders.training_loader(data, self.order, recipe.workers)
         self.held_out_batches = loaders.held_out_loader(
             data.held_out,
@@ -142,7 +144,7 @@ class Trainer:
         self.objective = Objective(recipe, hne, team.device)
         self.mix = None if recipe.mix is None else mixing(recipe.mix, len(data.classes))
         # Before the average copies the weights: it is to have their memory format.
-        images = max(1, recipe.batch_size // (team.size * self.order.parts))
+        images = max(self.order.fewest, recipe.batch_size // (team.size * self.order.parts))
         choose_execution(hne, recipe, data, images, team)
         self.ema = None
         if recipe.ema is not None:
@@ -158,6 +160,23 @@ class Trainer:
         )
         self.is_synced = recipe.sync_batch_norm and is_distributed()
         self.saved_at = time.monotonic()
+
+    def _spare_single_images(self) -> None:
+        """Divide images so that no batch has one alone, if the ensemble cannot be trained on it."""
+        self.order.fewest = fewest_images(self.hne, self.data)
+        if self.order.smallest < self.order.fewest:
+            raise RecipeError(
+                "the model cannot be trained on one image at a time: batch norms of features of one"
+                " pixel would have a single value.",
+                expected="at least 2 images in every step",
+                found=f"batch_size={self.recipe.batch_size}, {self.order.images} training images",
+                next_step="Set a larger batch_size, or larger images.",
+            )
+        if self.order.fewest > 1:
+            self.reporter.warned(
+                "The model cannot be trained on one image at a time. One that is left over joins"
+                " the step before, and parts of gradient_accumulation have 2 images or more."
+            )
 
     def load(self, saved: SavedState) -> None:
         """Go on from a saved state, whose ensemble this one is; it has to be of the same data."""
@@ -217,7 +236,7 @@ class Trainer:
         # After the last step of an epoch, a loader would start its workers for nothing.
         batches = loaders.TimedBatches(self.train_batches if order.start < order.steps else ())
         for index in range(order.start, order.steps):
-            lr = float(state.optimizer.param_groups[0]["lr"])
+            lr = optimizers.learning_rate(state.optimizer)
             loss, is_interrupted, is_save_due = self._step(batches, index, interrupt)
             self.reporter.stepped(
                 Step(state.epochs + 1, index + 1, loss, state.scores.accuracy, lr)
@@ -257,7 +276,7 @@ class Trainer:
         """
         state = self.state
         loss, has_skipped = torch.zeros((), device=self.team.device), False
-        for part in range(self.order.parts):
+        for part in range(self.order.parts_of(index)):
             batch = next(batches)
             has_skipped = has_skipped or not state.skipped.issuperset(batch.skipped)
             state.skipped.update(batch.skipped)
@@ -297,9 +316,7 @@ class Trainer:
         if self.mix is not None:
             images, labels = mixed(self.mix, images, target)
         weight = self.order.weight(index, part)
-        if not weight and self.team.size == 1:
-            return torch.zeros((), device=self.team.device)
-        is_last = part == self.order.parts - 1
+        is_last = part == self.order.parts_of(index) - 1
         with nullcontext() if is_last else self.accelerator.no_sync(self.model):
             with self._batch_norms(weight):
                 logits = self.model(images)
@@ -331,7 +348,7 @@ class Trainer:
 
     def _diverged(self, loss: float) -> DivergedError:
         epoch, index = divmod(self.state.step, self.order.steps)
-        lr = self.state.optimizer.param_groups[0]["lr"]
+        lr = optimizers.learning_rate(self.state.optimizer)
         return DivergedError(
             f"the loss is {loss} in epoch {epoch + 1}, step {index + 1}.",
             expected="a finite number",

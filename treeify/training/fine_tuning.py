@@ -1,0 +1,156 @@
+"""Fine-tuning: which parts of an ensemble stay as they are, and a classifier that begins anew."""
+
+import re
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.initialize import built
+from treeify.engine.packed_tensors import get_tensor, named_tensors
+from treeify.errors import RecipeError, nearest
+from treeify.models.architecture import Architecture
+from treeify.models.image_size import timm_config
+from treeify.training.recipe import ModelRecipe
+
+_LEVEL = re.compile(r"level (\d+)")
+
+
+def level_of(hne: HierarchicalEnsemble, key: str) -> int:
+    """The level of a parameter or buffer."""
+    return hne.tree.branches.index(hne.branches_of(key))
+
+
+def level_names(hne: HierarchicalEnsemble) -> list[str]:
+    """Every level and where it begins, for messages."""
+    splits = hne.conversion.splits.names
+    return ["level 0", *(f"level {i} (from {name})" for i, name in enumerate(splits, start=1))]
+
+
+def initialise(hne: HierarchicalEnsemble, model: ModelRecipe, seed: int) -> None:
+    """Give a new ensemble what fine-tuning begins with: a fresh head, frozen parts as the model's.
+
+    Leaf 0 has the model's own weights under every `init`.
+
+    Raises:
+        RecipeError: the head is not to be found, or frozen; or see `freeze`.
+    """
+    frozen = freeze(hne, model)
+    if model.init != "copy":
+        for key in frozen:
+            tensor = get_tensor(hne, key).detach()
+            value = hne.part(key, 0, tensor).clone()
+            for leaf in range(hne.leaves):
+                hne.part(key, leaf, tensor).copy_(value)
+    if model.head == "fresh":
+        paths = head_of(hne)
+        keys = [key for key, _ in named_tensors(hne) if _is_below(key, paths)]
+        if both := frozen & set(keys):
+            raise RecipeError(
+                f"model.freeze keeps {min(both)!r}, which model.head=fresh draws anew.",
+                next_step="Leave the classifier out of model.freeze, or head: fresh out.",
+            )
+        _draw(hne, keys, Architecture(model.name, model.kwargs), seed)
+
+
+def freeze(hne: HierarchicalEnsemble, model: ModelRecipe) -> set[str]:
+    """Exclude what a recipe freezes from training; the weights stay as they are.
+
+    Returns:
+        The keys of all parameters and buffers that are frozen.
+
+    Raises:
+        RecipeError: there is no such level or module, or nothing is left to train.
+    """
+    frozen = {key for pattern in model.freeze for key in _matching(hne, pattern)}
+    for key in frozen:
+        if isinstance(tensor := get_tensor(hne, key), nn.Parameter):
+            tensor.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in hne.parameters()):
+        raise RecipeError(
+            "model.freeze leaves nothing to train.",
+            expected="at least one parameter that is not frozen",
+            found=f"freeze: {model.freeze}",
+        )
+    if model.freeze_norms:
+        hne.keep_evaluating(
+            path for path, _, name in (key.rpartition(".") for key in frozen) if name == "running_mean"
+        )
+    return frozen
+
+
+def _matching(hne: HierarchicalEnsemble, pattern: str) -> set[str]:
+    """The keys of the parameters and buffers of a level, or of the modules of some name."""
+    keys = [key for key, _ in named_tensors(hne)]
+    if level := _LEVEL.fullmatch(pattern.strip()):
+        matching = {key for key in keys if level_of(hne, key) == int(level[1])}
+    else:
+        matching = {key for key in keys if any(fnmatchcase(p, pattern) for p in _prefixes(key))}
+    if not matching:
+        names = dict.fromkeys(prefix for key in keys for prefix in _prefixes(key))
+        close = nearest(pattern, names)
+        raise RecipeError(
+            f"model.freeze: {pattern!r} names nothing that has weights.",
+            expected=f"{', '.join(level_names(hne))}, or a module or parameter of the model"
+            + (f" (did you mean {close}?)" if close else ""),
+        )
+    return matching
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """A key and the modules around it: `a`, `a.b`, `a.b.weight`."""
+    parts = key.split(".")
+    return (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+
+
+def _is_below(key: str, paths: Iterable[str]) -> bool:
+    return any(prefix in paths for prefix in _prefixes(key))
+
+
+def head_of(hne: HierarchicalEnsemble) -> list[str]:
+    """Paths of the classifier's modules: those timm names, else the last that has weights.
+
+    Raises:
+        RecipeError: the last weights are the model's own, not a module's.
+    """
+    skeleton = hne.skeleton
+    modules = dict(skeleton.named_modules())
+    names = timm_config(skeleton).get("classifier") or ()
+    paths = [names] if isinstance(names, str) else list(names)
+    paths = [path for path in paths if path in modules and _has_weights(modules[path])]
+    if paths:
+        return paths
+    for node in reversed(hne.traced.graphs[False].nodes):
+        target = str(node.target)
+        if node.op == "call_module" and _has_weights(modules[target]):
+            return [target]
+        if node.op == "get_attr" and "." in target and target in dict(skeleton.named_parameters()):
+            return [target.rpartition(".")[0]]
+    raise RecipeError(
+        f"model.head=fresh: {type(skeleton).__name__} has no module that is its classifier.",
+        expected="a last module with parameters",
+        next_step="Leave head out, or set model.init=fresh.",
+    )
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+@torch.no_grad()
+def _draw(
+    hne: HierarchicalEnsemble, keys: Iterable[str], architecture: Architecture, seed: int
+) -> None:
+    """Fill tensors as `init: fresh` does: branch `i` from network `i`, built anew."""
+    by_branches: dict[int, list[str]] = {}
+    for key in keys:
+        by_branches.setdefault(hne.branches_of(key), []).append(key)
+    for network in range(max(by_branches, default=0)):
+        state = built(architecture, seed, network)
+        for branches, names in by_branches.items():
+            if network < branches:
+                leaf = network * (hne.leaves // branches)
+                for key in names:
+                    hne.part(key, leaf, get_tensor(hne, key)).copy_(state[key])

@@ -76,7 +76,9 @@ def freeze(hne: HierarchicalEnsemble, model: ModelRecipe) -> set[str]:
         )
     if model.freeze_norms:
         hne.keep_evaluating(
-            path for path, _, name in (key.rpartition(".") for key in frozen) if name == "running_mean"
+            path
+            for path, _, name in (key.rpartition(".") for key in frozen)
+            if name == "running_mean"
         )
     return frozen
 

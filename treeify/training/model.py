@@ -1,5 +1,7 @@
 """The ensemble of a run: built from its recipe, checked against the data, set up for training."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,7 @@ from treeify.errors import RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training import fine_tuning
 from treeify.training.distributed import Team, broadcast
+from treeify.training.loaders import Order
 from treeify.training.recipe import Recipe
 
 
@@ -79,6 +82,30 @@ def fewest_images(hne: HierarchicalEnsemble, data: Data) -> int:
             hne(torch.cat([x, x]))
             return 2
     return 1
+
+
+def keep_together(
+    order: Order, hne: HierarchicalEnsemble, data: Data, warn: Callable[[str], None]
+) -> None:
+    """Divide images so that no batch has a single one, if an ensemble cannot be trained on it.
+
+    Raises:
+        RecipeError: a step has no more than one.
+    """
+    order.fewest = fewest_images(hne, data)
+    if order.smallest < order.fewest:
+        raise RecipeError(
+            "the model cannot be trained on one image at a time, which has no variance where"
+            " batch norms see one pixel of it.",
+            expected="at least 2 images in every step",
+            found=f"batch_size={order.batch_size}, {order.images} training images",
+            next_step="Set a larger batch_size, or train on larger images.",
+        )
+    if order.fewest > 1:
+        warn(
+            "The model cannot be trained on one image at a time. One that is left over joins the"
+            " step before, and parts of a step have 2 images or more."
+        )
 
 
 def choose_execution(

@@ -51,7 +51,7 @@ def _scale_levels(
 ) -> None:
     """Divide an optimizer's groups by level, each with its factor of the learning rate.
 
-    The factor is timm's `lr_scale`, which its schedules apply.
+    The factor is timm's `lr_scale`, which its schedules apply. RecipeError if levels have none.
     """
     if len(rates) != hne.tree.levels:
         raise RecipeError(
@@ -121,6 +121,15 @@ def _schedule(
             **schedule.options,
         )
     return scheduler
+
+
+def extension(schedule: ScheduleRecipe, optimizer: Any) -> str:
+    """What became of the rates of a run that was made longer, for its user."""
+    return (
+        f"The run has {schedule.epochs} epochs now instead of {schedule.extended[-1]}. After those,"
+        f" learning rates are of a {schedule.name} schedule of {schedule.epochs} epochs; the next"
+        f" is {learning_rate(optimizer):.3g}. --resume alone goes on with it from now on."
+    )
 
 
 @contextmanager

@@ -343,3 +343,15 @@ class Recipe(Section):
     channels_last: bool = False
     threads: PositiveInt | None = None
     out: str | None = None
+
+
+def longer(recipe: Recipe, epochs: int) -> Recipe:
+    """A recipe of more epochs; the schedule of those it had stays what it was."""
+    if not epochs:
+        return recipe
+    schedule = recipe.schedule
+    changes = {
+        "epochs": schedule.epochs + epochs,
+        "extended": [*schedule.extended, schedule.epochs],
+    }
+    return recipe.model_copy(update={"schedule": schedule.model_copy(update=changes)})

@@ -23,13 +23,13 @@ from treeify.engine.preserve import preserve_modes
 from treeify.errors import CheckpointError, RecipeError, TreeifyError
 from treeify.evaluation.metrics import Scores, measure
 from treeify.seeds import seed_of
-from treeify.training import distributed, loaders, optimizers, run_directory
+from treeify.training import distributed, fine_tuning, loaders, optimizers, run_directory
 from treeify.training.distributed import Team, resolve_device
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step, flat
 from treeify.training.interrupt import Interrupt
-from treeify.training.model import build, check_classes, choose_execution, fewest_images
+from treeify.training.model import build, check_classes, choose_execution, keep_together
 from treeify.training.objective import Objective, mixed, mixing
-from treeify.training.recipe import Recipe
+from treeify.training.recipe import Recipe, longer
 from treeify.training.run_directory import RunDirectory, SavedState
 from treeify.training.run_state import RunState
 from treeify.training.sync_batch_norm import SyncedBatchNorms, is_distributed
@@ -45,6 +45,7 @@ def train(
     out: Path | str | None = None,
     overwrite: bool = False,
     resume: Path | str | None = None,
+    more_epochs: int = 0,
     reporter: Reporter | None = None,
 ) -> Result:
     """Train an ensemble from a recipe.
@@ -58,6 +59,8 @@ def train(
         overwrite: replace a run that is already in that directory.
         resume: go on with the run in this directory, from the last state it saved. On the CPU the
             weights become the same bits as if the run had not been stopped.
+        more_epochs: make the resumed run, which may be finished, so much longer. Its recipe file
+            records it under `schedule.extended`, which also says what rates it has then.
         reporter: hears about every step and epoch.
 
     Returns:
@@ -65,12 +68,15 @@ def train(
 
     Raises:
         RecipeError: the data and the model have different numbers of classes, the device is not
-            there, or the run to resume has another recipe.
-        CheckpointError: the run directory is not empty, or a state cannot be written.
+            there, what is frozen is not either, or there is no run to make longer.
+        CheckpointError: the run directory is not empty, the run to resume has another recipe, or a
+            state cannot be written.
         DataError: the data set cannot be read, or too many images cannot.
         DivergedError: the loss became infinite or not a number.
         LostProcessError: a loader's worker or another process died.
     """
+    if more_epochs and resume is None:
+        raise RecipeError("there is no run to make longer.", next_step="Name it: --resume RUN.")
     device = resolve_device(recipe.device)
     processes = distributed.join(device)
     is_main = processes.is_main_process
@@ -78,6 +84,7 @@ def train(
     if resume is not None:
         directory = RunDirectory(Path(resume))
         run_directory.check_same(directory, recipe)
+        recipe = longer(recipe, more_epochs)
     else:
         path = run_directory.free_path(recipe, out, overwrite=overwrite) if is_main else Path()
         directory = RunDirectory(distributed.broadcast(path))
@@ -92,15 +99,23 @@ def train(
             newest = directory.newest(reporter.warned) if is_main else None
             newest = distributed.broadcast(newest)
             saved = None if newest is None else run_directory.load_state(newest)
-        hne = build(recipe, data) if saved is None else saved.hne
+        if saved is None:
+            hne = build(recipe, data)
+        else:
+            hne = saved.hne
+            fine_tuning.freeze(hne, recipe.model)
         check_classes(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)
         if saved is not None:
             trainer.load(saved)
         # Only now, when nothing of the recipe can be wrong any more, is an earlier run replaced.
-        if resume is None and is_main:
+        if is_main and resume is None:
             run_directory.create(directory.path).describe(recipe, device)
             stack.enter_context(run_directory.locked(directory))
+        elif is_main and more_epochs:
+            directory.write_recipe(recipe)
+            stack.enter_context(run_directory.locked(directory))  # it is another file now
+            reporter.warned(optimizers.extension(recipe.schedule, trainer.state.optimizer))
         with distributed.explained(directory.describe_last):
             return trainer.fit()
 
@@ -132,7 +147,7 @@ class Trainer:
             **divided,
         )
         if self.order.smallest == 1:
-            self._spare_single_images()
+            keep_together(self.order, hne, data, reporter.warned)
         self.train_batches = loaders.training_loader(data, self.order, recipe.workers)
         self.held_out_batches = loaders.held_out_loader(
             data.held_out,
@@ -161,23 +176,6 @@ class Trainer:
         self.is_synced = recipe.sync_batch_norm and is_distributed()
         self.saved_at = time.monotonic()
 
-    def _spare_single_images(self) -> None:
-        """Divide images so that no batch has one alone, if the ensemble cannot be trained on it."""
-        self.order.fewest = fewest_images(self.hne, self.data)
-        if self.order.smallest < self.order.fewest:
-            raise RecipeError(
-                "the model cannot be trained on one image at a time: batch norms of features of one"
-                " pixel would have a single value.",
-                expected="at least 2 images in every step",
-                found=f"batch_size={self.recipe.batch_size}, {self.order.images} training images",
-                next_step="Set a larger batch_size, or larger images.",
-            )
-        if self.order.fewest > 1:
-            self.reporter.warned(
-                "The model cannot be trained on one image at a time. One that is left over joins"
-                " the step before, and parts of gradient_accumulation have 2 images or more."
-            )
-
     def load(self, saved: SavedState) -> None:
         """Go on from a saved state, whose ensemble this one is; it has to be of the same data."""
         if (expected := saved.state["images"]) != self.order.images:
@@ -186,7 +184,13 @@ class Trainer:
                 expected=f"{expected:,} training images",
                 found=f"{self.order.images:,}",
             )
-        self.state.load_state_dict(saved.state)
+        try:
+            self.state.load_state_dict(saved.state)
+        except ValueError as error:  # torch's, for other groups of parameters
+            raise CheckpointError(
+                f"{self.directory.path} holds the state of another optimizer: {error}",
+                next_step="Go on with the treeify version that began it, or begin another run.",
+            ) from error
         # The saved scores are those of all processes, and must be counted once.
         if self.team.index:
             self.state.scores = Scores(self.hne.tree)

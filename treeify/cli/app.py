@@ -144,6 +144,8 @@ def options(
 
         treeify train recipes/digits_hne.yaml
 
+        treeify train --data photos --model resnet18
+
         treeify eval runs/digits_hne
 
     And to answers by a deadline:

@@ -25,6 +25,7 @@ from treeify.errors import RecipeError
 from treeify.training.distributed import leave
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step
 from treeify.training.folder_recipe import folder_recipe
+from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.run_directory import is_run, recipe_in
 from treeify.training.trainer import train as run_training
@@ -102,18 +103,8 @@ def train(
     """
     console = Console()
     file, overrides = _parse(arguments or [])
-    if resume is not None and (out is not None or overwrite):
-        raise _usage("--resume goes on in RUN: leave --out and --overwrite out")
-    if data is None and (model is not None or pretrained or epochs is not None):
-        raise _usage("--model, --pretrained and --epochs need --data FOLDER")
-    if data is None:
-        settings = load_recipe(_recipe_file(file, resume), overrides)
-    elif model is None or file is not None or resume is not None:
-        raise _usage("--data needs --model NAME, and neither a recipe nor --resume")
-    else:
-        settings = folder_recipe(
-            data, model, pretrained=pretrained, epochs=epochs, overrides=overrides
-        )
+    _check_target(resume, out, overwrite)
+    settings = _settings(file, overrides, resume, data, model, pretrained, epochs)
     with _Display(console) as display:
         result = run_training(
             settings,
@@ -130,11 +121,36 @@ def train(
         sys.exit(INTERRUPTED)
 
 
-def _usage(problem: str) -> RecipeError:
-    return RecipeError(
-        f"{problem}.",
-        expected="RECIPE, --data FOLDER --model NAME, or --resume RUN; overrides KEY=VALUE after it",
-    )
+def _settings(
+    file: Path | None,
+    overrides: list[str],
+    resume: Path | None,
+    data: Path | None,
+    model: str | None,
+    pretrained: bool,
+    epochs: int | None,
+) -> Recipe:
+    """The recipe of a file, of the run to go on with, or for a folder of images."""
+    if data is None:
+        if model is not None or pretrained or epochs is not None:
+            raise RecipeError(
+                "--model, --pretrained and --epochs say how to train on a folder of images.",
+                expected="--data FOLDER with them",
+                next_step="In a recipe they are model.name, model.pretrained, schedule.epochs.",
+            )
+        return load_recipe(_recipe_file(file, resume), overrides)
+    if model is None or file is not None or resume is not None:
+        raise RecipeError(
+            "--data says what to train on where there is no recipe.",
+            expected="--model NAME with it, and neither a recipe nor --resume",
+            next_step="In a recipe, the folder is data.root.",
+        )
+    return folder_recipe(data, model, pretrained=pretrained, epochs=epochs, overrides=overrides)
+
+
+def _check_target(resume: Path | None, out: Path | None, overwrite: bool) -> None:
+    if resume is not None and (out is not None or overwrite):
+        raise RecipeError("--resume goes on in RUN: leave --out and --overwrite out.")
 
 
 def _parse(arguments: list[str]) -> tuple[Path | None, list[str]]:

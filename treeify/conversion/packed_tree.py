@@ -120,7 +120,7 @@ class PackedTree(nn.Module):
 
         Returns:
             `[N, leaves, K]`. Where the base model returns several tensors, its own structure, each
-            tensor with the leaf dim at 1.
+            tensor with the leaf dim at 1. To train on, give them to a loss of `treeify.losses`.
 
         Raises:
             LeafError: there are not that many leaves.

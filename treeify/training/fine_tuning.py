@@ -1,11 +1,12 @@
 """Fine-tuning: which parts of an ensemble stay as they are, and a classifier that begins anew."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn import functional as F
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import built
@@ -75,12 +76,25 @@ def freeze(hne: HierarchicalEnsemble, model: ModelRecipe) -> set[str]:
             found=f"freeze: {model.freeze}",
         )
     if model.freeze_norms:
-        hne.keep_evaluating(
-            path
-            for path, _, name in (key.rpartition(".") for key in frozen)
-            if name == "running_mean"
-        )
+        _check_norms(hne, frozen)
+        parts = (key.rpartition(".") for key in frozen)
+        hne.keep_evaluating(path for path, _, name in parts if name == "running_mean")
     return frozen
+
+
+def _check_norms(hne: HierarchicalEnsemble, frozen: Set[str]) -> None:
+    """Raise RecipeError if a frozen batch norm cannot be put in evaluation mode by itself."""
+    for node in hne.traced.graphs[True].nodes:
+        if node.target is not F.batch_norm or not node.kwargs.get("training"):
+            continue
+        mean = node.args[1]
+        if isinstance(mean, fx.Node) and (key := str(mean.target)) in frozen:
+            raise RecipeError(
+                f"model.freeze_norms: {key!r} is updated by F.batch_norm in the model's own code,"
+                " which has one mode for all of the model.",
+                expected="batch norms that are modules of torch or timm, e.g. nn.BatchNorm2d",
+                next_step="Use these, or leave freeze_norms out.",
+            )
 
 
 def _matching(hne: HierarchicalEnsemble, pattern: str) -> set[str]:

@@ -49,10 +49,7 @@ def optimizer(rule: OptimizerRecipe, hne: HierarchicalEnsemble) -> torch.optim.O
 def _scale_levels(
     optimizer: torch.optim.Optimizer, hne: HierarchicalEnsemble, rates: Sequence[float]
 ) -> None:
-    """Divide an optimizer's groups by level, each with its factor of the learning rate.
-
-    The factor is timm's `lr_scale`, which its schedules apply. RecipeError if levels have none.
-    """
+    """Divide an optimizer's groups by level; their factors are timm's `lr_scale`."""
     if len(rates) != hne.tree.levels:
         raise RecipeError(
             "optimizer.level_rates does not fit the tree.",

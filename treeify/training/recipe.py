@@ -147,7 +147,8 @@ class OptimizerRecipe(Section):
             `sgd` the same with Nesterov's.
         lr: learning rate.
         momentum: of optimizers that have one.
-        weight_decay: of all parameters, or see `filter_bias_and_bn`.
+        weight_decay: of all parameters but those that the model exempts; or see
+            `filter_bias_and_bn`.
         filter_bias_and_bn: no weight decay for biases and norms, as timm does by default.
         layer_decay: factor of the learning rate from layer to layer, towards the input; of models
             that group their layers, as timm's do.

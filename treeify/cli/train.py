@@ -218,6 +218,10 @@ class _Display(Reporter):
             f"{run.hne.leaves} leaves on {where}{run.device}, {images:,} training images; "
             f"{run.data.split}. Writing {run.directory}",
         )
+        parameters = list(run.hne.parameters())
+        if frozen := sum(p.numel() for p in parameters if not p.requires_grad):
+            total = sum(parameter.numel() for parameter in parameters)
+            say(self.console, f"{frozen:,} of {total:,} parameters are frozen.")
         if run.done:
             total = run.epochs * run.steps
             say(self.console, f"Going on after step {run.done:,} of {total:,}.")

@@ -1,7 +1,7 @@
 """Fine-tuning: which parts of an ensemble stay as they are, and a classifier that begins anew."""
 
 import re
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from fnmatch import fnmatchcase
 
 import torch
@@ -30,21 +30,29 @@ def level_names(hne: HierarchicalEnsemble) -> list[str]:
     return ["level 0", *(f"level {i} (from {name})" for i, name in enumerate(splits, start=1))]
 
 
-def initialise(hne: HierarchicalEnsemble, model: ModelRecipe, seed: int) -> None:
+@torch.no_grad()
+def initialise(
+    hne: HierarchicalEnsemble,
+    model: ModelRecipe,
+    seed: int,
+    copied: Callable[[], HierarchicalEnsemble],
+) -> None:
     """Give a new ensemble what fine-tuning begins with: a fresh head, frozen parts as the model's.
 
-    Leaf 0 has the model's own weights under every `init`.
+    Args:
+        hne: the ensemble as `model.init` fills it.
+        model: what is frozen, and whether the head is fresh.
+        seed: of the head.
+        copied: makes the same ensemble with `init: copy`.
 
     Raises:
         RecipeError: the head is not to be found, or frozen; or see `freeze`.
     """
     frozen = freeze(hne, model)
-    if model.init != "copy":
+    if frozen and model.init != "copy":
+        original = copied()
         for key in frozen:
-            tensor = get_tensor(hne, key).detach()
-            value = hne.part(key, 0, tensor).clone()
-            for leaf in range(hne.leaves):
-                hne.part(key, leaf, tensor).copy_(value)
+            get_tensor(hne, key).copy_(get_tensor(original, key))
     if model.head == "fresh":
         paths = head_of(hne)
         keys = [key for key, _ in named_tensors(hne) if _is_below(key, paths)]
@@ -155,7 +163,6 @@ def _has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
-@torch.no_grad()
 def _draw(
     hne: HierarchicalEnsemble, keys: Iterable[str], architecture: Architecture, seed: int
 ) -> None:

@@ -81,17 +81,18 @@ def _check_parts(folder: Path) -> None:
     """Raise DataError unless a folder has one of images to train on and one of those held out."""
     if all((folder / part).is_dir() for part in ("train", "val")):
         return
-    inside = sorted(path.name for path in folder.glob("[!.]*/")) if folder.is_dir() else []
-    names = ", ".join(map(repr, inside[:5])) + (", ..." if len(inside) > 5 else "")
+    names = sorted(path.name for path in folder.glob("[!.]*/"))
+    found = "no such directory" if not folder.is_dir() else "no folders in it"
+    if names:
+        found = f"the folders {', '.join(map(repr, names[:5]))}{', ...' * (len(names) > 5)}"
+    share = "one in five images of each class, say"
+    next_step = f"Move all classes into 'train', and then some of their images into 'val': {share}."
+    if "train" in names:
+        next_step = f"Rename the folder of images held out to 'val', or make one: {share}."
     raise DataError(
         f"{str(folder)!r} is not divided into images to train on and images held out.",
-        expected=f"{str(folder / 'train' / 'CLASS')!r} and {str(folder / 'val' / 'CLASS')!r}, with"
-        " one folder for each class",
-        found=(f"the folders {names}" if inside else "no folders")
-        if folder.is_dir()
-        else "no such directory",
-        next_step="Move the classes' folders into 'train', and a part of each class's images (one"
-        " in five, say) into 'val'."
-        if inside
-        else None,
+        expected=f"folders {str(folder / 'train' / 'CLASS')!r} and"
+        f" {str(folder / 'val' / 'CLASS')!r} for each class",
+        found=found,
+        next_step=next_step if names else None,
     )

@@ -1,6 +1,7 @@
 """The ensemble of a run: built from its recipe, checked against the data, set up for training."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +27,16 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             base = architecture.build(pretrained=True)
-    hne = hierarchicalize(
+    convert = partial(
+        hierarchicalize,
         base,
         splits=model.splits,
         fanout=model.fanout,
-        init=model.init,
         seed=recipe.seed,
         example_input=data.example()[None],
     )
-    fine_tuning.initialise(hne, model, recipe.seed)
+    hne = convert(init=model.init)
+    fine_tuning.initialise(hne, model, recipe.seed, partial(convert, init="copy"))
     return hne
 
 

@@ -216,7 +216,7 @@ class _Display(Reporter):
         say(
             self.console,
             f"{run.hne.leaves} leaves on {where}{run.device}, {images:,} training images; "
-            f"{run.data.split}. Writing {run.directory}",
+            f"{run.data.split}. Writing {run.directory}, with its recipe.yaml",
         )
         parameters = list(run.hne.parameters())
         if frozen := sum(p.numel() for p in parameters if not p.requires_grad):

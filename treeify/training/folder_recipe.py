@@ -82,17 +82,17 @@ def _check_parts(folder: Path) -> None:
     if all((folder / part).is_dir() for part in ("train", "val")):
         return
     names = sorted(path.name for path in folder.glob("[!.]*/"))
-    found = "no such directory" if not folder.is_dir() else "no folders in it"
+    inside = "no such directory" if not folder.is_dir() else "no folders in it"
     if names:
-        found = f"the folders {', '.join(map(repr, names[:5]))}{', ...' * (len(names) > 5)}"
-    share = "one in five images of each class, say"
-    next_step = f"Move all classes into 'train', and then some of their images into 'val': {share}."
+        inside = f"the folders {', '.join(map(repr, names[:5]))}{', ...' * (len(names) > 5)}"
+    some = "one in five of each class, say"
+    next_step = f"Move all classes into 'train', and then images into 'val': {some}."
     if "train" in names:
-        next_step = f"Rename the folder of images held out to 'val', or make one: {share}."
+        next_step = f"Rename the folder of images held out to 'val', or make one: {some}."
     raise DataError(
         f"{str(folder)!r} is not divided into images to train on and images held out.",
         expected=f"folders {str(folder / 'train' / 'CLASS')!r} and"
         f" {str(folder / 'val' / 'CLASS')!r} for each class",
-        found=found,
+        found=inside,
         next_step=next_step if names else None,
     )

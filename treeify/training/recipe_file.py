@@ -44,9 +44,10 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
 
 def recipe_from(values: Mapping[str, Any], overrides: Sequence[str], subject: str) -> Recipe:
     """Check a recipe of values instead of a file, as `load_recipe` does; `subject` is its name."""
-    values, origins = deepcopy(dict(values)), dict[KeyPath, str]()
-    problems = _override(values, origins, overrides)
-    return _validate(Recipe, values, origins, problems, subject)
+    merged = deepcopy(dict(values))
+    origins: dict[KeyPath, str] = {}
+    problems = _override(merged, origins, overrides)
+    return _validate(Recipe, merged, origins, problems, subject)
 
 
 def data_recipe(options: Sequence[str]) -> DataRecipe:

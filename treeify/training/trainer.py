@@ -99,11 +99,8 @@ def train(
             newest = directory.newest(reporter.warned) if is_main else None
             newest = distributed.broadcast(newest)
             saved = None if newest is None else run_directory.load_state(newest)
-        if saved is None:
-            hne = build(recipe, data)
-        else:
-            hne = saved.hne
-            fine_tuning.freeze(hne, recipe.model)
+        hne = build(recipe, data) if saved is None else saved.hne
+        fine_tuning.freeze(hne, recipe.model)  # a saved one forgets which norms are in which mode
         check_classes(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)
         if saved is not None:
@@ -184,13 +181,7 @@ class Trainer:
                 expected=f"{expected:,} training images",
                 found=f"{self.order.images:,}",
             )
-        try:
-            self.state.load_state_dict(saved.state)
-        except ValueError as error:  # torch's, for other groups of parameters
-            raise CheckpointError(
-                f"{self.directory.path} holds the state of another optimizer: {error}",
-                next_step="Go on with the treeify version that began it, or begin another run.",
-            ) from error
+        self.state.load_state_dict(saved.state)
         # The saved scores are those of all processes, and must be counted once.
         if self.team.index:
             self.state.scores = Scores(self.hne.tree)

@@ -256,6 +256,23 @@ def test_more_epochs_of_a_stopped_run_come_after_those_it_had(file: Path) -> Non
     assert lrs[2] < lrs[3] > lrs[4]  # the old schedule to its end, then the longer one's last third
 
 
+def test_a_run_of_a_builder_with_trained_weights_goes_on(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def trained(classes: int, pretrained: bool = False) -> nn.Module:
+        model = small.build(classes)
+        if pretrained:
+            nn.init.constant_(model.stem[0].weight, 0.5)
+        return model
+
+    monkeypatch.setattr(small, "trained", trained, raising=False)
+    options = ["model.name=small:trained", "model.pretrained=true", "model.init=perturb"]
+    recipe = load_recipe(file, [*options, "model.freeze=[stem.0.weight]"])
+    train(recipe, out="run", reporter=runs.InterruptAt(1))
+    hne = train(recipe, resume="run").run.hne
+    assert torch.equal(hne.get_parameter("stem.0.weight"), torch.full((8, 3, 3, 3), 0.5))
+
+
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

@@ -23,7 +23,10 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
     model = recipe.model
     architecture = Architecture(model.name, model.kwargs)
     base: nn.Module | Architecture = architecture
-    if model.pretrained:
+    if model.pretrained and ":" in model.name:
+        # By name, not as a module, which nothing could build again when the run goes on.
+        base = Architecture(model.name, {**model.kwargs, "pretrained": True})
+    elif model.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             base = architecture.build(pretrained=True)

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from treeify.cli.app import main
+from treeify.data import Data
 from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import dump_recipe, load_recipe
@@ -64,6 +65,15 @@ def net(num_classes=10):
         nn.Linear(8, num_classes),
     )
 """
+
+
+def noise(*, train: int = 50, held_out: int = 20, size: int = 8) -> Data:
+    """Random images of ten classes, [3, size, size]."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(train + held_out, 3, size, size, generator=generator)
+    examples: Any = [(image, index % 10) for index, image in enumerate(images)]
+    classes = tuple(map(str, range(10)))
+    return Data(examples[:train], examples[train:], classes, f"{held_out} random images held out")
 
 
 class Recorder(Reporter):

@@ -5,6 +5,11 @@ leaves (`n_b` the tree's nested sizes 1, 2, 4, ... `L`), `y^E` the mean logits o
 loss maps leaf logits [N, L, K] and classes [N] to a scalar. It averages over the batch but *sums*
 over leaves or sizes, as the paper does, so each loss has its own best learning rate.
 
+In a training loop of your own (examples/plain_loop.py), `F.cross_entropy(hne(x), y)` would take the
+leaves for classes; a loss of this module knows the tree:
+
+    loss = treeify.losses.hierarchical_distillation(hne(x), y, hne.tree)
+
 Adding a loss (its keyword-only parameters become options a recipe can set):
 
     @treeify.losses.register("mean_only")

@@ -43,6 +43,7 @@ def test_the_page_has_commands() -> None:
 def test_every_command_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    runs.photos(tmp_path / "photos")
     digits = tmp_path / "recipes" / "digits_hne.yaml"
     digits.rename(digits.with_name("whole.yaml"))
     digits.write_text(SHORT)
@@ -80,8 +81,9 @@ def finished(commands: Sequence[str], folder: Path) -> Sequence[subprocess.Compl
 
 
 def arguments_of(command: str) -> list[str]:
-    """As it stands there, but for one seed and two processes."""
-    command = command.replace("--seeds 5", "--seeds 1")
+    """As it stands there, but short: one seed, one epoch, a small model, two processes."""
+    command = command.replace("--seeds 5", "--seeds 1").replace("-epochs 10", "-epochs 1")
+    command = command.replace("--model resnet18", "--model test_resnet --epochs 1 workers=0")
     return command.replace("--nproc-per-node 4", "--nproc-per-node 2").split()
 
 

@@ -26,19 +26,39 @@ def test_processes_divide_every_step(images: int, processes: int, parts: int) ->
         Order(images, 16, 3, process=process, processes=processes, parts=parts)
         for process in range(processes)
     ]
-    batches = [list(order) for order in orders]
+    assert len({len(list(order)) for order in orders}) == 1
+    batches = [iter(order) for order in orders]
     for step, expected in enumerate(alone):
         draws, weight = [], 0.0
         for process, order in enumerate(orders):
-            for part in range(parts):
+            for part in range(order.parts_of(step)):
                 weight += order.weight(step, part)
-                batch = batches[process][step * parts + part]
+                batch = next(batches[process])
                 assert batch
                 if order.weight(step, part):
                     draws += batch
         assert sorted(draws) == sorted(expected)
         assert weight == pytest.approx(1)
     assert sorted(draw.image for batch in alone for draw in batch) == list(range(images))
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(1, 1), (1, 4), (2, 1), (3, 2)])
+@pytest.mark.parametrize("images", [2, 3, 17, 18, 33, 48, 49])
+def test_no_batch_has_fewer_images_than_asked_for(images: int, processes: int, parts: int) -> None:
+    seen = []
+    for process in range(processes):
+        order = Order(images, 16, 3, process=process, processes=processes, parts=parts, fewest=2)
+        batches = iter(order)
+        for step in range(order.steps):
+            for part in range(order.parts_of(step)):
+                batch = next(batches)
+                if weight := order.weight(step, part):
+                    assert len(batch) >= 2
+                    assert len(batch) == round(weight * order.size(step))
+                    seen += [draw.image for draw in batch]
+        assert next(batches, None) is None
+        assert order.smallest >= 2
+    assert sorted(seen) == list(range(images))
 
 
 def test_the_order_depends_on_seed_and_epoch_and_can_begin_anywhere() -> None:

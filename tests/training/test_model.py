@@ -7,9 +7,9 @@ import small
 import torch
 
 import treeify
-from treeify.data import digits
+from treeify.data import Data, digits
 from treeify.errors import RecipeError
-from treeify.training.model import check_classes
+from treeify.training.model import check_classes, fewest_images
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 
@@ -33,6 +33,20 @@ def test_counting_classes_leaves_frozen_batch_norms_frozen() -> None:
     check_classes(hne, digits())
     assert hne.training
     assert not norm.training
+
+
+@pytest.mark.parametrize(("size", "fewest"), [(8, 1), (1, 2)])
+def test_a_batch_norm_of_one_pixel_needs_two_images(size: int, fewest: int) -> None:
+    images = torch.rand(2, 3, size, size)
+    data = Data([], [(image, 0) for image in images], ("a",), "all")
+    hne = treeify.hierarchicalize(
+        small.SmallNet(1), ["stage1"], init="copy", example_input=small.EXAMPLE
+    )
+    before = {key: value.clone() for key, value in hne.state_dict().items()}
+    random = torch.get_rng_state()
+    assert fewest_images(hne, data) == fewest
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, before[key]) for key, value in hne.state_dict().items())
 
 
 def test_tuned_and_fixed_executions_train(recipe_file: Path) -> None:

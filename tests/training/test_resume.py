@@ -187,7 +187,11 @@ def test_a_run_of_another_recipe_is_not_touched(whole: Path, tmp_path: Path) -> 
     other = runs.recipe(tmp_path, "optimizer.lr=0.1", "loss.alpha=0.2")
     with pytest.raises(CheckpointError) as caught:
         train(other, resume=tmp_path / "run")
-    for text in ("optimizer.lr: 0.1, the run has 0.05", "loss.alpha: 0.2", "recipe.yaml --resume"):
+    for text in (
+        "optimizer.lr: 0.1, the run has 0.05",
+        "loss.alpha: 0.2",
+        "treeify train --resume",
+    ):
         assert text in str(caught.value)
     with pytest.raises(CheckpointError, match="holds no run"):
         train(other, resume=tmp_path)

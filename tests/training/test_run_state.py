@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
+from treeify.errors import CheckpointError
 from treeify.evaluation.metrics import Scores
 from treeify.training.run_state import RunState
 from treeify.training.state_file import VALUES, read_state, write_state
@@ -70,6 +72,14 @@ def test_a_gradient_scaler_is_part_of_it() -> None:
     without = new_state()
     without.load_state_dict(state.state_dict())
     assert without.scaler is None
+
+
+def test_other_groups_of_parameters_are_not_gone_on_with() -> None:
+    state, resumed = trained_state(), new_state()
+    weight, bias = resumed.optimizer.param_groups[0]["params"]
+    resumed.optimizer = torch.optim.SGD([{"params": [weight]}, {"params": [bias]}], lr=0.1)
+    with pytest.raises(CheckpointError, match="another optimizer"):
+        resumed.load_state_dict(state.state_dict())
 
 
 def test_the_keys_are_those_of_saved_runs() -> None:

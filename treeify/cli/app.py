@@ -25,7 +25,10 @@ _UsageError: Any = typer.BadParameter.__base__
 COMMANDS = {
     "splits": ("splits", "List the points where a model can be split."),
     "convert": ("convert", "Convert a classifier into a hierarchical neural ensemble."),
-    "train": ("train", "Train a hierarchical neural ensemble from a recipe."),
+    "train": (
+        "train",
+        "Train a hierarchical neural ensemble from a recipe, or on a folder of images.",
+    ),
     "eval": ("evaluate", "Measure a trained ensemble on held-out images, for every nested size."),
     "ablate": ("run_grid", "Train a grid of recipes with several seeds, and compare them."),
     "predict": ("predict", "Classify images, with answers that get better while there is time."),
@@ -143,6 +146,8 @@ def options(
         treeify convert resnet18 --splits 4 --out my_ensemble
 
         treeify train recipes/digits_hne.yaml
+
+        treeify train --data photos --model resnet18
 
         treeify eval runs/digits_hne
 

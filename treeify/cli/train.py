@@ -24,21 +24,42 @@ from treeify.cli.scores import score_rows, score_table
 from treeify.errors import RecipeError
 from treeify.training.distributed import leave
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step
+from treeify.training.folder_recipe import folder_recipe
+from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
+from treeify.training.run_directory import is_run, recipe_in
 from treeify.training.trainer import train as run_training
 
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
 
 
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
-    overrides: Annotated[
+    arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="KEY=VALUE",
-            help="Recipe keys to set, the values in YAML, e.g. optimizer.lr=0.05.",
+            metavar="[RECIPE] [KEY=VALUE]...",
+            help="YAML recipe, and recipe keys to set, the values in YAML, e.g. optimizer.lr=0.05.",
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Instead of a recipe: images in FOLDER/train/CLASS and, held out, in"
+            " FOLDER/val/CLASS.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="With --data: timm's name, torchvision/NAME, or package.module:function.",
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool, typer.Option("--pretrained", help="With --data: begin with trained weights.")
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="With --data: 20 by default.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -53,15 +74,18 @@ def train(
         Path | None,
         typer.Option(
             metavar="RUN",
-            help="Go on with the run in this directory, from the last state it saved. The recipe "
-            "and overrides must be those it began with: RUN/recipe.yaml has them.",
+            help="Go on with the run in this directory, from the last state it saved, by its own "
+            "recipe. One that is given must be the one it began with.",
         ),
     ] = None,
+    more_epochs: Annotated[
+        int, typer.Option(min=0, help="Make the resumed run longer, also if it is finished.")
+    ] = 0,
 ) -> None:
-    """Train a hierarchical neural ensemble from a recipe.
+    """Train a hierarchical neural ensemble from a recipe, or on a folder of images.
 
     Ctrl-C or SIGTERM finishes the current step, saves the state to DIRECTORY/last and exits with
-    code 130.
+    code 130. Every run's directory has its recipe with all defaults: recipe.yaml.
 
     For example:
 
@@ -69,16 +93,26 @@ def train(
 
         treeify train recipes/digits_hne.yaml loss.name=independent seed=1 --out runs/independent
 
-        treeify train runs/independent/recipe.yaml --resume runs/independent
+        treeify train --data photos --model resnet18 --pretrained
+
+        treeify train --resume runs/independent
+
+        treeify train --resume runs/independent --more-epochs 10
 
         torchrun --nproc-per-node 2 -m treeify train recipes/digits_hne.yaml
     """
     console = Console()
-    _check_target(out, overwrite, resume)
-    settings = load_recipe(recipe, overrides or ())
+    file, overrides = _parse(arguments or [])
+    _check_target(resume, out, overwrite)
+    settings = _settings(file, overrides, resume, data, model, pretrained, epochs)
     with _Display(console) as display:
         result = run_training(
-            settings, out=out, overwrite=overwrite, resume=resume, reporter=display
+            settings,
+            out=out,
+            overwrite=overwrite,
+            resume=resume,
+            more_epochs=more_epochs,
+            reporter=display,
         )
     if PartialState().is_main_process:
         _print_result(console, result)
@@ -87,9 +121,65 @@ def train(
         sys.exit(INTERRUPTED)
 
 
-def _check_target(out: Path | None, overwrite: bool, resume: Path | None) -> None:
+def _settings(
+    file: Path | None,
+    overrides: list[str],
+    resume: Path | None,
+    data: Path | None,
+    model: str | None,
+    pretrained: bool,
+    epochs: int | None,
+) -> Recipe:
+    """The recipe of a file, of the run to go on with, or for a folder of images."""
+    if data is None:
+        if model is not None or pretrained or epochs is not None:
+            raise RecipeError(
+                "--model, --pretrained and --epochs say how to train on a folder of images.",
+                expected="--data FOLDER with them",
+                next_step="In a recipe they are model.name, model.pretrained, schedule.epochs.",
+            )
+        return load_recipe(_recipe_file(file, resume), overrides)
+    if model is None or file is not None or resume is not None:
+        raise RecipeError(
+            "--data says what to train on where there is no recipe.",
+            expected="--model NAME with it, and neither a recipe nor --resume",
+            next_step="In a recipe, the folder is data.root.",
+        )
+    return folder_recipe(data, model, pretrained=pretrained, epochs=epochs, overrides=overrides)
+
+
+def _check_target(resume: Path | None, out: Path | None, overwrite: bool) -> None:
     if resume is not None and (out is not None or overwrite):
         raise RecipeError("--resume goes on in RUN: leave --out and --overwrite out.")
+
+
+def _parse(arguments: list[str]) -> tuple[Path | None, list[str]]:
+    """The recipe, if the first argument is one, and the overrides."""
+    if arguments and ("=" not in arguments[0] or Path(arguments[0]).exists()):
+        return Path(arguments[0]), arguments[1:]
+    return None, arguments
+
+
+def _recipe_file(file: Path | None, resume: Path | None) -> Path:
+    """The recipe to train by: the one given, else that of the run to go on with."""
+    if file is None and resume is not None:
+        return recipe_in(resume)
+    if file is not None and file.is_file():
+        return file
+    folder = file if file is not None and file.is_dir() else None
+    if folder is not None and is_run(folder):
+        next_step = f"Go on with the run in it: treeify train --resume {folder}"
+    else:
+        next_step = (
+            "To train on a folder of images without one:"
+            f" treeify train --data {folder or 'FOLDER'} --model resnet18"
+        )
+    raise RecipeError(
+        "there is no recipe." if file is None else f"{str(file)!r} is no recipe.",
+        expected="a YAML file, as docs/recipes.md describes it",
+        found=None if file is None else "a directory" if folder else "no such file",
+        next_step=next_step,
+    )
 
 
 class _Display(Reporter):
@@ -126,8 +216,12 @@ class _Display(Reporter):
         say(
             self.console,
             f"{run.hne.leaves} leaves on {where}{run.device}, {images:,} training images; "
-            f"{run.data.split}. Writing {run.directory}",
+            f"{run.data.split}. Writing {run.directory}, with its recipe.yaml",
         )
+        parameters = list(run.hne.parameters())
+        if frozen := sum(p.numel() for p in parameters if not p.requires_grad):
+            total = sum(parameter.numel() for parameter in parameters)
+            say(self.console, f"{frozen:,} of {total:,} parameters are frozen.")
         if run.done:
             total = run.epochs * run.steps
             say(self.console, f"Going on after step {run.done:,} of {total:,}.")
@@ -179,7 +273,7 @@ def _print_result(console: Console, result: Result) -> None:
         say(
             console,
             f"Stopped {done}; the state is saved in {state}. Go on with"
-            f" treeify train {run.directory / 'recipe.yaml'} --resume {run.directory}",
+            f" treeify train --resume {run.directory}",
         )
     else:
         say(console, f"Run: {run.directory}  (the ensemble: {state})")

@@ -1,7 +1,7 @@
 """A tree of networks as one module: packed tensors, and the programs that run them."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -123,7 +123,7 @@ class PackedTree(nn.Module):
 
         Returns:
             `[N, leaves, K]`. Where the base model returns several tensors, its own structure, each
-            tensor with the leaf dim at 1.
+            tensor with the leaf dim at 1. To train on, give them to a loss of `treeify.losses`.
 
         Raises:
             LeafError: there are not that many leaves.
@@ -142,6 +142,11 @@ class PackedTree(nn.Module):
         for path in self._evaluating:
             self.get_submodule(path).training = False
         return self
+
+    def keep_evaluating(self, paths: Iterable[str]) -> None:
+        """Leave modules in evaluation mode whenever the rest is trained, as frozen batch norms."""
+        self._evaluating = sorted({*self._evaluating, *paths})
+        self.train(self.training)
 
     def run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
         """Logits of the first `leaves` leaves by a plan of one's own, as `forward` gives them."""
@@ -227,6 +232,16 @@ class PackedTree(nn.Module):
     def skeleton(self) -> nn.Module:
         """The untouched base architecture on the meta device, without weights."""
         return self._traced.skeleton
+
+    @property
+    def group_matcher(self) -> Callable[..., Any]:
+        """The base model's `group_matcher`, if it has one, for timm's layer decay."""
+        return self.skeleton.group_matcher  # type: ignore[return-value]
+
+    @property
+    def no_weight_decay(self) -> Callable[[], Any]:
+        """The base model's `no_weight_decay`, if it has one: names of parameters, for timm."""
+        return self.skeleton.no_weight_decay  # type: ignore[return-value]
 
     @property
     def shared_buffers(self) -> tuple[str, ...]:

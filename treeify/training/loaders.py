@@ -61,7 +61,11 @@ class Order(Sampler[list[Draw]]):
 
     A step's images are the same on any number of processes, which divide them: `batch_size` of all
     together, the last step of an epoch may have fewer. Each process has `parts` batches of a step,
-    to accumulate gradients. Set `epoch` and `start`, the first step, before iterating.
+    to accumulate gradients, or fewer if the step has not enough images for all. Set `epoch` and
+    `start`, the first step, before iterating.
+
+    No batch has less than `fewest` images, but for those that stand in for none. What is left over
+    at the end of an epoch joins the step before it if it is less than that.
     """
 
     def __init__(
@@ -73,8 +77,10 @@ class Order(Sampler[list[Draw]]):
         process: int = 0,
         processes: int = 1,
         parts: int = 1,
+        fewest: int = 1,
     ) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.fewest = fewest
         self.process, self.processes, self.parts = process, processes, parts
         self.epoch = 0
         self.start = 0
@@ -82,30 +88,47 @@ class Order(Sampler[list[Draw]]):
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
-        return -(-self.images // self.batch_size)
+        whole, left_over = divmod(self.images, self.batch_size)
+        return max(1, whole + (left_over >= self.fewest))
 
     def __len__(self) -> int:
-        return (self.steps - self.start) * self.parts
+        return sum(map(self.parts_of, range(self.start, self.steps)))
 
     def size(self, step: int) -> int:
         """Images of all processes in a step, counted from 0 within the epoch."""
-        return min(self.batch_size, self.images - step * self.batch_size)
+        left = self.images - step * self.batch_size
+        return left if step == self.steps - 1 else self.batch_size
+
+    @property
+    def smallest(self) -> int:
+        """Images in the smallest batch of an epoch."""
+        sizes = (self.size(0), self.size(self.steps - 1))
+        return min(size // self._divisions(size) for size in sizes)
+
+    def parts_of(self, step: int) -> int:
+        """How many batches of a step each process has."""
+        return -(-self._divisions(self.size(step)) // self.processes)
 
     def weight(self, step: int, part: int) -> float:
         """The fraction of a step's images that is in this process's part of it."""
         return len(self._part(torch.arange(self.size(step)), part)) / self.size(step)
 
+    def _divisions(self, images: int) -> int:
+        """Among how many batches, of all processes, a step's images are divided."""
+        return min(self.processes * self.parts, max(1, images // self.fewest))
+
     def _part(self, step_images: Tensor, part: int) -> Tensor:
-        parts = step_images.tensor_split(self.processes * self.parts)
-        return parts[part * self.processes + self.process]
+        batches = step_images.tensor_split(self._divisions(len(step_images)))
+        index = part * self.processes + self.process
+        return batches[index] if index < len(batches) else step_images[:0]
 
     def __iter__(self) -> Iterator[list[Draw]]:
         # Drawn in full even from the middle of an epoch, and by every process: all see one order.
         generator = torch.Generator().manual_seed(seed_of("order", self.seed, self.epoch))
         order = torch.randperm(self.images, generator=generator)
         for step in range(self.start, self.steps):
-            step_images = order[step * self.batch_size :][: self.batch_size]
-            for part in range(self.parts):
+            step_images = order[step * self.batch_size :][: self.size(step)]
+            for part in range(self.parts_of(step)):
                 batch = self._part(step_images, part)
                 # A process without images would not take part where the others wait for it. It
                 # computes one, which weighs nothing.

@@ -1,15 +1,20 @@
 """The ensemble of a run: built from its recipe, checked against the data, set up for training."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
-from treeify.engine.preserve import preserve_modes
+from treeify.engine.preserve import preserve_buffers, preserve_modes
 from treeify.errors import DataError, RecipeError
 from treeify.models.architecture import Architecture
+from treeify.training import fine_tuning
 from treeify.training.distributed import Team, broadcast
+from treeify.training.loaders import Order
 from treeify.training.recipe import Recipe
 
 
@@ -18,18 +23,24 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
     model = recipe.model
     architecture = Architecture(model.name, model.kwargs)
     base: nn.Module | Architecture = architecture
-    if model.pretrained:
+    if model.pretrained and ":" in model.name:
+        # By name, not as a module, which nothing could build again when the run goes on.
+        base = Architecture(model.name, {**model.kwargs, "pretrained": True})
+    elif model.pretrained:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             base = architecture.build(pretrained=True)
-    return hierarchicalize(
+    convert = partial(
+        hierarchicalize,
         base,
         splits=model.splits,
         fanout=model.fanout,
-        init=model.init,
         seed=recipe.seed,
         example_input=data.example()[None],
     )
+    hne = convert(init=model.init)
+    fine_tuning.initialise(hne, model, recipe.seed, partial(convert, init="copy"))
+    return hne
 
 
 @torch.no_grad()
@@ -65,6 +76,48 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
             expected=f"a model with the data's {len(data.classes)} classes",
             found=f"one with {outputs}",
             next_step=f"Set model.kwargs.num_classes={len(data.classes)}, or its name for it.",
+        )
+
+
+@torch.no_grad()
+def fewest_images(hne: HierarchicalEnsemble, data: Data) -> int:
+    """How many images an ensemble needs to be trained on: 1, or 2 where it fails with one.
+
+    Batch norms do whose features are of one pixel: one value has no variance.
+    """
+    image, first = data.example(), next(hne.parameters())
+    x = image[None].to(first.device, first.dtype)
+    with preserve_modes(hne), preserve_buffers(hne), torch.random.fork_rng(devices=[]):
+        hne.train()
+        try:
+            hne(x)
+        except (RuntimeError, ValueError):
+            hne(torch.cat([x, x]))
+            return 2
+    return 1
+
+
+def keep_together(
+    order: Order, hne: HierarchicalEnsemble, data: Data, warn: Callable[[str], None]
+) -> None:
+    """Divide images so that no batch has a single one, if an ensemble cannot be trained on it.
+
+    Raises:
+        RecipeError: a step has no more than one.
+    """
+    order.fewest = fewest_images(hne, data)
+    if order.smallest < order.fewest:
+        raise RecipeError(
+            "the model cannot be trained on one image at a time, which has no variance where"
+            " batch norms see one pixel of it.",
+            expected="at least 2 images in every step",
+            found=f"batch_size={order.batch_size}, {order.images} training images",
+            next_step="Set a larger batch_size, or train on larger images.",
+        )
+    if order.fewest > 1:
+        warn(
+            "The model cannot be trained on one image at a time. One that is left over joins the"
+            " step before, and parts of a step have 2 images or more."
         )
 
 

@@ -1,25 +1,39 @@
 """timm's optimizers and learning-rate schedules."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from torch import Tensor, nn
+from torch import Tensor
 
+from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import RecipeError
+from treeify.training.fine_tuning import level_names, level_of
 from treeify.training.recipe import OptimizerRecipe, ScheduleRecipe
 
 
-def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
-    """Build an optimizer of all of a model's parameters."""
+def optimizer(rule: OptimizerRecipe, hne: HierarchicalEnsemble) -> torch.optim.Optimizer:
+    """Build an optimizer of an ensemble's parameters that require gradients.
+
+    Raises:
+        RecipeError: an option is unknown, the base model does not group its layers for a
+            layer decay, or there is not one rate for each level.
+    """
+    if rule.layer_decay is not None and not hasattr(hne, "group_matcher"):
+        raise RecipeError(
+            f"optimizer.layer_decay: {type(hne.skeleton).__name__} does not say how its parameters"
+            " group into layers.",
+            expected="a model with a method group_matcher, as timm's have",
+            next_step="Set optimizer.level_rates, which needs none, or leave layer_decay out.",
+        )
     create: Callable[..., torch.optim.Optimizer] = create_optimizer_v2
     with _checked(f"optimizer {rule.name!r}", "optim.create_optimizer_v2"):
-        return create(
-            model,
+        optimizer = create(
+            hne,
             rule.name,
             lr=rule.lr,
             weight_decay=rule.weight_decay,
@@ -28,12 +42,69 @@ def optimizer(rule: OptimizerRecipe, model: nn.Module) -> torch.optim.Optimizer:
             layer_decay=rule.layer_decay,
             **rule.options,
         )
+    if rule.level_rates is not None:
+        _scale_levels(optimizer, hne, rule.level_rates)
+    return optimizer
+
+
+def _scale_levels(
+    optimizer: torch.optim.Optimizer, hne: HierarchicalEnsemble, rates: Sequence[float]
+) -> None:
+    """Divide an optimizer's groups by level; their factors are timm's `lr_scale`."""
+    if len(rates) != hne.tree.levels:
+        raise RecipeError(
+            "optimizer.level_rates does not fit the tree.",
+            expected=f"{hne.tree.levels} factors: {', '.join(level_names(hne))}",
+            found=f"{len(rates)}",
+        )
+    levels = {id(tensor): level_of(hne, name) for name, tensor in hne.named_parameters()}
+    divided = []
+    for group in optimizer.param_groups:
+        for level, rate in enumerate(rates):
+            if parameters := [p for p in group["params"] if levels[id(p)] == level]:
+                scale = group.get("lr_scale", 1.0) * rate
+                divided.append({**group, "params": parameters, "lr_scale": scale})
+    optimizer.param_groups[:] = divided  # in place: a wrapper, as Lookahead, has the same list
+
+
+def learning_rate(optimizer: Any) -> float:
+    """The present learning rate, of parameters to which no factor applies."""
+    group = optimizer.param_groups[0]
+    return float(group["lr"]) / float(group.get("lr_scale", 1.0))
+
+
+class Phases:
+    """The schedules of a run that was extended: each of a run as long as planned at the time.
+
+    Args:
+        phases: the steps after which each ends, and the schedule.
+    """
+
+    def __init__(self, phases: Sequence[tuple[int, Any]]) -> None:
+        self.phases = phases
+        self.step_update(0)
+
+    def step_update(self, step: int) -> None:
+        """Set the rates of a step, counted from 0."""
+        ends = (schedule for end, schedule in self.phases if step < end)
+        next(ends, self.phases[-1][1]).step_update(step)
 
 
 def scheduler(
     schedule: ScheduleRecipe, optimizer: torch.optim.Optimizer, steps_per_epoch: int
 ) -> Any:
     """Build a scheduler, to be updated in every step; rates depend on the step's number alone."""
+    phases = [
+        (epochs * steps_per_epoch, _schedule(schedule, epochs, optimizer, steps_per_epoch))
+        for epochs in (*schedule.extended, schedule.epochs)
+    ]
+    return Phases(phases) if schedule.extended else phases[0][1]
+
+
+def _schedule(
+    schedule: ScheduleRecipe, epochs: int, optimizer: torch.optim.Optimizer, steps_per_epoch: int
+) -> Any:
+    """The schedule of a run of so many epochs."""
     create: Callable[..., Any] = create_scheduler_v2
     # With this option timm does not count the warm-up's epochs, which are part of the run.
     prefix = schedule.warmup_epochs if schedule.options.get("warmup_prefix") else 0
@@ -41,7 +112,7 @@ def scheduler(
         scheduler, _ = create(
             optimizer,
             schedule.name,
-            num_epochs=schedule.epochs - prefix,
+            num_epochs=epochs - prefix,
             warmup_epochs=schedule.warmup_epochs,
             warmup_lr=schedule.warmup_lr,
             min_lr=schedule.min_lr,
@@ -50,6 +121,15 @@ def scheduler(
             **schedule.options,
         )
     return scheduler
+
+
+def extension(schedule: ScheduleRecipe, optimizer: Any) -> str:
+    """What became of the rates of a run that was made longer, for its user."""
+    return (
+        f"The run has {schedule.epochs} epochs now instead of {schedule.extended[-1]}. After those,"
+        f" learning rates are of a {schedule.name} schedule of {schedule.epochs} epochs; the next"
+        f" is {learning_rate(optimizer):.3g}. --resume alone goes on with it from now on."
+    )
 
 
 def cliff(schedule: ScheduleRecipe, lr: float, steps_per_epoch: int) -> str | None:

@@ -106,6 +106,12 @@ class ModelRecipe(Section):
         fanout: children per split.
         init: `fresh`, random weights in every branch; `copy`, those of the model; `perturb`, those
             of the model plus noise, but for leaf 0.
+        head: `fresh` initialises the classifier anew, for every branch another, on a trunk of the
+            model's weights.
+        freeze: what is not trained and keeps the model's weights in every branch: levels of the
+            tree (`level 0` is what all leaves share) and names of modules or parameters of the
+            model, e.g. `[level 0, "layer3.*.bn1"]`.
+        freeze_norms: batch norms in frozen parts use and keep their running statistics.
     """
 
     name: str
@@ -114,6 +120,15 @@ class ModelRecipe(Section):
     splits: NonNegativeInt | list[str] = 4
     fanout: int = Field(default=2, ge=2)
     init: Literal["fresh", "copy", "perturb"] = "fresh"
+    head: Literal["keep", "fresh"] = "keep"
+    freeze: list[str] = Field(default=[])
+    freeze_norms: bool = False
+
+    @model_validator(mode="after")
+    def _freezes_norms_of_something(self) -> Self:
+        if self.freeze_norms and not self.freeze:
+            raise PydanticCustomError("freeze", "Input should freeze something with freeze_norms")
+        return self
 
     @model_validator(mode="after")
     def _uses_pretrained_weights(self) -> Self:
@@ -132,9 +147,13 @@ class OptimizerRecipe(Section):
             `sgd` the same with Nesterov's.
         lr: learning rate.
         momentum: of optimizers that have one.
-        weight_decay: of all parameters, or see `filter_bias_and_bn`.
+        weight_decay: of all parameters but those that the model exempts; or see
+            `filter_bias_and_bn`.
         filter_bias_and_bn: no weight decay for biases and norms, as timm does by default.
-        layer_decay: factor of the learning rate from layer to layer, towards the input.
+        layer_decay: factor of the learning rate from layer to layer, towards the input; of models
+            that group their layers, as timm's do.
+        level_rates: factors of the learning rate, one for each level of the tree from the input on,
+            e.g. `[0.1, 0.3, 1.0]` for two splits; with `layer_decay` both count.
         options: further arguments of the optimizer, e.g. `{betas: [0.9, 0.95]}`.
         clip_grad: largest gradient.
         clip_mode: what is limited: the `norm` of all gradients, each `value`, or with `agc` the
@@ -147,6 +166,7 @@ class OptimizerRecipe(Section):
     weight_decay: NonNegativeFloat = 5e-4
     filter_bias_and_bn: bool = False
     layer_decay: float | None = Field(default=None, gt=0, le=1)
+    level_rates: list[PositiveFloat] | None = None
     options: dict[str, JsonValue] = Field(default={})
     clip_grad: PositiveFloat | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"
@@ -179,6 +199,8 @@ class ScheduleRecipe(Section):
             takes the epochs that are left.
         warmup_lr: at the first step of a warm-up.
         min_lr: at the end.
+        extended: after how many epochs `--more-epochs` made the run longer. Until then rates were
+            those of a run of so many epochs; afterwards they are those of the longer one.
         options: further arguments of `timm.scheduler.create_scheduler_v2`, e.g. `{decay_rate: 0.1,
             decay_milestones: [100, 150]}`.
     """
@@ -190,12 +212,18 @@ class ScheduleRecipe(Section):
     warmup_epochs: NonNegativeFloat = 0.0
     warmup_lr: NonNegativeFloat = 1e-5
     min_lr: NonNegativeFloat = 0.0
+    extended: list[PositiveInt] = Field(default=[])
     options: dict[str, JsonValue] = Field(default={})
 
     @model_validator(mode="after")
-    def _warms_up_before_the_end(self) -> Self:
+    def _epochs_are_in_order(self) -> Self:
         if self.warmup_epochs >= self.epochs:
             raise PydanticCustomError("warmup", "Input should have fewer warmup_epochs than epochs")
+        ends = [*self.extended, self.epochs]
+        if ends != sorted(set(ends)):
+            raise PydanticCustomError(
+                "extended", "Input should have increasing numbers in extended, below epochs"
+            )
         return self
 
 
@@ -333,3 +361,15 @@ class Recipe(Section):
     channels_last: bool = False
     threads: PositiveInt | None = None
     out: str | None = None
+
+
+def longer(recipe: Recipe, epochs: int) -> Recipe:
+    """A recipe of more epochs; the schedule of those it had stays what it was."""
+    if not epochs:
+        return recipe
+    schedule = recipe.schedule
+    changes = {
+        "epochs": schedule.epochs + epochs,
+        "extended": [*schedule.extended, schedule.epochs],
+    }
+    return recipe.model_copy(update={"schedule": schedule.model_copy(update=changes)})

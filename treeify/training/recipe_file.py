@@ -6,6 +6,7 @@ the nearest valid key.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -39,6 +40,14 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
     values, origins, problems = _read(Path(path), ())
     problems += _override(values, origins, overrides)
     return _validate(Recipe, values, origins, problems, f"recipe {str(path)!r}")
+
+
+def recipe_from(values: Mapping[str, Any], overrides: Sequence[str], subject: str) -> Recipe:
+    """Check a recipe of values instead of a file, as `load_recipe` does; `subject` is its name."""
+    merged = deepcopy(dict(values))
+    origins: dict[KeyPath, str] = {}
+    problems = _override(merged, origins, overrides)
+    return _validate(Recipe, merged, origins, problems, subject)
 
 
 def data_recipe(options: Sequence[str]) -> DataRecipe:

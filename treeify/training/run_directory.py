@@ -73,6 +73,11 @@ class RunDirectory:
             files.replace_text(self.path / RECIPE, dump_recipe(recipe))
             files.replace_text(self.path / ENVIRONMENT, text)
 
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Put another recipe in the place of the run's."""
+        with self._writing():
+            files.replace_text(self.path / RECIPE, dump_recipe(recipe))
+
     def environment(self) -> Environment:
         """What `describe` wrote."""
         text = (self.path / ENVIRONMENT).read_text(encoding="utf-8")
@@ -195,7 +200,7 @@ class RunDirectory:
             return "Nothing was saved yet."
         return (
             f"{str(self.path / LAST)!r} holds the last state; go on from it with"
-            f" treeify train {self.path / RECIPE} --resume {self.path}"
+            f" treeify train --resume {self.path}"
         )
 
 
@@ -252,26 +257,34 @@ def locked(directory: RunDirectory) -> Iterator[None]:
         yield
 
 
-def check_same(directory: RunDirectory, recipe: Recipe) -> None:
-    """Raise CheckpointError unless a directory holds a run of this recipe."""
-    file = directory.path / RECIPE
-    if not file.is_file():
+def recipe_in(path: Path) -> Path:
+    """The recipe file of a run; CheckpointError if the directory holds none."""
+    if not (file := path / RECIPE).is_file():
         raise CheckpointError(
-            f"{str(directory.path)!r} holds no run.",
+            f"{str(path)!r} holds no run.",
             expected=f"a directory with {RECIPE}, as treeify train makes it",
         )
+    return file
+
+
+def check_same(directory: RunDirectory, recipe: Recipe) -> None:
+    """Raise CheckpointError unless a directory holds a run of this recipe."""
+    file = recipe_in(directory.path)
     new, old = (_flat(each.model_dump()) for each in (recipe, load_recipe(file)))
-    differing = [
-        f"{key}: {new.get(key)!r}, the run has {old.get(key)!r}"
+    differing = {
+        key: f"{key}: {new.get(key)!r}, the run has {old.get(key)!r}"
         for key in sorted(new.keys() | old.keys())
         if new.get(key) != old.get(key) and key.split(".")[0] not in _FREE
-    ]
+    }
     if differing:
+        resume = f"treeify train --resume {directory.path}"
+        longer = "schedule.epochs" in differing
         raise CheckpointError(
             f"{str(directory.path)!r} holds a run of another recipe.",
             expected="the same recipe and overrides as when it began",
-            found="\n    ".join(differing),
-            next_step=f"Go on with it as it began: treeify train {file} --resume {directory.path}",
+            found="\n    ".join(differing.values()),
+            next_step=f"Go on with it as it began: {resume}"
+            + (f"; for longer: {resume} --more-epochs N" if longer else ""),
         )
 
 

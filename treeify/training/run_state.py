@@ -8,6 +8,7 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch.amp.grad_scaler import GradScaler
 
+from treeify.errors import CheckpointError
 from treeify.evaluation.metrics import Scores
 from treeify.training.optimizers import in_memory_formats
 
@@ -50,11 +51,21 @@ class RunState:
         return {**vars(self), **states, "skipped": sorted(self.skipped)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, as it was read from a file."""
+        """Go on from what `state_dict` gave, as it was read from a file.
+
+        Raises:
+            CheckpointError: the optimizer groups its parameters otherwise than the saved one did.
+        """
         optimizer = in_memory_formats(state["optimizer"], self.optimizer)
         state = {**state, "optimizer": optimizer, "skipped": set(state["skipped"])}
         for name, value in list(vars(self).items()):
             if name not in _PARTS:
                 setattr(self, name, state[name])
             elif value is not None and state[name] is not None:
-                value.load_state_dict(state[name])
+                try:
+                    value.load_state_dict(state[name])
+                except ValueError as error:  # torch's, of groups of parameters
+                    raise CheckpointError(
+                        f"the run was saved with another {name}: {error}",
+                        next_step="Go on with the treeify version that began it, or begin anew.",
+                    ) from error

@@ -20,16 +20,16 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine import timing
 from treeify.engine.preserve import preserve_modes
-from treeify.errors import CheckpointError, TreeifyError
+from treeify.errors import CheckpointError, RecipeError, TreeifyError
 from treeify.evaluation.metrics import Scores, measure, require_labels
 from treeify.seeds import seed_of
-from treeify.training import distributed, loaders, optimizers, run_directory
+from treeify.training import distributed, fine_tuning, loaders, optimizers, run_directory
 from treeify.training.distributed import Team, resolve_device
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step, flat
 from treeify.training.interrupt import Interrupt
-from treeify.training.model import build, check_classes, choose_execution
+from treeify.training.model import build, check_classes, choose_execution, keep_together
 from treeify.training.objective import Objective, mixed, mixing
-from treeify.training.recipe import Recipe
+from treeify.training.recipe import Recipe, longer
 from treeify.training.run_directory import RunDirectory, SavedState
 from treeify.training.run_state import RunState
 from treeify.training.sync_batch_norm import SyncedBatchNorms, is_distributed
@@ -45,6 +45,7 @@ def train(
     out: Path | str | None = None,
     overwrite: bool = False,
     resume: Path | str | None = None,
+    more_epochs: int = 0,
     reporter: Reporter | None = None,
 ) -> Result:
     """Train an ensemble from a recipe.
@@ -58,6 +59,8 @@ def train(
         overwrite: replace a run that is already in that directory.
         resume: go on with the run in this directory, from the last state it saved. On the CPU the
             weights become the same bits as if the run had not been stopped.
+        more_epochs: make the resumed run, which may be finished, so much longer. Its recipe file
+            records it under `schedule.extended`, which also says what rates it has then.
         reporter: hears about every step and epoch.
 
     Returns:
@@ -65,13 +68,16 @@ def train(
 
     Raises:
         RecipeError: the data and the model have different numbers of classes, the device is not
-            there, or the run to resume has another recipe.
-        CheckpointError: the run directory is not empty, or a state cannot be written.
+            there, what is frozen is not either, or there is no run to make longer.
+        CheckpointError: the run directory is not empty, the run to resume has another recipe, or a
+            state cannot be written.
         DataError: the data set cannot be read, too many images cannot, there is one class only, or
             a label is of none.
         DivergedError: the loss became infinite or not a number.
         LostProcessError: a loader's worker or another process died.
     """
+    if more_epochs and resume is None:
+        raise RecipeError("there is no run to make longer.", next_step="Name it: --resume RUN.")
     device = resolve_device(recipe.device)
     processes = distributed.join(device)
     is_main = processes.is_main_process
@@ -79,6 +85,7 @@ def train(
     if resume is not None:
         directory = RunDirectory(Path(resume))
         run_directory.check_same(directory, recipe)
+        recipe = longer(recipe, more_epochs)
     else:
         path = run_directory.free_path(recipe, out, overwrite=overwrite) if is_main else Path()
         directory = RunDirectory(distributed.broadcast(path))
@@ -94,14 +101,19 @@ def train(
             newest = distributed.broadcast(newest)
             saved = None if newest is None else run_directory.load_state(newest)
         hne = build(recipe, data) if saved is None else saved.hne
+        fine_tuning.freeze(hne, recipe.model)  # a saved one forgets which norms are in which mode
         check_classes(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)
         if saved is not None:
             trainer.load(saved)
         # Only now, when nothing of the recipe can be wrong any more, is an earlier run replaced.
-        if resume is None and is_main:
+        if is_main and resume is None:
             run_directory.create(directory.path).describe(recipe, device)
             stack.enter_context(run_directory.locked(directory))
+        elif is_main and more_epochs:
+            directory.write_recipe(recipe)
+            stack.enter_context(run_directory.locked(directory))  # it is another file now
+            reporter.warned(optimizers.extension(recipe.schedule, trainer.state.optimizer))
         with distributed.explained(directory.describe_last):
             return trainer.fit()
 
@@ -132,6 +144,8 @@ class Trainer:
             parts=recipe.gradient_accumulation,
             **divided,
         )
+        if self.order.smallest == 1:
+            keep_together(self.order, hne, data, reporter.warned)
         self.train_batches = loaders.training_loader(data, self.order, recipe.workers)
         self.held_out_batches = loaders.held_out_loader(
             data.held_out,
@@ -143,7 +157,7 @@ class Trainer:
         self.objective = Objective(recipe, hne, team.device)
         self.mix = None if recipe.mix is None else mixing(recipe.mix, len(data.classes))
         # Before the average copies the weights: it is to have their memory format.
-        images = max(1, recipe.batch_size // (team.size * self.order.parts))
+        images = max(self.order.fewest, recipe.batch_size // (team.size * self.order.parts))
         choose_execution(hne, recipe, data, images, team)
         self.ema = None
         if recipe.ema is not None:
@@ -229,7 +243,7 @@ class Trainer:
         # After the last step of an epoch, a loader would start its workers for nothing.
         batches = loaders.TimedBatches(self.train_batches if order.start < order.steps else ())
         for index in range(order.start, order.steps):
-            lr = float(state.optimizer.param_groups[0]["lr"])
+            lr = optimizers.learning_rate(state.optimizer)
             loss, is_interrupted, is_save_due = self._step(batches, index, interrupt)
             self.reporter.stepped(
                 Step(state.epochs + 1, index + 1, loss, state.scores.accuracy, lr)
@@ -269,7 +283,7 @@ class Trainer:
         """
         state = self.state
         loss, has_skipped = torch.zeros((), device=self.team.device), False
-        for part in range(self.order.parts):
+        for part in range(self.order.parts_of(index)):
             batch = next(batches)
             has_skipped = has_skipped or not state.skipped.issuperset(batch.skipped)
             state.skipped.update(batch.skipped)
@@ -310,9 +324,7 @@ class Trainer:
         if self.mix is not None:
             images, labels = mixed(self.mix, images, target)
         weight = self.order.weight(index, part)
-        if not weight and self.team.size == 1:
-            return torch.zeros((), device=self.team.device)
-        is_last = part == self.order.parts - 1
+        is_last = part == self.order.parts_of(index) - 1
         with nullcontext() if is_last else self.accelerator.no_sync(self.model):
             with self._batch_norms(weight):
                 logits = self.model(images)
@@ -344,7 +356,7 @@ class Trainer:
 
     def _diverged(self, loss: float) -> DivergedError:
         epoch, index = divmod(self.state.step, self.order.steps)
-        lr = self.state.optimizer.param_groups[0]["lr"]
+        lr = optimizers.learning_rate(self.state.optimizer)
         return DivergedError(
             f"the loss is {loss} in epoch {epoch + 1}, step {index + 1}.",
             expected="a finite number",

@@ -1,0 +1,179 @@
+"""Fine-tuning: which parts of an ensemble stay as they are, and a classifier that begins anew."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Set
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.initialize import built
+from treeify.engine.packed_tensors import get_tensor, named_tensors
+from treeify.errors import RecipeError, nearest
+from treeify.models.architecture import Architecture
+from treeify.models.image_size import timm_config
+from treeify.training.recipe import ModelRecipe
+
+_LEVEL = re.compile(r"level (\d+)")
+
+
+def level_of(hne: HierarchicalEnsemble, key: str) -> int:
+    """The level of a parameter or buffer."""
+    return hne.tree.branches.index(hne.branches_of(key))
+
+
+def level_names(hne: HierarchicalEnsemble) -> list[str]:
+    """Every level and where it begins, for messages."""
+    splits = hne.conversion.splits.names
+    return ["level 0", *(f"level {i} (from {name})" for i, name in enumerate(splits, start=1))]
+
+
+@torch.no_grad()
+def initialise(
+    hne: HierarchicalEnsemble,
+    model: ModelRecipe,
+    seed: int,
+    copied: Callable[[], HierarchicalEnsemble],
+) -> None:
+    """Give a new ensemble what fine-tuning begins with: a fresh head, frozen parts as the model's.
+
+    Args:
+        hne: the ensemble as `model.init` fills it.
+        model: what is frozen, and whether the head is fresh.
+        seed: of the head.
+        copied: makes the same ensemble with `init: copy`.
+
+    Raises:
+        RecipeError: the head is not to be found, or frozen; or see `freeze`.
+    """
+    frozen = freeze(hne, model)
+    if frozen and model.init != "copy":
+        original = copied()
+        for key in frozen:
+            get_tensor(hne, key).copy_(get_tensor(original, key))
+    if model.head == "fresh":
+        paths = head_of(hne)
+        keys = [key for key, _ in named_tensors(hne) if _is_below(key, paths)]
+        if both := frozen & set(keys):
+            raise RecipeError(
+                f"model.freeze keeps {min(both)!r}, which model.head=fresh draws anew.",
+                next_step="Leave the classifier out of model.freeze, or head: fresh out.",
+            )
+        _draw(hne, keys, Architecture(model.name, model.kwargs), seed)
+
+
+def freeze(hne: HierarchicalEnsemble, model: ModelRecipe) -> set[str]:
+    """Exclude what a recipe freezes from training; the weights stay as they are.
+
+    Returns:
+        The keys of all parameters and buffers that are frozen.
+
+    Raises:
+        RecipeError: there is no such level or module, or nothing is left to train.
+    """
+    frozen = {key for pattern in model.freeze for key in _matching(hne, pattern)}
+    for key in frozen:
+        if isinstance(tensor := get_tensor(hne, key), nn.Parameter):
+            tensor.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in hne.parameters()):
+        raise RecipeError(
+            "model.freeze leaves nothing to train.",
+            expected="at least one parameter that is not frozen",
+            found=f"freeze: {model.freeze}",
+        )
+    if model.freeze_norms:
+        _check_norms(hne, frozen)
+        parts = (key.rpartition(".") for key in frozen)
+        hne.keep_evaluating(path for path, _, name in parts if name == "running_mean")
+    return frozen
+
+
+def _check_norms(hne: HierarchicalEnsemble, frozen: Set[str]) -> None:
+    """Raise RecipeError if a frozen batch norm cannot be put in evaluation mode by itself."""
+    for node in hne.traced.graphs[True].nodes:
+        if node.target is not F.batch_norm or not node.kwargs.get("training"):
+            continue
+        mean = node.args[1]
+        if isinstance(mean, fx.Node) and (key := str(mean.target)) in frozen:
+            raise RecipeError(
+                f"model.freeze_norms: {key!r} is updated by F.batch_norm in the model's own code,"
+                " which has one mode for all of the model.",
+                expected="batch norms that are modules of torch or timm, e.g. nn.BatchNorm2d",
+                next_step="Use these, or leave freeze_norms out.",
+            )
+
+
+def _matching(hne: HierarchicalEnsemble, pattern: str) -> set[str]:
+    """The keys of the parameters and buffers of a level, or of the modules of some name."""
+    keys = [key for key, _ in named_tensors(hne)]
+    if level := _LEVEL.fullmatch(pattern.strip()):
+        matching = {key for key in keys if level_of(hne, key) == int(level[1])}
+    else:
+        matching = {key for key in keys if any(fnmatchcase(p, pattern) for p in _prefixes(key))}
+    if not matching:
+        names = dict.fromkeys(prefix for key in keys for prefix in _prefixes(key))
+        close = nearest(pattern, names)
+        raise RecipeError(
+            f"model.freeze: {pattern!r} names nothing that has weights.",
+            expected=f"{', '.join(level_names(hne))}, or a module or parameter of the model"
+            + (f" (did you mean {close}?)" if close else ""),
+        )
+    return matching
+
+
+def _prefixes(key: str) -> Iterator[str]:
+    """A key and the modules around it: `a`, `a.b`, `a.b.weight`."""
+    parts = key.split(".")
+    return (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+
+
+def _is_below(key: str, paths: Iterable[str]) -> bool:
+    return any(prefix in paths for prefix in _prefixes(key))
+
+
+def head_of(hne: HierarchicalEnsemble) -> list[str]:
+    """Paths of the classifier's modules: those timm names, else the last that has weights.
+
+    Raises:
+        RecipeError: the last weights are the model's own, not a module's.
+    """
+    skeleton = hne.skeleton
+    modules = dict(skeleton.named_modules())
+    names = timm_config(skeleton).get("classifier") or ()
+    paths = [names] if isinstance(names, str) else list(names)
+    paths = [path for path in paths if path in modules and _has_weights(modules[path])]
+    if paths:
+        return paths
+    for node in reversed(hne.traced.graphs[False].nodes):
+        target = str(node.target)
+        if node.op == "call_module" and _has_weights(modules[target]):
+            return [target]
+        if node.op == "get_attr" and "." in target and target in dict(skeleton.named_parameters()):
+            return [target.rpartition(".")[0]]
+    raise RecipeError(
+        f"model.head=fresh: {type(skeleton).__name__} has no module that is its classifier.",
+        expected="a last module with parameters",
+        next_step="Leave head out, or set model.init=fresh.",
+    )
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
+
+
+def _draw(
+    hne: HierarchicalEnsemble, keys: Iterable[str], architecture: Architecture, seed: int
+) -> None:
+    """Fill tensors as `init: fresh` does: branch `i` from network `i`, built anew."""
+    by_branches: dict[int, list[str]] = {}
+    for key in keys:
+        by_branches.setdefault(hne.branches_of(key), []).append(key)
+    for network in range(max(by_branches, default=0)):
+        state = built(architecture, seed, network)
+        for branches, names in by_branches.items():
+            if network < branches:
+                leaf = network * (hne.leaves // branches)
+                for key in names:
+                    hne.part(key, leaf, get_tensor(hne, key)).copy_(state[key])

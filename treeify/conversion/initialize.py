@@ -4,7 +4,6 @@ Branch initialisation depends only on `(seed, level, branch)`: branch `i` of eve
 tensors from network `i`, which is drawn with a generator seeded from `(seed, i)`.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from treeify.engine.packed_tensors import Slot, get_tensor, named_tensors, narro
 from treeify.errors import InputError
 from treeify.models.architecture import Architecture
 from treeify.seeds import seed_of
+from treeify.tracing.model_copy import copy_model
 from treeify.tree import Span, Tree
 
 INITS = ("fresh", "copy", "perturb")
@@ -136,7 +136,7 @@ def built(architecture: Architecture, seed: int, network: int) -> State:
 
 def reset(model: nn.Module, seed: int, network: int) -> State:
     """The tensors of a copy whose modules re-initialised themselves, the others perturbed."""
-    fresh = copy.deepcopy(model)
+    fresh = copy_model(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(branch_seed(seed, network))
         for module in reversed(list(fresh.modules())):  # a parent's scheme overrides its layers'

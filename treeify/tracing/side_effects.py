@@ -78,6 +78,9 @@ class Snapshot:
         """Attributes that got values in the pass, whose other side effects are refused.
 
         `read` has the ids of the tensors that were read in it.
+
+        Raises:
+            TraceError: it changed a number or draws random ones, or keeps a state (StateError).
         """
         changed = changed_number(self._numbers, _numbers(self.module))
         if changed is not None:

@@ -8,6 +8,7 @@ import torch
 from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
 from torch._dynamo import OptimizedModule
+from torch.fx.immutable_collections import immutable_dict
 
 from treeify.errors import TraceError
 from treeify.tracing.proxies import SizedProxy, ValueProxy
@@ -20,6 +21,7 @@ from treeify.tracing.side_effects import (
     version,
 )
 from treeify.tracing.sizes import Sizes
+from treeify.tracing.structures import construction
 
 _T = TypeVar("_T")
 
@@ -119,6 +121,11 @@ class Tracer(fx.Tracer):
             # The graph reads the tensor as it is at the end: see `check_side_effects`.
             self._constants.setdefault(id(a), (a, version(a)))
             self.read[id(a)] = a
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            function, args, kwargs = construction(a)  # fx itself makes a plain dict of it
+            return self.create_node(
+                "call_function", function, super().create_arg(args), super().create_arg(kwargs)
+            )
         return super().create_arg(a)
 
     def create_proxy(

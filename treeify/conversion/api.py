@@ -17,6 +17,7 @@ from treeify.errors import ModelError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
 from treeify.models.recognise import recognise
+from treeify.tracing.hooks import hooks_in
 from treeify.tracing.trace import plain_tensors
 
 _log = logging.getLogger(__name__)
@@ -93,8 +94,19 @@ def resolve(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile` and data parallelism put around it."""
+    """The model inside of what `torch.compile` and data parallelism put around it.
+
+    Raises:
+        ModelError: there are hooks around what is put around it.
+    """
     while True:
+        is_wrapper = isinstance(model, nn.DataParallel | DistributedDataParallel | OptimizedModule)
+        if is_wrapper and any(hook.path == "" for hook in hooks_in(model)):
+            raise ModelError(
+                f"there are hooks around {type(model).__name__}, not around the model in it.",
+                expected="hooks of the model's modules",
+                next_step="Register them there, or remove them: handle.remove().",
+            )
         if isinstance(model, nn.DataParallel | DistributedDataParallel):
             model = model.module
         elif isinstance(model, OptimizedModule):

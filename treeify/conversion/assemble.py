@@ -47,6 +47,8 @@ def assemble(
         InputError: the model does not run on the example input.
     """
     traced = traced or trace_model(base, architecture, example_input)
+    if traced.changed_by_hooks and architecture is not None and ":" not in architecture.name:
+        architecture = None  # libraries build models without hooks
     chosen = choose(traced, splits, fanout, leaves, saved=saved)
     hne = HierarchicalEnsemble(traced, chosen, base, architecture)
     if source is not None:

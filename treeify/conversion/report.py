@@ -79,4 +79,5 @@ def notes(traced: Traced, shared_buffers: Sequence[str]) -> Iterator[str]:
         yield "does not set the attributes " + ", ".join(limits.assigned[:3]) + more
     for path, reason in traced.leaf_modules.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
-        yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
+        stops = "" if path in traced.changed_by_hooks else "its inside cannot be traced: "
+        yield f"{path} ({kind}) runs as one call, since {stops}{reason}"

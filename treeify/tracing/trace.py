@@ -20,8 +20,9 @@ from treeify.tracing.aliasing import Aliases, InPlaceError, is_library
 from treeify.tracing.attempts import Attempts, Limits
 from treeify.tracing.facts import TensorFacts, annotate, enclosing, facts
 from treeify.tracing.functionalize import CONSTANT, functionalize, join_constants, reshape_views
+from treeify.tracing.hooks import changing_hooks, hooks_in, leave_hooks, without_global_hooks
 from treeify.tracing.meta_interpreter import GraphRunner
-from treeify.tracing.model_copy import hooks_of, meta_copy, private_copy, require_copyable
+from treeify.tracing.model_copy import copy_model, meta_copy, private_copy, require_copyable
 from treeify.tracing.sizes import Sizes
 
 
@@ -37,7 +38,8 @@ class Traced:
         leaf_modules: modules whose insides stopped the tracer, by path, and what did so; each runs
             as one call.
         limits: what holds beyond the graphs' own inputs.
-        hooked: modules whose hooks are left out.
+        hooked: modules whose hooks are left out, since they observe.
+        changed_by_hooks: modules that keep a hook, since it changes what they compute.
     """
 
     skeleton: nn.Module
@@ -47,6 +49,7 @@ class Traced:
     leaf_modules: Mapping[str, str]
     limits: Limits
     hooked: tuple[str, ...]
+    changed_by_hooks: tuple[str, ...]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Itself: nothing ever changes it, so copies of an ensemble share it."""
@@ -85,10 +88,16 @@ def trace(
     image = tuple(example.shape[1:])
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         private = private_copy(model)
+        changing = changing_hooks(private, example, copy_model)
+        leave_hooks(private, changing)
         skeleton = meta_copy(private)
-        attempts = Attempts(private, leaf_types, Sizes(private, skeleton, image), {})
+        leaf_modules = {
+            str(hook.path): f"its hook {hook.name} changes what it computes" for hook in changing
+        }
+        attempts = Attempts(private, leaf_types, Sizes(private, skeleton, image), leaf_modules)
         while True:
-            graphs, limits = attempts.trace()
+            with without_global_hooks():
+                graphs, limits = attempts.trace()
             try:
                 for training, graph in graphs.items():
                     _prepare(graph, GraphRunner(private, skeleton, example, training))
@@ -98,8 +107,17 @@ def trace(
         constants = _constants(graphs.values(), private)
     for graph in graphs.values():  # they outlive the tracer and the copies that it ran
         graph._tracer_cls, graph.owning_module = None, None
-    hooked = tuple(path for path, module in model.named_modules() if hooks_of(module))
-    return Traced(skeleton, graphs, image, constants, attempts.leaf_modules, limits, hooked)
+    left_out = [hook for hook in hooks_in(model) if hook not in changing and not hook.is_torchs]
+    return Traced(
+        skeleton,
+        graphs,
+        image,
+        constants,
+        leaf_modules=attempts.leaf_modules,
+        limits=limits,
+        hooked=tuple(dict.fromkeys(str(hook.path) for hook in left_out)),
+        changed_by_hooks=tuple(dict.fromkeys(str(hook.path) for hook in changing)),
+    )
 
 
 def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:

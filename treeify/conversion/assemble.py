@@ -76,8 +76,8 @@ def trace_model(
     return trace(base, example_input, leaf_types())
 
 
-def blank_image(base: nn.Module, shape: Sequence[int]) -> Tensor:
-    """A blank image, `[1, C, H, W]`, in the precision of the model's parameters."""
+def blank_image(base: nn.Module, shape: Sequence[int], batch: int = 1) -> Tensor:
+    """Blank images, `[batch, C, H, W]`, in the precision of the model's parameters."""
     parameters = (parameter for parameter in base.parameters() if parameter.is_floating_point())
     dtype = next((parameter.dtype for parameter in parameters), torch.float32)
-    return torch.zeros(1, *shape, dtype=dtype)
+    return torch.zeros(batch, *shape, dtype=dtype)

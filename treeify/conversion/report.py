@@ -66,6 +66,11 @@ def notes(traced: Traced, shared_buffers: Sequence[str]) -> Iterator[str]:
             "updated at several levels, so that branches share the mean of their training updates:"
             f" {buffers}"
         )
+    if traced.batch > 1:
+        yield (
+            f"takes batches of {traced.batch} images or multiples of it, as the example has; of"
+            " others the model took none that was tried, and no image can leave a batch"
+        )
     limits = traced.limits
     if limits.one_size:
         size = " x ".join(map(str, traced.example[1:]))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
-from treeify.conversion.assemble import assemble
+from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source, branch_seed, initial_weights
 from treeify.engine.packed_tensors import named_tensors
@@ -17,6 +17,8 @@ from treeify.errors import ModelError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
 from treeify.models.recognise import recognise
+from treeify.tracing.hooks import changing_hooks, hooks_in
+from treeify.tracing.model_copy import copy_model
 from treeify.tracing.trace import plain_tensors
 
 _log = logging.getLogger(__name__)
@@ -93,8 +95,19 @@ def resolve(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile` and data parallelism put around it."""
+    """The model inside of what `torch.compile` and data parallelism put around it.
+
+    Raises:
+        ModelError: there are hooks around what is put around it.
+    """
     while True:
+        is_wrapper = isinstance(model, nn.DataParallel | DistributedDataParallel | OptimizedModule)
+        if is_wrapper and any(hook.path == "" for hook in hooks_in(model)):
+            raise ModelError(
+                f"there are hooks around {type(model).__name__}, not around the model in it.",
+                expected="hooks of the model's modules",
+                next_step="Register them there, or remove them: handle.remove().",
+            )
         if isinstance(model, nn.DataParallel | DistributedDataParallel):
             model = model.module
         elif isinstance(model, OptimizedModule):
@@ -118,8 +131,8 @@ def pack(
         example_input: as in `hierarchicalize`.
 
     Raises:
-        ModelError: the models differ in architecture, or in a tensor that is neither a parameter
-            nor a buffer.
+        ModelError: the models differ in architecture, in hooks that change what they compute, or in
+            a tensor that is neither a parameter nor a buffer.
         SplitError: no fanouts give as many leaves as there are models, or a split is wrong.
         TraceError: the models cannot be traced.
     """
@@ -130,6 +143,7 @@ def pack(
     first, leaves = models[0], len(models)
     hne = assemble(first, recognise(first), splits, leaves=leaves, example_input=example_input)
     _check_constants(models, plain_tensors(hne.traced))
+    _check_hooks(models, blank_image(first, hne.example, hne.traced.batch))
     hne.fill(Source(lambda network: dict(named_tensors(models[network])), by_leaf=True))
     return hne
 
@@ -156,3 +170,19 @@ def _check_constants(models: Sequence[nn.Module], constants: Mapping[str, Tensor
                     " parameter nor a buffer: leaves cannot have one each.",
                     next_step="Make it a buffer: self.register_buffer(name, tensor).",
                 )
+
+
+def _check_hooks(models: Sequence[nn.Module], example: Tensor) -> None:
+    """Hooks that change what is computed are one for all leaves, those of the first model."""
+    changing = [
+        [(hook.path, hook.name) for hook in changing_hooks(model, example, copy_model)]
+        for model in models
+    ]
+    for index, hooks in enumerate(changing):
+        if hooks != changing[0]:
+            raise ModelError(
+                f"model {index} has other hooks that change what it computes than model 0.",
+                expected=", ".join(f"{name} of {path}" for path, name in changing[0]) or "none",
+                found=", ".join(f"{name} of {path}" for path, name in hooks) or "none",
+                next_step="Remove them, or register the same for all models.",
+            )

@@ -25,6 +25,7 @@ def assemble(
     leaves: int | None = None,
     example_input: Tensor | None = None,
     traced: Traced | None = None,
+    saved: bool = False,
 ) -> HierarchicalEnsemble:
     """An ensemble of a base model.
 
@@ -38,6 +39,7 @@ def assemble(
         leaves: how many it shall have; splits that name no fanout share the one that fits.
         example_input: an input of the size the model expects, `[N, C, H, W]`; found if not given.
         traced: the base model traced before, in place of an example.
+        saved: whether the splits are those of a saved ensemble.
 
     Raises:
         SplitError: a split is unknown, repeated or out of order, or fanouts do not fit.
@@ -45,7 +47,9 @@ def assemble(
         InputError: the model does not run on the example input.
     """
     traced = traced or trace_model(base, architecture, example_input)
-    chosen = choose(traced, splits, fanout, leaves)
+    if traced.changed_by_hooks and architecture is not None and ":" not in architecture.name:
+        architecture = None  # libraries build models without hooks
+    chosen = choose(traced, splits, fanout, leaves, saved=saved)
     hne = HierarchicalEnsemble(traced, chosen, base, architecture)
     if source is not None:
         hne.fill(source)
@@ -72,8 +76,8 @@ def trace_model(
     return trace(base, example_input, leaf_types())
 
 
-def blank_image(base: nn.Module, shape: Sequence[int]) -> Tensor:
-    """A blank image, `[1, C, H, W]`, in the precision of the model's parameters."""
+def blank_image(base: nn.Module, shape: Sequence[int], batch: int = 1) -> Tensor:
+    """Blank images, `[batch, C, H, W]`, in the precision of the model's parameters."""
     parameters = (parameter for parameter in base.parameters() if parameter.is_floating_point())
     dtype = next((parameter.dtype for parameter in parameters), torch.float32)
-    return torch.zeros(1, *shape, dtype=dtype)
+    return torch.zeros(batch, *shape, dtype=dtype)

@@ -330,7 +330,7 @@ class HierarchicalEnsemble(PackedTree):
         dropped, tree = self.tree.first(leaves)
         splits = Splits(self._splits.points[dropped:], tree)
         smaller = HierarchicalEnsemble(self._traced, splits, self, self._architecture)
-        smaller.fill(Source(self._branch, by_leaf=True, perturbed=self._perturbed))
+        smaller.fill(Source(self._branch, by_leaf=True, notes=self._notes_on_weights))
         return smaller
 
     @property

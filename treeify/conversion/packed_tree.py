@@ -84,7 +84,7 @@ class PackedTree(nn.Module):
         self._fused = FusedTwin(self._programs[False])
         self._hooks = _hook_tables(self)
         self._planner = Planner(tree.levels)
-        self._perturbed: tuple[str, ...] = ()
+        self._notes_on_weights: tuple[str, ...] = ()
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with undo_side_effects(skeleton):
             skeleton.train()
@@ -96,7 +96,7 @@ class PackedTree(nn.Module):
     def fill(self, source: Source) -> None:
         """Fill the packed tensors, which the constructor leaves uninitialised."""
         initialize.fill(self, self._slots.values(), self.tree, source)
-        self._perturbed = source.perturbed
+        self._notes_on_weights = source.notes
 
     @property
     def tree(self) -> Tree:
@@ -111,7 +111,7 @@ class PackedTree(nn.Module):
     @property
     def conversion(self) -> Conversion:
         """Every node's level, whether it runs packed or per branch, and why."""
-        facts = tuple(notes(self._traced, self._shared_buffers, self._perturbed))
+        facts = (*self._notes_on_weights, *notes(self._traced, self._shared_buffers))
         return Conversion(self._splits, self._nodes[False], self._nodes[True], facts)
 
     def forward(self, x: Tensor, leaves: int | None = None) -> Any:

@@ -23,6 +23,7 @@ from treeify.tracing.side_effects import (
     version,
 )
 from treeify.tracing.sizes import BATCHES
+from treeify.tracing.structures import mutable, register_structures
 
 _Interpreter = TypeVar("_Interpreter", bound=fx.Interpreter)
 
@@ -48,6 +49,11 @@ class RecordingInterpreter(fx.Interpreter):
         """Run the graph as fx does."""
         with self._kernels:
             return super().run(*args, **kwargs)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """A node's arguments in the types that the model's code has."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return mutable(args), {key: mutable(value) for key, value in kwargs.items()}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a module, and refuse one that counts its calls: branches have no counter each."""
@@ -76,6 +82,7 @@ class RecordingInterpreter(fx.Interpreter):
         }
         versions = {source: version(value) for source, value in inputs.items()}
         value = super().run_node(n)
+        register_structures(value)
         mutated = [source for source in inputs if version(inputs[source]) != versions[source]]
         if mutated and in_place_target(n, self.module) is None:
             self.mutating_calls[n] = mutated
@@ -109,13 +116,15 @@ def _first_line(failure: Exception | None) -> str:
 class GraphRunner:
     """Runs graphs of a model in one mode, on its `skeleton` (on the meta device) or on itself.
 
-    Of `example` only the device, the dtype and the shape of an image matter.
+    Of `example` only the device, the dtype and the shape of an image matter. `batches` are how many
+    images it is run on, to compare what it gives.
     """
 
     model: nn.Module
     skeleton: nn.Module
     example: Tensor
     training: bool
+    batches: tuple[int, int] = BATCHES
 
     def _run(self, batch: int, interpreter_of: Callable[[nn.Module], _Interpreter]) -> _Interpreter:
         """Run the interpreter of a root on so many images, and undo what it leaves behind there."""
@@ -138,18 +147,18 @@ class GraphRunner:
                     failure = error
         raise InputError(
             f"{type(self.model).__name__} does not run on an input of shape"
-            f" [N, {', '.join(map(str, image))}]: {_first_line(failure)}",
+            f" [N, {', '.join(map(str, image))}] with N = {batch}: {_first_line(failure)}",
             expected="an input shape the model accepts",
-            next_step="Pass example_input=torch.zeros(1, C, H, W) of the right size"
-            " (--input-size).",
+            next_step="Pass example_input=torch.zeros(N, C, H, W) of the right size (--input-size);"
+            " N other than 1 where the model takes no other than multiples of it.",
         ) from failure
 
     def record(self, graph: fx.Graph, batch: int) -> RecordingInterpreter:
         """What each node gives for so many images; MACs are counted where they are needed."""
-        count = batch == BATCHES[0] and not self.training
+        count = batch == self.batches[0] and not self.training
         return self._run(batch, partial(RecordingInterpreter, graph=graph, count=count))
 
     def values(self, graph: fx.Graph) -> Values:
         """Every node's value, all kept to the end: so no two lie in one place by chance."""
         keeping = partial(fx.Interpreter, garbage_collect_values=False, graph=graph)
-        return self._run(BATCHES[0], keeping).env
+        return self._run(self.batches[0], keeping).env

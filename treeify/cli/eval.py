@@ -9,7 +9,7 @@ from rich.console import Console
 from treeify import files
 from treeify.cli.options import Device, Json
 from treeify.cli.output import print_json, say
-from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
+from treeify.cli.saved import checkpoint_in, data_section, held_out_data, skips_damaged
 from treeify.cli.scores import as_csv, score_rows, score_table
 from treeify.conversion import checkpoint
 from treeify.engine import timing
@@ -63,7 +63,7 @@ def evaluate(
     path = checkpoint_in(directory)
     section = data_section(path, data or ())
     hne = checkpoint.load(path).to(resolve_device(device))
-    images = section.load()
+    images = held_out_data(path, section, data or (), hne.example[0])
     check_classes(hne, images)
     skip = skips_damaged(path)
     batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=skip)
@@ -90,6 +90,8 @@ def evaluate(
     console = Console(quiet=as_json)
     say(console, score_table(rows), f"Each leaf by itself, %: {accuracies}")
     say(console, f"{path}; {images.split}.")
+    if images.preparation is not None:
+        say(console, f"Images: {images.preparation}.")
     if skipped:
         say(console, f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
     if machine is not None:

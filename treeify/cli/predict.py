@@ -17,8 +17,9 @@ from torch import Tensor
 
 from treeify.anytime.confidence import Budget, Prediction
 from treeify.anytime.deadline import find
+from treeify.cli import quantities
 from treeify.cli.answers import Answers, ImageAnswers
-from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers
+from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers, size
 from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.conversion import checkpoint
@@ -68,6 +69,10 @@ def predict(
     std: Annotated[
         Sequence[float] | None, numbers("--std", "Their deviation; with --mean.", positive=True)
     ] = None,
+    input_size: Annotated[
+        quantities.Size | None,
+        size("--input-size", "Height and width, 96 or 96x160, if not the ensemble's."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -87,7 +92,8 @@ def predict(
     _check_single(leaves, deadline, confidence, budget)
     path = checkpoint_in(directory)
     console = Console(quiet=as_json)
-    preparation = preparation_in(path, mean, std)
+    preparation = preparation_in(path, mean, std, input_size)
+    preparation.check()
     notes = [f"Images: {preparation}."]
     with console.status("reading"):
         batch = read_files(images, preparation)
@@ -99,7 +105,7 @@ def predict(
         sufficient = confidence if budget is None else _saved_budget(hne, budget, path)
         measured = deadline is not None and _measure_if_unknown(hne, x, path, notes)
         classes = _warm_up(hne, x, leaves)
-    names = _labels(names, classes, hne, path, notes)
+    names = _labels(preparation.classes if names is None else names, classes, hne, path, notes)
     # Drawing would eat into a deadline, and cannot grow where nothing is redrawn.
     drawn = console.is_terminal and deadline is None and not as_json
     view = Live(console=console, auto_refresh=False, transient=True) if drawn else None
@@ -115,8 +121,8 @@ def predict(
         ensemble=str(path),
         device=str(x.device),
         input=preparation.shape,
-        mean=preparation.mean,
-        std=preparation.std,
+        mean=preparation.mean or (),
+        std=preparation.std or (),
         normalisation=preparation.source,
         leaves=leaves,
         confidence=confidence,
@@ -184,7 +190,7 @@ def _check_single(
 
 def _read_labels(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"--labels {str(file)!r} cannot be read: {error}",
@@ -193,8 +199,12 @@ def _read_labels(file: Path) -> list[str]:
 
 
 def _labels(
-    labels: list[str] | None, classes: int, hne: HierarchicalEnsemble, path: Path, notes: list[str]
-) -> list[str] | None:
+    labels: Sequence[str] | None,
+    classes: int,
+    hne: HierarchicalEnsemble,
+    path: Path,
+    notes: list[str],
+) -> Sequence[str] | None:
     """A name for every class, or None to go by their indices."""
     if labels is not None:
         if len(labels) != classes:

@@ -1,11 +1,14 @@
 """What a directory on the command line holds: a run, or an ensemble by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from treeify.conversion import checkpoint
-from treeify.data.preparation import Preparation, preparation_for
-from treeify.errors import RecipeError
+from treeify.data import Data, Preparation
+from treeify.data.conventions import of_data_set, of_trained_weights
+from treeify.errors import InputError, RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_recipe, load_recipe
@@ -34,31 +37,93 @@ def recipe_of(path: Path) -> Path | None:
 
 
 def preparation_in(
-    path: Path, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    path: Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Preparation:
     """What images go through before a checkpoint's ensemble sees them.
 
-    Mean and standard deviation of each channel, or of all, replace the known ones; both or neither
-    are set.
+    It says so itself. If an earlier version wrote it, the run's recipe does, or what its
+    architecture's trained weights saw. Otherwise nothing but the shape is known.
+
+    Args:
+        path: the checkpoint.
+        mean: of each channel, or of all; replaces what is known, together with `std`.
+        std: the same.
+        size: height and width, instead of those of the ensemble.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        InputError: its inputs are no images, or the numbers do not fit them.
     """
     config = checkpoint.read_config(path)
+    preparation = checkpoint.preparation_in(path, config)
+    if preparation is None:
+        shape = tuple(config["example"])
+        if len(shape) != 3:
+            raise InputError(
+                f"the ensemble takes inputs of shape {shape}, not files of images.",
+                expected="(C, H, W) with 1, 3 or 4 channels",
+                next_step="Load it with treeify.load and call hne.predict(x).",
+            )
+        preparation = _of_earlier_version(path, config, shape)
+    if size is not None:
+        preparation = replace(preparation, size=size)
+    return preparation.with_statistics(mean, std, "--mean and --std")
+
+
+def _of_earlier_version(
+    path: Path, config: Mapping[str, Any], shape: tuple[int, int, int]
+) -> Preparation:
     architecture = config["architecture"] and Architecture.from_dict(config["architecture"])
-    recipe = recipe_of(path)
-    section = load_recipe(recipe).data if recipe else None
-    return preparation_for(
-        tuple(config["example"]),
-        data_set=section.name if section else None,
-        options=section.options if section else None,
-        architecture=architecture,
-        mean=mean,
-        std=std,
-    )
+    preparation = None
+    source = "neither the ensemble nor its architecture says it"
+    if recipe := recipe_of(path):
+        section = load_recipe(recipe).data
+        preparation = of_data_set(section.name, section.options, shape)
+        source = f"the data set {section.name!r} of its run does not say it"
+    elif architecture:
+        preparation = of_trained_weights(architecture.name, shape)
+    return preparation or Preparation(size=shape[1:], channels=shape[0], source=source)
 
 
 def skips_damaged(path: Path) -> bool:
     """Whether the run that wrote a checkpoint passes over images that cannot be read."""
     recipe = recipe_of(path)
     return recipe is not None and load_recipe(recipe).skip_corrupt > 0
+
+
+# Options of data sets that say how images are prepared.
+_PREPARING = {"size", "like", "channels", "mean", "std", "crop_padding"}
+
+
+def held_out_data(path: Path, section: DataRecipe, options: Sequence[str], channels: int) -> Data:
+    """The data to measure a checkpoint's ensemble on.
+
+    Images are prepared as `treeify predict` does, unless options say otherwise, and classes are
+    those of the ensemble, by name.
+
+    Args:
+        path: the checkpoint.
+        section: its data, see `data_section`.
+        options: what the user changed of them, as `key=value`.
+        channels: of the ensemble's inputs.
+
+    Raises:
+        DataError: the data cannot be read, or have classes that the ensemble does not know.
+    """
+    data = section.load(channels)
+    config = checkpoint.read_config(path)
+    if len(config["example"]) != 3:
+        return data
+    preparation = preparation_in(path)
+    if preparation.is_known and not _PREPARING & {option.partition("=")[0] for option in options}:
+        data = data.prepared_by(preparation)
+    classes = preparation.classes
+    if classes is None and recipe_of(path):
+        classes = section.classes_of_earlier_runs(data.classes)
+    return data if classes is None else data.numbered_by(classes)
 
 
 def data_section(path: Path, options: Sequence[str]) -> DataRecipe:

@@ -21,6 +21,7 @@ from treeify.conversion.api import resolve
 from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
 from treeify.conversion.initialize import copies
+from treeify.data.preparation import PREPARATION, Preparation
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture
@@ -159,6 +160,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
             parameter.requires_grad_(key not in frozen)
+    hne.preparation = preparation_in(path, config)
     # Last: a memory format that was tuned is given to tensors that are there.
     try:
         hne.measurements = MEASUREMENTS.validate_python(config)
@@ -203,6 +205,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
+    """What a checkpoint's configuration says of images; None if nothing, as in earlier versions.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if (values := config.get("preparation")) is None:
+        return None
+    try:
+        return PREPARATION.validate_python(values)
+    except (ValueError, TreeifyError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG}: the preparation of images is damaged: {error}",
+            next_step="Remove the key preparation; treeify predict then takes --mean and --std.",
+        ) from error
+
+
 def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
     architecture = hne.architecture
     return {
@@ -216,8 +235,15 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "frozen": sorted(
             key for key, parameter in hne.named_parameters() if not parameter.requires_grad
         ),
+        **_preparation(hne),
         **_measurements(hne),
     }
+
+
+def _preparation(hne: HierarchicalEnsemble) -> dict[str, Any]:
+    if hne.preparation is None:
+        return {}
+    return {"preparation": PREPARATION.dump_python(hne.preparation, mode="json")}
 
 
 def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:

@@ -1,31 +1,40 @@
 """Data sets that timm reads by index: folders, tar files and Hugging Face's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-from pydantic import PositiveInt
 from timm.data import create_dataset
+from timm.data.readers.class_map import load_class_map
+from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
 from torch.utils.data import Dataset
 
-from treeify.data.data_set import Data, UnreadableImageError, in_parts, register
-from treeify.data.preparation import timm_transforms
-from treeify.data.tar_images import folders_in
-from treeify.errors import DataError
-from treeify.registry import Fraction
+from treeify.data.augmentation import ResizedCrop
+from treeify.data.conventions import of_files
+from treeify.data.data_set import Data, in_parts, register
+from treeify.data.image_files import UnreadableImageError, eight_bits, is_visible, open_image
+from treeify.data.image_folders import check_numbered
+from treeify.data.tar_images import TarImages, folders_in_tar
+from treeify.errors import DataError, quoted
+from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers
+
+BYTE_ORDER_MARK = "\ufeff"
 
 
 @register("timm")
 def timm_dataset(
     *,
     dataset: str = "",
-    root: str = "data",
+    root: FilePath = "data",
     train_split: str = "train",
     held_out_split: str = "validation",
-    class_map: str | None = None,
+    class_map: FilePath | None = None,
     download: bool = False,
-    size: PositiveInt = 224,
+    size: ImageSize = 224,
     like: str | None = None,
+    channels: Channels | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
     random_erasing: Fraction = 0.0,
@@ -42,8 +51,11 @@ def timm_dataset(
         held_out_split: what is held out.
         class_map: file that numbers the classes.
         download: fetch what is missing, where timm can.
-        size: height and width in pixels.
+        size: height and width in pixels, `[H, W]` if they differ.
         like: timm or torchvision name of the model whose trained weights are used.
+        channels: 1 for grey, 3 for colour, 4 with opacity; null is as many as the model takes.
+        mean: of each channel, pixels in 0 to 1, or one for all; instead of those of `like`.
+        std: the same; with `mean`.
         flip: mirror half of the training images.
         auto_augment: one of timm's policies, e.g. `rand-m9-mstd0.5`.
         random_erasing: probability of blanking a rectangle.
@@ -55,9 +67,9 @@ def timm_dataset(
         DataError: it cannot be read by index or does not exist, or its parts have different
             classes.
     """
-    (train, classes), (held_out, others) = (
-        _timm_part(dataset, Path(root), split, class_map, download)
-        for split in (train_split, held_out_split)
+    train, classes = _timm_part(dataset, Path(root), train_split, class_map, download)
+    held_out, others = _timm_part(
+        dataset, Path(root), held_out_split, class_map, download, numbered=classes
     )
     if not dataset and _root(train) == _root(held_out):
         raise DataError(
@@ -68,16 +80,21 @@ def timm_dataset(
     if classes != others:
         raise DataError(
             f"{train_split!r} and {held_out_split!r} of {dataset or root!r} differ in classes.",
-            expected="the same in both",
-            found=f"{len(classes)} and {len(others)}",
+            expected=f"the same in both: {quoted(classes)}",
+            found=quoted(others),
             next_step="Give a class_map.",
         )
-    crop, fit = timm_transforms(size, like, flip, auto_augment, random_erasing)
-    return in_parts(train, held_out, crop, fit, classes, f"images of {held_out_split!r}")
+    preparation = of_files(
+        size, like=like, channels=channels, mean=mean, std=std, source="held-out images of timm"
+    )
+    augment = ResizedCrop(preparation, flip, auto_augment, random_erasing)
+    what = f"images of {held_out_split!r}"
+    labels = _labels(held_out)
+    return in_parts(train, held_out, augment, preparation, classes, what, labels)
 
 
 class _TimmImages(Dataset[Any]):
-    """The images of a timm data set and their classes; timm passes over damaged images."""
+    """The opened images of a timm data set and their classes; timm passes over damaged images."""
 
     def __init__(self, dataset: Any) -> None:
         # A reader gives files; without one, torchvision gives images.
@@ -88,15 +105,55 @@ class _TimmImages(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         if self.reader is None:
-            image, label = self.dataset[index]
-            return image.convert("RGB"), int(label)
+            try:
+                image, label = self.dataset[index]
+                return eight_bits(image), int(label)
+            except Exception as error:  # a damaged image makes decoders raise anything
+                raise UnreadableImageError(f"image {index}", error) from error
         try:
             file, label, *_ = self.reader[index]
-            with file:
-                return Image.open(file).convert("RGB"), int(label)
         except OSError as error:
-            name = str(self.reader.filename(index, absolute=True))
-            raise UnreadableImageError(name, error) from error
+            raise UnreadableImageError(self._name(index), error) from error
+        with file:
+            return open_image(file, self._name(index)), int(label)
+
+    def _name(self, index: int) -> str:
+        return str(self.reader.filename(index, absolute=True))
+
+
+def _number(
+    reader: ReaderImageFolder, numbered: Sequence[str] | None, class_map: str | None
+) -> None:
+    """Number the classes of folders as `image_folder` does, or as the training part's are.
+
+    timm itself sorts 2 before 10, and takes hidden folders for classes.
+    """
+    samples, numbers = reader.samples, reader.class_to_idx
+    if class_map:  # timm leaves folders out that it does not name
+        samples, numbers = find_images_and_targets(reader.root)
+        named = load_class_map(class_map, reader.root)
+        numbered = [str(name).lstrip(BYTE_ORDER_MARK) for name in sorted(named, key=named.get)]
+    names = {number: name for name, number in numbers.items()}
+    samples = [
+        (path, names[number])
+        for path, number in samples
+        if is_visible(Path(path).relative_to(reader.root).as_posix())
+    ]
+    present = sorted({name for _, name in samples})
+    if numbered is not None:
+        check_numbered(present, numbered, str(reader.root))
+    classes = {name: index for index, name in enumerate(numbered or present)}
+    reader.class_to_idx = classes
+    reader.samples = [(path, classes[name]) for path, name in samples]
+
+
+def _labels(part: Any) -> list[int] | None:
+    """The classes of a part's images, where they are known without opening them."""
+    if isinstance(part, TarImages):
+        return [entry.label for entry in part.entries]
+    if isinstance(part.reader, ReaderImageFolder):
+        return [number for _, number in part.reader.samples]
+    return None
 
 
 def _classes(source: Any) -> tuple[str, ...]:
@@ -115,12 +172,17 @@ def _classes(source: Any) -> tuple[str, ...]:
 
 
 def _timm_part(
-    dataset: str, root: Path, split: str, class_map: str | None, download: bool
+    dataset: str,
+    root: Path,
+    split: str,
+    class_map: str | None,
+    download: bool,
+    numbered: Sequence[str] | None = None,
 ) -> tuple[Any, tuple[str, ...]]:
-    """The images of one split and the names of its classes."""
+    """The images of one split and the names of its classes, numbered as the training part's."""
     tar = root / f"{split}.tar"
     if not dataset and tar.is_file():
-        return folders_in(tar)
+        return folders_in_tar(tar, numbered)
     if dataset.split("/")[0] in ("wds", "tfds", "hfids"):
         raise DataError(
             f"{dataset!r} is a stream.",
@@ -132,6 +194,8 @@ def _timm_part(
         options["class_map"] = class_map
     try:
         images = _TimmImages(create_dataset(dataset, str(root), **options))
+        if isinstance(images.reader, ReaderImageFolder):
+            _number(images.reader, numbered, class_map)
         return images, _classes(images.dataset if images.reader is None else images.reader)
     except (OSError, RuntimeError, ValueError, AssertionError, ImportError) as error:
         raise DataError(

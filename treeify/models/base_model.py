@@ -23,7 +23,7 @@ class BaseModel:
 def base_model(
     name: str,
     num_classes: int | None = None,
-    input_size: int | None = None,
+    input_size: int | tuple[int, int] | None = None,
     *,
     pretrained: bool = False,
     seed: int = 0,
@@ -33,7 +33,8 @@ def base_model(
     Args:
         name: timm's name, `torchvision/NAME`, or `package.module:function`.
         num_classes: classes of the model; by default its own.
-        input_size: height and width of its images; by default what it is usually fed.
+        input_size: height and width of its images, or both as one number; by default what it is
+            usually fed.
         pretrained: load trained weights.
         seed: of the fresh weights.
 
@@ -44,6 +45,8 @@ def base_model(
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     architecture = Architecture(name, kwargs)
     model = _build(architecture, pretrained, seed)
+    if isinstance(input_size, int):
+        input_size = (input_size, input_size)
     if input_size is not None:
         fitting = resized(architecture, model, input_size)
         if fitting != architecture:
@@ -53,7 +56,7 @@ def base_model(
         architecture = recognise(model) or architecture
     channels, *size = example_shape(model, architecture)
     if input_size is not None:
-        size = [input_size, input_size]
+        size = list(input_size)
     return BaseModel(model, architecture, torch.zeros(1, channels, *size))
 
 

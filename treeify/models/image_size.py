@@ -33,20 +33,22 @@ def example_shape(model: nn.Module, architecture: Architecture | None = None) ->
     return (input_channels(model, default=timm_shape[0] if timm_shape else 3), *size)
 
 
-def resized(architecture: Architecture, model: nn.Module, size: int) -> Architecture:
-    """The architecture of `model` for square images of another height and width.
+def resized(architecture: Architecture, model: nn.Module, size: tuple[int, int]) -> Architecture:
+    """The architecture of `model` for images of another height and width.
 
     It is the same, unless the model is built for one size: then it has that argument set.
     """
     channels, *default_size = example_shape(model, architecture)
-    if default_size == [size, size]:
+    if tuple(default_size) == tuple(size):
         return architecture
     if image_size(model) is None and (
-        not _has_fixed_size(model) or _takes(architecture, (channels, size, size))
+        not _has_fixed_size(model) or _takes(architecture, (channels, *size))
     ):
         return architecture
     key = "image_size" if architecture.name.startswith(TORCHVISION) else _IMAGE_SIZE
-    return Architecture(architecture.name, {**architecture.kwargs, key: size})
+    # Builders call a square by one number; some take no other.
+    argument = size[0] if size[0] == size[1] else list(size)
+    return Architecture(architecture.name, {**architecture.kwargs, key: argument})
 
 
 def _has_fixed_size(model: nn.Module) -> bool:
@@ -89,7 +91,7 @@ def _sides(size: object) -> tuple[int, int] | None:
     match size:
         case int(side) | (int(side),):
             return side, side
-        case (int(height), int(width)):
+        case [int(height), int(width)]:
             return height, width
     return None
 

@@ -1,16 +1,38 @@
 """The ensemble of a run: built from its recipe, checked against the data, set up for training."""
 
+from itertools import zip_longest
+
 import torch
 from torch import Tensor, nn
 
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.data import Data
+from treeify.data import Data, Preparation
 from treeify.engine.preserve import preserve_modes
-from treeify.errors import RecipeError
+from treeify.errors import CheckpointError, DataError, ModelError, RecipeError, quoted
 from treeify.models.architecture import Architecture
+from treeify.models.image_size import input_channels
+from treeify.models.skeleton import skeleton
 from treeify.training.distributed import Team, broadcast
-from treeify.training.recipe import Recipe
+from treeify.training.recipe import DataRecipe, ModelRecipe, Recipe
+
+
+def load_data(recipe: Recipe) -> Data:
+    """The data of a recipe, with as many channels as its model takes where that is left open.
+
+    Raises:
+        DataError: the data set cannot be read.
+    """
+    return recipe.data.load(_channels(recipe.model) if recipe.data.follows_model else None)
+
+
+def _channels(model: ModelRecipe) -> int | None:
+    if isinstance(channels := model.kwargs.get("in_chans"), int):
+        return channels
+    try:
+        return input_channels(skeleton(Architecture(model.name, model.kwargs)), default=3)
+    except ModelError:
+        return None  # building it will say so, too
 
 
 def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
@@ -30,6 +52,56 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         seed=recipe.seed,
         example_input=data.example()[None],
     )
+
+
+def as_saved(hne: HierarchicalEnsemble, section: DataRecipe, data: Data) -> Data:
+    """The data that a saved run goes on with; by name, their classes are those of the run.
+
+    Raises:
+        CheckpointError: the classes have other names or another order.
+    """
+    classes = hne.preparation and hne.preparation.classes
+    if classes is None:
+        return data.numbered_by(section.classes_of_earlier_runs(data.classes))
+    if classes != data.classes:
+        changes = [
+            f"{number}: {new or 'none'!r}, the run has {old or 'none'!r}"
+            for number, (new, old) in enumerate(zip_longest(data.classes, classes))
+            if new != old
+        ]
+        raise CheckpointError(
+            "the classes of the data are not those that the run was trained on.",
+            expected=quoted(classes),
+            found="\n    ".join(["other names by number:", *changes[:8]]),
+            next_step="Name the classes, or their folders, as they were.",
+        )
+    return data
+
+
+def remember_preparation(hne: HierarchicalEnsemble, data: Data) -> None:
+    """Note in an ensemble how the data's images are prepared, and what the classes are called.
+
+    Raises:
+        DataError: the images have another shape than the data say.
+    """
+    if data.preparation is not None:
+        shape = tuple(data.example().shape)
+        if shape != data.preparation.shape:
+            raise DataError(
+                "the held-out images are not prepared as the data set's preparation says.",
+                expected=f"shape {data.preparation.shape}",
+                found=f"shape {shape}",
+                next_step="Correct the size or the channels of Data(..., preparation=...).",
+            )
+        hne.preparation = data.preparation
+    elif len(hne.example) == 3:
+        channels, height, width = hne.example
+        hne.preparation = Preparation(
+            size=(height, width),
+            channels=channels,
+            classes=data.classes,
+            source="the data set does not say it",
+        )
 
 
 @torch.no_grad()
@@ -54,7 +126,7 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
     if outputs != len(data.classes):
         raise RecipeError(
             "the model does not fit the data.",
-            expected=f"a model with the data's {len(data.classes)} classes",
+            expected=f"a model with the data's {len(data.classes)} classes: {quoted(data.classes)}",
             found=f"one with {outputs}",
             next_step=f"Set model.kwargs.num_classes={len(data.classes)}, or its name for it.",
         )

@@ -95,9 +95,11 @@ def predict(
     preparation = preparation_in(path, mean, std, input_size)
     preparation.check()
     notes = [f"Images: {preparation}."]
+    if input_size is not None:
+        notes.append("MACs are those of the size that the ensemble was converted for.")
     with console.status("reading"):
         batch = read_files(images, preparation)
-        names = None if labels is None else _read_labels(labels)
+        names = preparation.classes if labels is None else _read_labels(labels)
         hne = checkpoint.load(path).to(resolve_device(device))
     parameter = next(hne.parameters())
     x = batch.to(parameter.device, parameter.dtype)
@@ -105,7 +107,7 @@ def predict(
         sufficient = confidence if budget is None else _saved_budget(hne, budget, path)
         measured = deadline is not None and _measure_if_unknown(hne, x, path, notes)
         classes = _warm_up(hne, x, leaves)
-    names = _labels(preparation.classes if names is None else names, classes, hne, path, notes)
+    names = _labels(names, classes, hne, path, notes)
     # Drawing would eat into a deadline, and cannot grow where nothing is redrawn.
     drawn = console.is_terminal and deadline is None and not as_json
     view = Live(console=console, auto_refresh=False, transient=True) if drawn else None
@@ -188,7 +190,7 @@ def _check_single(
         raise InputError(f"{' and '.join(limits)} were given.", expected="one of them")
 
 
-def _read_labels(file: Path) -> list[str]:
+def _read_labels(file: Path) -> Sequence[str]:
     try:
         return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:

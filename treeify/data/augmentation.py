@@ -50,8 +50,8 @@ class ResizedCrop:
             spatial, coloured, self.normalise = create_transform(
                 preparation.size,
                 is_training=True,
-                mean=preparation.mean,
-                std=preparation.std,
+                mean=preparation.mean or (),
+                std=preparation.std or (),
                 interpolation=preparation.interpolation,
                 hflip=0.5 if flip else 0.0,
                 color_jitter=0.0,

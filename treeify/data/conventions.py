@@ -12,6 +12,7 @@ from torchvision import models
 from treeify.data.preparation import CropMode, Preparation
 from treeify.errors import DataError
 from treeify.models.builders import TIMM, TORCHVISION
+from treeify.models.image_size import Size, height_and_width
 
 Statistics = tuple[Sequence[float], Sequence[float]]
 
@@ -21,14 +22,6 @@ CIFAR100 = ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
 DIGITS = ((0.3053,) * 3, (0.3759,) * 3)
 FASHION_MNIST = ((0.2860,) * 3, (0.3530,) * 3)
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-Size = int | Sequence[int]  # a square's side, or [H, W]
-
-
-def height_and_width(size: Size) -> tuple[int, int]:
-    """Both sides of a size that a data set's options give."""
-    height, width = (size, size) if isinstance(size, int) else size
-    return height, width
 
 
 def transform_options(like: str | None) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     # Not `ImageOps.exif_transpose`: it also writes the EXIF block again, which fails where other
     # tags in it are damaged.
     try:
-        orientation = image.getexif().get(_ORIENTATION)
+        orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # a damaged block says nothing of the orientation, and nothing of the pixels
         return None
     return _TURNS.get(orientation)

@@ -88,7 +88,7 @@ def image_folder(
     return in_parts(train, held_out, augment, preparation, train.classes, where, held_out.targets)
 
 
-class _Part(datasets.ImageFolder):
+class _Part(datasets.ImageFolder):  # type: ignore[misc]  # torchvision has no types
     """The opened images of one part and their classes, numbered as in the training part."""
 
     def __init__(self, root: Path, numbered: Sequence[str] | None = None) -> None:

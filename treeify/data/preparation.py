@@ -114,9 +114,8 @@ class Preparation:
             InputError: mean and std are not known, or no file has so many channels.
         """
         self.check()
-        # Only a border has a colour.
-        fill = self.mean if self.crop_mode == "border" else None
-        fit = _resizing(self.size, self.crop_mode, self.crop_pct, self.interpolation, fill)
+        border = self.mean or ()
+        fit = _resizing(self.size, self.crop_mode, self.crop_pct, self.interpolation, border)
         tensor: Tensor = fit(to_channels(image, self.channels))
         return tensor
 
@@ -184,7 +183,7 @@ def _resizing(
     crop_mode: str,
     crop_pct: float,
     interpolation: str,
-    fill: tuple[float, ...] | None,
+    border: tuple[float, ...],
 ) -> Any:
     """From an image to pixels of a size."""
     return create_transform(
@@ -193,7 +192,7 @@ def _resizing(
         crop_pct=crop_pct,
         interpolation=interpolation,
         normalize=False,
-        **({} if fill is None else {"mean": fill}),
+        mean=border,
     )
 
 

@@ -112,13 +112,14 @@ class _TimmImages(Dataset[Any]):
                 raise UnreadableImageError(f"image {index}", error) from error
         try:
             file, label, *_ = self.reader[index]
-        except OSError as error:
-            raise UnreadableImageError(self._name(index), error) from error
-        with file:
-            return open_image(file, self._name(index)), int(label)
+            with file:
+                return open_image(file), int(label)
+        except (OSError, UnreadableImageError) as error:
+            reason = error.reason if isinstance(error, UnreadableImageError) else error
+            raise UnreadableImageError(self._name(index), reason) from error
 
     def _name(self, index: int) -> str:
-        return str(self.reader.filename(index, absolute=True))
+        return str(self.dataset.filename(index, absolute=True))
 
 
 def _number(
@@ -131,7 +132,7 @@ def _number(
     samples, numbers = reader.samples, reader.class_to_idx
     if class_map:  # timm leaves folders out that it does not name
         samples, numbers = find_images_and_targets(reader.root)
-        named = load_class_map(class_map, reader.root)
+        named = load_class_map(class_map, reader.root)  # type: ignore[no-untyped-call]
         numbered = [str(name).lstrip(BYTE_ORDER_MARK) for name in sorted(named, key=named.get)]
     names = {number: name for name, number in numbers.items()}
     samples = [

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.models.architecture import Architecture
-from treeify.models.image_size import example_shape, resized
+from treeify.models.image_size import Size, example_shape, height_and_width, resized
 from treeify.models.recognise import recognise
 
 
@@ -23,7 +23,7 @@ class BaseModel:
 def base_model(
     name: str,
     num_classes: int | None = None,
-    input_size: int | tuple[int, int] | None = None,
+    input_size: Size | None = None,
     *,
     pretrained: bool = False,
     seed: int = 0,
@@ -45,8 +45,6 @@ def base_model(
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     architecture = Architecture(name, kwargs)
     model = _build(architecture, pretrained, seed)
-    if isinstance(input_size, int):
-        input_size = (input_size, input_size)
     if input_size is not None:
         fitting = resized(architecture, model, input_size)
         if fitting != architecture:
@@ -56,7 +54,7 @@ def base_model(
         architecture = recognise(model) or architecture
     channels, *size = example_shape(model, architecture)
     if input_size is not None:
-        size = list(input_size)
+        size = list(height_and_width(input_size))
     return BaseModel(model, architecture, torch.zeros(1, channels, *size))
 
 

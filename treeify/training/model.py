@@ -60,7 +60,7 @@ def as_saved(hne: HierarchicalEnsemble, section: DataRecipe, data: Data) -> Data
     Raises:
         CheckpointError: the classes have other names or another order.
     """
-    classes = hne.preparation and hne.preparation.classes
+    classes = None if hne.preparation is None else hne.preparation.classes
     if classes is None:
         return data.numbered_by(section.classes_of_earlier_runs(data.classes))
     if classes != data.classes:

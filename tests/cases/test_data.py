@@ -23,6 +23,7 @@ from treeify.data.conventions import of_data_set
 from treeify.data.data_set import Data
 from treeify.data.preparation import read_files
 from treeify.errors import CheckpointError, DataError, InputError, RecipeError
+from treeify.training.model import as_saved
 from treeify.training.objective import load_teacher
 from treeify.training.recipe import TeacherRecipe
 from treeify.training.recipe_file import load_recipe
@@ -326,13 +327,22 @@ def test_timm_and_image_folder_number_classes_alike(tmp_path: Path) -> None:
 
 def test_a_run_of_an_earlier_version_keeps_the_numbers_that_timm_gave(recipe: Path) -> None:
     other_photos({"dark": "2", "light": "10"})
-    section = load_recipe(recipe, ["data.name=timm", "data.held_out_split=val"]).data
-    assert section.classes_of_earlier_runs(("10", "2")) == ("2", "10")
-    images = data.timm_dataset(root="other", held_out_split="val").numbered_by(("2", "10"))
+    values = ["data.name=timm", "data.root=other", "data.held_out_split=val", "data.size=8"]
+    run_directory = trained(recipe, *values)
+    section = load_recipe(recipe, values).data
+    hne = treeify.load(run_directory / "last")
+    assert hne.preparation.classes == ("10", "2")
+    assert labels_of(as_saved(hne, section, section.load()).held_out) == [1] * 8 + [0] * 8
+    hne.preparation = None  # as the earlier version saved it
+    images = as_saved(hne, section, section.load())
+    assert images.classes == images.preparation.classes == ("2", "10")
     assert labels_of(images.held_out) == [0] * 8 + [1] * 8
-    assert section.model_copy(update={"name": "image_folder"}).classes_of_earlier_runs(
-        ("10", "2")
-    ) == ("10", "2")
+    hne.preparation = images.preparation  # which went on since
+    assert as_saved(hne, section, section.load()).classes == ("2", "10")
+    treeify.save(hne, run_directory / "last", overwrite=True)
+    assert eval_scores(str(run_directory))["scores"]
+    of_folders = load_recipe(recipe).data
+    assert of_folders.classes_of_earlier_runs(("10", "2")) == ("10", "2")
 
 
 def test_a_class_renamed_before_a_run_goes_on_is_refused(recipe: Path) -> None:
@@ -377,6 +387,15 @@ def test_images_have_as_many_channels_as_the_model_takes(recipe: Path, name: str
     assert hne.preparation.shape == hne.example == (1, 8, 8)
     assert eval_scores("run")["scores"]
     assert run("predict", "run", "photos/val/dark/0.png").exit_code == 0
+
+
+def test_a_model_of_other_channels_is_refused_with_keys_that_train_has(
+    recipe: Path, mine: str
+) -> None:
+    with pytest.raises(RecipeError, match=r"data\.channels .* model\.kwargs\.in_chans=3"):
+        trained(recipe, mine, "model.kwargs.channels=1")
+    with pytest.raises(RecipeError, match=r"the data's images, of shape \(3, 8, 8\)"):
+        trained(recipe, "data.channels=3", "model.kwargs.channels=1")
 
 
 def test_grey_images_take_timms_policies(recipe: Path) -> None:
@@ -472,6 +491,20 @@ def test_an_ensemble_evaluates_other_folders_as_it_predicts(recipe: Path) -> Non
     assert eval_scores("alone", *arguments)["scores"] == eval_scores("run")["scores"]
     shown = run("eval", "alone", *arguments, "--data", "size=16", "--no-latency")
     assert "Images: 3 x 16 x 16" in shown.output
+    hne = treeify.load("alone")
+    hne.preparation = None
+    treeify.save(hne, "unknown")
+    shown = run("eval", "unknown", *arguments, "--data", "like=resnet18", "--no-latency")
+    assert "Images: 3 x 8 x 8, mean 0.485" in shown.output  # the size is its own in any case
+    assert "Classes go by their numbers" in shown.output
+
+
+def test_what_is_no_preparation_is_not_saved(recipe: Path) -> None:
+    hne = treeify.load(trained(recipe) / "last")
+    hne.preparation = data.open_image
+    with pytest.raises(CheckpointError, match=r"expected a treeify\.data\.Preparation|plain data"):
+        treeify.save(hne, "alone")
+    assert not Path("alone").exists()
 
 
 MINE = """\

@@ -92,6 +92,8 @@ def evaluate(
     say(console, f"{path}; {images.split}.")
     if images.preparation is not None:
         say(console, f"Images: {images.preparation}.")
+    if hne.preparation is None or hne.preparation.classes is None:
+        say(console, "Classes go by their numbers: the ensemble does not know their names.")
     if skipped:
         say(console, f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
     if machine is not None:

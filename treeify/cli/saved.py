@@ -94,15 +94,15 @@ def skips_damaged(path: Path) -> bool:
     return recipe is not None and load_recipe(recipe).skip_corrupt > 0
 
 
-# Options of data sets that say how images are prepared.
-_PREPARING = {"size", "like", "channels", "mean", "std", "crop_padding"}
+# Options of data sets that say how images are prepared, besides their size.
+_PREPARING = {"like", "mean", "std", "crop_padding"}
 
 
 def held_out_data(path: Path, section: DataRecipe, options: Sequence[str], channels: int) -> Data:
     """The data to measure a checkpoint's ensemble on.
 
-    Images are prepared as `treeify predict` does, unless options say otherwise, and classes are
-    those of the ensemble, by name.
+    Images are prepared as `treeify predict` does, in the ensemble's size, unless options say
+    otherwise; classes are those of the ensemble, by name.
 
     Args:
         path: the checkpoint.
@@ -114,15 +114,17 @@ def held_out_data(path: Path, section: DataRecipe, options: Sequence[str], chann
         DataError: the data cannot be read, or have classes that the ensemble does not know.
     """
     data = section.load(channels)
-    config = checkpoint.read_config(path)
-    if len(config["example"]) != 3:
+    if len(checkpoint.read_config(path)["example"]) != 3:
         return data
     preparation = preparation_in(path)
-    if preparation.is_known and not _PREPARING & {option.partition("=")[0] for option in options}:
-        data = data.prepared_by(preparation)
+    changed = {option.partition("=")[0].strip() for option in options}
+    if data.preparation is not None:
+        is_known = preparation.is_known and not _PREPARING & changed
+        size = (data.preparation if "size" in changed else preparation).size
+        data = data.prepared_by(replace(preparation if is_known else data.preparation, size=size))
     classes = preparation.classes
-    if classes is None and recipe_of(path):
-        classes = section.classes_of_earlier_runs(data.classes)
+    if classes is None and (recipe := recipe_of(path)):
+        classes = load_recipe(recipe).data.classes_of_earlier_runs(data.classes)
     return data if classes is None else data.numbered_by(classes)
 
 

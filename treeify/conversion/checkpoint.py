@@ -48,7 +48,8 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
         overwrite: also write where the directory has files already.
 
     Raises:
-        CheckpointError: the directory is not empty, or cannot be written.
+        CheckpointError: the directory is not empty, or cannot be written, or `hne.preparation` is
+            no plain data.
     """
     path = Path(path)
     check_writable(path, overwrite=overwrite)
@@ -243,6 +244,12 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
 def _preparation(hne: HierarchicalEnsemble) -> dict[str, Any]:
     if hne.preparation is None:
         return {}
+    if not isinstance(hne.preparation, Preparation):
+        raise CheckpointError(
+            "hne.preparation cannot be saved.",
+            expected="a treeify.data.Preparation, which is plain data",
+            found=type(hne.preparation).__name__,
+        )
     return {"preparation": PREPARATION.dump_python(hne.preparation, mode="json")}
 
 

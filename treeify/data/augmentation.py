@@ -40,6 +40,11 @@ class ResizedCrop:
     def __init__(
         self, preparation: Preparation, flip: bool, auto_augment: str | None, random_erasing: float
     ) -> None:
+        """Build timm's transforms, in the preparation's size, channels and statistics.
+
+        Raises:
+            DataError: timm has no such policy, or it cannot be had for these channels.
+        """
         if auto_augment and preparation.channels == 4:
             raise DataError(
                 "auto_augment changes colours, and images of 4 channels have more.",

@@ -1,12 +1,12 @@
 """Data sets that timm reads by index: folders, tar files and Hugging Face's."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from timm.data import create_dataset
 from timm.data.readers.class_map import load_class_map
-from timm.data.readers.reader_image_folder import ReaderImageFolder, find_images_and_targets
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
 from treeify.data.augmentation import ResizedCrop
@@ -18,8 +18,6 @@ from treeify.data.tar_images import TarImages, folders_in_tar
 from treeify.errors import DataError, quoted
 from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers
 
-BYTE_ORDER_MARK = "\ufeff"
-
 
 @register("timm")
 def timm_dataset(
@@ -28,7 +26,7 @@ def timm_dataset(
     root: FilePath = "data",
     train_split: str = "train",
     held_out_split: str = "validation",
-    class_map: FilePath | None = None,
+    class_map: str | None = None,
     download: bool = False,
     size: ImageSize = 224,
     like: str | None = None,
@@ -49,7 +47,7 @@ def timm_dataset(
         root: directory of the data, or of `train.tar` and `validation.tar` with a folder per class.
         train_split: what is trained on.
         held_out_split: what is held out.
-        class_map: file that numbers the classes.
+        class_map: file that numbers the classes, by its path or in `root`.
         download: fetch what is missing, where timm can.
         size: height and width in pixels, `[H, W]` if they differ.
         like: timm or torchvision name of the model whose trained weights are used.
@@ -67,10 +65,10 @@ def timm_dataset(
         DataError: it cannot be read by index or does not exist, or its parts have different
             classes.
     """
-    train, classes = _timm_part(dataset, Path(root), train_split, class_map, download)
-    held_out, others = _timm_part(
-        dataset, Path(root), held_out_split, class_map, download, numbered=classes
-    )
+    options = {"class_map": class_map, "download": download}
+    numbered = None if dataset or class_map is None else _class_map(class_map, root)
+    train, classes = _timm_part(dataset, Path(root), train_split, options, numbered)
+    held_out, others = _timm_part(dataset, Path(root), held_out_split, options, classes)
     if not dataset and _root(train) == _root(held_out):
         raise DataError(
             f"{root!r} has no parts {train_split!r} and {held_out_split!r}.",
@@ -122,22 +120,30 @@ class _TimmImages(Dataset[Any]):
         return str(self.dataset.filename(index, absolute=True))
 
 
-def _number(
-    reader: ReaderImageFolder, numbered: Sequence[str] | None, class_map: str | None
-) -> None:
-    """Number the classes of folders as `image_folder` does, or as the training part's are.
+def _class_map(file: str, root: str) -> list[str]:
+    """The classes that a file names, in the order of their numbers."""
+    try:
+        numbers = load_class_map(file, root)  # type: ignore[no-untyped-call]
+    except (AssertionError, OSError, ValueError) as error:
+        raise DataError(
+            f"class_map {file!r} cannot be read.",
+            expected="a text file, one class a line, by its path or in data.root",
+            found=str(error),
+        ) from error
+    # timm keeps the mark that some editors begin a file with.
+    return [str(name).lstrip("\ufeff") for name in sorted(numbers, key=numbers.__getitem__)]
 
-    timm itself sorts 2 before 10, and takes hidden folders for classes.
+
+def _number(reader: ReaderImageFolder, numbered: Sequence[str] | None) -> None:
+    """Number the classes of folders as `image_folder` does, or as they are numbered elsewhere.
+
+    timm itself sorts 2 before 10, takes hidden folders for classes, and leaves out folders that a
+    class map does not name.
     """
-    samples, numbers = reader.samples, reader.class_to_idx
-    if class_map:  # timm leaves folders out that it does not name
-        samples, numbers = find_images_and_targets(reader.root)
-        named = load_class_map(class_map, reader.root)  # type: ignore[no-untyped-call]
-        numbered = [str(name).lstrip(BYTE_ORDER_MARK) for name in sorted(named, key=named.get)]
-    names = {number: name for name, number in numbers.items()}
+    names = {number: name for name, number in reader.class_to_idx.items()}
     samples = [
         (path, names[number])
-        for path, number in samples
+        for path, number in reader.samples
         if is_visible(Path(path).relative_to(reader.root).as_posix())
     ]
     present = sorted({name for _, name in samples})
@@ -176,11 +182,10 @@ def _timm_part(
     dataset: str,
     root: Path,
     split: str,
-    class_map: str | None,
-    download: bool,
-    numbered: Sequence[str] | None = None,
+    options: Mapping[str, Any],
+    numbered: Sequence[str] | None,
 ) -> tuple[Any, tuple[str, ...]]:
-    """The images of one split and the names of its classes, numbered as the training part's."""
+    """The images of one split and the names of its classes, numbered as is said, if it is."""
     tar = root / f"{split}.tar"
     if not dataset and tar.is_file():
         return folders_in_tar(tar, numbered)
@@ -190,13 +195,13 @@ def _timm_part(
             expected="a data set that is read by index: folders, tar files, hfds/..., torch/...",
             next_step="WebDataset's shards are read by index too: data.name=webdataset.",
         )
-    options: dict[str, Any] = {"split": split, "is_training": False, "download": download}
-    if class_map:
-        options["class_map"] = class_map
+    if not dataset or options["class_map"] is None:
+        options = {"download": options["download"]}
     try:
-        images = _TimmImages(create_dataset(dataset, str(root), **options))
+        reading = create_dataset(dataset, str(root), split=split, is_training=False, **options)
+        images = _TimmImages(reading)
         if isinstance(images.reader, ReaderImageFolder):
-            _number(images.reader, numbered, class_map)
+            _number(images.reader, numbered)
         return images, _classes(images.dataset if images.reader is None else images.reader)
     except (OSError, RuntimeError, ValueError, AssertionError, ImportError) as error:
         raise DataError(

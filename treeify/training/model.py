@@ -9,7 +9,7 @@ from treeify.conversion.api import hierarchicalize
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data, Preparation
 from treeify.engine.preserve import preserve_modes
-from treeify.errors import CheckpointError, DataError, ModelError, RecipeError, quoted
+from treeify.errors import CheckpointError, DataError, InputError, ModelError, RecipeError, quoted
 from treeify.models.architecture import Architecture
 from treeify.models.image_size import input_channels
 from treeify.models.skeleton import skeleton
@@ -36,7 +36,11 @@ def _channels(model: ModelRecipe) -> int | None:
 
 
 def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
-    """Build the untrained ensemble of a recipe's model section and seed, on the CPU."""
+    """Build the untrained ensemble of a recipe's model section and seed, on the CPU.
+
+    Raises:
+        RecipeError: the model does not run on the data's images.
+    """
     model = recipe.model
     architecture = Architecture(model.name, model.kwargs)
     base: nn.Module | Architecture = architecture
@@ -44,14 +48,24 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             base = architecture.build(pretrained=True)
-    return hierarchicalize(
-        base,
-        splits=model.splits,
-        fanout=model.fanout,
-        init=model.init,
-        seed=recipe.seed,
-        example_input=data.example()[None],
-    )
+    image = data.example()
+    try:
+        return hierarchicalize(
+            base,
+            splits=model.splits,
+            fanout=model.fanout,
+            init=model.init,
+            seed=recipe.seed,
+            example_input=image[None],
+        )
+    except InputError as error:
+        raise RecipeError(
+            f"the model does not run on the data's images, of shape {tuple(image.shape)}.",
+            expected="channels and a size that the model takes",
+            found=str(error).splitlines()[0],
+            next_step="Set data.channels and data.size, or the model's arguments, e.g."
+            f" model.kwargs.in_chans={len(image)}.",
+        ) from error
 
 
 def as_saved(hne: HierarchicalEnsemble, section: DataRecipe, data: Data) -> Data:
@@ -61,9 +75,10 @@ def as_saved(hne: HierarchicalEnsemble, section: DataRecipe, data: Data) -> Data
         CheckpointError: the classes have other names or another order.
     """
     classes = None if hne.preparation is None else hne.preparation.classes
-    if classes is None:
-        return data.numbered_by(section.classes_of_earlier_runs(data.classes))
-    if classes != data.classes:
+    earlier = section.classes_of_earlier_runs(data.classes)
+    if classes in (None, earlier):
+        return data.numbered_by(earlier)
+    if classes is not None and classes != data.classes:
         changes = [
             f"{number}: {new or 'none'!r}, the run has {old or 'none'!r}"
             for number, (new, old) in enumerate(zip_longest(data.classes, classes))

@@ -135,6 +135,13 @@ def tiff(grey: np.ndarray, bits: int) -> bytes:
     return mark + struct.pack(order + "HI", 42, 8 + len(pixels)) + pixels + directory
 
 
+def test_an_image_of_pillows_is_scaled_too(tmp_path: Path) -> None:
+    grey = noise("L", (16, 16))
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    prepare = data.Preparation(size=(16, 16), mean=(0.5,), std=(0.5,), channels=1)
+    assert torch.equal(prepare(deep), prepare(grey))
+
+
 @pytest.mark.parametrize("mode", ["F", "I"])
 def test_pixels_whose_range_nobody_knows_are_refused(tmp_path: Path, mode: str) -> None:
     Image.new(mode, (8, 8), 1000).save(tmp_path / "deep.tif")
@@ -173,6 +180,11 @@ def test_a_photo_is_turned_in_training_as_in_predictions(tmp_path: Path, orienta
     assert torch.equal(photos.train[0][0], expected)
     file = tmp_path / "val" / "a" / "1.png"
     assert torch.equal(read_files([file], photos.preparation)[0], expected)
+    with Image.open(file) as opened:
+        assert torch.equal(photos.preparation(opened), expected)
+    assert torch.equal(photos.preparation(data.open_image(file)), expected)
+    photo.save(tmp_path / "photo.tif", exif=photo.getexif())
+    assert torch.equal(photos.preparation(data.open_image(tmp_path / "photo.tif")), expected)
     if orientation == 6:
         by_timm = data.timm_dataset(root=str(tmp_path), held_out_split="val", size=16)
         assert by_timm.preparation is not None
@@ -354,11 +366,12 @@ def test_a_class_renamed_before_a_run_goes_on_is_refused(recipe: Path) -> None:
 
 
 def test_predict_shows_the_names_of_the_classes(recipe: Path) -> None:
-    trained(recipe)
+    trained(recipe, "ema={decay: 0.9}")
     shown = run("predict", "run", "photos/val/dark/0.png")
     assert shown.exit_code == 0, shown.output
     assert "dark" in shown.output
     assert "light" in shown.output
+    assert "light" in run("predict", "run/last/ema", "photos/val/light/0.png").output
     assert treeify.load("run/last").sub_ensemble(1).preparation.classes == ("dark", "light")
 
 

@@ -167,3 +167,18 @@ def test_numbers_that_do_not_fit_are_refused(values: dict, match: str) -> None:
 def test_no_file_has_twelve_channels(photo: Path) -> None:
     with pytest.raises(InputError, match="not files of images"):
         read_files([photo], Preparation(size=(8, 8), channels=12, mean=(0.0,), std=(1.0,)))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_every_way_to_crop_works_in_every_shape(photo: Path, crop_mode: str, channels: int) -> None:
+    preparation = Preparation(
+        size=(32, 48),
+        mean=(0.5,),
+        std=(0.25,),
+        channels=channels,
+        crop_mode=crop_mode,
+        crop_pct=0.9,
+        interpolation="bicubic",
+    )
+    assert read_files([photo], preparation).shape == (1, channels, 32, 48)

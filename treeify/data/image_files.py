@@ -21,6 +21,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SAY_ORIENTATION = ("exif", "xmp", "XML:com.adobe.xmp")  # among what Pillow keeps of a file
+_OPENED = ("L", "LA", "RGB", "RGBA")
 _BITS_PER_SAMPLE = 258  # of TIFF
 _SIXTEEN_BITS = ("PNG", "PPM")  # whose pixels of mode I go to 65,535
 
@@ -71,10 +73,27 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.I
     try:
         with Image.open(file) as opened:
             opened.load()
-            image, turn = eight_bits(opened), _turn(opened)
-            return image if turn is None else image.transpose(turn)
+            image = upright(opened)
+            return image.copy() if image is opened else image  # which is closed now
     except Exception as error:  # a damaged file makes decoders raise anything
         raise UnreadableImageError(str(file) if name is None else name, error) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A decoded image, turned as it says and of mode L, LA, RGB or RGBA; itself if it is that.
+
+    Raises:
+        ValueError: the range of its pixels is not known.
+    """
+    turn = _turn(image)
+    if turn is None and image.mode in _OPENED:
+        return image
+    image = _eight_bits(image)
+    if turn is not None:
+        image = image.transpose(turn)
+        for key in _SAY_ORIENTATION:
+            image.info.pop(key, None)
+    return image
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -87,12 +106,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
     return _TURNS.get(orientation)
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """A copy of a decoded image, of mode L, LA, RGB or RGBA.
-
-    Raises:
-        ValueError: the range of its pixels is not known.
-    """
+def _eight_bits(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode.startswith("I;16") or (mode == "I" and image.format in _SIXTEEN_BITS):
         tags = getattr(image, "tag_v2", {})
@@ -102,8 +116,8 @@ def eight_bits(image: Image.Image) -> Image.Image:
     if mode.startswith(("I", "F")):
         kind = "floats" if mode.startswith("F") else "integers of 32 bits"
         raise ValueError(f"pixels are {kind}, whose range is not known: save it with 8 or 16 bits")
-    if mode in ("L", "LA", "RGB", "RGBA"):
-        return image.copy()
+    if mode in _OPENED:
+        return image
     has_alpha = mode in ("PA", "RGBa", "La") or (mode == "P" and "transparency" in image.info)
     return image.convert("RGBA" if has_alpha else "RGB")
 

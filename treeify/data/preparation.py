@@ -17,7 +17,14 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
-from treeify.data.image_files import MODES, UnreadableImageError, explain, open_image, to_channels
+from treeify.data.image_files import (
+    MODES,
+    UnreadableImageError,
+    explain,
+    open_image,
+    to_channels,
+    upright,
+)
 from treeify.errors import DataError, InputError
 
 CropMode = Literal["center", "squash", "border"]
@@ -100,15 +107,18 @@ class Preparation:
         return f"{shape}, mean {mean}, std {std} ({self.source})"
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """An image, as `treeify.data.open_image` opens it, as floats `[C, H, W]`.
+        """An image of Pillow's as floats `[C, H, W]`.
+
+        It is turned and scaled to 8 bits as `treeify.data.open_image` does, unless that is done.
 
         Raises:
             InputError: mean and std are not known, or no file has so many channels.
+            ValueError: the range of its pixels is not known.
         """
         return self.normalise(self.pixels(image))
 
     def pixels(self, image: Image.Image) -> Tensor:
-        """An opened image in this size and these channels, `[C, H, W]` from 0 to 255.
+        """An image in this size and these channels, `[C, H, W]` from 0 to 255.
 
         Raises:
             InputError: mean and std are not known, or no file has so many channels.
@@ -116,7 +126,7 @@ class Preparation:
         self.check()
         border = self.mean or ()
         fit = _resizing(self.size, self.crop_mode, self.crop_pct, self.interpolation, border)
-        tensor: Tensor = fit(to_channels(image, self.channels))
+        tensor: Tensor = fit(to_channels(upright(image), self.channels))
         return tensor
 
     def normalise(self, pixels: Tensor) -> Tensor:

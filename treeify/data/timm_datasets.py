@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from treeify.data.augmentation import ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
-from treeify.data.image_files import UnreadableImageError, eight_bits, is_visible, open_image
+from treeify.data.image_files import UnreadableImageError, is_visible, open_image, upright
 from treeify.data.image_folders import check_numbered
 from treeify.data.tar_images import TarImages, folders_in_tar
 from treeify.errors import DataError, quoted
@@ -105,7 +105,7 @@ class _TimmImages(Dataset[Any]):
         if self.reader is None:
             try:
                 image, label = self.dataset[index]
-                return eight_bits(image), int(label)
+                return upright(image), int(label)
             except Exception as error:  # a damaged image makes decoders raise anything
                 raise UnreadableImageError(f"image {index}", error) from error
         try:

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from pictures import images_of, labels_of
+from PIL import Image
 
 from treeify.data.data_set import Data, in_parts
 from treeify.data.preparation import Preparation

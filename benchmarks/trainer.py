@@ -25,8 +25,9 @@ import torch
 from PIL import Image
 
 from treeify import losses
+from treeify.data.augmentation import Padded
+from treeify.data.conventions import of_small_images
 from treeify.data.data_set import Data, Transformed
-from treeify.data.preparation import CIFAR100, augmentation, prepare
 from treeify.training.events import Epoch, Reporter, RunSize, Step
 from treeify.training.loaders import Batch, Order, training_loader
 from treeify.training.recipe import Recipe
@@ -43,10 +44,11 @@ def random_images(*, count: int, classes: int = 100) -> Data:
     pixels = torch.randint(0, 256, (64, 32, 32, 3), dtype=torch.uint8, generator=generator)
     pictures = [Image.fromarray(own.numpy()) for own in pixels]
     examples = [(pictures[index % 64], index % classes) for index in range(count)]
-    crop = prepare(CIFAR100, *augmentation(32, 4, True))
+    preparation = of_small_images("cifar100", 32, 3)
+    augment = Padded(preparation, 4, flip=True)
     names = tuple(map(str, range(classes)))
-    held_out = Transformed(examples[:classes], prepare(CIFAR100))
-    return Data(Transformed(examples, crop), held_out, names, "random images")
+    held_out = Transformed(examples[:classes], preparation)
+    return Data(Transformed(examples, augment), held_out, names, "random images", preparation)
 
 
 class Timed:

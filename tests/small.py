@@ -13,9 +13,11 @@ CLASSES = 5
 class SmallNet(nn.Module):
     """Three stages with a residual connection; [N, 3, 8, 8] -> [N, 5]."""
 
-    def __init__(self, classes: int = CLASSES) -> None:
+    def __init__(self, classes: int = CLASSES, channels: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.stem = nn.Sequential(
+            nn.Conv2d(channels, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU()
+        )
         self.stage1 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
         self.stage2 = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.Dropout(0.2), nn.ReLU())
         self.head = nn.Linear(8, classes)
@@ -27,8 +29,8 @@ class SmallNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def build(classes: int = CLASSES) -> SmallNet:
-    return SmallNet(classes)
+def build(classes: int = CLASSES, channels: int = 3) -> SmallNet:
+    return SmallNet(classes, channels)
 
 
 class DrawnNet(SmallNet):

@@ -15,6 +15,7 @@ PACKAGE = Path(treeify.__file__).parent
 FILES = ("errors", "registry", "files", "versions", "seeds", "tree", "losses")
 ROOMS = (
     "models",
+    "data",
     "tracing",
     "engine",
     "anytime",
@@ -23,7 +24,6 @@ ROOMS = (
     "conversion",
     "evaluation",
     "parity",
-    "data",
     "training",
     "cli",
 )

@@ -1,7 +1,7 @@
 """What can go wrong, by kind: where, what was expected, what was found, what to do next."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class TreeifyError(Exception):
@@ -67,3 +67,9 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     """The choices that look most like `word`, quoted and comma-separated; empty if none does."""
     matches = difflib.get_close_matches(word, list(choices), n=count, cutoff=0.5)
     return ", ".join(repr(match) for match in matches)
+
+
+def quoted(names: Sequence[str], most: int = 8) -> str:
+    """Names for a message: the first few, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more

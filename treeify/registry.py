@@ -2,19 +2,29 @@
 
 import importlib
 import operator
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, PositiveInt
 
 from treeify.errors import RecipeError, TreeifyError, nearest
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-# A kind of option that recipes check.
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - of a pattern as well
+
+
+# Kinds of options that recipes check. Paths become absolute: a run's recipe is read elsewhere too.
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FilePath = Annotated[str, AfterValidator(_absolute)]
+ImageSize = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
+Channels = Literal[1, 3, 4]
+Numbers = Annotated[list[float], Field(min_length=1)]
 
 
 class Registry(dict[str, Callable[..., Any]]):

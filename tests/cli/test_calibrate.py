@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pictures import images_of, labels_of
 from runner import run
 
 import treeify
@@ -63,7 +64,8 @@ def test_budgets_report_what_predict_does_on_the_other_half(
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     order = torch.randperm(360, generator=torch.Generator().manual_seed(3))
-    images, labels = digits(crop_padding=1).held_out.tensors
+    held_out = digits(crop_padding=1).held_out
+    images, labels = images_of(held_out), torch.tensor(labels_of(held_out))
     chosen, others = order[:180], order[180:]
     assert found["images"] == {"chosen_on": 180, "reported_on": 180}
     for row in found["fixed"]:

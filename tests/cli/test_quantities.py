@@ -65,3 +65,16 @@ def test_parts() -> None:
     for text in ("", "3", "3/", "-1/8", "3/8/2", "a/b"):
         with pytest.raises(InputError, match=r"--shard .* is no shard"):
             quantities.part(text, "--shard")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("96", (96, 96)), ("96x160", (96, 160)), (" 8 ", (8, 8))]
+)
+def test_sizes_of_images(text: str, size: tuple[int, int]) -> None:
+    assert quantities.size(text, "--input-size") == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "96x", "96x0", "96,160", "1x2x3", "-3", "2.5"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(InputError, match=r"--input-size .* is no size"):
+        quantities.size(text, "--input-size")

@@ -15,9 +15,12 @@ def test_a_runs_ensemble_sees_what_its_recipe_says() -> None:
     assert str(preparation).endswith("(held-out images of digits, from the run's recipe)")
 
 
-def test_an_ensemble_by_itself_sees_what_is_known_of_its_architecture() -> None:
-    assert "(pixels in 0 to 1: --mean, --std)" in str(preparation_in(SAVED / "ensemble"))
-    preparation = preparation_in(SAVED / "ensemble", (0.5,), (0.25,))
+def test_of_an_ensemble_by_itself_the_shape_is_known_and_the_user_says_the_rest() -> None:
+    preparation = preparation_in(SAVED / "ensemble")
+    assert not preparation.is_known
+    assert preparation.shape == (3, 8, 8)
+    preparation = preparation_in(SAVED / "ensemble", (0.5,), (0.25,), (8, 16))
     assert (preparation.mean, preparation.std) == ((0.5,) * 3, (0.25,) * 3)
-    with pytest.raises(InputError, match="--std was given alone"):
+    assert preparation.size == (8, 16)
+    with pytest.raises(InputError, match="std was given alone"):
         preparation_in(SAVED / "ensemble", std=(0.25,))

@@ -52,6 +52,12 @@ def test_digits_are_three_equal_normalised_channels() -> None:
     assert digits.classes == tuple("0123456789")
 
 
+def test_digits_are_grey_where_the_model_is() -> None:
+    grey, colour = data.digits(channels=1), data.digits()
+    assert grey.train[0][0].shape == (1, 8, 8)
+    assert_close(grey.held_out[0][0][0], colour.held_out[0][0][2])
+
+
 def test_digits_can_be_resized() -> None:
     image, _ = data.digits(size=16).held_out[0]
     assert image.shape == (3, 16, 16)

@@ -12,6 +12,9 @@ def test_a_size_is_that_of_the_example_and_of_models_that_have_one() -> None:
     assert base.example.shape == (1, 3, 64, 64)
     assert base.architecture.kwargs == {"img_size": 64}
     assert base.model.eval()(base.example).shape == (1, 1000)
+    wide = base_model("test_vit", input_size=(64, 96))
+    assert wide.architecture.kwargs == {"img_size": [64, 96]}
+    assert wide.model.eval()(wide.example).shape == (1, 1000)
     plain = base_model("torchvision/squeezenet1_1", num_classes=4, input_size=32)
     assert plain.example.shape == (1, 3, 32, 32)
     assert plain.architecture.kwargs == {"num_classes": 4}

@@ -13,7 +13,7 @@ from treeify.anytime.deadline import LATENCIES, Latencies
 from treeify.cli.choice import Choice, Targets
 from treeify.cli.options import Device, Json, SavedEnsemble, count
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
+from treeify.cli.saved import checkpoint_in, data_section, held_out_data, skips_damaged
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
@@ -97,7 +97,9 @@ def calibrate(
     with console.status("loading"):
         hne = checkpoint.load(path).to(resolve_device(device))
         _check_macs(hne, targets.macs)
-        images = None if section is None else section.load()
+        images = None
+        if section is not None:
+            images = held_out_data(path, section, data or (), hne.example[0])
     choice, skipped = None, set[str]()
     if images is not None:
         _check_images(hne, images)

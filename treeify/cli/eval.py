@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from treeify.cli.options import Device, Json
 from treeify.cli.output import check_file, print_json, say, write_text
-from treeify.cli.saved import checkpoint_in, data_section, skips_damaged
+from treeify.cli.saved import checkpoint_in, data_section, held_out_data, skips_damaged
 from treeify.cli.scores import as_csv, base_row, score_rows, score_tables
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -78,7 +78,7 @@ def evaluate(
     section = data_section(path, data or ())
     hne = checkpoint.load(path).to(resolve_device(device)).eval()
     base = base_model_of(hne, base_weights)
-    images = section.load()
+    images = held_out_data(path, section, data or (), hne.example[0])
     check_classes(hne, images)
     skip = skips_damaged(path)
     batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=skip)
@@ -114,6 +114,10 @@ def evaluate(
     console = Console(quiet=as_json)
     say(console, *score_tables([first, *rows]), f"Each leaf by itself, %: {accuracies}")
     say(console, *([worth] if worth else []), *notes, f"{path}; {images.split}.")
+    if images.preparation is not None:
+        say(console, f"Images: {images.preparation}.")
+    if hne.preparation is None or hne.preparation.classes is None:
+        say(console, "Classes go by their numbers: the ensemble does not know their names.")
     if skipped:
         say(console, f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
     if machine is not None:

@@ -19,10 +19,6 @@ Name = Annotated[
 NumClasses = Annotated[
     int | None, typer.Option(min=1, help="Classes of the model; by default its own.")
 ]
-InputSize = Annotated[
-    int | None,
-    typer.Option(min=1, help="Height and width of its images; by default what it is usually fed."),
-]
 SavedEnsemble = Annotated[
     Path,
     typer.Argument(help="Saved ensemble, or run directory (its last checkpoint is taken)."),
@@ -46,6 +42,11 @@ def numbers(name: str, help: str, *, positive: bool = False) -> Any:
     return _parsed(name, partial(quantities.numbers, positive=positive), "NUMBERS", help)
 
 
+def size(name: str, help: str) -> Any:
+    """An option such as `--input-size 96x160`."""
+    return _parsed(name, quantities.size, "SIZE", help)
+
+
 def part(name: str, help: str) -> Any:
     """An option such as `--shard 3/8`."""
     return _parsed(name, quantities.part, "K/N", help)
@@ -54,3 +55,12 @@ def part(name: str, help: str) -> Any:
 def _parsed(name: str, parse: Callable[[str, str], Any], metavar: str, help: str) -> Any:
     # The parser says whose text it could not read, as every other error does.
     return typer.Option(name, parser=lambda text: parse(text, name), metavar=metavar, help=help)
+
+
+InputSize = Annotated[
+    quantities.Size | None,
+    size(
+        "--input-size",
+        "Height and width of its images, 96 or 96x160; by default what it is usually fed.",
+    ),
+]

@@ -14,10 +14,11 @@ from rich.table import Table
 from timm.data.imagenet_info import ImageNetInfo
 
 from treeify.anytime.confidence import Budget
+from treeify.cli import quantities
 from treeify.cli.answers import Answers, ImageAnswers, as_csv
 from treeify.cli.batches import Limits, Run
 from treeify.cli.image_files import image_files
-from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers
+from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers, size
 from treeify.cli.output import Column, check_file, print_json, say, table, table_width, write_text
 from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.conversion import checkpoint
@@ -73,6 +74,10 @@ def predict(
     std: Annotated[
         Sequence[float] | None, numbers("--std", "Their deviation; with --mean.", positive=True)
     ] = None,
+    input_size: Annotated[
+        quantities.Size | None,
+        size("--input-size", "Height and width, 96 or 96x160, if not the ensemble's."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -98,10 +103,13 @@ def predict(
     if csv is not None:
         check_file(csv, "--csv")
     console = Console(quiet=as_json)
-    preparation = preparation_in(path, mean, std)
+    preparation = preparation_in(path, mean, std, input_size)
+    preparation.check()
     notes = [f"Images: {preparation}."]
+    if input_size is not None:
+        notes.append("MACs are those of the size that the ensemble was converted for.")
     with console.status("loading"):
-        names = None if labels is None else _read_labels(labels)
+        names = preparation.classes if labels is None else _read_labels(labels)
         hne = checkpoint.load(path).to(resolve_device(device))
     sufficient = confidence if budget is None else _saved_budget(hne, budget, path)
     limits = Limits(leaves, deadline, sufficient)
@@ -122,8 +130,8 @@ def predict(
         ensemble=str(path),
         device=str(next(hne.parameters()).device),
         input=preparation.shape,
-        mean=preparation.mean,
-        std=preparation.std,
+        mean=preparation.mean or (),
+        std=preparation.std or (),
         normalisation=preparation.source,
         leaves=leaves,
         confidence=confidence,
@@ -200,9 +208,9 @@ def _check_single(
         raise InputError(f"{' and '.join(limits)} were given.", expected="one of them")
 
 
-def _read_labels(file: Path) -> list[str]:
+def _read_labels(file: Path) -> Sequence[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        return file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"--labels {str(file)!r} cannot be read: {error}",
@@ -211,8 +219,12 @@ def _read_labels(file: Path) -> list[str]:
 
 
 def _labels(
-    labels: list[str] | None, classes: int, hne: HierarchicalEnsemble, path: Path, notes: list[str]
-) -> list[str] | None:
+    labels: Sequence[str] | None,
+    classes: int,
+    hne: HierarchicalEnsemble,
+    path: Path,
+    notes: list[str],
+) -> Sequence[str] | None:
     """A name for every class, or None to go by their indices."""
     if labels is not None:
         if len(labels) != classes:

@@ -29,6 +29,13 @@ class Part(NamedTuple):
         return f"{self.number}/{self.parts}"
 
 
+class Size(NamedTuple):
+    """Of images, in pixels."""
+
+    height: int
+    width: int
+
+
 def seconds(text: str, option: str) -> float:
     """A duration in seconds, from a number with `s`, `ms`, `us` or no unit (seconds) after it."""
     value = _quantity(text, _SECONDS)
@@ -67,6 +74,17 @@ def numbers(text: str, option: str, *, positive: bool = False) -> tuple[float, .
             expected=f"one number, or one for each channel: {option} 0.5,0.5,0.5",
         )
     return values
+
+
+def size(text: str, option: str) -> Size:
+    """Height and width in pixels, such as `96x160`, or `96` for both."""
+    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text.strip())
+    if match is None:
+        raise InputError(
+            f"{option} {text!r} is no size of an image.",
+            expected=f"pixels, one number or HEIGHTxWIDTH: {option} 96, {option} 96x160",
+        )
+    return Size(int(match[1]), int(match[2] or match[1]))
 
 
 def part(text: str, option: str) -> Part:

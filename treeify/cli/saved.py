@@ -1,11 +1,14 @@
 """What a directory on the command line holds: a run, or an ensemble by itself."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from treeify.conversion import checkpoint
-from treeify.data.preparation import Preparation, preparation_for
-from treeify.errors import RecipeError
+from treeify.data import Data, Preparation
+from treeify.data.conventions import of_data_set, of_trained_weights
+from treeify.errors import InputError, RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_recipe, load_recipe
@@ -34,25 +37,55 @@ def recipe_of(path: Path) -> Path | None:
 
 
 def preparation_in(
-    path: Path, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    path: Path,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Preparation:
     """What images go through before a checkpoint's ensemble sees them.
 
-    Mean and standard deviation of each channel, or of all, replace the known ones; both or neither
-    are set.
+    It says so itself. If an earlier version wrote it, the run's recipe does, or what its
+    architecture's trained weights saw. Otherwise nothing but the shape is known.
+
+    Args:
+        path: the checkpoint.
+        mean: of each channel, or of all; replaces what is known, together with `std`.
+        std: the same.
+        size: height and width, instead of those of the ensemble.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
+        InputError: its inputs are no images, or the numbers do not fit them.
     """
     config = checkpoint.read_config(path)
+    preparation = checkpoint.preparation_in(path, config)
+    if preparation is None:
+        shape = tuple(config["example"])
+        if len(shape) != 3:
+            raise InputError(
+                f"the ensemble takes inputs of shape {shape}, not files of images.",
+                expected="(C, H, W) with 1, 3 or 4 channels",
+                next_step="Load it with treeify.load and call hne.predict(x).",
+            )
+        preparation = _of_earlier_version(path, config, shape)
+    if size is not None:
+        preparation = replace(preparation, size=size)
+    return preparation.with_statistics(mean, std, "--mean and --std")
+
+
+def _of_earlier_version(
+    path: Path, config: Mapping[str, Any], shape: tuple[int, int, int]
+) -> Preparation:
     architecture = config["architecture"] and Architecture.from_dict(config["architecture"])
-    recipe = recipe_of(path)
-    section = load_recipe(recipe).data if recipe else None
-    return preparation_for(
-        tuple(config["example"]),
-        data_set=section.name if section else None,
-        options=section.options if section else None,
-        architecture=architecture,
-        mean=mean,
-        std=std,
-    )
+    preparation = None
+    source = "neither the ensemble nor its architecture says it"
+    if recipe := recipe_of(path):
+        section = load_recipe(recipe).data
+        preparation = of_data_set(section.name, section.options, shape)
+        source = f"the data set {section.name!r} of its run does not say it"
+    elif architecture:
+        preparation = of_trained_weights(architecture.name, shape)
+    return preparation or Preparation(size=shape[1:], channels=shape[0], source=source)
 
 
 def skips_damaged(path: Path) -> bool:
@@ -61,31 +94,48 @@ def skips_damaged(path: Path) -> bool:
     return recipe is not None and load_recipe(recipe).skip_corrupt > 0
 
 
-def data_section(path: Path, options: Sequence[str]) -> DataRecipe:
-    """The data of the run that wrote a checkpoint, changed by `key=value`; else these alone.
+# Options of data sets that say how images are prepared, besides their size.
+_PREPARING = {"like", "mean", "std", "crop_padding"}
 
-    Where no size is set, images of other data are as large as those the ensemble was converted for.
+
+def held_out_data(path: Path, section: DataRecipe, options: Sequence[str], channels: int) -> Data:
+    """The data to measure a checkpoint's ensemble on.
+
+    Images are prepared as `treeify predict` does, in the ensemble's size, unless options say
+    otherwise; classes are those of the ensemble, by name.
+
+    Args:
+        path: the checkpoint.
+        section: its data, see `data_section`.
+        options: what the user changed of them, as `key=value`.
+        channels: of the ensemble's inputs.
 
     Raises:
-        RecipeError: there is no run and no option, or an option is wrong.
+        DataError: the data cannot be read, or have classes that the ensemble does not know.
     """
-    recipe = recipe_of(path)
-    keys = [option.partition("=")[0].strip() for option in options]
-    if recipe is None and not options:
-        raise RecipeError(
-            f"{str(path)!r} does not say what data to evaluate on.",
-            expected="a run directory, or its last/ or best/, with the run's recipe.yaml",
-            next_step="Name the data: --data name=image_folder --data root=DIRECTORY",
-        )
-    section = _section(recipe, options)
-    is_new = recipe is None or "name" in keys
-    if not is_new or "size" in keys or "size" not in section.options:
-        return section
-    _, height, width = checkpoint.read_config(path)["example"]
-    return _section(recipe, [*options, f"size={height if height == width else [height, width]}"])
+    data = section.load(channels)
+    if len(checkpoint.read_config(path)["example"]) != 3:
+        return data
+    preparation = preparation_in(path)
+    changed = {option.partition("=")[0].strip() for option in options}
+    if data.preparation is not None:
+        is_known = preparation.is_known and not _PREPARING & changed
+        size = (data.preparation if "size" in changed else preparation).size
+        data = data.prepared_by(replace(preparation if is_known else data.preparation, size=size))
+    classes = preparation.classes
+    if classes is None and (recipe := recipe_of(path)):
+        classes = load_recipe(recipe).data.classes_of_earlier_runs(data.classes)
+    return data if classes is None else data.numbered_by(classes)
 
 
-def _section(recipe: Path | None, options: Sequence[str]) -> DataRecipe:
-    if recipe is None:
+def data_section(path: Path, options: Sequence[str]) -> DataRecipe:
+    """The data of the run that wrote a checkpoint, changed by `key=value`; else these alone."""
+    if recipe := recipe_of(path):
+        return load_recipe(recipe, [f"data.{option}" for option in options]).data
+    if options:
         return data_recipe(options)
-    return load_recipe(recipe, [f"data.{option}" for option in options]).data
+    raise RecipeError(
+        f"{str(path)!r} does not say what data to evaluate on.",
+        expected="a run directory, or its last/ or best/, with the run's recipe.yaml",
+        next_step="Name the data: --data name=image_folder --data root=DIRECTORY",
+    )

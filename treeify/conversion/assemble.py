@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source
 from treeify.conversion.splits import choose
+from treeify.data.conventions import of_trained_weights
 from treeify.errors import InputError
 from treeify.models.architecture import Architecture
 from treeify.models.image_size import example_shape
@@ -51,6 +52,8 @@ def assemble(
         architecture = None  # libraries build models without hooks
     chosen = choose(traced, splits, fanout, leaves, saved=saved)
     hne = HierarchicalEnsemble(traced, chosen, base, architecture)
+    if architecture is not None:
+        hne.preparation = of_trained_weights(architecture.name, hne.example)
     if source is not None:
         hne.fill(source)
     return hne

@@ -21,6 +21,7 @@ from treeify.conversion.api import resolve
 from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
 from treeify.conversion.initialize import copies
+from treeify.data.preparation import PREPARATION, Preparation
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
 from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.architecture import Architecture
@@ -47,7 +48,8 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
         overwrite: also write where the directory has files already.
 
     Raises:
-        CheckpointError: the directory is not empty, or cannot be written.
+        CheckpointError: the directory is not empty, or cannot be written, or `hne.preparation` is
+            no plain data.
     """
     path = Path(path)
     check_writable(path, overwrite=overwrite)
@@ -161,6 +163,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
             parameter.requires_grad_(key not in frozen)
+    hne.preparation = preparation_in(path, config)
     # Last: a memory format that was tuned is given to tensors that are there.
     try:
         hne.measurements = MEASUREMENTS.validate_python(config)
@@ -205,6 +208,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
+    """What a checkpoint's configuration says of images; None if nothing, as in earlier versions.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if (values := config.get("preparation")) is None:
+        return None
+    try:
+        return PREPARATION.validate_python(values)
+    except (ValueError, TreeifyError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG}: the preparation of images is damaged: {error}",
+            next_step="Remove the key preparation; treeify predict then takes --mean and --std.",
+        ) from error
+
+
 def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
     architecture = hne.architecture
     return {
@@ -219,8 +239,21 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "frozen": sorted(
             key for key, parameter in hne.named_parameters() if not parameter.requires_grad
         ),
+        **_preparation(hne),
         **_measurements(hne),
     }
+
+
+def _preparation(hne: HierarchicalEnsemble) -> dict[str, Any]:
+    if hne.preparation is None:
+        return {}
+    if not isinstance(hne.preparation, Preparation):
+        raise CheckpointError(
+            "hne.preparation cannot be saved.",
+            expected="a treeify.data.Preparation, which is plain data",
+            found=type(hne.preparation).__name__,
+        )
+    return {"preparation": PREPARATION.dump_python(hne.preparation, mode="json")}
 
 
 def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:

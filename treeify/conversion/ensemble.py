@@ -31,6 +31,7 @@ from treeify.anytime.session import (
 from treeify.conversion.initialize import Source
 from treeify.conversion.packed_tree import PackedTree
 from treeify.conversion.splits import Splits
+from treeify.data.preparation import Preparation
 from treeify.engine.packed_tensors import set_memory_format
 from treeify.engine.plan import AUTO, Situation, Tuning
 from treeify.engine.preserve import preserve_modes
@@ -73,7 +74,8 @@ class HierarchicalEnsemble(PackedTree):
 
     What was measured is kept with it and saved: `latencies` by situation (see `calibrate`),
     `tunings` (see `tune`), and `budgets`, confidence thresholds by their mean MACs per image
-    (see `treeify.anytime.confidence.budget`).
+    (see `treeify.anytime.confidence.budget`). So is `preparation`: what image files go through, and
+    the names of the classes; None where nobody said.
 
     Args:
         traced: the base model, traced.
@@ -94,6 +96,7 @@ class HierarchicalEnsemble(PackedTree):
         self.latencies: dict[Situation, Latencies] = {}
         self._slowdowns: dict[Situation, Slowdown] = {}
         self.budgets: dict[int, Budget] = {}
+        self.preparation: Preparation | None = None
 
     @property
     def tunings(self) -> dict[Situation, Tuning]:
@@ -330,6 +333,7 @@ class HierarchicalEnsemble(PackedTree):
         dropped, tree = self.tree.first(leaves)
         splits = Splits(self._splits.points[dropped:], tree)
         smaller = HierarchicalEnsemble(self._traced, splits, self, self._architecture)
+        smaller.preparation = self.preparation
         smaller.fill(Source(self._branch, by_leaf=True, notes=self._notes_on_weights))
         return smaller
 

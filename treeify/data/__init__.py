@@ -9,9 +9,7 @@ and sets its options. Adding one:
 or name it in the recipe as `package.module:my_images`.
 """
 
-from treeify.data.data_set import SOURCES, Data, Examples, UnreadableImageError, register
-from treeify.data.image_folders import image_folder
-from treeify.data.preparation import (
+from treeify.data.conventions import (
     CIFAR10,
     CIFAR100,
     DIGITS,
@@ -20,6 +18,10 @@ from treeify.data.preparation import (
     Statistics,
     transform_options,
 )
+from treeify.data.data_set import SOURCES, Data, Examples, register
+from treeify.data.image_files import UnreadableImageError, open_image
+from treeify.data.image_folders import image_folder
+from treeify.data.preparation import Preparation
 from treeify.data.small_images import cifar10, cifar100, digits, fashion_mnist
 from treeify.data.timm_datasets import timm_dataset
 from treeify.data.webdataset_shards import webdataset
@@ -33,6 +35,7 @@ __all__ = [
     "SOURCES",
     "Data",
     "Examples",
+    "Preparation",
     "Statistics",
     "UnreadableImageError",
     "cifar10",
@@ -40,6 +43,7 @@ __all__ = [
     "digits",
     "fashion_mnist",
     "image_folder",
+    "open_image",
     "register",
     "timm_dataset",
     "transform_options",

@@ -1,312 +1,235 @@
-"""How an image is opened, sized and normalised: to train on it, to evaluate and to predict."""
+"""How an opened image gets its size and is normalised: to train on it, to evaluate and to predict.
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+A `Preparation` is plain data. A data set has one, and so does the ensemble that was trained on it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-import timm
 import torch
-from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_data_config
+from PIL import Image
+from pydantic import TypeAdapter
+from timm.data import create_transform
 from torch import Tensor
-from torchvision import models
-from torchvision.transforms import v2
+from torchvision.transforms.functional import normalize
 
+from treeify.data.image_files import (
+    MODES,
+    UnreadableImageError,
+    explain,
+    open_image,
+    to_channels,
+    upright,
+)
 from treeify.errors import DataError, InputError
-from treeify.models.architecture import Architecture
-from treeify.models.builders import TIMM, TORCHVISION
 
-Transform = Callable[[Any], Any]
-Statistics = tuple[Sequence[float], Sequence[float]]
-Shape = tuple[int, ...]
-
-# Mean and standard deviation of the training images' channels, pixels in [0, 1].
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616))
-CIFAR100 = ((0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))
-DIGITS = ((0.3053,) * 3, (0.3759,) * 3)
-FASHION_MNIST = ((0.2860,) * 3, (0.3530,) * 3)
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-# How Pillow names pixels with so many channels.
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-
-
-def prepare(statistics: Statistics, *steps: Transform) -> v2.Compose:
-    """From images through `steps` to normalised floats [..., 3, H, W]."""
-    return v2.Compose([v2.ToImage(), v2.RGB(), *steps, *_normalise(statistics)])
-
-
-def _normalise(statistics: Statistics) -> list[Transform]:
-    mean, std = statistics
-    to_floats = (v2.ToImage(), v2.ToDtype(torch.float32, scale=True))
-    return [*to_floats, v2.Normalize(list(mean), list(std)), v2.ToPureTensor()]
-
-
-def augmentation(size: int, crop_padding: int, flip: bool, fill: float = 0.0) -> list[Transform]:
-    """Random crops reaching into a border, and mirror images."""
-    crop = [v2.RandomCrop(size, padding=crop_padding, fill=fill)] if crop_padding else []
-    return [*crop, *([v2.RandomHorizontalFlip()] if flip else [])]
-
-
-def stretch(shape: Shape) -> Transform:
-    """Resizing to height and width of `(C, H, W)`, whatever the proportions were."""
-    both: Transform = v2.Compose([v2.ToImage(), v2.Resize(list(shape[1:]), antialias=True)])
-    return both
-
-
-def cover(shape: Shape) -> Transform:
-    """Resizing until height and width of `(C, H, W)` are covered; the centre is cropped."""
-
-    def resize_and_crop(image: Any) -> Any:
-        height, width = v2.functional.get_size(image)
-        scale = max(shape[1] / height, shape[2] / width)
-        size = [max(shape[1], round(height * scale)), max(shape[2], round(width * scale))]
-        return v2.functional.center_crop(v2.functional.resize(image, size), list(shape[1:]))
-
-    return resize_and_crop
-
-
-# How held-out images of a data set are normalised and get their size.
-_HELD_OUT: dict[str, tuple[Statistics, Callable[[Shape], Transform]]] = {
-    "digits": (DIGITS, stretch),
-    "cifar10": (CIFAR10, cover),
-    "cifar100": (CIFAR100, cover),
-    "fashion_mnist": (FASHION_MNIST, cover),
-    "image_folder": (IMAGENET, stretch),
-}
-# Data sets that timm prepares: `image_folder` unless it has a `crop_padding`.
-_BY_TIMM = ("image_folder", "timm", "webdataset")
-
-
-def timm_transforms(
-    size: int, like: str | None, flip: bool, auto_augment: str | None, random_erasing: float
-) -> tuple[Transform, Transform]:
-    """What timm does with training images and with held-out ones, as a data set's options say."""
-    options: dict[str, Any] = {"input_size": size, **transform_options(like)}
-    try:
-        crop = create_transform(
-            **options,
-            is_training=True,
-            hflip=0.5 if flip else 0.0,
-            color_jitter=0.0,
-            auto_augment=auto_augment,
-            re_prob=random_erasing,
-        )
-    except (AssertionError, ValueError, KeyError) as error:
-        raise DataError(
-            f"auto_augment={auto_augment!r} is no policy of timm's: {error}",
-            expected="e.g. rand-m9-mstd0.5, augmix-m3-w3 or original",
-        ) from error
-    return crop, create_transform(**options)
-
-
-def transform_options(like: str | None) -> dict[str, Any]:
-    """How images are prepared for a model, as arguments of `timm.data.create_transform`.
-
-    Args:
-        like: timm or torchvision name of a model with trained weights; None for ImageNet's usual
-            way.
-
-    Raises:
-        DataError: nothing is known of such a model.
-    """
-    if like is None:
-        mean, std = IMAGENET
-        return {"mean": mean, "std": std, "crop_pct": 0.875, "interpolation": "bilinear"}
-    try:
-        if like.startswith(TORCHVISION):
-            evaluation = _torchvision_transform(like)
-            return {
-                "mean": tuple(evaluation.mean),
-                "std": tuple(evaluation.std),
-                "crop_pct": evaluation.crop_size[0] / evaluation.resize_size[0],
-                "interpolation": evaluation.interpolation.value,
-            }
-        options = _timm_options(like)
-    except (ValueError, RuntimeError):
-        options = None
-    if options is None:
-        raise DataError(
-            f"nothing is known of how images for {like!r} were prepared.",
-            expected="the timm or torchvision name of a model with trained weights",
-            next_step="Leave `like` out for ImageNet's usual way.",
-        )
-    return options
-
-
-def _timm_options(name: str) -> dict[str, Any] | None:
-    """What timm notes for a model's trained weights; None if it knows no such model."""
-    weights = timm.get_pretrained_cfg(name.removeprefix(TIMM))
-    if weights is None:
-        return None
-    config: dict[str, Any] = resolve_data_config(pretrained_cfg=asdict(weights))  # type: ignore[no-untyped-call]
-    return {key: config[key] for key in ("mean", "std", "crop_pct", "crop_mode", "interpolation")}
-
-
-def _torchvision_transform(name: str) -> Any:
-    """What torchvision does with images before its trained weights see them."""
-    return models.get_model_weights(name.removeprefix(TORCHVISION)).DEFAULT.transforms()
+CropMode = Literal["center", "squash", "border"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How decoded images become inputs `[C, H, W]` of an ensemble.
+    """How opened images become inputs `[C, H, W]` of an ensemble, as timm resizes and crops.
 
     Args:
-        shape: of the images.
-        geometry: from a decoded image to pixels of that height and width.
-        mean: of each channel, pixels in 0 to 1.
-        std: of each channel.
-        source: where these come from, one phrase.
+        size: height and width in pixels.
+        mean: of each channel, pixels in 0 to 1; one number is for all. None if it is not known.
+        std: of each channel; None if it is not known.
+        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+        crop_mode: `center`: the shorter side is resized, and the centre cropped; `squash`: both
+            sides are; `border`: the longer side is, and the mean colour added around.
+        crop_pct: the fraction of the resized image's sides that is cropped.
+        interpolation: of resizing.
+        classes: names of the ensemble's outputs, in their order; None if they are not known.
+        source: where all this comes from, one phrase.
+
+    Raises:
+        InputError: the numbers do not fit each other.
     """
 
-    shape: Shape
-    geometry: Transform
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    source: str
+    size: tuple[int, int]
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    channels: int = 3
+    crop_mode: CropMode = "center"
+    crop_pct: float = 1.0
+    interpolation: Interpolation = "bilinear"
+    classes: tuple[str, ...] | None = None
+    source: str = "as the data set says"
+
+    def __post_init__(self) -> None:
+        """Check the values; lists become tuples, so that equal ones compare equal."""
+        if (self.mean is None) != (self.std is None):
+            alone = "mean" if self.std is None else "std"
+            raise InputError(f"{alone} was given alone.", expected="mean and std, or neither")
+        size = tuple(map(int, self.size))
+        if len(size) != 2 or min(size) < 1 or self.channels < 1 or not self.crop_pct > 0:
+            raise InputError(
+                f"no image has this shape: size {self.size}, channels {self.channels}, crop_pct"
+                f" {self.crop_pct}.",
+                expected="size (H, W), channels 1, 3 or 4, and a crop_pct above 0",
+            )
+        for key, values in (("crop_mode", CropMode), ("interpolation", Interpolation)):
+            if getattr(self, key) not in get_args(values):
+                raise InputError(
+                    f"{key} {getattr(self, key)!r} is unknown.",
+                    expected=f"one of {', '.join(get_args(values))}",
+                )
+        object.__setattr__(self, "size", size)
+        if self.mean is not None and self.std is not None:
+            object.__setattr__(self, "mean", _per_channel(self.mean, self.channels, "mean"))
+            object.__setattr__(self, "std", _per_channel(self.std, self.channels, "std"))
+            if min(self.std) <= 0:
+                raise InputError(f"std {self.std} divides pixels.", expected="numbers above 0")
+        if self.classes is not None:
+            object.__setattr__(self, "classes", tuple(map(str, self.classes)))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of an input, `(C, H, W)`."""
+        return (self.channels, *self.size)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether images can be prepared; else this holds the names of the classes only."""
+        return self.mean is not None
 
     def __str__(self) -> str:
         """Shape, statistics and where they come from, in one line."""
         shape = " x ".join(map(str, self.shape))
+        if self.mean is None or self.std is None:
+            return f"{shape}, mean and std unknown ({self.source})"
         mean, std = (" ".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
         return f"{shape}, mean {mean}, std {std} ({self.source})"
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """A decoded image as floats `[C, H, W]`."""
-        steps = v2.Compose([self.geometry, *_normalise((self.mean, self.std))])
-        tensor: Tensor = steps(image.convert(_MODES[self.shape[0]]))
+        """An image of Pillow's as floats `[C, H, W]`.
+
+        It is turned and scaled to 8 bits as `treeify.data.open_image` does, unless that is done.
+
+        Raises:
+            InputError: mean and std are not known, or no file has so many channels.
+            ValueError: the range of its pixels is not known.
+        """
+        return self.normalise(self.pixels(image))
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """An image in this size and these channels, `[C, H, W]` from 0 to 255.
+
+        Raises:
+            InputError: mean and std are not known, or no file has so many channels.
+        """
+        self.check()
+        border = self.mean or ()
+        fit = _resizing(self.size, self.crop_mode, self.crop_pct, self.interpolation, border)
+        tensor: Tensor = fit(to_channels(upright(image), self.channels))
         return tensor
 
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Pixels `[..., C, H, W]` from 0 to 255 as floats, by mean and std."""
+        tensor: Tensor = normalize(pixels.to(torch.float32).div(255), self.mean, self.std)
+        return tensor
 
-def preparation_for(
-    shape: Shape,
-    *,
-    data_set: str | None = None,
-    options: Mapping[str, Any] | None = None,
-    architecture: Architecture | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-) -> Preparation:
-    """What images go through before an ensemble sees them, as far as that is known.
+    def check(self) -> None:
+        """Raise InputError unless files can be prepared so."""
+        if self.channels not in MODES:
+            raise InputError(
+                f"the ensemble takes inputs of shape {self.shape}, not files of images.",
+                expected="(C, H, W) with 1, 3 or 4 channels",
+                next_step="Load it with treeify.load and call hne.predict(x).",
+            )
+        if not self.is_known:
+            raise InputError(
+                f"it is not known how images are prepared for this ensemble ({self.source}).",
+                expected="mean and std of the channels, pixels in 0 to 1",
+                next_step="On the command line: --mean 0.5 --std 0.25 (--mean 0 --std 1 for pixels"
+                " in 0 to 1). For good: hne.preparation = treeify.data.Preparation(size=(H, W),"
+                " mean=..., std=...) before treeify.save, or treeify.data.Data(...,"
+                " preparation=...) where a data set of your own is trained on.",
+            )
 
-    In this order: the held-out images' way in the data set it was trained on, what timm or
-    torchvision note for the architecture's trained weights, and pixels in 0 to 1.
+    def with_statistics(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None, source: str
+    ) -> "Preparation":
+        """The same with other statistics, of each channel or of all; None leaves them.
 
-    Args:
-        shape: of the ensemble's inputs.
-        data_set: name of the data set it was trained on.
-        options: of that data set.
-        architecture: of its base model.
-        mean: of each channel, or of all, instead of the known one.
-        std: of each channel, or of all; to be set together with the mean.
-
-    Raises:
-        InputError: the inputs are no images, or the numbers do not fit their channels.
-    """
-    if len(shape) != 3 or shape[0] not in _MODES:
-        raise InputError(
-            f"the ensemble takes inputs of shape {shape}, not files of images.",
-            expected="(C, H, W) with 1, 3 or 4 channels",
-            next_step="Load it with treeify.load and call hne.predict(x).",
+        Raises:
+            InputError: one was given alone, or the numbers do not fit the channels.
+        """
+        if mean is None and std is None:
+            return self
+        return replace(
+            self,
+            mean=None if mean is None else tuple(mean),
+            std=None if std is None else tuple(std),
+            source=source,
         )
-    if (mean is None) != (std is None):
-        raise InputError(
-            f"{'--mean' if std is None else '--std'} was given alone.", expected="both or neither"
-        )
-    preparation = (
-        _of_data_set(data_set, options or {}, shape)
-        or (architecture and _of_architecture(architecture.name, shape))
-        or Preparation(shape, cover(shape), (0.0,), (1.0,), "pixels in 0 to 1: --mean, --std")
-    )
-    return Preparation(
-        shape,
-        preparation.geometry,
-        _per_channel(preparation.mean if mean is None else mean, shape[0], "--mean"),
-        _per_channel(preparation.std if std is None else std, shape[0], "--std"),
-        preparation.source if mean is None else "--mean and --std",
-    )
 
 
-def _per_channel(values: Sequence[float], channels: int, option: str) -> tuple[float, ...]:
+# To and from JSON values.
+PREPARATION = TypeAdapter(Preparation)
+
+
+def _per_channel(values: Sequence[float], channels: int, what: str) -> tuple[float, ...]:
     """One number for each channel: a single one is for all, and grey is the mean of colours."""
     if channels == 1 and len(values) == 3:
         return (sum(values) / 3,)
-    if len(values) not in (1, channels):
+    if len(values) not in (1, channels) or not all(math.isfinite(value) for value in values):
+        numbers = "1 number" if len(values) == 1 else f"{len(values)} numbers"
         raise InputError(
-            f"{option} has {len(values)} numbers, images have {channels} channels.",
-            expected=f"1 number or {channels}, e.g. {option} 0.5",
+            f"{what} has {numbers}, images have {channels} channels.",
+            expected=f"1 finite number or {channels}, e.g. {what} 0.5",
         )
-    return tuple(values) * (channels // len(values))
+    return tuple(map(float, values)) * (channels // len(values))
 
 
-def _of_data_set(name: str | None, options: Mapping[str, Any], shape: Shape) -> Preparation | None:
-    """How a data set's held-out images are prepared; None for data sets of the user's own."""
-    source = f"held-out images of {name}, from the run's recipe"
-    if name in _BY_TIMM and options.get("crop_padding") is None:
-        return _by_timm(transform_options(options["like"]), shape, source)
-    if name not in _HELD_OUT:
-        return None
-    (mean, std), resize = _HELD_OUT[name]
-    return Preparation(shape, resize(shape), tuple(mean), tuple(std), source)
-
-
-def _of_architecture(name: str, shape: Shape) -> Preparation | None:
-    """How timm or torchvision prepare images for a model's trained weights."""
-    if ":" in name:
-        return None
-    if not name.startswith(TORCHVISION):
-        options = _timm_options(name)
-        source = f"timm's for {name.removeprefix(TIMM)}"
-        return None if options is None else _by_timm(options, shape, source)
-    evaluation = _torchvision_transform(name)
-    scale = evaluation.resize_size[0] / evaluation.crop_size[0]
-    resize = v2.Resize(round(max(shape[1:]) * scale), interpolation=evaluation.interpolation)
-    geometry = v2.Compose([resize, v2.CenterCrop(list(shape[1:]))])
-    mean, std = tuple(evaluation.mean), tuple(evaluation.std)
-    return Preparation(shape, geometry, mean, std, f"torchvision's for {name}")
-
-
-def _by_timm(options: Mapping[str, Any], shape: Shape, source: str) -> Preparation:
-    """What `timm.data.create_transform` makes of its arguments."""
-    # Unnormalised: the user may have other statistics.
-    geometry = create_transform(**{"input_size": shape, **options}, normalize=False)
-    return Preparation(shape, geometry, options["mean"], options["std"], source)
+@lru_cache
+def _resizing(
+    size: tuple[int, int],
+    crop_mode: str,
+    crop_pct: float,
+    interpolation: str,
+    border: tuple[float, ...],
+) -> Any:
+    """From an image to pixels of a size."""
+    return create_transform(
+        size,
+        crop_mode=crop_mode,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+        normalize=False,
+        mean=border,
+    )
 
 
 def read_files(files: Sequence[Path], preparation: Preparation) -> Tensor:
     """A batch of images `[N, C, H, W]` from their files.
 
     Args:
-        files: in any format that Pillow decodes; turned as their EXIF orientation says.
+        files: in any format that Pillow decodes, see `open_image`.
         preparation: of each image.
 
     Raises:
         DataError: files are missing or cannot be decoded; all of them are named.
+        InputError: it is not known how images are prepared.
     """
+    preparation.check()
     images: list[Tensor] = []
     problems: list[str] = []
     for file in files:
         try:
-            images.append(preparation(_decode(file)))
-        except Exception as error:  # noqa: PERF203 - a damaged file makes decoders raise anything
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-            problems.append(f"{str(file)!r}: {reason}")
+            images.append(preparation(open_image(file)))
+        except UnreadableImageError as error:  # noqa: PERF203 - all of them are to be named
+            problems.append(f"{error.path!r}: {explain(error.reason or error)}")
     if problems:
         count = "an image" if len(problems) == 1 else f"{len(problems)} images"
         raise DataError(
             "\n  ".join([f"{count} of {len(files)} cannot be read.", *problems]),
-            expected="files in a format that Pillow decodes, 8 bits per channel",
+            expected="files in a format that Pillow decodes, 8 or 16 bits per channel",
             next_step="Nothing was computed. Correct or remove these.",
         )
     return torch.stack(images)
-
-
-def _decode(file: Path) -> Image.Image:
-    with Image.open(file) as opened:
-        if opened.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits per channel, which would be cut off")
-        image = ImageOps.exif_transpose(opened)
-        image.load()
-        return image

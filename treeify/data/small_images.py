@@ -1,34 +1,27 @@
 """Data sets of small images: scikit-learn's digits and torchvision's."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from pydantic import NonNegativeInt, PositiveInt
 from torch.utils.data import TensorDataset
 from torchvision import datasets
-from torchvision.transforms import v2
 
+from treeify.data.augmentation import Padded, padded_crop
+from treeify.data.conventions import of_small_images
 from treeify.data.data_set import Data, Transformed, in_parts, register
-from treeify.data.preparation import (
-    CIFAR10,
-    CIFAR100,
-    DIGITS,
-    FASHION_MNIST,
-    Statistics,
-    Transform,
-    augmentation,
-    prepare,
-    stretch,
-)
+from treeify.data.preparation import Preparation
 from treeify.errors import DataError
+from treeify.registry import Channels, FilePath
 
 
 @register("digits")
 def digits(
     *,
     size: PositiveInt = 8,
+    channels: Channels | None = None,
     crop_padding: NonNegativeInt = 0,
     flip: bool = False,
     held_out: PositiveInt = 360,
@@ -38,13 +31,14 @@ def digits(
 
     Args:
         size: height and width in pixels; the scans are 8 x 8 and resized bilinearly.
+        channels: 1, or grey repeated to 3; null is as many as the model takes.
         crop_padding: pixels of black border that random training crops may reach into.
         flip: mirror half of the training images.
         held_out: number of held-out images, the same fraction of each class.
         split_seed: scikit-learn's `random_state` for the split.
 
     Returns:
-        10 classes, one channel repeated to three.
+        10 classes.
 
     Raises:
         DataError: the split leaves a side without some of the digits.
@@ -59,28 +53,33 @@ def digits(
             f"{held_out} of {len(bunch.target):,} digits cannot be held out.",
             expected=f"at least {len(bunch.target_names)} images on both sides of the split",
         )
-    pixels = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8).unsqueeze(1)
-    images = prepare(DIGITS, stretch((3, size, size)))(pixels)
-    labels = torch.from_numpy(bunch.target)
+    scans = (torch.from_numpy(bunch.images) * (255 / 16)).round().to(torch.uint8)
+    labels: list[int] = bunch.target.tolist()
+    pictures = [Image.fromarray(scan.numpy()) for scan in scans]
+    examples = list(zip(pictures, labels, strict=True))
+    preparation = of_small_images("digits", size, channels)
     train_indices, held_out_indices = train_test_split(
         range(len(labels)), test_size=held_out, stratify=bunch.target, random_state=split_seed
     )
-    crop = augmentation(size, crop_padding, flip, fill=images.min().item())
-    augment = v2.Compose([v2.Identity(), *crop])
+    # Prepared once: they all fit into memory, and are augmented as they are.
+    images = torch.stack([preparation(pictures[index]) for index in train_indices])
+    augment = padded_crop(size, crop_padding, flip, fill=images.min().item())
     return Data(
-        Transformed(TensorDataset(images[train_indices], labels[train_indices]), augment),
-        TensorDataset(images[held_out_indices], labels[held_out_indices]),
+        Transformed(TensorDataset(images, torch.tensor(labels)[train_indices]), augment),
+        Transformed([examples[index] for index in held_out_indices], preparation),
         tuple(map(str, bunch.target_names)),
         f"{held_out:,} of {len(labels):,} images held out, stratified by class, "
         f"random_state={split_seed}",
+        preparation,
     )
 
 
 @register("cifar10")
 def cifar10(
     *,
-    root: str = "data",
+    root: FilePath = "data",
     download: bool = False,
+    channels: Channels | None = None,
     crop_padding: NonNegativeInt = 4,
     flip: bool = True,
 ) -> Data:
@@ -89,6 +88,7 @@ def cifar10(
     Args:
         root: directory holding, or to hold, the files.
         download: fetch the files when they are missing.
+        channels: 1 for grey or 3 for colour; null is as many as the model takes.
         crop_padding: pixels of black border that random training crops may reach into.
         flip: mirror half of the training images.
 
@@ -98,15 +98,16 @@ def cifar10(
     Raises:
         DataError: the files are missing, damaged or cannot be fetched.
     """
-    augment = augmentation(32, crop_padding, flip)
-    return _from_torchvision(datasets.CIFAR10, root, download, CIFAR10, augment)
+    preparation = of_small_images("cifar10", 32, channels)
+    return _from_torchvision(datasets.CIFAR10, root, download, preparation, crop_padding, flip)
 
 
 @register("cifar100")
 def cifar100(
     *,
-    root: str = "data",
+    root: FilePath = "data",
     download: bool = False,
+    channels: Channels | None = None,
     crop_padding: NonNegativeInt = 4,
     flip: bool = True,
 ) -> Data:
@@ -115,6 +116,7 @@ def cifar100(
     Args:
         root: directory holding, or to hold, the files.
         download: fetch the files when they are missing.
+        channels: 1 for grey or 3 for colour; null is as many as the model takes.
         crop_padding: pixels of black border that random training crops may reach into.
         flip: mirror half of the training images.
 
@@ -124,15 +126,16 @@ def cifar100(
     Raises:
         DataError: the files are missing, damaged or cannot be fetched.
     """
-    augment = augmentation(32, crop_padding, flip)
-    return _from_torchvision(datasets.CIFAR100, root, download, CIFAR100, augment)
+    preparation = of_small_images("cifar100", 32, channels)
+    return _from_torchvision(datasets.CIFAR100, root, download, preparation, crop_padding, flip)
 
 
 @register("fashion_mnist")
 def fashion_mnist(
     *,
-    root: str = "data",
+    root: FilePath = "data",
     download: bool = False,
+    channels: Channels | None = None,
     crop_padding: NonNegativeInt = 2,
     flip: bool = True,
 ) -> Data:
@@ -141,25 +144,27 @@ def fashion_mnist(
     Args:
         root: directory holding, or to hold, the files.
         download: fetch the files when they are missing.
+        channels: 1 for grey or 3 for colour; null is as many as the model takes.
         crop_padding: pixels of black border that random training crops may reach into.
         flip: mirror half of the training images.
 
     Returns:
-        10 classes, one channel repeated to three; the test set is held out.
+        10 classes; the test set is held out.
 
     Raises:
         DataError: the files are missing, damaged or cannot be fetched.
     """
-    augment = augmentation(28, crop_padding, flip)
-    return _from_torchvision(datasets.FashionMNIST, root, download, FASHION_MNIST, augment)
+    preparation = of_small_images("fashion_mnist", 28, channels)
+    return _from_torchvision(datasets.FashionMNIST, root, download, preparation, crop_padding, flip)
 
 
 def _from_torchvision(
     kind: type[Any],
     root: str,
     download: bool,
-    statistics: Statistics,
-    augment: Sequence[Transform],
+    preparation: Preparation,
+    crop_padding: int,
+    flip: bool,
 ) -> Data:
     """A data set of torchvision's that comes in a training part and a test part."""
     try:
@@ -171,5 +176,5 @@ def _from_torchvision(
             found=str(error),
             next_step="Set data.root to where they are, or data.download=true to fetch them.",
         ) from error
-    crop, fit = prepare(statistics, *augment), prepare(statistics)
-    return in_parts(train, held_out, crop, fit, train.classes, "test images")
+    augment = Padded(preparation, crop_padding, flip)
+    return in_parts(train, held_out, augment, preparation, train.classes, "test images")

@@ -7,11 +7,13 @@ from glob import glob
 
 from pydantic import PositiveInt
 
+from treeify.data.augmentation import ResizedCrop
+from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
-from treeify.data.preparation import timm_transforms
+from treeify.data.image_files import is_visible
 from treeify.data.tar_images import IMAGES, Entry, TarImages
 from treeify.errors import DataError
-from treeify.registry import Fraction
+from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers
 
 _LABEL = "cls"
 
@@ -19,11 +21,14 @@ _LABEL = "cls"
 @register("webdataset")
 def webdataset(
     *,
-    train: str,
-    held_out: str,
+    train: FilePath,
+    held_out: FilePath,
     classes: PositiveInt | list[str],
-    size: PositiveInt = 224,
+    size: ImageSize = 224,
     like: str | None = None,
+    channels: Channels | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
     random_erasing: Fraction = 0.0,
@@ -37,8 +42,11 @@ def webdataset(
         train: shards to train on, e.g. `data/train-{0000..0099}.tar` or `data/train-*.tar`.
         held_out: shards held out.
         classes: how many there are, or their names in the order of their numbers.
-        size: height and width in pixels.
+        size: height and width in pixels, `[H, W]` if they differ.
         like: timm or torchvision name of the model whose trained weights are used.
+        channels: 1 for grey, 3 for colour, 4 with opacity; null is as many as the model takes.
+        mean: of each channel, pixels in 0 to 1, or one for all; instead of those of `like`.
+        std: the same; with `mean`.
         flip: mirror half of the training images.
         auto_augment: one of timm's policies, e.g. `rand-m9-mstd0.5`.
         random_erasing: probability of blanking a rectangle.
@@ -51,8 +59,17 @@ def webdataset(
     """
     names = tuple(map(str, range(classes))) if isinstance(classes, int) else tuple(classes)
     first, second = (TarImages(_entries(pattern, len(names))) for pattern in (train, held_out))
-    crop, fit = timm_transforms(size, like, flip, auto_augment, random_erasing)
-    return in_parts(first, second, crop, fit, names, f"images of {held_out}")
+    preparation = of_files(
+        size,
+        like=like,
+        channels=channels,
+        mean=mean,
+        std=std,
+        source="held-out images of webdataset",
+    )
+    augment = ResizedCrop(preparation, flip, auto_augment, random_erasing)
+    labels = [entry.label for entry in second.entries]
+    return in_parts(first, second, augment, preparation, names, f"images of {held_out}", labels)
 
 
 def _entries(pattern: str, classes: int) -> list[Entry]:
@@ -84,7 +101,7 @@ def _index(path: str, classes: int) -> list[Entry]:
     problems: dict[str, list[str]] = defaultdict(list)
     try:
         with tarfile.open(path) as tar:
-            for member in tar:
+            for member in filter(lambda member: is_visible(member.name), tar):
                 folder, _, name = member.name.rpartition("/")
                 stem, _, extension = name.partition(".")
                 key = f"{folder}/{stem}" if folder else stem

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.models.architecture import Architecture
-from treeify.models.image_size import example_shape, resized
+from treeify.models.image_size import Size, example_shape, height_and_width, resized
 from treeify.models.recognise import recognise
 
 
@@ -23,7 +23,7 @@ class BaseModel:
 def base_model(
     name: str,
     num_classes: int | None = None,
-    input_size: int | None = None,
+    input_size: Size | None = None,
     *,
     pretrained: bool = False,
     seed: int = 0,
@@ -33,7 +33,8 @@ def base_model(
     Args:
         name: timm's name, `torchvision/NAME`, or `package.module:function`.
         num_classes: classes of the model; by default its own.
-        input_size: height and width of its images; by default what it is usually fed.
+        input_size: height and width of its images, or both as one number; by default what it is
+            usually fed.
         pretrained: load trained weights.
         seed: of the fresh weights.
 
@@ -53,7 +54,7 @@ def base_model(
         architecture = recognise(model) or architecture
     channels, *size = example_shape(model, architecture)
     if input_size is not None:
-        size = [input_size, input_size]
+        size = list(height_and_width(input_size))
     return BaseModel(model, architecture, torch.zeros(1, channels, *size))
 
 

@@ -1,7 +1,7 @@
 """The size of the images that a base model is fed, and how to build it for another."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ from torch import nn
 from treeify.models.architecture import Architecture
 from treeify.models.builders import TORCHVISION
 from treeify.models.skeleton import skeleton
+
+Size = int | Sequence[int]  # a square's side, or [H, W]
 
 _IMAGE_SIZE = "img_size"  # what timm calls it, as an argument and in modules
 
@@ -33,20 +35,29 @@ def example_shape(model: nn.Module, architecture: Architecture | None = None) ->
     return (input_channels(model, default=timm_shape[0] if timm_shape else 3), *size)
 
 
-def resized(architecture: Architecture, model: nn.Module, size: int) -> Architecture:
-    """The architecture of `model` for square images of another height and width.
+def height_and_width(size: Size) -> tuple[int, int]:
+    """Both sides of an image, which is a square where there is one number."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
+
+
+def resized(architecture: Architecture, model: nn.Module, size: Size) -> Architecture:
+    """The architecture of `model` for images of another height and width.
 
     It is the same, unless the model is built for one size: then it has that argument set.
     """
     channels, *default_size = example_shape(model, architecture)
-    if default_size == [size, size]:
+    height, width = height_and_width(size)
+    if default_size == [height, width]:
         return architecture
     if image_size(model) is None and (
-        not _has_fixed_size(model) or _takes(architecture, (channels, size, size))
+        not _has_fixed_size(model) or _takes(architecture, (channels, height, width))
     ):
         return architecture
     key = "image_size" if architecture.name.startswith(TORCHVISION) else _IMAGE_SIZE
-    return Architecture(architecture.name, {**architecture.kwargs, key: size})
+    # Builders call a square by one number; some take no other.
+    argument = height if height == width else [height, width]
+    return Architecture(architecture.name, {**architecture.kwargs, key: argument})
 
 
 def _has_fixed_size(model: nn.Module) -> bool:
@@ -89,7 +100,7 @@ def _sides(size: object) -> tuple[int, int] | None:
     match size:
         case int(side) | (int(side),):
             return side, side
-        case (int(height), int(width)):
+        case [int(height), int(width)]:
             return height, width
     return None
 

@@ -2,24 +2,49 @@
 
 from collections.abc import Callable
 from functools import partial
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.data import Data
+from treeify.data import Data, Preparation
 from treeify.engine.preserve import preserve_buffers, preserve_modes
-from treeify.errors import DataError, RecipeError
+from treeify.errors import CheckpointError, DataError, InputError, ModelError, RecipeError, quoted
 from treeify.models.architecture import Architecture
+from treeify.models.image_size import input_channels
+from treeify.models.skeleton import skeleton
 from treeify.training import fine_tuning
 from treeify.training.distributed import Team, broadcast
 from treeify.training.loaders import Order
-from treeify.training.recipe import Recipe
+from treeify.training.recipe import DataRecipe, ModelRecipe, Recipe
+
+
+def load_data(recipe: Recipe) -> Data:
+    """The data of a recipe, with as many channels as its model takes where that is left open.
+
+    Raises:
+        DataError: the data set cannot be read.
+    """
+    return recipe.data.load(_channels(recipe.model) if recipe.data.follows_model else None)
+
+
+def _channels(model: ModelRecipe) -> int | None:
+    if isinstance(channels := model.kwargs.get("in_chans"), int):
+        return channels
+    try:
+        return input_channels(skeleton(Architecture(model.name, model.kwargs)), default=3)
+    except ModelError:
+        return None  # building it will say so, too
 
 
 def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
-    """Build the untrained ensemble of a recipe's model section and seed, on the CPU."""
+    """Build the untrained ensemble of a recipe's model section and seed, on the CPU.
+
+    Raises:
+        RecipeError: the model does not run on the data's images.
+    """
     model = recipe.model
     architecture = Architecture(model.name, model.kwargs)
     base: nn.Module | Architecture = architecture
@@ -30,17 +55,78 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)
             base = architecture.build(pretrained=True)
+    image = data.example()
     convert = partial(
         hierarchicalize,
         base,
         splits=model.splits,
         fanout=model.fanout,
         seed=recipe.seed,
-        example_input=data.example()[None],
+        example_input=image[None],
     )
-    hne = convert(init=model.init)
+    try:
+        hne = convert(init=model.init)
+    except InputError as error:
+        raise RecipeError(
+            f"the model does not run on the data's images, of shape {tuple(image.shape)}.",
+            expected="channels and a size that the model takes",
+            found=str(error).splitlines()[0],
+            next_step="Set data.channels and data.size, or the model's arguments, e.g."
+            f" model.kwargs.in_chans={len(image)}.",
+        ) from error
     fine_tuning.initialise(hne, model, recipe.seed, partial(convert, init="copy"))
     return hne
+
+
+def as_saved(hne: HierarchicalEnsemble, section: DataRecipe, data: Data) -> Data:
+    """The data that a saved run goes on with; by name, their classes are those of the run.
+
+    Raises:
+        CheckpointError: the classes have other names or another order.
+    """
+    classes = None if hne.preparation is None else hne.preparation.classes
+    earlier = section.classes_of_earlier_runs(data.classes)
+    if classes in (None, earlier):
+        return data.numbered_by(earlier)
+    if classes is not None and classes != data.classes:
+        changes = [
+            f"{number}: {new or 'none'!r}, the run has {old or 'none'!r}"
+            for number, (new, old) in enumerate(zip_longest(data.classes, classes))
+            if new != old
+        ]
+        raise CheckpointError(
+            "the classes of the data are not those that the run was trained on.",
+            expected=quoted(classes),
+            found="\n    ".join(["other names by number:", *changes[:8]]),
+            next_step="Name the classes, or their folders, as they were.",
+        )
+    return data
+
+
+def remember_preparation(hne: HierarchicalEnsemble, data: Data) -> None:
+    """Note in an ensemble how the data's images are prepared, and what the classes are called.
+
+    Raises:
+        DataError: the images have another shape than the data say.
+    """
+    if data.preparation is not None:
+        shape = tuple(data.example().shape)
+        if shape != data.preparation.shape:
+            raise DataError(
+                "the held-out images are not prepared as the data set's preparation says.",
+                expected=f"shape {data.preparation.shape}",
+                found=f"shape {shape}",
+                next_step="Correct the size or the channels of Data(..., preparation=...).",
+            )
+        hne.preparation = data.preparation
+    elif len(hne.example) == 3:
+        channels, height, width = hne.example
+        hne.preparation = Preparation(
+            size=(height, width),
+            channels=channels,
+            classes=data.classes,
+            source="the data set does not say it",
+        )
 
 
 @torch.no_grad()
@@ -73,7 +159,7 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
     if outputs != len(data.classes):
         raise RecipeError(
             "the model does not fit the data.",
-            expected=f"a model with the data's {len(data.classes)} classes",
+            expected=f"a model with the data's {len(data.classes)} classes: {quoted(data.classes)}",
             found=f"one with {outputs}",
             next_step=f"Set model.kwargs.num_classes={len(data.classes)}, or its name for it.",
         )

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from treeify import losses
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.data import Preparation
+from treeify.errors import RecipeError, quoted
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
 from treeify.training.run_directory import scored_ensemble
@@ -25,7 +27,9 @@ class Objective:
         self.teacher: Callable[[Tensor], Tensor] | None = None
         self.weight = self.temperature = 0.0
         if recipe.teacher is not None:
-            self.teacher = load_teacher(recipe.teacher, next(hne.parameters()).dtype, device)
+            classes = None if hne.preparation is None else hne.preparation.classes
+            dtype = next(hne.parameters()).dtype
+            self.teacher = load_teacher(recipe.teacher, dtype, device, classes)
             self.weight, self.temperature = recipe.teacher.weight, recipe.teacher.temperature
 
     def __call__(self, logits: Tensor, target: Tensor, images: Tensor, epoch: float) -> Tensor:
@@ -58,22 +62,46 @@ def _loss(recipe: LossRecipe) -> Callable[..., Tensor]:
 
 
 def load_teacher(
-    recipe: TeacherRecipe, dtype: torch.dtype, device: torch.device
+    recipe: TeacherRecipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    classes: tuple[str, ...] | None = None,
 ) -> Callable[[Tensor], Tensor]:
-    """Load a classifier as a function to its logits, `[N, C, H, W] -> [N, K]`."""
+    """Load a classifier as a function to its logits, `[N, C, H, W] -> [N, K]`.
+
+    They are in the order of `classes`, where the names of both are known.
+    """
     path = Path(recipe.name)
     if path.is_dir():
         teacher: nn.Module = checkpoint.load(scored_ensemble(path))
     else:
         teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
     teacher.to(device, dtype).eval().requires_grad_(False)
+    order = _order(teacher, classes)
 
     def answer(images: Tensor) -> Tensor:
         with torch.no_grad():
             logits: Tensor = teacher(images)
-        return logits.mean(1) if isinstance(teacher, HierarchicalEnsemble) else logits
+        logits = logits.mean(1) if isinstance(teacher, HierarchicalEnsemble) else logits
+        return logits if order is None else logits[:, order]
 
     return answer
+
+
+def _order(teacher: nn.Module, classes: tuple[str, ...] | None) -> list[int] | None:
+    """Where a teacher has the data's classes; None if its own order is theirs, or unknown."""
+    preparation = getattr(teacher, "preparation", None)
+    if not isinstance(preparation, Preparation) or None in (classes, preparation.classes):
+        return None
+    names, classes = preparation.classes or (), classes or ()
+    if sorted(names) != sorted(classes):
+        raise RecipeError(
+            "the teacher knows other classes than the data have.",
+            expected=quoted(classes),
+            found=quoted(names),
+            next_step="Choose a teacher of these classes.",
+        )
+    return None if names == classes else [names.index(name) for name in classes]
 
 
 def mixing(recipe: MixRecipe, classes: int) -> Mixup:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 from timm.optim import get_optimizer_info, list_optimizers
+from timm.utils.misc import natural_key
 
 from treeify.data import SOURCES, Data
 from treeify.errors import nearest
@@ -88,10 +90,28 @@ class DataRecipe(Named):
 
     registry: ClassVar[Registry] = SOURCES
 
-    def load(self) -> Data:
-        """Read the data set; a `DataError` says what cannot be read."""
-        data: Data = self.registry.find(self.name)(**self.options)
+    @property
+    def follows_model(self) -> bool:
+        """Whether images get as many channels as the model takes."""
+        return self.options.get("channels", "no such option") is None
+
+    def load(self, channels: int | None = None) -> Data:
+        """Read the data set; a `DataError` says what cannot be read.
+
+        Args:
+            channels: of its images, where the recipe leaves that open.
+        """
+        options = self.options
+        if self.follows_model and channels is not None:
+            options["channels"] = channels
+        data: Data = self.registry.find(self.name)(**options)
         return data
+
+    def classes_of_earlier_runs(self, classes: Sequence[str]) -> tuple[str, ...]:
+        """How a run of an earlier version, which saved no names, numbered the data's classes."""
+        # timm's readers put 2 before 10.
+        by_timm = self.name == "timm" and not (self.options["dataset"] or self.options["class_map"])
+        return tuple(sorted(classes, key=natural_key) if by_timm else classes)
 
 
 class ModelRecipe(Section):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, create_model, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from treeify.errors import RecipeError, nearest
@@ -89,6 +89,11 @@ class Named(Section):
         return self
 
 
+def _default(value: Any) -> Any:
+    # Checked as well, since a path becomes an absolute one.
+    return Field(value, validate_default=True) if isinstance(value, str) else value
+
+
 @functools.cache
 def options_of(function: Callable[..., Any]) -> type[BaseModel]:
     """A pydantic model of a function's keyword-only parameters; of a class's, to be built."""
@@ -97,7 +102,7 @@ def options_of(function: Callable[..., Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {
         parameter.name: (
             hints.get(parameter.name, Any),
-            ... if parameter.default is parameter.empty else parameter.default,
+            ... if parameter.default is parameter.empty else _default(parameter.default),
         )
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY

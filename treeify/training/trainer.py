@@ -27,7 +27,15 @@ from treeify.training import distributed, fine_tuning, loaders, optimizers, run_
 from treeify.training.distributed import Team, resolve_device
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step, flat
 from treeify.training.interrupt import Interrupt
-from treeify.training.model import build, check_classes, choose_execution, keep_together
+from treeify.training.model import (
+    as_saved,
+    build,
+    check_classes,
+    choose_execution,
+    keep_together,
+    load_data,
+    remember_preparation,
+)
 from treeify.training.objective import Objective, mixed, mixing
 from treeify.training.recipe import Recipe, longer
 from treeify.training.run_directory import RunDirectory, SavedState
@@ -94,15 +102,18 @@ def train(
         if resume is not None and is_main:
             stack.enter_context(run_directory.locked(directory))
         with processes.local_main_process_first():
-            data = recipe.data.load()
+            data = load_data(recipe)
         saved = None
         if resume is not None:
             newest = directory.newest(reporter.warned) if is_main else None
             newest = distributed.broadcast(newest)
             saved = None if newest is None else run_directory.load_state(newest)
+        if saved is not None:
+            data = as_saved(saved.hne, recipe.data, data)
         hne = build(recipe, data) if saved is None else saved.hne
         fine_tuning.freeze(hne, recipe.model)  # a saved one forgets which norms are in which mode
         check_classes(hne, data)
+        remember_preparation(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)
         if saved is not None:
             trainer.load(saved)

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from treeify.conversion import checkpoint
+from treeify.conversion.checkpoint import EMA, scored_ensemble
 from treeify.data.preparation import Preparation, preparation_for
 from treeify.errors import RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_recipe, load_recipe
-from treeify.training.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, scored_ensemble
+from treeify.training.run_directory import CHECKPOINTS, RECIPE, STATES
 
 
 def checkpoint_in(directory: Path) -> Path:

@@ -311,7 +311,8 @@ class HierarchicalEnsemble(PackedTree):
         dropped, tree = self.tree.first(leaves)
         splits = Splits(self._splits.points[dropped:], tree)
         smaller = HierarchicalEnsemble(self._traced, splits, self, self._architecture)
-        smaller.fill(Source(self._branch, by_leaf=True, perturbed=self._perturbed))
+        perturbed, notes = self._perturbed, self._source_notes
+        smaller.fill(Source(self._branch, by_leaf=True, perturbed=perturbed, notes=notes))
         return smaller
 
     @property

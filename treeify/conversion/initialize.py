@@ -6,7 +6,7 @@ tensors from network `i`, which is drawn with a generator seeded from `(seed, i)
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,10 +20,16 @@ from treeify.models.architecture import Architecture
 from treeify.seeds import seed_of
 from treeify.tree import Span, Tree
 
-INITS = ("fresh", "copy", "perturb")
-
 # Noise of `init="perturb"`, relative to the root mean square of the tensor it is added to.
 PERTURBATION = 0.1
+
+# What every branch begins with.
+INITS = {
+    "fresh": "every branch random weights of its own",
+    "copy": "every branch the model's weights",
+    "perturb": "the model's weights, in all leaves but the first with noise of"
+    f" {PERTURBATION} times their root mean square",
+}
 
 State = Mapping[str, Tensor]
 
@@ -37,11 +43,15 @@ class Source:
         by_leaf: network `i` is leaf `i`, so a shared branch comes from the first leaf below it;
             else network `i` gives branch `i` of every level that has one.
         perturbed: modules that could not initialise themselves again and were perturbed instead.
+        drawn: every network was drawn with a seed of its own, so none should equal another.
+        notes: what a user should know of where the weights come from.
     """
 
     state: Callable[[int], State]
     by_leaf: bool = False
     perturbed: tuple[str, ...] = ()
+    drawn: bool = False
+    notes: tuple[str, ...] = ()
 
 
 def initial_weights(
@@ -74,7 +84,7 @@ def initial_weights(
         raise InputError(f"init={scheme!r} is unknown.", expected=f"one of {', '.join(INITS)}")
     if architecture is None:
         stuck = tuple(name for name, module in model.named_modules() if _is_stuck(module))
-        return Source(lambda network: reset(model, seed, network), perturbed=stuck)
+        return Source(lambda network: reset(model, seed, network), perturbed=stuck, drawn=True)
     ready = [dict(named_tensors(model))] if is_first else []
 
     def state(network: int) -> State:
@@ -83,7 +93,7 @@ def initial_weights(
             return ready.pop()
         return built(architecture, seed, network)
 
-    return Source(state)
+    return Source(state, drawn=True)
 
 
 def copies(model: nn.Module) -> Source:
@@ -120,6 +130,40 @@ def fill(root: nn.Module, slots: Collection[Slot], tree: Tree, source: Source) -
             del state  # or it would stay in memory while the next but one is built
         if copying is not None:
             copying.result()
+
+
+@torch.no_grad()
+def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> tuple[int, ...]:
+    """Compare the branches of an ensemble that were drawn with seeds of their own.
+
+    Returns:
+        Levels whose branches begin alike by their scheme: it has no random numbers for them.
+
+    Raises:
+        InputError: all that is trained in two branches of a level is the same.
+    """
+    alike = []
+    for level, branches in enumerate(tree.branches):
+        tensors = [get_tensor(root, slot.key) for slot in slots if slot.level == level]
+        trained = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_meta]
+        chunks = [tensor.chunk(branches) for tensor in trained]
+        twin = next((index for index in range(1, branches) if _are_alike(chunks, index)), None)
+        if twin is None or not chunks:
+            continue
+        if all(bool((first == first.flatten()[:1]).all()) for first, *_ in chunks):
+            alike.append(level)
+            continue
+        raise InputError(
+            f"branches 0 and {twin} of level {level} are one network: fresh weights came out the"
+            " same, though each branch was built with a seed of its own.",
+            expected="a model whose constructor draws its weights, and loads none",
+            next_step='Begin with the weights it loads: init="copy" or init="perturb".',
+        )
+    return tuple(alike)
+
+
+def _are_alike(chunks: Sequence[Sequence[Tensor]], branch: int) -> bool:
+    return all(torch.equal(branches[0], branches[branch]) for branches in chunks)
 
 
 def branch_seed(seed: int, network: int) -> int:

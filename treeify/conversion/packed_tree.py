@@ -13,7 +13,7 @@ from treeify.conversion.decide import Decider, Decision, overwriting, without_in
 from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import Source
 from treeify.conversion.levels import levels
-from treeify.conversion.report import Conversion, notes
+from treeify.conversion.report import Conversion, alike_notes, notes
 from treeify.conversion.splits import Splits
 from treeify.engine.packed_tensors import (
     Packer,
@@ -82,6 +82,7 @@ class PackedTree(nn.Module):
         self._hooks = _hook_tables(self)
         self._planner = Planner(tree.levels)
         self._perturbed: tuple[str, ...] = ()
+        self._source_notes: tuple[str, ...] = ()
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with undo_side_effects(skeleton):
             skeleton.train()
@@ -92,8 +93,11 @@ class PackedTree(nn.Module):
 
     def fill(self, source: Source) -> None:
         """Fill the packed tensors, which the constructor leaves uninitialised."""
-        initialize.fill(self, self._slots.values(), self.tree, source)
+        slots = self._slots.values()
+        initialize.fill(self, slots, self.tree, source)
+        alike = initialize.require_drawn(self, slots, self.tree) if source.drawn else ()
         self._perturbed = source.perturbed
+        self._source_notes = (*source.notes, *alike_notes(alike))
 
     @property
     def tree(self) -> Tree:
@@ -108,8 +112,9 @@ class PackedTree(nn.Module):
     @property
     def conversion(self) -> Conversion:
         """Every node's level, whether it runs packed or per branch, and why."""
-        facts = tuple(notes(self._traced, self._shared_buffers, self._perturbed))
-        return Conversion(self._splits, self._nodes[False], self._nodes[True], facts)
+        facts = notes(self._traced, self._shared_buffers, self._perturbed)
+        every = (*self._source_notes, *facts)
+        return Conversion(self._splits, self._nodes[False], self._nodes[True], every)
 
     def forward(self, x: Tensor, leaves: int | None = None) -> Any:
         """Logits of the first `leaves` leaves, depth-first.

@@ -86,3 +86,13 @@ def notes(traced: Traced, shared_buffers: Sequence[str], perturbed: Sequence[str
     for path, reason in traced.leaf_modules.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
+
+
+def alike_notes(levels: Sequence[int]) -> Iterator[str]:
+    """What a user should know of levels whose fresh branches begin alike, see `require_drawn`."""
+    if levels:
+        numbers = ", ".join(map(str, levels))
+        yield (
+            f"the branches of level {numbers} begin alike: their initialisation has no random"
+            " numbers"
+        )

@@ -29,6 +29,7 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         init=model.init,
         seed=recipe.seed,
         example_input=data.example()[None],
+        weights=model.weights,
     )
 
 

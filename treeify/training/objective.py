@@ -13,7 +13,6 @@ from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
-from treeify.training.run_directory import scored_ensemble
 
 
 class Objective:
@@ -63,7 +62,7 @@ def load_teacher(
     """Load a classifier as a function to its logits, `[N, C, H, W] -> [N, K]`."""
     path = Path(recipe.name)
     if path.is_dir():
-        teacher: nn.Module = checkpoint.load(scored_ensemble(path))
+        teacher: nn.Module = checkpoint.load(checkpoint.scored_ensemble(path))
     else:
         teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
     teacher.to(device, dtype).eval().requires_grad_(False)

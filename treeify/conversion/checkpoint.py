@@ -313,7 +313,8 @@ def _built(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Architectu
         )
     architecture = without_weights(Architecture.from_dict(config["architecture"]))
     try:
-        return rebuild(architecture, config["fingerprint"]), architecture
+        expected = config["fingerprint"] if _is_comparable(config) else None
+        return rebuild(architecture, expected), architecture
     except ModelError as error:
         raise CheckpointError(
             f"{path} holds all weights, but its architecture {str(architecture)!r} cannot be built"
@@ -323,10 +324,14 @@ def _built(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Architectu
         ) from error
 
 
+def _is_comparable(config: Mapping[str, Any]) -> bool:
+    """Whether fingerprints are: under the same versions of the libraries."""
+    return bool(config["versions"] == versions_of(*MODEL_LIBRARIES))
+
+
 def _check_fingerprint(path: Path, config: Mapping[str, Any], hne: HierarchicalEnsemble) -> None:
-    # Fingerprints are comparable under the same library versions; under others shapes decide.
-    comparable = config["versions"] == versions_of(*MODEL_LIBRARIES)
-    if comparable and config["fingerprint"] != fingerprint(hne.skeleton):
+    # Under other versions shapes decide.
+    if _is_comparable(config) and config["fingerprint"] != fingerprint(hne.skeleton):
         raise CheckpointError(
             f"{path}: the base model differs from the one that was saved.",
             expected="the same layers, widths and options",

@@ -5,7 +5,7 @@ The file of weights from which it was once made may be gone, and the network too
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from unittest import mock
 
@@ -39,33 +39,30 @@ def without_weights(architecture: Architecture) -> Architecture:
     return replace(architecture, kwargs=kwargs)
 
 
-def rebuild(architecture: Architecture, expected: str) -> nn.Module:
+def rebuild(architecture: Architecture, expected: str | None) -> nn.Module:
     """Build a model again, if possible without reading the weights that its builder loads.
 
     Args:
         architecture: how to build it.
-        expected: its fingerprint. A model that comes out another without its file, which may say
-            how wide a layer is, is built with it.
+        expected: its fingerprint, None if it is of other versions of the libraries. A model that
+            comes out another without its file, which may say how wide a layer is, is built with it.
 
     Raises:
         ModelError: it cannot be built.
     """
     if ":" not in architecture.name:
         return without_weights(architecture).build()
-    model = None
-    try:
-        with _weights_unread():
-            model = architecture.build()
-        if fingerprint(model) == expected:
-            return model
-    except ModelError:
-        pass  # it does not build without its file
+    unread = None
+    with suppress(ModelError), _weights_unread():
+        unread = architecture.build()
+    if unread is not None and fingerprint(unread) == expected:
+        return unread
     try:
         return architecture.build()
     except ModelError:
-        if model is not None:  # fingerprints of other library versions say nothing
-            return model
-        raise
+        if unread is None or expected is not None:
+            raise
+        return unread
 
 
 @contextmanager

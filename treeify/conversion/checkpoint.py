@@ -140,10 +140,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
             next_step="Save the ensemble again.",
         )
-    if model is None:
-        base, architecture = _built(path, config)
-    else:
-        base, architecture = resolve(model)
+    base, architecture = _built(path, config) if model is None else resolve(model)
     try:
         base = _with_constants(base, weights)
         hne = assemble(

@@ -85,8 +85,9 @@ def _leaf(
         model = copy.deepcopy(base)
         weights = Weights(leaf.state_dict(), f"leaf {index} of the ensemble")
         return model, load_into(model, weights, num_classes)[1:]
-    # With what no state dict holds. What is trained and in which mode is not the weights' matter.
+    # With what no state dict holds. What is trained, where, in which mode is the base's matter.
     parameters = dict(base.named_parameters())
+    leaf.to(next((parameter.device for parameter in parameters.values()), None))
     for name, parameter in leaf.named_parameters():
         parameter.requires_grad_(parameters[name].requires_grad)
     modules = dict(base.named_modules())

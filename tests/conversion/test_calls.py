@@ -290,7 +290,7 @@ def test_hooks_of_the_user_are_not_called() -> None:
     model.stage1.register_forward_hook(lambda *args: seen.append(args))
     model.stage1[0].register_forward_pre_hook(lambda *args: seen.append(args))
     hne = treeify.hierarchicalize(model, ["stage2"], init="fresh", example_input=small.EXAMPLE)
-    assert hne.conversion.notes == ("leaves out the hooks of stage1, stage1.0",)
+    assert hne.conversion.notes[-1] == "leaves out the hooks of stage1, stage1.0"
     hne(small.images())
     hne.leaf(0)(small.images())
     assert seen == []

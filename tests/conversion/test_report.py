@@ -72,7 +72,8 @@ def test_notes_go_with_an_ensemble_into_smaller_ones() -> None:
     )
     notes = hne.conversion.notes
     assert notes[0].startswith("perturbed by 0.1 times")
-    assert notes[1] == "leaves out the hooks of stage1"
+    assert notes[1].startswith("initialised again by each layer's reset_parameters")
+    assert notes[2] == "leaves out the hooks of stage1"
     assert hne.sub_ensemble(2).conversion.notes == notes
 
 

@@ -85,7 +85,7 @@ def hierarchicalize(
         source = trained.branches()
     elif trained is not None:
         note = f"init: {scheme}, {INITS[scheme]}"
-        source = replace(source, notes=(*trained.notes, note))
+        source = replace(source, notes=(*trained.notes, note, *source.notes))
     del base, trained  # their memory serves the branches
     hne.fill(source)
     return hne

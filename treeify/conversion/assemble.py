@@ -25,6 +25,7 @@ def assemble(
     leaves: int | None = None,
     example_input: Tensor | None = None,
     traced: Traced | None = None,
+    saved: bool = False,
 ) -> HierarchicalEnsemble:
     """An ensemble of a base model.
 
@@ -38,6 +39,7 @@ def assemble(
         leaves: how many it shall have; splits that name no fanout share the one that fits.
         example_input: an input of the size the model expects, `[N, C, H, W]`; found if not given.
         traced: the base model traced before, in place of an example.
+        saved: whether the splits are those of a saved ensemble.
 
     Raises:
         SplitError: a split is unknown, repeated or out of order, or fanouts do not fit.
@@ -45,7 +47,7 @@ def assemble(
         InputError: the model does not run on the example input.
     """
     traced = traced or trace_model(base, architecture, example_input)
-    chosen = choose(traced, splits, fanout, leaves)
+    chosen = choose(traced, splits, fanout, leaves, saved=saved)
     hne = HierarchicalEnsemble(traced, chosen, base, architecture)
     if source is not None:
         hne.fill(source)

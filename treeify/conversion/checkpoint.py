@@ -149,6 +149,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             config["splits"],
             copies(base),
             example_input=blank_image(base, config["example"]),
+            saved=True,
         )
     except TreeifyError as error:
         versions = (f"{package} {number}" for package, number in config["versions"].items())

@@ -311,8 +311,7 @@ class HierarchicalEnsemble(PackedTree):
         dropped, tree = self.tree.first(leaves)
         splits = Splits(self._splits.points[dropped:], tree)
         smaller = HierarchicalEnsemble(self._traced, splits, self, self._architecture)
-        perturbed, notes = self._perturbed, self._source_notes
-        smaller.fill(Source(self._branch, by_leaf=True, perturbed=perturbed, notes=notes))
+        smaller.fill(Source(self._branch, by_leaf=True, notes=self._notes_on_weights))
         return smaller
 
     @property

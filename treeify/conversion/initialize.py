@@ -4,12 +4,11 @@ Branch initialisation depends only on `(seed, level, branch)`: branch `i` of eve
 tensors from network `i`, which is drawn with a generator seeded from `(seed, i)`.
 """
 
-import copy
 import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from treeify.engine.packed_tensors import Slot, get_tensor, named_tensors, narro
 from treeify.errors import InputError
 from treeify.models.architecture import Architecture
 from treeify.seeds import seed_of
+from treeify.tracing.model_copy import copy_model
 from treeify.tree import Span, Tree
 
 # Noise of `init="perturb"`, relative to the root mean square of the tensor it is added to.
@@ -42,14 +42,12 @@ class Source:
         state: the tensors of network `i`, under the base model's keys.
         by_leaf: network `i` is leaf `i`, so a shared branch comes from the first leaf below it;
             else network `i` gives branch `i` of every level that has one.
-        perturbed: modules that could not initialise themselves again and were perturbed instead.
         drawn: every network was drawn with a seed of its own, so none should equal another.
-        notes: what a user should know of where the weights come from.
+        notes: what a user should know of them, a sentence each.
     """
 
     state: Callable[[int], State]
     by_leaf: bool = False
-    perturbed: tuple[str, ...] = ()
     drawn: bool = False
     notes: tuple[str, ...] = ()
 
@@ -70,6 +68,7 @@ def initial_weights(
         scheme: `fresh`: every branch by the architecture's own scheme (by building it again, or
             by its modules' `reset_parameters`); `copy`: every branch equals the model; `perturb`: a
             copy plus noise of `PERTURBATION` times each tensor's root mean square, leaf 0 exact.
+            What is frozen (see `frozen_tensors`) keeps the model's values in all of them.
         seed: makes it reproducible.
         is_first: the model was built with the seed of network 0, and so is that network.
 
@@ -77,14 +76,28 @@ def initial_weights(
         InputError: the scheme is unknown.
     """
     if scheme == "copy":
-        return copies(model)
-    if scheme == "perturb":
-        return Source(lambda network: perturbed(model, seed, network))
-    if scheme != "fresh":
+        source = copies(model)
+    elif scheme == "perturb":
+        source = Source(lambda network: perturbed(model, seed, network))
+    elif scheme != "fresh":
         raise InputError(f"init={scheme!r} is unknown.", expected=f"one of {', '.join(INITS)}")
-    if architecture is None:
-        stuck = tuple(name for name, module in model.named_modules() if _is_stuck(module))
-        return Source(lambda network: reset(model, seed, network), perturbed=stuck, drawn=True)
+    elif architecture is None:
+        notes = _notes_on_reset(model)
+        source = Source(lambda network: reset(model, seed, network), drawn=True, notes=notes)
+    else:
+        source = _builds(model, architecture, seed, is_first=is_first)
+    frozen = frozen_tensors(model)
+    if not frozen:
+        return source
+    return replace(
+        source,
+        state=lambda network: {**source.state(network), **frozen},
+        notes=(*source.notes, _note_on_frozen(model, frozen)),
+    )
+
+
+def _builds(model: nn.Module, architecture: Architecture, seed: int, *, is_first: bool) -> Source:
+    """Networks built again, each with a seed of its own; the model itself may be the first."""
     ready = [dict(named_tensors(model))] if is_first else []
 
     def state(network: int) -> State:
@@ -100,6 +113,66 @@ def copies(model: nn.Module) -> Source:
     """The model's own tensors for every network."""
     state = dict(named_tensors(model))
     return Source(lambda network: state)
+
+
+def frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What training leaves as it is, by state-dict keys.
+
+    Parameters that require no gradients, and the buffers (running statistics) that belong to such
+    alone: the innermost module around a buffer that has parameters has no others.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    frozen = {key: tensor for key, tensor in parameters.items() if not tensor.requires_grad}
+    if not frozen:
+        return {}
+    # By the path of every module with parameters in it, whether all of them are frozen.
+    all_frozen: dict[str, bool] = {}
+    for key in parameters:
+        for path in _modules_around(key):
+            all_frozen[path] = all_frozen.get(path, True) and key in frozen
+    buffers = {
+        key: buffer
+        for key, buffer in model.named_buffers(remove_duplicate=False)
+        if next(all_frozen[path] for path in _modules_around(key) if path in all_frozen)
+    }
+    return frozen | buffers
+
+
+def _modules_around(key: str) -> Iterator[str]:
+    """The paths of the modules around a tensor, from the innermost to the model itself."""
+    while key:
+        key = key.rpartition(".")[0]
+        yield key
+
+
+def _note_on_frozen(model: nn.Module, frozen: Mapping[str, Tensor]) -> str:
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    count = len(frozen.keys() & parameters.keys())
+    buffers = len(frozen) - count
+    statistics = f", and {buffers} buffers that go with them" if buffers else ""
+    return (
+        f"keeps the model's values of {count} of its {len(parameters)} parameters in every branch,"
+        f" since they are frozen (requires_grad is False){statistics}"
+    )
+
+
+def _notes_on_reset(model: nn.Module) -> tuple[str, ...]:
+    """Whose scheme draws the weights of a model that cannot be built again."""
+    scheme = (
+        "initialised again by each layer's reset_parameters, which undoes what the constructor of"
+        f" {type(model).__name__} sets beyond it; to draw weights as the constructor does, give a"
+        " function that builds the model: 'package.module:function'"
+    )
+    stuck = [
+        path or "the model itself" for path, module in model.named_modules() if _is_stuck(module)
+    ]
+    if not stuck:
+        return (scheme,)
+    return (
+        f"perturbed by {PERTURBATION} times their root mean square, since they cannot initialise"
+        f" themselves again: {', '.join(stuck)}",
+        scheme,
+    )
 
 
 @torch.no_grad()
@@ -133,11 +206,11 @@ def fill(root: nn.Module, slots: Collection[Slot], tree: Tree, source: Source) -
 
 
 @torch.no_grad()
-def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> tuple[int, ...]:
+def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> tuple[str, ...]:
     """Compare the branches of an ensemble that were drawn with seeds of their own.
 
     Returns:
-        Levels whose branches begin alike by their scheme: it has no random numbers for them.
+        A note on levels whose branches begin alike by their scheme, which has no random numbers.
 
     Raises:
         InputError: all that is trained in two branches of a level is the same.
@@ -150,16 +223,18 @@ def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> tuple
         twin = next((index for index in range(1, branches) if _are_alike(chunks, index)), None)
         if twin is None or not chunks:
             continue
-        if all(bool((first == first.flatten()[:1]).all()) for first, *_ in chunks):
-            alike.append(level)
-            continue
-        raise InputError(
-            f"branches 0 and {twin} of level {level} are one network: fresh weights came out the"
-            " same, though each branch was built with a seed of its own.",
-            expected="a model whose constructor draws its weights, and loads none",
-            next_step='Begin with the weights it loads: init="copy" or init="perturb".',
-        )
-    return tuple(alike)
+        if any(bool((first != first.flatten()[:1]).any()) for first, *_ in chunks):
+            raise InputError(
+                f"branches 0 and {twin} of level {level} are one network: fresh weights came out"
+                " the same, though each branch was built with a seed of its own.",
+                expected="a model whose constructor draws its weights, and loads none",
+                next_step='Begin with the weights it loads: init="copy" or init="perturb".',
+            )
+        alike.append(str(level))
+    if not alike:
+        return ()
+    levels = ", ".join(alike)
+    return (f"the branches of level {levels} begin alike: no random numbers initialise them",)
 
 
 def _are_alike(chunks: Sequence[Sequence[Tensor]], branch: int) -> bool:
@@ -180,7 +255,7 @@ def built(architecture: Architecture, seed: int, network: int) -> State:
 
 def reset(model: nn.Module, seed: int, network: int) -> State:
     """The tensors of a copy whose modules re-initialised themselves, the others perturbed."""
-    fresh = copy.deepcopy(model)
+    fresh = copy_model(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(branch_seed(seed, network))
         for module in reversed(list(fresh.modules())):  # a parent's scheme overrides its layers'

@@ -13,7 +13,7 @@ from treeify.conversion.decide import Decider, Decision, overwriting, without_in
 from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import Source
 from treeify.conversion.levels import levels
-from treeify.conversion.report import Conversion, alike_notes, notes
+from treeify.conversion.report import Conversion, notes
 from treeify.conversion.splits import Splits
 from treeify.engine.packed_tensors import (
     Packer,
@@ -81,8 +81,7 @@ class PackedTree(nn.Module):
         self._fused = FusedTwin(self._programs[False])
         self._hooks = _hook_tables(self)
         self._planner = Planner(tree.levels)
-        self._perturbed: tuple[str, ...] = ()
-        self._source_notes: tuple[str, ...] = ()
+        self._notes_on_weights: tuple[str, ...] = ()
         # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
         with undo_side_effects(skeleton):
             skeleton.train()
@@ -96,8 +95,7 @@ class PackedTree(nn.Module):
         slots = self._slots.values()
         initialize.fill(self, slots, self.tree, source)
         alike = initialize.require_drawn(self, slots, self.tree) if source.drawn else ()
-        self._perturbed = source.perturbed
-        self._source_notes = (*source.notes, *alike_notes(alike))
+        self._notes_on_weights = (*source.notes, *alike)
 
     @property
     def tree(self) -> Tree:
@@ -112,9 +110,8 @@ class PackedTree(nn.Module):
     @property
     def conversion(self) -> Conversion:
         """Every node's level, whether it runs packed or per branch, and why."""
-        facts = notes(self._traced, self._shared_buffers, self._perturbed)
-        every = (*self._source_notes, *facts)
-        return Conversion(self._splits, self._nodes[False], self._nodes[True], every)
+        facts = (*self._notes_on_weights, *notes(self._traced, self._shared_buffers))
+        return Conversion(self._splits, self._nodes[False], self._nodes[True], facts)
 
     def forward(self, x: Tensor, leaves: int | None = None) -> Any:
         """Logits of the first `leaves` leaves, depth-first.

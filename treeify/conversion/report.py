@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from treeify.conversion.decide import Decision
-from treeify.conversion.initialize import PERTURBATION
 from treeify.conversion.splits import Splits
 from treeify.engine.forms import Form
 from treeify.tracing.trace import Traced
@@ -56,13 +55,8 @@ class Conversion:
         return "\n".join(lines)
 
 
-def notes(traced: Traced, shared_buffers: Sequence[str], perturbed: Sequence[str]) -> Iterator[str]:
+def notes(traced: Traced, shared_buffers: Sequence[str]) -> Iterator[str]:
     """What a user should know of an ensemble: one note for each difference from the base model."""
-    if perturbed:
-        yield (
-            f"perturbed by {PERTURBATION} times their root mean square, since they cannot"
-            f" initialise themselves again: {', '.join(perturbed)}"
-        )
     if traced.hooked:
         paths = ", ".join(path or "the model itself" for path in traced.hooked)
         yield f"leaves out the hooks of {paths}"
@@ -86,13 +80,3 @@ def notes(traced: Traced, shared_buffers: Sequence[str], perturbed: Sequence[str
     for path, reason in traced.leaf_modules.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
-
-
-def alike_notes(levels: Sequence[int]) -> Iterator[str]:
-    """What a user should know of levels whose fresh branches begin alike, see `require_drawn`."""
-    if levels:
-        numbers = ", ".join(map(str, levels))
-        yield (
-            f"the branches of level {numbers} begin alike: their initialisation has no random"
-            " numbers"
-        )

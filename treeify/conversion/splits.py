@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from treeify.conversion.level_weights import LevelWeights
 from treeify.conversion.levels import INPUT, Dependencies, enclosing
 from treeify.errors import SplitError, nearest
 from treeify.tracing.facts import facts
@@ -99,6 +100,8 @@ def choose(
     splits: int | str | Sequence[str],
     fanout: int = 2,
     leaves: int | None = None,
+    *,
+    saved: bool = False,
 ) -> Splits:
     """Turn what the user wrote into a frozen choice.
 
@@ -106,11 +109,13 @@ def choose(
         traced: the model.
         splits: how many (`4`, `"4"`), names in order (`["layer2", "layer3:4"]`, `"layer2,layer3"`).
         fanout: children per split that names none.
-        leaves: how many the tree shall have, if its fanouts are to follow from that.
+        leaves: how many the tree shall have, if its fanouts are to follow from that; each is then
+            to have weights from elsewhere, which may differ where the model's are frozen.
+        saved: whether they were chosen before, by a version that may have accepted more.
 
     Raises:
         SplitError: a split is unknown, repeated or out of order, there are not that many points, a
-            fanout is below 2, or no fanouts give as many leaves.
+            fanout is below 2, no fanouts give as many leaves, or a level would have no weights.
     """
     specs = listed(splits)
     named = [] if isinstance(specs, int) else [parse(spec) for spec in specs]
@@ -120,9 +125,14 @@ def choose(
     else:
         fanouts = tuple(fanout if number is None else number for number in explicit)
     tree = Tree(fanouts)
+    modes = {training: Dependencies(graph) for training, graph in sorted(traced.graphs.items())}
     if isinstance(specs, int):
-        return Splits(_even_points(traced, specs), tree)
-    return Splits(_named_points(traced, [name for name, _ in named]), tree)
+        weights = LevelWeights(traced, modes, trained_only=leaves is None)
+        return Splits(_even_points(traced, modes, weights, specs), tree)
+    points = _named_points(traced, modes, [name for name, _ in named])
+    if not saved:
+        _require_weights(modes[False], LevelWeights(traced, modes, trained_only=False), points)
+    return Splits(points, tree)
 
 
 def listed(splits: int | str | Sequence[str]) -> int | list[str]:
@@ -165,7 +175,7 @@ def inner_point(traced: Traced) -> SplitPoint | None:
     Modules of the model itself are its stages, or hold them (`stages.2`): a point deeper than both
     is taken where there is one.
     """
-    candidates = _candidates(traced)
+    candidates = _candidates({mode: Dependencies(graph) for mode, graph in traced.graphs.items()})
     inside = [point for point in candidates if point.depth > 1]
     return min(
         inside or [point for point in candidates if point.depth],
@@ -174,8 +184,9 @@ def inner_point(traced: Traced) -> SplitPoint | None:
     )
 
 
-def _named_points(traced: Traced, names: Sequence[str]) -> tuple[SplitPoint, ...]:
-    modes = {training: Dependencies(graph) for training, graph in sorted(traced.graphs.items())}
+def _named_points(
+    traced: Traced, modes: Mapping[bool, Dependencies], names: Sequence[str]
+) -> tuple[SplitPoint, ...]:
     for training, dependencies in modes.items():
         for name in names:
             if not dependencies.behind(name):
@@ -233,9 +244,36 @@ def _check_order(dependencies: Dependencies, earlier: str, later: str) -> None:
         )
 
 
-def _candidates(traced: Traced) -> dict[SplitPoint, int]:
+def _require_weights(
+    dependencies: Dependencies, weights: LevelWeights, points: Sequence[SplitPoint]
+) -> None:
+    """Raise SplitError if a level has no parameters: its branches would all compute the same."""
+    counts = [*(weights.behind(point.name) for point in points), 0]
+    for index, (point, behind, after) in enumerate(zip(points, counts, counts[1:], strict=False)):
+        if behind > after:
+            continue
+        others = [(other, weights.behind(other.name)) for other in _distinct_points(dependencies)]
+        earlier = [repr(other.name) for other, count in others if count > after][-2:]
+        later = [repr(other.name) for other, count in others if 0 < count < behind][:2]
+        following = points[index + 1].name if index + 1 < len(points) else ""
+        options = [f"{' or '.join(earlier)} in the place of {point.name!r}"] if earlier else []
+        if following and later:
+            options.append(f"{' or '.join(later)} in the place of {following!r}")
+        raise SplitError(
+            f"there are no weights behind split {point.name!r}"
+            + (f" and before {following!r}" if following else "")
+            + ": its branches would all compute the same.",
+            expected="weights of its own in every level"
+            + (f", as with {', or '.join(options)}" if options else ""),
+            next_step=f"Move one of them, or leave {following!r} out: '{point.name}:4'."
+            if following
+            else "Move it towards the input, or leave it out.",
+        )
+
+
+def _candidates(modes: Mapping[bool, Dependencies]) -> dict[SplitPoint, int]:
     """Points with MACs on both sides that are there in training mode too, with their masks."""
-    evaluation, training = (Dependencies(traced.graphs[mode]) for mode in (False, True))
+    evaluation, training = modes[False], modes[True]
     return {
         point: evaluation.behind(point.name)
         for point in _distinct_points(evaluation)
@@ -243,24 +281,34 @@ def _candidates(traced: Traced) -> dict[SplitPoint, int]:
     }
 
 
-def _even_points(traced: Traced, count: int) -> tuple[SplitPoint, ...]:
+def _even_points(
+    traced: Traced, modes: Mapping[bool, Dependencies], weights: LevelWeights, count: int
+) -> tuple[SplitPoint, ...]:
     """The `count` points that even out the levels' MACs, with as few live tensors as can be."""
     if count == 0:
         return ()
-    candidates = _candidates(traced)
+    candidates = _candidates(modes)
+    behind = {point: weights.behind(point.name) for point in candidates}
+    candidates = {point: mask for point, mask in candidates.items() if behind[point]}
     for live in sorted({point.live for point in candidates}):
         masks = {point: mask for point, mask in candidates.items() if point.live <= live}
-        if (points := _most_even(masks, count)) is not None:
+        if (points := _most_even(masks, behind, count)) is not None:
             return points
     raise SplitError(
-        f"{type(traced.skeleton).__name__} has no {count} split points one behind the other.",
-        expected=f"at most as many splits as it has layers, {len(candidates)} points here",
+        f"{type(traced.skeleton).__name__} has no {count} split points with weights between"
+        " them, one behind the other.",
+        expected=f"weights in the level behind every split; there are {len(candidates)} points",
         next_step="Ask for fewer splits, or name them.",
     )
 
 
-def _most_even(masks: Mapping[SplitPoint, int], count: int) -> tuple[SplitPoint, ...] | None:
-    """Shortest path over the points in order of MACs; None if no chain has `count` points."""
+def _most_even(
+    masks: Mapping[SplitPoint, int], weights: Mapping[SplitPoint, int], count: int
+) -> tuple[SplitPoint, ...] | None:
+    """Shortest path over the points in order of MACs; None if no chain has `count` points.
+
+    Along it fewer and fewer weights lie behind: every level has some.
+    """
     first = next(iter(masks))
     even = (first.macs_before + first.macs_after) / (count + 1)
 
@@ -277,7 +325,9 @@ def _most_even(masks: Mapping[SplitPoint, int], count: int) -> tuple[SplitPoint,
             options = [
                 (cost + unevenness(point.macs_before - chain[-1].macs_before), chain)
                 for cost, chain in best
-                if chain[-1].macs_before < point.macs_before and not mask & ~masks[chain[-1]]
+                if chain[-1].macs_before < point.macs_before
+                and weights[chain[-1]] > weights[point]
+                and not mask & ~masks[chain[-1]]
             ]
             if options:
                 cost, chain = min(options, key=lambda option: option[0])

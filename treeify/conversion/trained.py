@@ -1,6 +1,5 @@
 """Weights that were trained before, from a file or from an ensemble's directory."""
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from treeify.engine.packed_tensors import named_tensors
 from treeify.models.fingerprint import fingerprint
 from treeify.models.load_weights import load_into
 from treeify.models.weights import Weights, read_weights
+from treeify.tracing.model_copy import copy_model
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def load_trained(base: nn.Module, path: str | Path, num_classes: int | None = No
     """
     path = Path(path)
     if not path.is_dir():
-        model = copy.deepcopy(base)
+        model = copy_model(base)
         notes = load_into(model, read_weights(path), num_classes)
         return Trained(model, tuple(notes), path)
     origin = checkpoint.scored_ensemble(path)
@@ -82,7 +82,7 @@ def _leaf(
     """A base model with the weights of a leaf, and what a user should know of them."""
     leaf = ensemble.leaf(index)
     if fingerprint(leaf) != fingerprint(base):  # another head, say
-        model = copy.deepcopy(base)
+        model = copy_model(base)
         weights = Weights(leaf.state_dict(), f"leaf {index} of the ensemble")
         return model, load_into(model, weights, num_classes)[1:]
     # With what no state dict holds. What is trained, where, in which mode is the base's matter.

@@ -49,7 +49,9 @@ def pick(value: Any, index: int) -> Any:
         items = [pick(item, index) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, dict):
-        return {key: pick(item, index) for key, item in value.items()}
+        picked = {key: pick(item, index) for key, item in value.items()}
+        # One without branches stays what it is: it may be of another type.
+        return value if all(picked[key] is value[key] for key in picked) else picked
     if isinstance(value, slice):
         return slice(*(pick(item, index) for item in (value.start, value.stop, value.step)))
     return value

@@ -239,18 +239,21 @@ class Packer:
     def _pack_module(self, module: nn.Module, path: str) -> nn.Module:
         """A module with packed tensors: the module itself, widened or not, or a container."""
         levels = {self.slots[f"{path}.{name}"].level for name, _ in named_tensors(module)}
-        nested = any(True for child in module.children() for _ in named_tensors(child))
         if path in self.unbranched:
             # One branch needs no packing; whatever else the module holds comes along.
             packed = copy.deepcopy(module)
             for name, inner in module.named_modules():
                 below = f"{path}.{name}" if name else path
                 self._pack_tensors(get_submodule(packed, name), inner, below)
-        elif type(module) in self.widen and len(levels) <= 1 and not nested:
+        elif type(module) in self.widen and len(levels) <= 1:
             # Exact types: a subclass may do more than its rule knows.
             packed = copy.deepcopy(module)
             self.widen[type(module)](packed, self.tree.branches[max(levels, default=0)])
             self._pack_tensors(packed, module, path)
+            for name, child in module.named_children():
+                # Attached to it, or a part of it that a rule refuses: tensors of every branch.
+                if any(True for _ in named_tensors(child)):
+                    packed._modules[name] = self._pack_module(child, f"{path}.{name}")
         else:
             # The base architecture's own module will be called with the branches' views.
             packed = nn.Module()

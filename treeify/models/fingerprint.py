@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 # What a module carries that says nothing about what it computes: nn.Module's own bookkeeping (with
-# the train/eval flag), a memory setting of timm's, and timm's notes on where a model comes from.
+# the train/eval flag), what `module.compile()` adds, a memory setting of timm's, and timm's notes
+# on where a model comes from.
 _NOT_STRUCTURE = frozenset(vars(nn.Module())) | {
+    "_compiled_call_impl",
     "grad_checkpointing",
     "pretrained_cfg",
     "default_cfg",

@@ -60,7 +60,6 @@ def pack_instance_norm(call: Call) -> Widened:
 def pack_norm(call: Call) -> Widened:
     """Batch and group norms."""
     norm = call.module
-    _require_momentum(norm)
     if type(norm) in _NORM_ACTS:
         if type(norm.act) not in ACTIVATIONS:
             raise Unpackable("its activation is not element-wise")
@@ -72,13 +71,7 @@ def pack_norm(call: Call) -> Widened:
 @batch_rule(*_BATCH_NORMS)
 def run_batch_norm(call: Call) -> OfRows:
     """Batch norms of several rows for each image."""
-    _require_momentum(call.module)
     return of_rows(call, of_channels=True)
-
-
-def _require_momentum(norm: nn.Module) -> None:
-    if getattr(norm, "momentum", 0.0) is None:
-        raise Unpackable("momentum=None averages over a counter that each branch has of its own")
 
 
 @rule(*_CHANNEL_LAYER_NORMS)

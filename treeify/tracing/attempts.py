@@ -15,7 +15,13 @@ from torch import fx, nn
 
 from treeify.errors import TraceError
 from treeify.tracing.proxies import proxies_are_tensors, recorded_factories
-from treeify.tracing.side_effects import Snapshot, StateError, refuse_autograd_functions, version
+from treeify.tracing.side_effects import (
+    ReadTensors,
+    Snapshot,
+    StateError,
+    refuse_autograd_functions,
+    version,
+)
 from treeify.tracing.sizes import Sizes
 from treeify.tracing.tracer import Tracer
 
@@ -124,6 +130,7 @@ class Attempts:
                 self.sizes.new_pass(training),
                 recorded_factories(),
                 proxies_are_tensors(),
+                ReadTensors(tracer.read),
                 refuse_autograd_functions() as left_out,
             ):
                 before = Snapshot(self.model)

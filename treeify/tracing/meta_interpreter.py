@@ -23,6 +23,7 @@ from treeify.tracing.side_effects import (
     version,
 )
 from treeify.tracing.sizes import BATCHES
+from treeify.tracing.structures import mutable, register_structures
 
 _Interpreter = TypeVar("_Interpreter", bound=fx.Interpreter)
 
@@ -48,6 +49,11 @@ class RecordingInterpreter(fx.Interpreter):
         """Run the graph as fx does."""
         with self._kernels:
             return super().run(*args, **kwargs)
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[Any, Any]:
+        """A node's arguments in the types that the model's code has."""
+        args, kwargs = super().fetch_args_kwargs_from_env(n)
+        return mutable(args), {key: mutable(value) for key, value in kwargs.items()}
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Run a module, and refuse one that counts its calls: branches have no counter each."""
@@ -76,6 +82,7 @@ class RecordingInterpreter(fx.Interpreter):
         }
         versions = {source: version(value) for source, value in inputs.items()}
         value = super().run_node(n)
+        register_structures(value)
         mutated = [source for source in inputs if version(inputs[source]) != versions[source]]
         if mutated and in_place_target(n, self.module) is None:
             self.mutating_calls[n] = mutated

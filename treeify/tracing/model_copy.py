@@ -133,13 +133,8 @@ def private_copy(model: nn.Module) -> nn.Module:
                     next_step="Use torch.nn.utils.parametrizations instead, or make its weights"
                     " permanent: torch.nn.utils.remove_weight_norm, prune.remove.",
                 )
-    leaves = (leaf for module in model.modules() for leaf in tree_leaves(attributes(module)))
-    # Activations left from a pass with gradients, which torch refuses to copy, are left out.
-    memo = {
-        id(leaf): None for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None
-    }
     try:
-        private = copy.deepcopy(model, memo)
+        private = copy_model(model)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied: {error}",
@@ -149,6 +144,16 @@ def private_copy(model: nn.Module) -> nn.Module:
         for hooks in _hook_tables(module):
             hooks.clear()
     return private
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A copy of a model that may have been used, its weights too."""
+    leaves = (leaf for module in model.modules() for leaf in tree_leaves(attributes(module)))
+    # Activations left from a pass with gradients, which torch refuses to copy, are left out.
+    activations = {
+        id(leaf): None for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None
+    }
+    return copy.deepcopy(model, activations)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
 from unittest import mock
@@ -11,6 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -18,7 +19,8 @@ from treeify.errors import TraceError
 from treeify.tracing.functionalize import CONSTANT
 
 _NUMBERS = (bool, int, float, str)
-_TABLES = frozenset(vars(nn.Module()))
+# What every module has, and what `module.compile()` adds, which no copy takes along.
+_TABLES = frozenset(vars(nn.Module())) | {"_compiled_call_impl"}
 _WITHOUT_GRADIENT = {"shape", "ndim", "dtype", "device", "size", "dim", "numel", "detach"}
 
 
@@ -72,8 +74,14 @@ class Snapshot:
             for key, value in attributes(module).items()
         }
 
-    def compare(self) -> list[str]:
-        """Attributes that first got values in the pass, whose other side effects are refused."""
+    def compare(self, read: Container[int]) -> list[str]:
+        """Attributes that got values in the pass, whose other side effects are refused.
+
+        `read` has the ids of the tensors that were read in it.
+
+        Raises:
+            TraceError: it changed a number or draws random ones, or keeps a state (StateError).
+        """
         changed = changed_number(self._numbers, _numbers(self.module))
         if changed is not None:
             self._refuse(changed)
@@ -83,9 +91,10 @@ class Snapshot:
         for key, value in attributes(self.module).items():
             if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(value)):
                 continue
-            # What was put where a tensor was is read by the next pass, as a running mean is; what
-            # was put where none was (a cache, an output to look at) is made anew by every pass.
-            if _displaces_tensors(self._attributes.get(key), value):
+            # What was put where a tensor was that the pass has read is read by the next one, as a
+            # running mean is. What was put where none was, or one that is but left from an earlier
+            # pass (a cache, an output to look at), is made anew by every pass.
+            if _displaces_tensors(self._attributes.get(key), value, read):
                 self._refuse(key)
             assigned.append(key)
         return assigned
@@ -100,11 +109,11 @@ def attributes(module: nn.Module) -> dict[str, Any]:
     return {key: value for key, value in vars(module).items() if key not in _TABLES}
 
 
-def _displaces_tensors(before: Any, now: Any) -> bool:
-    """Whether what an attribute holds now took a tensor's place, or was added to a list."""
+def _displaces_tensors(before: Any, now: Any, read: Container[int]) -> bool:
+    """Whether what an attribute holds now took a read tensor's place, or was added to a list."""
     if isinstance(before, dict) and isinstance(now, dict):  # a cache gets new keys
         before = [value for key, value in before.items() if now.get(key) is not value]
-    return now is before or any(isinstance(leaf, Tensor) for leaf in tree_leaves(before))
+    return now is before or any(id(leaf) in read for leaf in tree_leaves(before))
 
 
 def _numbers(module: nn.Module) -> dict[str, Any]:
@@ -136,6 +145,22 @@ def _random_states() -> tuple[Any, ...]:
     kind, keys, position, *_ = state
     numpy_state = (kind, bytes(keys), position)
     return random.getstate(), numpy_state, torch.get_rng_state().numpy().tobytes()
+
+
+class ReadTensors(TorchFunctionMode):
+    """While entered, notes by their ids the tensors that torch's functions are called with."""
+
+    def __init__(self, read: dict[int, Tensor]) -> None:
+        super().__init__()
+        self.read = read
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call a function, its tensors noted; they are kept, so that no others have their ids."""
+        kwargs = kwargs or {}
+        for leaf in tree_leaves((args, kwargs)):
+            if type(leaf) is Tensor:
+                self.read[id(leaf)] = leaf
+        return func(*args, **kwargs)
 
 
 @contextmanager
@@ -187,8 +212,11 @@ def undo_side_effects(model: nn.Module) -> Iterator[None]:
     finally:
         constants = {key: value for key, value in vars(model).items() if key.startswith(CONSTANT)}
         for module, state in before:
+            graph = vars(module).get("_graph")
             vars(module).clear()
             vars(module).update(state)
+            if isinstance(module, fx.GraphModule) and module.graph is not graph:
+                module.recompile()  # its class has the forward of the mode's graph
         for cache, contents in caches:
             cache.clear()
             if isinstance(cache, dict):

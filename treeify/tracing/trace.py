@@ -9,13 +9,12 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import SUPPORTED_NODES
 
 from treeify.tracing.aliasing import Aliases, InPlaceError, is_library
 from treeify.tracing.attempts import Attempts, Limits
@@ -105,7 +104,6 @@ def trace(
 
 def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:
     """Make a traced graph functional, and annotate its nodes."""
-    _register_dataclasses(graph)
     _pass_first_by_position(graph, runner.model)
     join_constants(graph)
     aliases = Aliases(runner.model, partial(runner.values, graph))
@@ -134,14 +132,6 @@ def _keep_single_images(graph: fx.Graph) -> None:
             if isinstance(tensor, TensorFacts) and tensor.batch_dim is not None:
                 dims = tuple(dim for dim, size in enumerate(tensor.shape) if size == 1)
                 node.args = (node.args[0], dims)
-
-
-def _register_dataclasses(graph: fx.Graph) -> None:
-    """Let torch look into the dataclasses that the model returns, as it does into dicts."""
-    for node in graph.nodes:
-        kind = node.target
-        if isinstance(kind, type) and is_dataclass(kind) and kind not in SUPPORTED_NODES:
-            torch.export.register_dataclass(kind)
 
 
 # The first argument of torch's functions where that is not called `input`.

@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import torch
 from timm.layers import _fx as timm_registry
 from torch import Tensor, fx, nn
+from torch._dynamo import OptimizedModule
+from torch.fx.immutable_collections import immutable_dict
 
 from treeify.errors import TraceError
 from treeify.tracing.proxies import SizedProxy, ValueProxy
@@ -19,6 +21,7 @@ from treeify.tracing.side_effects import (
     version,
 )
 from treeify.tracing.sizes import Sizes
+from treeify.tracing.structures import construction
 
 _T = TypeVar("_T")
 
@@ -54,6 +57,8 @@ class Tracer(fx.Tracer):
         self._contexts, self._had_hooks = gradient_and_autocast(), has_saved_tensor_hooks()
         # Tensors made while tracing, and how often each had been changed when it was first used.
         self._constants: dict[int, tuple[Tensor, int | None]] = {}
+        # By their ids, all tensors that the model's code has read.
+        self.read: dict[int, Tensor] = {}
         # The innermost module that the tracer was in when it stopped.
         self.stopped_in = ""
         # Attributes that values were assigned to, and that held none before.
@@ -115,6 +120,12 @@ class Tracer(fx.Tracer):
                 raise TraceError("it takes parameters from a list, which no graph shows")
             # The graph reads the tensor as it is at the end: see `check_side_effects`.
             self._constants.setdefault(id(a), (a, version(a)))
+            self.read[id(a)] = a
+        if isinstance(a, dict) and type(a) not in (dict, immutable_dict):
+            function, args, kwargs = construction(a)  # fx itself makes a plain dict of it
+            return self.create_node(
+                "call_function", function, super().create_arg(args), super().create_arg(kwargs)
+            )
         return super().create_arg(a)
 
     def create_proxy(
@@ -155,6 +166,8 @@ class Tracer(fx.Tracer):
         """Record the call of a leaf module, or what any other module computes."""
         if self._computing_sizes:
             return forward(*args, **kwargs)
+        if isinstance(m, OptimizedModule):
+            return m._orig_mod(*args, **kwargs)
         try:
             path = self.path_of_module(m)
         except NameError:
@@ -179,7 +192,7 @@ class Tracer(fx.Tracer):
 
     def check_side_effects(self, before: Snapshot, path: str) -> None:
         """Note what the module at a path assigned, and refuse its other side effects."""
-        self.assigned.update(f"{path}.{key}" if path else key for key in before.compare())
+        self.assigned.update(f"{path}.{key}" if path else key for key in before.compare(self.read))
         if any(version(tensor) != first for tensor, first in self._constants.values()):
             raise TraceError("it changes a tensor that it has used before, which no graph shows")
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map_only
 from treeify.engine.forms import Branches, pick
 from treeify.engine.packed_tensors import Slot, call_assigning, get_tensor
 from treeify.rules.operations.direct import Target, TargetOperation, call_target
+from treeify.rules.operations.widened import LIVE
 from treeify.tracing.aliasing import is_library
 from treeify.tree import Span
 
@@ -163,9 +164,12 @@ class EachBranchModule(nn.Module):
             self._part(name, parent * self._siblings(name)).data.copy_(mean)
 
     def _follow_mode(self) -> None:
-        """Take over train or eval mode from the ensemble, module by module."""
+        """Take over what users change on the ensemble's modules, such as their mode."""
         for path, module in self.module.named_modules():
-            module.training = _descend(self.packed_module, path).training
+            twin = _descend(self.packed_module, path)
+            module.training = twin.training
+            if type(twin) is type(module):  # else a container of its tensors, without options
+                vars(module).update({name: vars(twin)[name] for name in LIVE if name in vars(twin)})
 
     def extra_repr(self) -> str:
         """The module's class, for printing a segment."""

@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from treeify.engine.packed_tensors import call_with, narrow
 from treeify.rules.table import rules_of
 from treeify.tree import Span
 
 # What users change on a module after it was made.
-_LIVE = ("training", "eps", "momentum")
+LIVE = ("training", "eps", "momentum")
 
 
 class Widened(nn.Module):
@@ -32,18 +33,31 @@ class Widened(nn.Module):
         self.base = base
         self.branches = branches
         self._resized: dict[int, nn.Module] = {}
-        self.has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
+        # Not those of children: what was attached to a layer takes no part in it.
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        self.has_tensors = bool(tensors)
         self.of_channels = of_channels
         if branches > 1 and (self.has_tensors or of_channels):
             self.resized(1)  # made here, so that compiling a looped level meets no copying
 
     def forward(self, span: Span, x: Tensor, *sizes: Any, **named: Any) -> Any:
         """`[N, G*C, ...]` -> what the module makes of it, for the branches of `span`."""
+        if span.size > 1 and self._averages_by_counter():
+            pieces = zip(range(*span), x.chunk(span.size, dim=1), strict=True)
+            results = [self(Span(branch, branch + 1), piece) for branch, piece in pieces]
+            return torch.cat(results, dim=1)
         if not self.has_tensors and self.of_channels:
             return self.resized(span.size)(x, *sizes, **named)
         if span.size == self.branches or not self.has_tensors:
             return self.module(x, *sizes, **named)
         return call_with(self.resized(span.size), self.tensors(span), (x, *sizes), named)
+
+    def _averages_by_counter(self) -> bool:
+        """Whether its statistics move by one over a counter, which every branch has of its own."""
+        norm = self.module
+        if not isinstance(norm, _BatchNorm) or norm.momentum is not None:
+            return False
+        return norm.training and norm.track_running_stats
 
     def resized(self, count: int) -> nn.Module:
         """The base architecture's module, widened for `count` branches; its tensors go unused."""
@@ -56,7 +70,7 @@ class Widened(nn.Module):
             widen(module, count)
             self._resized[count] = module  # finished: another thread may be waiting for it
         part = self._resized[count]
-        for name in _LIVE:
+        for name in LIVE:
             if name in self.module.__dict__:
                 part.__dict__[name] = self.module.__dict__[name]
         return part

@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import treeify
-from treeify.errors import CheckpointError, InitWarning, InputError, ModelError
+from treeify.errors import CheckpointError, InitWarning, InputError, ModelError, SplitError
 from treeify.models.architecture import Architecture
 from treeify.training.model import build
 from treeify.training.recipe_file import load_recipe
@@ -237,7 +237,7 @@ def test_an_ensemble_goes_on_where_it_splits_alike_and_gives_leaf_0_elsewhere(as
         "mynets:plain", ["stage1:3"], init="copy", weights=path, example_input=small.EXAMPLE
     )
     assert_is(wider.leaf(2), first.leaf(0))
-    assert any("weights: of leaf 0" in note for note in wider.conversion.notes)
+    assert any("weights: leaf 0 of" in note for note in wider.conversion.notes)
     other = converted(path, Architecture("mynets:plain", {"num_classes": 3}))
     assert torch.equal(other.leaf(3).stage2[0].weight, first.leaf(3).stage2[0].weight)
     assert other(small.images()).shape == (2, 4, 3)
@@ -272,6 +272,15 @@ def test_fresh_members_that_are_one_network_are_refused() -> None:
     torch.save({"state_dict": trained().state_dict()}, "mine.pth")
     with pytest.raises(InputError, match="branches 0 and 1 of level 1"):
         converted(None, "mynets:loading", init="fresh")
+
+
+@pytest.mark.parametrize("init", ["fresh", "copy", "perturb"])
+def test_a_quantised_head_has_no_weights_that_branches_could_have(init: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates it; people have such models
+        model = torch.ao.quantization.quantize_dynamic(trained(), {nn.Linear})
+        with pytest.raises(SplitError, match="no weights behind split 'head'"):
+            treeify.hierarchicalize(model, ["head"], init=init, example_input=small.EXAMPLE)
 
 
 def test_members_that_begin_alike_by_their_scheme_are_said() -> None:

@@ -128,6 +128,7 @@ class _Display(Reporter):
             f"{run.hne.leaves} leaves on {where}{run.device}, {images:,} training images; "
             f"{run.data.split}. Writing {run.directory}",
         )
+        say(self.console, *run.hne.conversion.notes)
         if run.done:
             total = run.epochs * run.steps
             say(self.console, f"Going on after step {run.done:,} of {total:,}.")

@@ -81,11 +81,11 @@ def hierarchicalize(
     hne = assemble(base, architecture, splits, fanout=fanout, example_input=example_input)
     _log.info("splits: %s", ", ".join(hne.conversion.splits.specs) or "none")
     source = initial_weights(base, architecture, scheme, seed, is_first=is_built)
-    if trained is not None and trained.fits(hne):
-        source = trained.branches()
-    elif trained is not None:
+    if trained is not None:
         note = f"init: {scheme}, {INITS[scheme]}"
-        source = replace(source, notes=(*trained.notes, note, *source.notes))
+        source = trained.branches(hne) or replace(
+            source, notes=(*trained.notes, note, *source.notes)
+        )
     del base, trained  # their memory serves the branches
     hne.fill(source)
     return hne

@@ -16,39 +16,55 @@ from treeify.tracing.model_copy import copy_model
 
 
 @dataclass(frozen=True)
+class _Leaves:
+    """An ensemble from a directory, and the number of classes that was asked for."""
+
+    ensemble: HierarchicalEnsemble
+    origin: Path
+    num_classes: int | None
+
+    def load(self, base: nn.Module, index: int) -> tuple[nn.Module, list[str]]:
+        """A base model with the weights of a leaf, and what a user should know of them."""
+        leaf, source = self.ensemble.leaf(index), f"leaf {index} of {self.origin}"
+        if fingerprint(leaf) != fingerprint(base):  # another head, say
+            model = copy_model(base)
+            return model, load_into(model, Weights(leaf.state_dict(), source), self.num_classes)
+        # With what no state dict holds. What is trained, where, in which mode is the base's matter.
+        parameters = dict(base.named_parameters())
+        leaf.to(next((parameter.device for parameter in parameters.values()), None))
+        for name, parameter in leaf.named_parameters():
+            parameter.requires_grad_(parameters[name].requires_grad)
+        modules = dict(base.named_modules())
+        for name, module in leaf.named_modules():
+            module.training = modules[name].training
+        return leaf, [f"weights: {source}"]
+
+
+@dataclass(frozen=True)
 class Trained:
     """A base model with trained weights.
 
     Args:
         model: the base model; that of leaf 0 where the weights are an ensemble's.
         notes: what a user should know of its weights.
-        origin: what the weights came from, a directory or a file.
-        ensemble: the ensemble they came from, if they are one's.
-        num_classes: as in `load_trained`.
+        leaves: the ensemble they came from, if they are one's.
     """
 
     model: nn.Module
     notes: tuple[str, ...]
-    origin: Path
-    ensemble: HierarchicalEnsemble | None = None
-    num_classes: int | None = None
+    leaves: _Leaves | None = None
 
-    def fits(self, hne: HierarchicalEnsemble) -> bool:
-        """Whether the weights are those of an ensemble that splits alike."""
-        splits = hne.conversion.splits.specs
-        return self.ensemble is not None and self.ensemble.conversion.splits.specs == splits
+    def branches(self, hne: HierarchicalEnsemble) -> Source | None:
+        """The weights of every branch, where they are those of an ensemble that splits alike."""
+        leaves, splits = self.leaves, hne.conversion.splits.specs
+        if leaves is None or leaves.ensemble.conversion.splits.specs != splits:
+            return None
+        note = f"weights: every branch's own, from {leaves.origin}, which splits alike"
 
-    def branches(self) -> Source:
-        """The weights of every branch, for an ensemble that `fits`."""
-        assert self.ensemble is not None
-        ensemble = self.ensemble
+        def state(index: int) -> State:
+            return dict(named_tensors(leaves.load(self.model, index)[0]))
 
-        def state(leaf: int) -> State:
-            return dict(named_tensors(_leaf(self.model, ensemble, leaf, self.num_classes)[0]))
-
-        first, *notes = self.notes
-        first = f"weights: every branch's own, from {self.origin}, which splits alike"
-        return Source(state, by_leaf=True, notes=(first, *notes))
+        return Source(state, by_leaf=True, notes=(note, *self.notes[1:]))
 
 
 def load_trained(base: nn.Module, path: str | Path, num_classes: int | None = None) -> Trained:
@@ -66,31 +82,10 @@ def load_trained(base: nn.Module, path: str | Path, num_classes: int | None = No
     path = Path(path)
     if not path.is_dir():
         model = copy_model(base)
-        notes = load_into(model, read_weights(path), num_classes)
-        return Trained(model, tuple(notes), path)
+        return Trained(model, tuple(load_into(model, read_weights(path), num_classes)))
     origin = checkpoint.scored_ensemble(path)
     is_named = checkpoint.read_config(origin)["architecture"] is not None
     ensemble = checkpoint.load(origin, None if is_named else base)
-    model, notes = _leaf(base, ensemble, 0, num_classes)
-    notes = [f"weights: of leaf 0 of {origin}", *notes]
-    return Trained(model, tuple(notes), origin, ensemble, num_classes)
-
-
-def _leaf(
-    base: nn.Module, ensemble: HierarchicalEnsemble, index: int, num_classes: int | None
-) -> tuple[nn.Module, list[str]]:
-    """A base model with the weights of a leaf, and what a user should know of them."""
-    leaf = ensemble.leaf(index)
-    if fingerprint(leaf) != fingerprint(base):  # another head, say
-        model = copy_model(base)
-        weights = Weights(leaf.state_dict(), f"leaf {index} of the ensemble")
-        return model, load_into(model, weights, num_classes)[1:]
-    # With what no state dict holds. What is trained, where, in which mode is the base's matter.
-    parameters = dict(base.named_parameters())
-    leaf.to(next((parameter.device for parameter in parameters.values()), None))
-    for name, parameter in leaf.named_parameters():
-        parameter.requires_grad_(parameters[name].requires_grad)
-    modules = dict(base.named_modules())
-    for name, module in leaf.named_modules():
-        module.training = modules[name].training
-    return leaf, []
+    leaves = _Leaves(ensemble, origin, num_classes)
+    model, notes = leaves.load(base, 0)
+    return Trained(model, tuple(notes), leaves)

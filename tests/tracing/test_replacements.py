@@ -141,7 +141,7 @@ def test_linear_attention_runs_packed(kind: type[LiteMLA]) -> None:
     model = Attending(kind)
     settle(model)
     hne = treeify.hierarchicalize(
-        model, ["attention:3"], init="perturb", example_input=torch.zeros(1, 3, 8, 8)
+        model, ["stem:3"], init="perturb", example_input=torch.zeros(1, 3, 8, 8)
     )
     assert hne.conversion.packed_fraction == 1
     assert treeify.verify(hne, torch.rand(2, 3, 9, 6)).worst <= 1

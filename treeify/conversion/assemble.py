@@ -47,6 +47,8 @@ def assemble(
         InputError: the model does not run on the example input.
     """
     traced = traced or trace_model(base, architecture, example_input)
+    if traced.changed_by_hooks and architecture is not None and ":" not in architecture.name:
+        architecture = None  # libraries build models without hooks
     chosen = choose(traced, splits, fanout, leaves, saved=saved)
     hne = HierarchicalEnsemble(traced, chosen, base, architecture)
     if source is not None:
@@ -74,8 +76,8 @@ def trace_model(
     return trace(base, example_input, leaf_types())
 
 
-def blank_image(base: nn.Module, shape: Sequence[int]) -> Tensor:
-    """A blank image, `[1, C, H, W]`, in the precision of the model's parameters."""
+def blank_image(base: nn.Module, shape: Sequence[int], batch: int = 1) -> Tensor:
+    """Blank images, `[batch, C, H, W]`, in the precision of the model's parameters."""
     parameters = (parameter for parameter in base.parameters() if parameter.is_floating_point())
     dtype = next((parameter.dtype for parameter in parameters), torch.float32)
-    return torch.zeros(1, *shape, dtype=dtype)
+    return torch.zeros(batch, *shape, dtype=dtype)

@@ -148,7 +148,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             architecture or recognise(base),
             config["splits"],
             copies(base),
-            example_input=blank_image(base, config["example"]),
+            example_input=blank_image(base, config["example"], config.get("batch", 1)),
             saved=True,
         )
     except TreeifyError as error:
@@ -233,6 +233,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
+        "batch": hne.traced.batch,
         "frozen": sorted(
             key for key, parameter in hne.named_parameters() if not parameter.requires_grad
         ),

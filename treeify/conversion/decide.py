@@ -29,6 +29,7 @@ from treeify.rules.shapes import SHAPE_READINGS
 from treeify.rules.table import Rule, rules_of
 from treeify.tracing.facts import facts
 from treeify.tracing.functionalize import is_isolating_copy
+from treeify.tracing.hooks import has_hooks
 from treeify.tracing.trace import Traced
 from treeify.tree import Tree
 
@@ -151,7 +152,8 @@ class Decider:
         # have weights of their own, and each is to draw a dropout mask of its own.
         module = self._module(node)
         if module is not None:
-            return rules_of(type(module)).pure and not _has_tensors(module)
+            pure = rules_of(type(module)).pure and not has_hooks(module)
+            return pure and not _has_tensors(module)
         touches = any(facts(source).tensors for source in inputs)
         makes_tensor = bool(facts(node).tensors)
         return rules_of(node.target).pure or not (touches or makes_tensor)
@@ -160,7 +162,9 @@ class Decider:
         """One call for all branches, as in the base model."""
         module = self._module(node)
         kind: Any = kind_of(node, module)
-        draft = self._draft(node, reads_contiguous=is_opaque(kind) and not rules_of(kind).exist)
+        unknown = is_opaque(kind) and not rules_of(kind).exist
+        hooked = module is not None and has_hooks(module)
+        draft = self._draft(node, reads_contiguous=unknown or hooked)
         if module is None:
             return replace(draft, takes_span=False)
         storage = self._storage(node)
@@ -203,6 +207,9 @@ class Decider:
         """The call as rules see it; raises Unpackable if none may run it."""
         module, storage, level = self._module(node), None, self.levels[node]
         if module is not None:
+            if has_hooks(module):
+                changes = "a hook in it changes what it computes"
+                raise Unpackable(self.traced.leaf_modules.get(str(node.target), changes))
             storage = self._storage(node)
             if any(slot.level != level for slot in self._slots_of(node).values()):
                 raise Unpackable("its parameters are shared with another level")

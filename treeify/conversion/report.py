@@ -3,10 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 
 from treeify.conversion.decide import Decision
 from treeify.conversion.splits import Splits
 from treeify.engine.forms import Form
+from treeify.rules.table import rules_of
+from treeify.tracing.aliasing import is_library
+from treeify.tracing.hooks import has_hooks
 from treeify.tracing.trace import Traced
 
 
@@ -60,11 +64,21 @@ def notes(traced: Traced, shared_buffers: Sequence[str]) -> Iterator[str]:
     if traced.hooked:
         paths = ", ".join(path or "the model itself" for path in traced.hooked)
         yield f"leaves out the hooks of {paths}"
+    if attached := _attached(traced):
+        yield (
+            "attached to a layer that does not call them, so that they take no part and get no"
+            f" gradient: {', '.join(attached)}"
+        )
     if shared_buffers:
         buffers = ", ".join(shared_buffers)
         yield (
             "updated at several levels, so that branches share the mean of their training updates:"
             f" {buffers}"
+        )
+    if traced.batch > 1:
+        yield (
+            f"takes batches of {traced.batch} images or multiples of it, as the example has; of"
+            " others the model took none that was tried, and no image can leave a batch"
         )
     limits = traced.limits
     if limits.one_size:
@@ -79,4 +93,34 @@ def notes(traced: Traced, shared_buffers: Sequence[str]) -> Iterator[str]:
         yield "does not set the attributes " + ", ".join(limits.assigned[:3]) + more
     for path, reason in traced.leaf_modules.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
-        yield f"{path} ({kind}) runs as one call, since its inside cannot be traced: {reason}"
+        stops = "" if path in traced.changed_by_hooks else "its inside cannot be traced: "
+        yield f"{path} ({kind}) runs as one call, since {stops}{reason}"
+
+
+def _attached(traced: Traced) -> list[str]:
+    """Modules with weights that were put into a layer of a library, whose code does not know them.
+
+    Those that the model calls itself are not among them.
+    """
+    nodes = (node for graph in traced.graphs.values() for node in graph.nodes)
+    read = {str(node.target) for node in nodes if node.op in ("call_module", "get_attr")}
+    attached = []
+    for path in sorted(read & dict(traced.skeleton.named_modules()).keys()):
+        layer = traced.skeleton.get_submodule(path)
+        has_fixed_code = is_library(type(layer)) or rules_of(type(layer)).exist
+        if not has_fixed_code or has_hooks(layer):
+            continue
+        names = _names_in_code(type(layer))
+        for name, child in layer.named_children():
+            below = f"{path}.{name}"
+            called = any(f"{target}.".startswith(f"{below}.") for target in read)
+            if name not in names and not called and any(True for _ in child.parameters()):
+                attached.append(below)
+    return attached
+
+
+def _names_in_code(kind: type) -> set[str]:
+    """Names of attributes that the methods of a class, or of those it stems from, read or set."""
+    functions = (value for base in kind.__mro__ for value in vars(base).values())
+    codes = [function.__code__ for function in functions if isinstance(function, FunctionType)]
+    return {name for code in codes for name in code.co_names}

@@ -8,6 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 from treeify.conversion.initialize import branch_seed
 from treeify.errors import ModelError
 from treeify.models.architecture import Architecture
+from treeify.tracing.hooks import hooks_in
 
 
 def resolve(
@@ -33,8 +34,19 @@ def resolve(
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile` and data parallelism put around it."""
+    """The model inside of what `torch.compile` and data parallelism put around it.
+
+    Raises:
+        ModelError: there are hooks around what is put around it.
+    """
     while True:
+        is_wrapper = isinstance(model, nn.DataParallel | DistributedDataParallel | OptimizedModule)
+        if is_wrapper and any(hook.path == "" for hook in hooks_in(model)):
+            raise ModelError(
+                f"there are hooks around {type(model).__name__}, not around the model in it.",
+                expected="hooks of the model's modules",
+                next_step="Register them there, or remove them: handle.remove().",
+            )
         if isinstance(model, nn.DataParallel | DistributedDataParallel):
             model = model.module
         elif isinstance(model, OptimizedModule):

@@ -3,16 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source, State
-from treeify.engine.packed_tensors import named_tensors
+from treeify.engine.packed_tensors import get_parent, named_tensors
 from treeify.models.fingerprint import fingerprint
 from treeify.models.load_weights import load_into
 from treeify.models.weights import Weights, read_weights
 from treeify.tracing.model_copy import copy_model
+from treeify.tracing.trace import plain_tensors
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,18 @@ class _Leaves:
     def load(self, base: nn.Module, index: int) -> tuple[nn.Module, list[str]]:
         """A base model with the weights of a leaf, and what a user should know of them."""
         leaf, source = self.ensemble.leaf(index), f"leaf {index} of {self.origin}"
+        model = copy_model(base)
         if fingerprint(leaf) != fingerprint(base):  # another head, say
-            model = copy_model(base)
             return model, load_into(model, Weights(leaf.state_dict(), source), self.num_classes)
-        # With what no state dict holds. What is trained, where, in which mode is the base's matter.
-        parameters = dict(base.named_parameters())
-        leaf.to(next((parameter.device for parameter in parameters.values()), None))
-        for name, parameter in leaf.named_parameters():
-            parameter.requires_grad_(parameters[name].requires_grad)
-        modules = dict(base.named_modules())
-        for name, module in leaf.named_modules():
-            module.training = modules[name].training
-        return leaf, [f"weights: {source}"]
+        # With what no state dict holds.
+        tensors = dict(named_tensors(leaf))
+        with torch.no_grad():
+            for key, tensor in named_tensors(model):
+                tensor.copy_(tensors[key])
+        for key, constant in plain_tensors(self.ensemble.traced).items():
+            parent, name = get_parent(model, key)
+            setattr(parent, name, constant.clone())
+        return model, [f"weights: {source}"]
 
 
 @dataclass(frozen=True)

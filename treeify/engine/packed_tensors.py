@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from treeify.tracing.hooks import has_hooks
 from treeify.tree import Span, Tree
 
 Widen = Callable[[nn.Module, int], None]
@@ -245,7 +246,7 @@ class Packer:
             for name, inner in module.named_modules():
                 below = f"{path}.{name}" if name else path
                 self._pack_tensors(get_submodule(packed, name), inner, below)
-        elif type(module) in self.widen and len(levels) <= 1:
+        elif type(module) in self.widen and len(levels) <= 1 and not has_hooks(module):
             # Exact types: a subclass may do more than its rule knows.
             packed = copy.deepcopy(module)
             self.widen[type(module)](packed, self.tree.branches[max(levels, default=0)])

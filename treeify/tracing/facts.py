@@ -5,6 +5,7 @@ Found by running the graph at two batch sizes on the meta device.
 
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,15 +23,17 @@ class TensorFacts:
     """A tensor of the base model, as seen at two batch sizes.
 
     Args:
-        shape: its shape for a batch of 2.
+        shape: its shape for the smaller batch.
         batched: whether dim 0 is the batch, one row per image.
         batch_dim: the one dim that grows with the batch, as the batch itself or a multiple of it
             (windows of every image); None where there is no such dim.
+        images: how many there are in the smaller batch.
     """
 
     shape: tuple[int, ...]
     batched: bool
     batch_dim: int | None = None
+    images: int = BATCHES[0]
 
     @property
     def branch_dim(self) -> int:
@@ -40,7 +43,7 @@ class TensorFacts:
     @property
     def counts_images(self) -> bool:
         """Whether the dim that grows with the batch has one place per image, not several."""
-        return self.batch_dim is not None and self.shape[self.batch_dim] == BATCHES[0]
+        return self.batch_dim is not None and self.shape[self.batch_dim] == self.images
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def facts(node: fx.Node) -> Facts:
 
 def annotate(graph: fx.Graph, runner: GraphRunner, aliases: Aliases) -> None:
     """Leave the facts on every node of a graph, calls in it that change their inputs isolated."""
-    small, large = (runner.record(graph, batch) for batch in BATCHES)
+    small, large = (runner.record(graph, batch) for batch in runner.batches)
     if small.mutating_calls:
         isolate(graph, small.mutating_calls, aliases)
         annotate(graph, runner, aliases)  # the copies are nodes of their own
@@ -88,10 +91,16 @@ def annotate(graph: fx.Graph, runner: GraphRunner, aliases: Aliases) -> None:
         node.meta["treeify"] = Facts(
             path=paths[node],
             scope=_scope(node),
-            value=tree_map(merge_shapes, small.shapes[node], large.shapes[node], is_leaf=_is_leaf),
+            value=tree_map(
+                partial(merge_shapes, batches=runner.batches),
+                small.shapes[node],
+                large.shapes[node],
+                is_leaf=_is_leaf,
+            ),
             grows=growth(small.others[node], large.others[node]),
-            macs=small.macs[node] // BATCHES[0],
-            rows=_follows_batch(small, large, node),
+            macs=small.macs[node] // runner.batches[0],
+            # A model that refuses some batches takes several images together.
+            rows=runner.batches == BATCHES and _follows_batch(small, large, node),
         )
 
 
@@ -107,11 +116,13 @@ def _is_leaf(value: Any) -> bool:
     return value is None or isinstance(value, torch.Size)
 
 
-def merge_shapes(small: torch.Size | None, large: torch.Size | None) -> TensorFacts | None:
+def merge_shapes(
+    small: torch.Size | None, large: torch.Size | None, batches: tuple[int, int] = BATCHES
+) -> TensorFacts | None:
     """Merge the shapes of a tensor seen at both batch sizes; None for what is no tensor."""
     if small is None or large is None:
         return None
-    batched = bool(small) and (small[0], large[0]) == BATCHES and small[1:] == large[1:]
+    batched = bool(small) and (small[0], large[0]) == batches and small[1:] == large[1:]
     pairs = enumerate(zip(small, large, strict=False))
     differing = [dim for dim, (size, other) in pairs if size != other]
     # A dim may hold a multiple of the batch, as windows of all images do; but where several dims
@@ -121,7 +132,7 @@ def merge_shapes(small: torch.Size | None, large: torch.Size | None) -> TensorFa
         and len(differing) == 1
         and _grows_with_batch(small[differing[0]], large[differing[0]])
     )
-    return TensorFacts(tuple(small), batched, differing[0] if grows else None)
+    return TensorFacts(tuple(small), batched, differing[0] if grows else None, batches[0])
 
 
 def _grows_with_batch(small: int, large: int) -> bool:

@@ -116,13 +116,15 @@ def _first_line(failure: Exception | None) -> str:
 class GraphRunner:
     """Runs graphs of a model in one mode, on its `skeleton` (on the meta device) or on itself.
 
-    Of `example` only the device, the dtype and the shape of an image matter.
+    Of `example` only the device, the dtype and the shape of an image matter. `batches` are how many
+    images it is run on, to compare what it gives.
     """
 
     model: nn.Module
     skeleton: nn.Module
     example: Tensor
     training: bool
+    batches: tuple[int, int] = BATCHES
 
     def _run(self, batch: int, interpreter_of: Callable[[nn.Module], _Interpreter]) -> _Interpreter:
         """Run the interpreter of a root on so many images, and undo what it leaves behind there."""
@@ -145,18 +147,18 @@ class GraphRunner:
                     failure = error
         raise InputError(
             f"{type(self.model).__name__} does not run on an input of shape"
-            f" [N, {', '.join(map(str, image))}]: {_first_line(failure)}",
+            f" [N, {', '.join(map(str, image))}] with N = {batch}: {_first_line(failure)}",
             expected="an input shape the model accepts",
-            next_step="Pass example_input=torch.zeros(1, C, H, W) of the right size"
-            " (--input-size).",
+            next_step="Pass example_input=torch.zeros(N, C, H, W) of the right size (--input-size);"
+            " N other than 1 where the model takes no other than multiples of it.",
         ) from failure
 
     def record(self, graph: fx.Graph, batch: int) -> RecordingInterpreter:
         """What each node gives for so many images; MACs are counted where they are needed."""
-        count = batch == BATCHES[0] and not self.training
+        count = batch == self.batches[0] and not self.training
         return self._run(batch, partial(RecordingInterpreter, graph=graph, count=count))
 
     def values(self, graph: fx.Graph) -> Values:
         """Every node's value, all kept to the end: so no two lie in one place by chance."""
         keeping = partial(fx.Interpreter, garbage_collect_values=False, graph=graph)
-        return self._run(BATCHES[0], keeping).env
+        return self._run(self.batches[0], keeping).env

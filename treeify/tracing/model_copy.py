@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from treeify.errors import TraceError
+from treeify.tracing.hooks import Hook, hooks_in
 from treeify.tracing.side_effects import attributes
 
 
@@ -29,6 +30,8 @@ def require_copyable(model: nn.Module) -> None:
     module_ids = {id(module) for module in model.modules()}
     for path, module in model.named_modules():
         _require_copyable_module(path, module, module_ids)
+    for hook in hooks_in(model):
+        _require_separate(hook, module_ids)
     try:
         inspect.signature(model.forward, follow_wrapped=False).bind(None)
     except TypeError as error:
@@ -66,17 +69,21 @@ def _require_copyable_module(path: str, module: nn.Module, module_ids: Collectio
                 expected="methods, and modules as attributes",
                 next_step="Make a lambda a method of its class; hold modules directly.",
             )
-    for hook in hooks_of(module):
-        while isinstance(hook, partial):
-            hook = hook.func
-        holders = (getattr(hook, "__self__", None), *_captured(hook))
-        if any(id(holder) in module_ids for holder in holders):
-            raise TraceError(
-                f"a hook of {path or 'the model'} belongs to the model itself, whose outputs may"
-                " depend on it.",
-                expected="hooks that observe: they are left out",
-                next_step="Do in forward what it does, or remove it first: handle.remove().",
-            )
+
+
+def _require_separate(hook: Hook, module_ids: Collection[int]) -> None:
+    """Refuse a hook that holds a module of the model: with a copy it would not be the copy's."""
+    function = hook.function
+    while isinstance(function, partial):
+        function = function.func
+    holders = (getattr(function, "__self__", None), *_captured(function))
+    if not hook.is_torchs and any(id(holder) in module_ids for holder in holders):
+        raise TraceError(
+            f"a hook of {hook.path or 'the model'} belongs to the model itself, whose outputs may"
+            " depend on it.",
+            expected="hooks that observe, or that change a value by themselves",
+            next_step="Do in forward what it does, or remove it first: handle.remove().",
+        )
 
 
 def _captured(value: Any) -> Iterator[Any]:
@@ -104,22 +111,8 @@ def _content(cell: CellType) -> Any:
         return None
 
 
-def hooks_of(module: nn.Module) -> list[Any]:
-    """A module's hooks around its passes, but for torch's own."""
-    return [
-        hook
-        for hooks in _hook_tables(module)
-        for hook in hooks.values()
-        if not str(getattr(hook, "__module__", "")).startswith("torch.")
-    ]
-
-
-def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
-
-
 def private_copy(model: nn.Module) -> nn.Module:
-    """A copy without the user's hooks: they observe, they are not part of the architecture.
+    """A copy that is traced and run; hooks are the same functions.
 
     Raises:
         TraceError: it cannot be copied, or a hook computes weights.
@@ -134,16 +127,12 @@ def private_copy(model: nn.Module) -> nn.Module:
                     " permanent: torch.nn.utils.remove_weight_norm, prune.remove.",
                 )
     try:
-        private = copy_model(model)
+        return copy_model(model)
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} cannot be copied: {error}",
             expected="a module that copy.deepcopy accepts, since the given model is never modified",
         ) from error
-    for module in private.modules():
-        for hooks in _hook_tables(module):
-            hooks.clear()
-    return private
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -153,7 +142,9 @@ def copy_model(model: nn.Module) -> nn.Module:
     activations = {
         id(leaf): None for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None
     }
-    return copy.deepcopy(model, activations)
+    # What holds a hook (a logger, a collector of features) may be anything: it is not copied.
+    hooks = {id(hook.function): hook.function for hook in hooks_in(model)}
+    return copy.deepcopy(model, activations | hooks)
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

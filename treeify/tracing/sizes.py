@@ -26,7 +26,14 @@ class Sizes:
     the shape of one, `(C, H, W)`.
     """
 
-    def __init__(self, model: nn.Module, skeleton: nn.Module, image: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        skeleton: nn.Module,
+        image: tuple[int, ...],
+        batches: tuple[int, int] = BATCHES,
+    ) -> None:
+        self._batches = batches
         self._model, self._skeleton, self._image = model, skeleton, image
         self._outputs: dict[fx.Node, list[Any]] = {}
 
@@ -66,9 +73,9 @@ class Sizes:
         states = random.getstate(), np.random.get_state()
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), MetaKernels():
-                return [self._run_node(node, run) for run in range(len(BATCHES))]
+                return [self._run_node(node, run) for run in range(len(self._batches))]
         except Exception:  # whatever a library raises for what the meta device cannot do
-            return [NotImplemented] * len(BATCHES)
+            return [NotImplemented] * len(self._batches)
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
@@ -84,7 +91,7 @@ class Sizes:
 
         args, kwargs = fx.map_arg((node.args, node.kwargs), output_of)
         if node.op == "placeholder":
-            return torch.zeros(BATCHES[run], *self._image, device="meta")
+            return torch.zeros(self._batches[run], *self._image, device="meta")
         if node.op == "get_attr":
             attribute = operator.attrgetter(str(node.target))(self._model)
             return attribute.to("meta") if isinstance(attribute, Tensor) else attribute

@@ -16,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from treeify.errors import InputError
 from treeify.tracing.aliasing import Aliases, InPlaceError, is_library
 from treeify.tracing.attempts import Attempts, Limits
 from treeify.tracing.facts import TensorFacts, annotate, enclosing, facts
 from treeify.tracing.functionalize import CONSTANT, functionalize, join_constants, reshape_views
+from treeify.tracing.hooks import changing_hooks, hooks_in, leave_hooks, without_global_hooks
 from treeify.tracing.meta_interpreter import GraphRunner
-from treeify.tracing.model_copy import hooks_of, meta_copy, private_copy, require_copyable
-from treeify.tracing.sizes import Sizes
+from treeify.tracing.model_copy import copy_model, meta_copy, private_copy, require_copyable
+from treeify.tracing.sizes import BATCHES, Sizes
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,9 @@ class Traced:
         leaf_modules: modules whose insides stopped the tracer, by path, and what did so; each runs
             as one call.
         limits: what holds beyond the graphs' own inputs.
-        hooked: modules whose hooks are left out.
+        hooked: modules whose hooks are left out, since they observe.
+        changed_by_hooks: modules that keep a hook, since it changes what they compute.
+        batch: the example's, where the model does not take any: multiples of it were tried.
     """
 
     skeleton: nn.Module
@@ -47,6 +51,8 @@ class Traced:
     leaf_modules: Mapping[str, str]
     limits: Limits
     hooked: tuple[str, ...]
+    changed_by_hooks: tuple[str, ...]
+    batch: int
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """Itself: nothing ever changes it, so copies of an ensemble share it."""
@@ -73,7 +79,8 @@ def trace(
 
     Args:
         model: the base model, `[N, C, H, W] -> [N, K]`. Not modified.
-        example: an input of any batch size; only its shape and dtype matter.
+        example: an input of a batch size that the model takes; only its shape and dtype matter,
+            and its values where there are hooks.
         leaf_types: module types that are one call, besides torch's and those marked so for timm.
 
     Raises:
@@ -85,21 +92,58 @@ def trace(
     image = tuple(example.shape[1:])
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         private = private_copy(model)
+        changing = changing_hooks(private, example, copy_model)
+        leave_hooks(private, changing)
         skeleton = meta_copy(private)
-        attempts = Attempts(private, leaf_types, Sizes(private, skeleton, image), {})
+        leaf_modules = {
+            str(hook.path): f"its hook {hook.name} changes what it computes" for hook in changing
+        }
+        batches, batch = BATCHES, len(example)
         while True:
-            graphs, limits = attempts.trace()
+            sizes = Sizes(private, skeleton, image, batches)
+            attempts = Attempts(private, leaf_types, sizes, dict(leaf_modules))
+            runners = {
+                training: GraphRunner(private, skeleton, example, training, batches)
+                for training in (False, True)
+            }
             try:
-                for training, graph in graphs.items():
-                    _prepare(graph, GraphRunner(private, skeleton, example, training))
+                graphs, limits = _annotated(attempts, runners)
                 break
-            except InPlaceError as error:
-                _add_leaf_module(error, attempts.leaf_modules)
+            except InputError:
+                if batch == 1 or batches != BATCHES:
+                    raise
+            # A model may take clips of several images: it does take the example's.
+            batches = (BATCHES[0] * batch, BATCHES[1] * batch)
         constants = _constants(graphs.values(), private)
     for graph in graphs.values():  # they outlive the tracer and the copies that it ran
         graph._tracer_cls, graph.owning_module = None, None
-    hooked = tuple(path for path, module in model.named_modules() if hooks_of(module))
-    return Traced(skeleton, graphs, image, constants, attempts.leaf_modules, limits, hooked)
+    left_out = [hook for hook in hooks_in(model) if hook not in changing and not hook.is_torchs]
+    return Traced(
+        skeleton,
+        graphs,
+        image,
+        constants,
+        leaf_modules=attempts.leaf_modules,
+        limits=limits,
+        hooked=tuple(dict.fromkeys(str(hook.path) for hook in left_out)),
+        changed_by_hooks=tuple(dict.fromkeys(str(hook.path) for hook in changing)),
+        batch=1 if batches == BATCHES else batch,
+    )
+
+
+def _annotated(
+    attempts: Attempts, runners: Mapping[bool, GraphRunner]
+) -> tuple[dict[bool, fx.Graph], Limits]:
+    """A model's graphs, functional and annotated, with as few leaf modules as can be."""
+    while True:
+        with without_global_hooks():
+            graphs, limits = attempts.trace()
+        try:
+            for training, graph in graphs.items():
+                _prepare(graph, runners[training])
+            return graphs, limits
+        except InPlaceError as error:
+            _add_leaf_module(error, attempts.leaf_modules)
 
 
 def _prepare(graph: fx.Graph, runner: GraphRunner) -> None:

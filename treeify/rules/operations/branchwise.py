@@ -12,6 +12,7 @@ from treeify.engine.packed_tensors import Slot, call_assigning, get_tensor
 from treeify.rules.operations.direct import Target, TargetOperation, call_target
 from treeify.rules.operations.widened import LIVE
 from treeify.tracing.aliasing import is_library
+from treeify.tracing.hooks import has_hooks
 from treeify.tree import Span
 
 _State = dict[str, Tensor]
@@ -84,7 +85,7 @@ class EachBranchModule(nn.Module):
         copies: bool = False,
     ) -> None:
         super().__init__()
-        self.copies, self.is_opaque = copies, is_opaque(type(module))
+        self.copies, self.is_opaque = copies, is_opaque(type(module)) or has_hooks(module)
         self.module, self.packed_module = module, packed_module
         self.layout, self.branches, self.level = dict(layout), branches, level
         self.shared_buffers = [

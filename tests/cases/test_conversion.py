@@ -201,6 +201,7 @@ def test_what_holds_a_hook_is_not_copied() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Please use quant_min and quant_max:UserWarning")
 def test_eager_quantisation_aware_training_goes_on() -> None:
     model = network(nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())).train()
     model.qconfig = quantization.QConfig(

@@ -284,13 +284,15 @@ def test_checkpointing_is_left_out_and_the_notes_say_so(reentrant: bool) -> None
         treeify.verify(hne, small.images(4))
 
 
-def test_hooks_of_the_user_are_not_called() -> None:
+def test_hooks_that_observe_are_not_called_by_the_ensemble() -> None:
     model = small.SmallNet()
     seen: list[object] = []
     model.stage1.register_forward_hook(lambda *args: seen.append(args))
     model.stage1[0].register_forward_pre_hook(lambda *args: seen.append(args))
     hne = treeify.hierarchicalize(model, ["stage2"], init="fresh", example_input=small.EXAMPLE)
     assert hne.conversion.notes[-1] == "leaves out the hooks of stage1, stage1.0"
+    assert len(seen) == 4  # to see whether they change anything, once in each mode
+    seen.clear()
     hne(small.images())
     hne.leaf(0)(small.images())
     assert seen == []

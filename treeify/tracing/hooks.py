@@ -203,7 +203,7 @@ def _run(model: nn.Module, example: Tensor, *, with_backward: bool) -> None:
             if with_backward and isinstance(output, Tensor) and output.requires_grad
         ]
         if losses:
-            torch.stack(losses).sum().backward()
+            torch.autograd.backward(torch.stack(losses).sum())
     except TraceError:
         raise
     except Exception as error:

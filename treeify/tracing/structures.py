@@ -43,7 +43,7 @@ def construction(value: Mapping[Any, Any]) -> tuple[Callable[..., Any], tuple[An
 
     A dataclass that is a dict as well, as the outputs of `transformers` are, takes its fields.
     """
-    kind = type(value)
+    kind: Any = type(value)
     if is_dataclass(kind):
         return kind, (), dict(value)
     if isinstance(value, defaultdict):

@@ -40,6 +40,13 @@ def loading(file="mine.pth"):
     model.load_state_dict({key.removeprefix("x."): value for key, value in state.items()})
     return model
 
+def loading_all_but_its_head():
+    model = SmallNet()
+    state = torch.load("mine.pth")["state_dict"]
+    state = {key: state[key] for key in state if "head" not in key and "stage1" not in key}
+    model.load_state_dict(state, strict=False)
+    return model
+
 def as_wide_as_its_file(file="mine.pth"):
     return SmallNet(len(torch.load(file)["state_dict"]["head.bias"]))
 
@@ -274,6 +281,15 @@ def test_fresh_members_that_are_one_network_are_refused() -> None:
         converted(None, "mynets:loading", init="fresh")
 
 
+def test_members_that_differ_in_a_fresh_head_alone_are_said() -> None:
+    torch.save({"state_dict": trained().state_dict()}, "mine.pth")
+    hne = converted(None, "mynets:loading_all_but_its_head", init="fresh")
+    (note,) = [note for note in hne.conversion.notes if "level 2" in note]
+    assert "level 2: 2 of 4 parameters came out the same" in note
+    assert "stage2.0.weight" in note
+    assert not any("came out" in note for note in converted(None, init="fresh").conversion.notes)
+
+
 @pytest.mark.parametrize("init", ["fresh", "copy", "perturb"])
 def test_a_quantised_head_has_no_weights_that_branches_could_have(init: str) -> None:
     with warnings.catch_warnings():
@@ -291,7 +307,7 @@ def test_members_that_begin_alike_by_their_scheme_are_said() -> None:
     model = small.SmallNet()
     model.head = Zero(8, 5, bias=False)
     hne = treeify.hierarchicalize(model, ["head"], init="fresh", example_input=small.EXAMPLE)
-    assert any("level 1 begin alike" in note for note in hne.conversion.notes)
+    assert any("level 1: branches begin alike" in note for note in hne.conversion.notes)
 
 
 @pytest.mark.parametrize("builder", ["loading", "as_wide_as_its_file"])

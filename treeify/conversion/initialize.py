@@ -5,7 +5,7 @@ tensors from network `i`, which is drawn with a generator seeded from `(seed, i)
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -206,39 +206,51 @@ def fill(root: nn.Module, slots: Collection[Slot], tree: Tree, source: Source) -
 
 
 @torch.no_grad()
-def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> tuple[str, ...]:
+def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> list[str]:
     """Compare the branches of an ensemble that were drawn with seeds of their own.
 
     Returns:
-        A note on levels whose branches begin alike by their scheme, which has no random numbers.
+        Notes on levels whose branches begin alike in part, or by their scheme, which has no random
+        numbers.
 
     Raises:
         InputError: all that is trained in two branches of a level is the same.
     """
-    alike = []
-    for level, branches in enumerate(tree.branches):
-        tensors = [get_tensor(root, slot.key) for slot in slots if slot.level == level]
-        trained = [tensor for tensor in tensors if tensor.requires_grad and not tensor.is_meta]
-        chunks = [tensor.chunk(branches) for tensor in trained]
-        twin = next((index for index in range(1, branches) if _are_alike(chunks, index)), None)
-        if twin is None or not chunks:
-            continue
-        if any(bool((first != first.flatten()[:1]).any()) for first, *_ in chunks):
+    notes = []
+    for level, branches in enumerate(tree.branches[1:], start=1):
+        tensors = {slot.key: get_tensor(root, slot.key) for slot in slots if slot.level == level}
+        chunks = {
+            key: tensor.chunk(branches)
+            for key, tensor in tensors.items()
+            if tensor.requires_grad and not tensor.is_meta
+        }
+        # Ones and zeros, as of norms, tell nothing.
+        drawn = [key for key, (first, *_) in chunks.items() if _varies(first)]
+        twins = [index for index in range(1, branches) if _are_alike(chunks.values(), index)]
+        alike = [key for key in drawn if torch.equal(*chunks[key][:2])]
+        if chunks and twins and drawn:
             raise InputError(
-                f"branches 0 and {twin} of level {level} are one network: fresh weights came out"
-                " the same, though each branch was built with a seed of its own.",
+                f"branches 0 and {twins[0]} of level {level} are one network: fresh weights came"
+                " out the same, though each branch was built with a seed of its own.",
                 expected="a model whose constructor draws its weights, and loads none",
                 next_step='Begin with the weights it loads: init="copy" or init="perturb".',
             )
-        alike.append(str(level))
-    if not alike:
-        return ()
-    levels = ", ".join(alike)
-    return (f"the branches of level {levels} begin alike: no random numbers initialise them",)
+        if chunks and twins:
+            notes.append(f"level {level}: branches begin alike, no random numbers initialise them")
+        elif alike:
+            notes.append(
+                f"level {level}: {len(alike)} of {len(drawn)} parameters came out the same in its"
+                f" branches, as if loaded when the model is built: {', '.join(alike[:3])}, ..."
+            )
+    return notes
 
 
-def _are_alike(chunks: Sequence[Sequence[Tensor]], branch: int) -> bool:
+def _are_alike(chunks: Iterable[Sequence[Tensor]], branch: int) -> bool:
     return all(torch.equal(branches[0], branches[branch]) for branches in chunks)
+
+
+def _varies(tensor: Tensor) -> bool:
+    return bool((tensor != tensor.flatten()[:1]).any())
 
 
 def branch_seed(seed: int, network: int) -> int:

@@ -94,8 +94,8 @@ class PackedTree(nn.Module):
         """Fill the packed tensors, which the constructor leaves uninitialised."""
         slots = self._slots.values()
         initialize.fill(self, slots, self.tree, source)
-        alike = initialize.require_drawn(self, slots, self.tree) if source.drawn else ()
-        self._notes_on_weights = (*source.notes, *alike)
+        drawn = initialize.require_drawn(self, slots, self.tree) if source.drawn else []
+        self._notes_on_weights = (*source.notes, *drawn)
 
     @property
     def tree(self) -> Tree:

@@ -17,6 +17,8 @@ from torch.testing import assert_close
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import treeify
+from treeify.conversion.assemble import trace_model
+from treeify.conversion.splits import split_points
 from treeify.errors import InputError, ModelError, SplitError, TraceError
 from treeify.models.architecture import Architecture
 
@@ -247,6 +249,13 @@ def test_hooks_that_no_branch_could_have_are_refused() -> None:
     model[1].register_forward_hook(lambda m, i, o: o.missing)
     with pytest.raises(TraceError, match=r"the hook .* of 1 does not run on the example"):
         treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X)
+
+
+def test_packed_models_have_the_same_hooks() -> None:
+    models = [network(), network()]
+    models[1][1].register_forward_hook(lambda m, i, o: 2 * o)
+    with pytest.raises(ModelError, match="model 1 has other hooks"):
+        treeify.pack(models, ["1"], example_input=X)
 
 
 def test_an_ensemble_with_hooks_is_not_saved_under_a_librarys_name() -> None:
@@ -483,6 +492,14 @@ def test_statistics_are_updated_for_averaged_weights(
         buffers = dict(hne.leaf(index).named_buffers())
         for name, buffer in leaf.named_buffers():
             assert_close(buffers[name], buffer, rtol=1e-4, atol=1e-5)
+
+
+def test_points_without_weights_behind_them_are_not_listed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 5, 3), nn.ReLU(), nn.Flatten())
+    listed = split_points(trace_model(model, example_input=X))
+    assert [point.name for point in listed] == ["1"]
+    with pytest.raises(SplitError, match=r"no weights behind split '2'(?s:.*)towards the input"):
+        treeify.hierarchicalize(model, ["2"], init="fresh", example_input=X)
 
 
 def test_levels_without_weights_are_refused() -> None:

@@ -18,7 +18,7 @@ from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
 EXECUTIONS = ("packed", "looped")
-FOUR_LEVELS = ["stem.2", "stage1:3", "stage2"]
+FOUR_LEVELS = ["stem.1", "stage1:3", "stage2"]
 EVERY_MIX = list(product(EXECUTIONS, repeat=4))
 
 

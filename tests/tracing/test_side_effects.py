@@ -265,11 +265,11 @@ def test_what_passes_leave_behind_is_undone_but_for_the_tracers_constants() -> N
 def test_a_snapshot_refuses_numbers_and_random_draws() -> None:
     model = Remembering()
     before = Snapshot(model)
-    assert before.compare() == []
+    assert before.compare({}) == []
     torch.rand(())
     with pytest.raises(TraceError, match="random numbers"):
-        before.compare()
+        before.compare({})
     before = Snapshot(model)
     model(torch.ones(()))
     with pytest.raises(StateError, match="changes its attribute 'calls'"):
-        before.compare()
+        before.compare({})

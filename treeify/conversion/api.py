@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from treeify.conversion.assemble import assemble
+from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import INITS, Source, initial_weights
 from treeify.conversion.resolve import resolve, unwrapped
@@ -20,6 +20,8 @@ from treeify.errors import InitWarning, InputError, ModelError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
 from treeify.models.recognise import recognise
+from treeify.tracing.hooks import changing_hooks
+from treeify.tracing.model_copy import copy_model
 from treeify.tracing.trace import plain_tensors
 
 _log = logging.getLogger(__name__)
@@ -134,8 +136,9 @@ def pack(
             `hierarchicalize`.
 
     Raises:
-        ModelError: the models differ in architecture, or in a tensor that is neither a parameter
-            nor a buffer; or paths came without an architecture.
+        ModelError: the models differ in architecture, in hooks that change what they compute, or in
+            a tensor that is neither a parameter nor a buffer; or paths came without an
+            architecture.
         SplitError: no fanouts give as many leaves as there are models, or a split is wrong.
         TraceError: the models cannot be traced.
         CheckpointError: weights cannot be read or do not fit.
@@ -166,6 +169,7 @@ def pack(
         example_input=example_input,
     )
     _check_constants(networks, plain_tensors(hne.traced))
+    _check_hooks(networks, blank_image(first, hne.example, hne.traced.batch))
     states = [dict(named_tensors(network)) for network in networks]
     hne.fill(Source(states.__getitem__, by_leaf=True, notes=tuple(notes)))
     return hne
@@ -194,3 +198,19 @@ def _check_constants(models: Sequence[nn.Module], constants: Mapping[str, Tensor
                     " parameter nor a buffer: leaves cannot have one each.",
                     next_step="Make it a buffer: self.register_buffer(name, tensor).",
                 )
+
+
+def _check_hooks(models: Sequence[nn.Module], example: Tensor) -> None:
+    """Hooks that change what is computed are one for all leaves, those of the first model."""
+    changing = [
+        [(hook.path, hook.name) for hook in changing_hooks(model, example, copy_model)]
+        for model in models
+    ]
+    for index, hooks in enumerate(changing):
+        if hooks != changing[0]:
+            raise ModelError(
+                f"model {index} has other hooks that change what it computes than model 0.",
+                expected=", ".join(f"{name} of {path}" for path, name in changing[0]) or "none",
+                found=", ".join(f"{name} of {path}" for path, name in hooks) or "none",
+                next_step="Remove them, or register the same for all models.",
+            )

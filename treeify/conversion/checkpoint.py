@@ -233,7 +233,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
-        "batch": hne.traced.batch,
+        **({"batch": batch} if (batch := hne.traced.batch) > 1 else {}),
         "frozen": sorted(
             key for key, parameter in hne.named_parameters() if not parameter.requires_grad
         ),

@@ -64,8 +64,11 @@ def split_points(traced: Traced) -> list[SplitPoint]:
     """Every distinct split point of the evaluation graph, in graph order, outermost name first.
 
     Points that put the same nodes behind the split are one point; the outermost module names it.
+    Without weights behind it a point is none.
     """
-    return _distinct_points(Dependencies(traced.graphs[False]))
+    modes = {training: Dependencies(graph) for training, graph in traced.graphs.items()}
+    weights = LevelWeights(traced, modes, trained_only=False)
+    return [point for point in _distinct_points(modes[False]) if weights.behind(point.name)]
 
 
 def _distinct_points(dependencies: Dependencies) -> list[SplitPoint]:

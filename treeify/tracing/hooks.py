@@ -136,8 +136,9 @@ def changing_hooks(
             patches.enter_context(mock.patch.dict(getattr(owner, hook.table), recording))
         with_backward = any("backward" in hook.table for hook in hooks)
         states = random.getstate(), np.random.get_state()
-        for training in (False, True):
-            _run(model.train(training), example, with_backward=with_backward)
+        with torch.random.fork_rng(devices=[]):
+            for training in (False, True):
+                _run(model.train(training), example, with_backward=with_backward)
         random.setstate(states[0])
         np.random.set_state(states[1])
     for hook in changing:

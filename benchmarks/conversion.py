@@ -32,8 +32,8 @@ def child(task: str, name: str) -> dict[str, float]:
     import torch
 
     import treeify
-    from treeify.conversion.api import resolve
     from treeify.conversion.assemble import trace_model
+    from treeify.conversion.resolve import resolve
 
     torch.set_num_threads(2)
     # The libraries that a first model imports are no part of the cost.
@@ -44,7 +44,7 @@ def child(task: str, name: str) -> dict[str, float]:
     begin = time.perf_counter()
     size = 0
     if task == "convert":
-        hne = treeify.hierarchicalize(name, 4)
+        hne = treeify.hierarchicalize(name, 4, init="fresh")
         size = _bytes(hne)
     elif task == "build":
         for seed in range(LEAVES):

@@ -28,7 +28,9 @@ class Net(nn.Module):
 def main() -> None:
     """Print the conversion, its proof, and what was saved and loaded."""
     x = torch.randn(4, 3, 32, 32)
-    hne = treeify.hierarchicalize(Net(), splits=["late", "head:3"], example_input=x).eval()
+    hne = treeify.hierarchicalize(
+        Net(), splits=["late", "head:3"], init="fresh", example_input=x
+    ).eval()
     print(hne.conversion)
     print(treeify.verify(hne, x))
     smaller = hne.sub_ensemble(3)

@@ -48,7 +48,7 @@ class InputError(TreeifyError):
 
 
 class CheckpointError(TreeifyError):
-    """A saved directory is missing, damaged, from another version, or cannot be written."""
+    """A saved directory or file is missing, damaged, does not fit, or cannot be written."""
 
 
 class RecipeError(TreeifyError):
@@ -61,6 +61,10 @@ class DataError(TreeifyError):
 
 class ParityError(TreeifyError):
     """A converted model differs from the untouched base architecture."""
+
+
+class InitWarning(UserWarning):
+    """A module's own weights are passed over, and nobody said that they should be."""
 
 
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:

@@ -183,7 +183,7 @@ class CountsImages(small.SmallNet):
 def test_images_that_cannot_leave_are_answered_the_same(rows: list[tuple[int, int]]) -> None:
     torch.manual_seed(0)
     hne = treeify.hierarchicalize(
-        CountsImages(), ["stage1", "stage2:3"], example_input=small.EXAMPLE
+        CountsImages(), ["stage1", "stage2:3"], init="fresh", example_input=small.EXAMPLE
     ).eval()
     x = small.images(12)
     logits = _at_every_size(hne, x)
@@ -210,7 +210,9 @@ def test_confidence_needs_logits_and_evaluation_mode() -> None:
             logits = super().forward(x)
             return logits, logits
 
-    hne = treeify.hierarchicalize(Two(), ["stage1"], example_input=small.EXAMPLE).eval()
+    hne = treeify.hierarchicalize(
+        Two(), ["stage1"], init="fresh", example_input=small.EXAMPLE
+    ).eval()
     with pytest.raises(InputError, match="one tensor of logits"):
         hne.predict(small.images(), confidence=0.5)
     with pytest.raises(InputError, match=r"hne\.eval"):

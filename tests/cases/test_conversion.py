@@ -122,7 +122,7 @@ def test_a_mean_that_one_call_leaves_for_the_next_is_still_refused() -> None:
     model = Mean("tensor")
     model.mean = torch.zeros(())
     with pytest.raises(TraceError, match="changes its attribute 'mean'"):
-        treeify.hierarchicalize(model, ["b"], example_input=X)
+        treeify.hierarchicalize(model, ["b"], init="fresh", example_input=X)
 
 
 def test_a_model_compiled_in_place_converts() -> None:
@@ -234,21 +234,21 @@ def test_hooks_that_no_branch_could_have_are_refused() -> None:
     model = network()
     handle = model.register_forward_hook(lambda m, i, o: 2 * o)
     with pytest.raises(TraceError, match="of the model itself"):
-        treeify.hierarchicalize(model, ["1"], example_input=X)
+        treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X)
     handle.remove()
     handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: 2 * o)
     try:
         with pytest.raises(TraceError, match="of all modules"):
-            treeify.hierarchicalize(model, ["1"], example_input=X)
+            treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X)
     finally:
         handle.remove()
     parallel = nn.DataParallel(model)
     parallel.register_forward_hook(lambda m, i, o: 2 * o)
     with pytest.raises(ModelError, match="hooks around DataParallel"):
-        treeify.hierarchicalize(parallel, ["1"], example_input=X)
+        treeify.hierarchicalize(parallel, ["1"], init="fresh", example_input=X)
     model[1].register_forward_hook(lambda m, i, o: o.missing)
     with pytest.raises(TraceError, match=r"the hook .* of 1 does not run on the example"):
-        treeify.hierarchicalize(model, ["1"], example_input=X)
+        treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X)
 
 
 def test_packed_models_have_the_same_hooks() -> None:
@@ -261,7 +261,9 @@ def test_packed_models_have_the_same_hooks() -> None:
 def test_an_ensemble_with_hooks_is_not_saved_under_a_librarys_name() -> None:
     model = timm.create_model("resnet10t", num_classes=3)
     model.layer4.register_forward_hook(lambda m, i, o: o.clamp(max=1))
-    hne = treeify.hierarchicalize(model, ["layer3"], example_input=torch.zeros(1, 3, 32, 32))
+    hne = treeify.hierarchicalize(
+        model, ["layer3"], init="fresh", example_input=torch.zeros(1, 3, 32, 32)
+    )
     assert hne.architecture is None
 
 
@@ -291,7 +293,9 @@ def test_frozen_parameters_keep_the_models_values(init: str, named: bool) -> Non
 
 def test_nothing_is_said_of_a_model_without_frozen_parameters() -> None:
     architecture = Architecture("small:build", {"classes": 4})
-    plain = treeify.hierarchicalize(architecture, ["stage1"], example_input=small.EXAMPLE)
+    plain = treeify.hierarchicalize(
+        architecture, ["stage1"], init="fresh", example_input=small.EXAMPLE
+    )
     assert not any("frozen" in note for note in plain.conversion.notes)
 
 
@@ -324,9 +328,9 @@ def test_a_model_that_takes_clips_is_looked_at_with_the_examples_batch(
 def test_the_batch_that_was_tried_is_named(tmp_path: Any) -> None:
     model = network(TemporalShift())
     with pytest.raises(InputError, match=r"with N = 2: shape"):
-        treeify.hierarchicalize(model, ["1"], example_input=X[:1])
+        treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X[:1])
     with pytest.raises(InputError, match=r"with N = 6: shape"):
-        treeify.hierarchicalize(model, ["1"], example_input=X)
+        treeify.hierarchicalize(model, ["1"], init="fresh", example_input=X)
     clips = torch.randn(4, 3, 12, 12)
     hne = copied(model, ["1"], clips)
     treeify.save(hne, tmp_path)
@@ -495,7 +499,7 @@ def test_points_without_weights_behind_them_are_not_listed() -> None:
     listed = split_points(trace_model(model, example_input=X))
     assert [point.name for point in listed] == ["1"]
     with pytest.raises(SplitError, match=r"no weights behind split '2'(?s:.*)towards the input"):
-        treeify.hierarchicalize(model, ["2"], example_input=X)
+        treeify.hierarchicalize(model, ["2"], init="fresh", example_input=X)
 
 
 def test_levels_without_weights_are_refused() -> None:
@@ -508,10 +512,12 @@ def test_levels_without_weights_are_refused() -> None:
     with pytest.raises(
         SplitError, match=r"behind split 'pool' and before 'flatten'(?s:.*)'relu' or 'b'"
     ):
-        treeify.hierarchicalize(model, "pool,flatten,drop,fc", example_input=X)
+        treeify.hierarchicalize(model, "pool,flatten,drop,fc", init="fresh", example_input=X)
     with pytest.raises(SplitError, match=r"behind split 'relu' and before 'b'(?s:.*)'pool'"):
-        treeify.hierarchicalize(model, "relu,b", example_input=X)
-    chosen = treeify.hierarchicalize(model, 2, example_input=X).conversion.splits.names
+        treeify.hierarchicalize(model, "relu,b", init="fresh", example_input=X)
+    chosen = treeify.hierarchicalize(
+        model, 2, init="fresh", example_input=X
+    ).conversion.splits.names
     assert chosen == ("relu", "pool")
     with pytest.raises(SplitError, match="no 3 split points with weights between"):
-        treeify.hierarchicalize(model, 3, example_input=X)
+        treeify.hierarchicalize(model, 3, init="fresh", example_input=X)

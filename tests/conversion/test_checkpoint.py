@@ -66,7 +66,9 @@ def test_frozen_parameters_stay_frozen_and_the_others_free(tmp_path: Path) -> No
 def test_numbers_that_no_state_dict_has_come_back(tmp_path: Path, named: bool) -> None:
     torch.manual_seed(3)
     model = "small:DrawnNet" if named else small.DrawnNet()
-    hne = treeify.hierarchicalize(model, ["stage1"], seed=3, example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(
+        model, ["stage1"], init="fresh", seed=3, example_input=small.EXAMPLE
+    )
     assert torch.equal(hne.leaf(0).shifts, hne.leaf(1).shifts) != named
     x = small.images()
     for _ in range(2):
@@ -81,7 +83,9 @@ def test_numbers_that_no_state_dict_has_come_back(tmp_path: Path, named: bool) -
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_base_model_in_another_precision(tmp_path: Path, dtype: torch.dtype) -> None:
     model = small.SmallNet().to(dtype)
-    hne = treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE.to(dtype)).eval()
+    hne = treeify.hierarchicalize(
+        model, ["stage1"], init="fresh", example_input=small.EXAMPLE.to(dtype)
+    ).eval()
     treeify.save(hne, tmp_path / "hne")
     x = small.images().to(dtype)
     assert torch.equal(treeify.load(tmp_path / "hne", model)(x), hne(x))

@@ -163,7 +163,7 @@ def test_names_that_the_ensemble_uses_itself() -> None:
             return self.predict(self.leaf(self.tree(x)).mean((2, 3)))
 
     model = Clash()
-    hne = treeify.hierarchicalize(model, ["leaf"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(model, ["leaf"], init="fresh", example_input=small.EXAMPLE)
     assert treeify.verify(hne, small.images()).worst <= 1
     assert hne.state_dict().keys() == model.state_dict().keys()
     assert hne.tree.leaves == 2

@@ -65,7 +65,7 @@ def test_a_modules_own_scheme_comes_after_those_of_its_layers() -> None:
     model = nn.Sequential(
         Constant(nn.Conv2d(3, 4, 3)), Demanding(), nn.Flatten(), Asking(4 * 36, 2)
     )
-    hne = treeify.hierarchicalize(model, ["input"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(model, ["input"], init="fresh", example_input=small.EXAMPLE)
     for leaf in range(hne.leaves):
         own = hne.leaf(leaf)
         assert (own[0][0].weight == 0.05).all()
@@ -91,6 +91,6 @@ def test_modules_that_cannot_initialise_themselves_are_named() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.scale(super().forward(x))
 
-    hne = treeify.hierarchicalize(Net(), ["stage1"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(Net(), ["stage1"], init="fresh", example_input=small.EXAMPLE)
     assert any("perturbed by 0.1" in note and "scale" in note for note in hne.conversion.notes)
     assert not torch.equal(hne.leaf(0).scale.gain, hne.leaf(1).scale.gain)

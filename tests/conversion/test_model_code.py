@@ -215,7 +215,7 @@ def test_a_number_keeps_a_model_in_half_precision() -> None:
             return self.head((x * self.number).mean((2, 3)))
 
     hne = treeify.hierarchicalize(
-        Half().bfloat16(), ["stem"], example_input=EXAMPLE.bfloat16()
+        Half().bfloat16(), ["stem"], init="fresh", example_input=EXAMPLE.bfloat16()
     ).eval()
     assert hne(torch.rand(2, 3, 16, 16).bfloat16()).dtype is torch.bfloat16
 
@@ -229,7 +229,7 @@ def test_a_part_that_is_changed_where_the_whole_is_read_afterwards_is_refused() 
             return self.head(self.body(x).mean((2, 3)))
 
     with pytest.raises(TraceError, match="changes getitem in place, a view of stem"):
-        treeify.hierarchicalize(View(), ["body"], example_input=EXAMPLE)
+        treeify.hierarchicalize(View(), ["body"], init="fresh", example_input=EXAMPLE)
 
 
 def test_a_single_image_keeps_its_batch() -> None:
@@ -237,7 +237,9 @@ def test_a_single_image_keeps_its_batch() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.head(F.adaptive_avg_pool2d(self.body(self.stem(x)), 1).squeeze())
 
-    hne = treeify.hierarchicalize(Squeezing(), ["stem", "body"], example_input=EXAMPLE).eval()
+    hne = treeify.hierarchicalize(
+        Squeezing(), ["stem", "body"], init="fresh", example_input=EXAMPLE
+    ).eval()
     x = torch.rand(3, 3, 16, 16)
     with torch.no_grad():
         assert_close(hne(x[:1]), hne(x)[:1])
@@ -251,7 +253,9 @@ def test_classes_beside_logits_are_those_of_most_leaves() -> None:
             return {"logits": logits, "class": logits.argmax(1), "sure": logits.amax(1) > 0.2}
 
     torch.manual_seed(0)
-    hne = treeify.hierarchicalize(Deciding(), ["stem", "body"], example_input=EXAMPLE).eval()
+    hne = treeify.hierarchicalize(
+        Deciding(), ["stem", "body"], init="fresh", example_input=EXAMPLE
+    ).eval()
     x = torch.rand(9, 3, 16, 16)
     leaves, answer = hne(x), hne.predict(x)
     for image in range(9):

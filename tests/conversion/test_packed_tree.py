@@ -54,7 +54,7 @@ def test_tied_parameters_stay_tied() -> None:
 def test_frozen_parameters_stay_frozen() -> None:
     model = small.SmallNet()
     model.stem.requires_grad_(False)
-    hne = treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(model, ["stage1"], init="fresh", example_input=small.EXAMPLE)
     frozen = {name for name, parameter in hne.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if name.startswith("stem")}
     assert not hne.leaf(0).stem[0].weight.requires_grad

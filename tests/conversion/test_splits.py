@@ -64,7 +64,7 @@ def test_the_inner_point_is_inside_a_module_and_parts_the_macs(resnet: Traced) -
     assert abs(point.macs_before - point.macs_after) == min(
         abs(own.macs_before - own.macs_after) for own in others
     )
-    hne = treeify.hierarchicalize(torchvision.models.resnet18(), [point.name])
+    hne = treeify.hierarchicalize(torchvision.models.resnet18(), [point.name], init="fresh")
     assert hne.leaves == 2
 
 
@@ -95,6 +95,7 @@ def test_a_split_inside_a_block_shares_what_does_not_depend_on_it(resnet: Traced
     hne = treeify.hierarchicalize(
         torchvision.models.resnet18(),
         ["layer2.0.conv2"],
+        init="fresh",
         example_input=torch.zeros(1, 3, 64, 64),
     )
     level = {node.path: node.level for node in hne.conversion.nodes}

@@ -185,7 +185,9 @@ def test_buffers_shared_by_levels_train_packed() -> None:
             x = self.stem[1](self.stage1(self.stem(x)))
             return self.head(self.stage2(x).mean((2, 3)))
 
-    hne = treeify.hierarchicalize(Shared(), ["stage1", "stage2"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(
+        Shared(), ["stage1", "stage2"], init="fresh", example_input=small.EXAMPLE
+    )
     hne.execution = "looped"
     x = small.images()
     assert hne.shared_buffers

@@ -217,7 +217,7 @@ def test_models_with_several_outputs_can_be_tuned() -> None:
             logits = super().forward(x)
             return logits, logits.softmax(-1)
 
-    hne = treeify.hierarchicalize(Two(), ["stage1"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(Two(), ["stage1"], init="fresh", example_input=small.EXAMPLE)
     assert hne.tune(small.images(), training=True, repeats=1).situation.training
 
 

@@ -239,7 +239,9 @@ def test_a_tree_without_splits_costs_one_model() -> None:
 def test_every_nested_size_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     example = torch.zeros(1, 3, 8, 8)
     base = Architecture("small:build", {"classes": 10})
-    hne = treeify.hierarchicalize(base, ["stage1", "stage2:3"], example_input=example).eval()
+    hne = treeify.hierarchicalize(
+        base, ["stage1", "stage2:3"], init="fresh", example_input=example
+    ).eval()
     sizes = []
     predict = treeify.HierarchicalEnsemble.predict
 

@@ -60,7 +60,9 @@ def test_logits_that_vanish_in_evaluation_mode_hide_no_mistake(name: str, splits
     """Fresh statistics leave them 1e-10 and less: anything was within 1e-5 of that."""
     torch.manual_seed(0)
     x = torch.rand(2, 3, 64, 64)
-    hne = treeify.hierarchicalize(torchvision.models.get_model(name), splits, example_input=x)
+    hne = treeify.hierarchicalize(
+        torchvision.models.get_model(name), splits, init="fresh", example_input=x
+    )
     assert hne.eval()(x).abs().max() < 1e-8
     assert treeify.parity.verify.verify_outputs(hne, x) <= 1
     assert treeify.verify(hne, x).worst <= 1

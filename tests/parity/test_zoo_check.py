@@ -46,7 +46,7 @@ def test_splits_that_only_the_whole_model_has_are_checked_without_weights() -> N
 
 def tiny() -> treeify.HierarchicalEnsemble:
     return treeify.hierarchicalize(
-        Architecture("sweep_models:tiny"), 2, example_input=torch.zeros(1, 3, 16, 16)
+        Architecture("sweep_models:tiny"), 2, init="fresh", example_input=torch.zeros(1, 3, 16, 16)
     )
 
 

@@ -46,7 +46,7 @@ def test_packed_equals_mapped_over_branches(
 def test_the_operation_has_a_rule(name: str) -> None:
     example = torch.zeros(1, 3, 6, 6)
     hne = treeify.hierarchicalize(
-        Around(OPERATIONS[name]), splits=["before:3"], example_input=example
+        Around(OPERATIONS[name]), splits=["before:3"], init="fresh", example_input=example
     )
     assert [node for node in hne.conversion.nodes if node.form is Form.BRANCHES] == []
 
@@ -54,7 +54,10 @@ def test_the_operation_has_a_rule(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_operation_runs_per_branch_with_a_reason(name: str) -> None:
     hne = treeify.hierarchicalize(
-        Around(REFUSED[name]), splits=["before:3"], example_input=torch.zeros(1, 3, 6, 6)
+        Around(REFUSED[name]),
+        splits=["before:3"],
+        init="fresh",
+        example_input=torch.zeros(1, 3, 6, 6),
     )
     fallbacks = [node for node in hne.conversion.nodes if node.form is Form.BRANCHES]
     assert fallbacks

@@ -118,7 +118,7 @@ def test_many_pixels_few_weights_and_inference_are_convolutions(products: list[i
     with torch.no_grad():
         _late_layer(2)[0](x[:, :, :2, :2])
     small = treeify.hierarchicalize(
-        Net(nn.Conv2d(8, 8, 3, padding=1)), ["conv:2"], example_input=x[:, :, :2, :2]
+        Net(nn.Conv2d(8, 8, 3, padding=1)), ["conv:2"], init="fresh", example_input=x[:, :, :2, :2]
     )
     small(x[:, :, :2, :2])
     assert products == []

@@ -69,4 +69,4 @@ def test_values_of_one_memory_change_together_or_not_at_all(case: str) -> None:
 @pytest.mark.parametrize("case", ["a part", "overlapping parts"])
 def test_a_part_of_what_is_changed_in_place_must_not_be_read_later(case: str) -> None:
     with pytest.raises(TraceError, match=r"in place, and getitem.* with it, which .* afterwards"):
-        treeify.hierarchicalize(Aliasing(case), ["body"], example_input=small.EXAMPLE)
+        treeify.hierarchicalize(Aliasing(case), ["body"], init="fresh", example_input=small.EXAMPLE)

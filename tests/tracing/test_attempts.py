@@ -29,7 +29,7 @@ class Branching(nn.Module):
 
 def test_a_model_that_cannot_be_traced_names_the_line() -> None:
     with pytest.raises(TraceError, match=r"test_attempts.py:\d+ in forward: if x.mean\(\) > 0:"):
-        treeify.hierarchicalize(Branching(), 1, example_input=small.EXAMPLE)
+        treeify.hierarchicalize(Branching(), 1, init="fresh", example_input=small.EXAMPLE)
 
 
 class Wrapped(nn.Module):
@@ -74,7 +74,7 @@ def test_a_module_that_stops_the_tracer_is_a_leaf_module_and_no_other() -> None:
             assert leaf in calls
             assert not any(call.startswith(f"{leaf}.") for call in calls)
             assert leaf.replace("1.1", "0") in calls
-        hne = treeify.hierarchicalize(model, 1, example_input=small.EXAMPLE)
+        hne = treeify.hierarchicalize(model, 1, init="fresh", example_input=small.EXAMPLE)
         x = small.images(3)
         assert treeify.verify(hne, x).worst <= 1
         assert any(f"{leaf} (Flipping) runs as one call" in note for note in hne.conversion.notes)
@@ -158,7 +158,7 @@ def test_a_module_that_assigns_to_its_buffers_is_a_leaf_module() -> None:
     assert hne.leaf(2)[1].steps == 2
     assert hne.leaf(2)[1].sum == 6
     with pytest.raises(TraceError, match="assigns to its buffer 'steps'"):
-        treeify.hierarchicalize(counting, [], example_input=torch.zeros(1, 4, 8, 8))
+        treeify.hierarchicalize(counting, [], init="fresh", example_input=torch.zeros(1, 4, 8, 8))
 
 
 def test_control_flow_of_gemma_is_traced() -> None:

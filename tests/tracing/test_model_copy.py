@@ -58,14 +58,16 @@ HOLDERS: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("case", HOLDERS)
 def test_functions_that_hold_the_models_own_modules_are_refused(case: str) -> None:
     with pytest.raises(TraceError, match=r"'held' of the model is a function, .*(?s:.*)method"):
-        treeify.hierarchicalize(Holding(HOLDERS[case]), 1, example_input=small.EXAMPLE)
+        treeify.hierarchicalize(
+            Holding(HOLDERS[case]), 1, init="fresh", example_input=small.EXAMPLE
+        )
 
 
 def test_weak_references_to_the_models_own_modules_are_refused() -> None:
     with pytest.raises(
         TraceError, match=r"'parent' of child is a function, cache or weak reference"
     ):
-        treeify.hierarchicalize(Parent(), 1, example_input=small.EXAMPLE)
+        treeify.hierarchicalize(Parent(), 1, init="fresh", example_input=small.EXAMPLE)
 
 
 def unfinished() -> Callable[[Tensor], Tensor]:
@@ -116,7 +118,7 @@ class Watching(small.SmallNet):
 @pytest.mark.parametrize("case", ["bound", "function", "partial"])
 def test_a_hook_of_the_models_own_is_refused(case: str) -> None:
     with pytest.raises(TraceError, match=r"a hook of stage2 belongs to the model itself"):
-        treeify.hierarchicalize(Watching(case), 1, example_input=small.EXAMPLE)
+        treeify.hierarchicalize(Watching(case), 1, init="fresh", example_input=small.EXAMPLE)
 
 
 class Keeping(small.SmallNet):
@@ -152,7 +154,7 @@ def test_weights_computed_by_hooks_are_refused_with_a_way_out(norm: Any) -> None
     model = small.SmallNet()
     norm(model.stage1[0])
     with pytest.raises(TraceError, match=r"weights of stage1\.0.*(?s:.*)parametrizations"):
-        treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
+        treeify.hierarchicalize(model, ["stage1"], init="fresh", example_input=small.EXAMPLE)
 
 
 def test_weight_norm_is_architecture() -> None:

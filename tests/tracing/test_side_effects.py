@@ -130,14 +130,14 @@ def test_a_model_whose_own_forward_does_it_is_refused(case: str) -> None:
             return super().forward(x[:, :1].expand(-1, 4, -1, -1)).mean((2, 3))
 
     with pytest.raises(TraceError, match=UNSEEN[case]):
-        treeify.hierarchicalize(Root(case), ["conv"], example_input=small.EXAMPLE)
+        treeify.hierarchicalize(Root(case), ["conv"], init="fresh", example_input=small.EXAMPLE)
 
 
 def test_numbers_that_change_while_a_model_runs_are_refused() -> None:
     """Branches cannot have one each, as they have of buffers."""
     model = nn.Sequential(nn.Conv2d(3, 4, 1), Unseen("counter"), nn.Flatten())
     with pytest.raises(TraceError, match=r"Unseen changes its attribute 'calls'.*(?s:.*) a buffer"):
-        treeify.hierarchicalize(model, ["0"], example_input=small.EXAMPLE)
+        treeify.hierarchicalize(model, ["0"], init="fresh", example_input=small.EXAMPLE)
 
 
 class Stateful(nn.Module):
@@ -227,7 +227,7 @@ def test_modules_that_the_models_own_train_holds_back_stay_in_evaluation_mode() 
 def test_modules_of_a_model_keep_the_modes_they_were_given() -> None:
     model = small.SmallNet().train()
     model.stage1.eval()
-    hne = treeify.hierarchicalize(model, ["stage1"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(model, ["stage1"], init="fresh", example_input=small.EXAMPLE)
     assert hne.training and hne.get_submodule("stem").training
     assert not hne.get_submodule("stage1").training
 

@@ -23,7 +23,9 @@ def test_a_learned_query_that_is_expanded_is_counted() -> None:
 
 def test_an_example_that_does_not_fit() -> None:
     with pytest.raises(InputError, match=r"does not run on an input of shape \[N, 1, 8, 8\]"):
-        treeify.hierarchicalize(small.SmallNet(), 1, example_input=torch.zeros(1, 1, 8, 8))
+        treeify.hierarchicalize(
+            small.SmallNet(), 1, init="fresh", example_input=torch.zeros(1, 1, 8, 8)
+        )
 
 
 def test_an_example_that_fails_an_assertion_without_a_word() -> None:
@@ -35,7 +37,7 @@ def test_an_example_that_fails_an_assertion_without_a_word() -> None:
 
     model = nn.Sequential(Sized(), small.SmallNet())
     with pytest.raises(InputError, match=r"does not run on an input.*AssertionError(?s:.*)size"):
-        treeify.hierarchicalize(model, 1, example_input=small.EXAMPLE)
+        treeify.hierarchicalize(model, 1, init="fresh", example_input=small.EXAMPLE)
 
 
 def test_what_is_no_model() -> None:
@@ -108,7 +110,9 @@ def test_outputs_without_gradients_are_checked_beside_those_that_have_them() -> 
         Deciding(True), ["stage1"], init="perturb", example_input=small.EXAMPLE
     )
     assert treeify.verify(hne, small.images(2)).worst <= 1
-    hne = treeify.hierarchicalize(Deciding(False), ["stage1"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(
+        Deciding(False), ["stage1"], init="fresh", example_input=small.EXAMPLE
+    )
     with pytest.raises(ParityError, match="no output has a gradient"):
         treeify.verify(hne, small.images(2))
 

@@ -138,7 +138,7 @@ def test_a_value_that_a_cache_keeps_from_another_pass_is_named() -> None:
             return super().forward(x * kept[8][:3, None, None])
 
     with pytest.raises(TraceError, match="it reads a value of another pass, as a cache keeps them"):
-        treeify.hierarchicalize(Root(), ["stage1"], example_input=small.EXAMPLE)
+        treeify.hierarchicalize(Root(), ["stage1"], init="fresh", example_input=small.EXAMPLE)
 
 
 class Chunked(small.SmallNet):

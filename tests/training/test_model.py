@@ -20,14 +20,14 @@ def test_a_model_that_returns_more_than_logits_is_refused() -> None:
             logits = super().forward(x)
             return logits, logits
 
-    hne = treeify.hierarchicalize(Pair(10), ["stage1"], example_input=small.EXAMPLE)
+    hne = treeify.hierarchicalize(Pair(10), ["stage1"], init="fresh", example_input=small.EXAMPLE)
     with pytest.raises(RecipeError, match=r"does not return logits(?s:.)*tuple"):
         check_classes(hne, digits())
 
 
 def test_counting_classes_leaves_frozen_batch_norms_frozen() -> None:
     hne = treeify.hierarchicalize(
-        small.SmallNet(10), ["stage1"], example_input=small.EXAMPLE
+        small.SmallNet(10), ["stage1"], init="fresh", example_input=small.EXAMPLE
     ).train()
     norm = hne.get_submodule("stem.1").eval()
     check_classes(hne, digits())

@@ -25,6 +25,7 @@ def converted(name: str, size: int) -> treeify.HierarchicalEnsemble:
         Architecture(model.name, model.kwargs),
         model.splits,
         model.fanout,
+        init="fresh",
         example_input=torch.zeros(1, 3, size, size),
     )
     return hne.eval()

@@ -29,7 +29,11 @@ def test_a_ramp_moves_in_a_straight_line_and_then_stays() -> None:
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        (ModelRecipe, {"name": "resnet18", "pretrained": True}, "init: perturb (or copy)"),
+        (
+            ModelRecipe,
+            {"name": "resnet18", "pretrained": True, "init": "fresh"},
+            "init: perturb (or copy)",
+        ),
         (OptimizerRecipe, {"name": "momentun"}, "should name an optimizer, e.g. 'momentum'"),
         (OptimizerRecipe, {"name": "adahessian"}, "no second derivatives"),
         (

@@ -25,6 +25,7 @@ _UsageError: Any = typer.BadParameter.__base__
 COMMANDS = {
     "splits": ("splits", "List the points where a model can be split."),
     "convert": ("convert", "Convert a classifier into a hierarchical neural ensemble."),
+    "pack": ("pack", "Pack trained networks of one architecture into an ensemble."),
     "train": (
         "train",
         "Train a hierarchical neural ensemble from a recipe, or on a folder of images.",

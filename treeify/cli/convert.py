@@ -9,16 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.cli.options import InputSize, Json, Name, NumClasses
+from treeify.cli.options import InputSize, Json, Name, NoVerify, NumClasses, Out, Overwrite, Weights
 from treeify.cli.output import Column, print_json, say, table
 from treeify.conversion import checkpoint
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.assemble import assemble
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import initial_weights
+from treeify.conversion.initialize import INITS, initial_weights
 from treeify.errors import InputError
 from treeify.evaluation.cost import Cost, base_cost, costs
-from treeify.models.base_model import BaseModel, base_model
+from treeify.models.architecture import Architecture
+from treeify.models.base_model import base_model
 from treeify.parity.verify import verify
 
 
@@ -36,23 +37,20 @@ def convert(
         str | None,
         typer.Option(
             help="fresh: every branch its own random weights; copy: every leaf equals the base "
-            "model; perturb: copy plus noise. By default fresh, with --pretrained perturb."
+            "model; perturb: copy plus noise, leaf 0 exact. By default fresh, with --weights or "
+            "--pretrained perturb."
         ),
     ] = None,
+    weights: Weights = None,
     pretrained: Annotated[
-        bool, typer.Option("--pretrained", help="Start from trained weights.")
+        bool, typer.Option("--pretrained", help="Start from the trained weights of its library.")
     ] = False,
     num_classes: NumClasses = None,
     input_size: InputSize = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory to write, new or empty; by default converted/NAME."),
-    ] = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write even if the directory is not empty.")
-    ] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.")] = False,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    no_verify: NoVerify = False,
     as_json: Json = False,
 ) -> None:
     """Convert a classifier into a hierarchical neural ensemble.
@@ -64,18 +62,19 @@ def convert(
 
         treeify convert mobilenetv2_140 --splits 4
 
+        treeify convert resnet18 --weights mine.pth --num-classes 10
+
         treeify convert torchvision/resnet18 --splits layer3,layer4:4 --num-classes 10
 
         treeify convert my_package.models:tiny --splits input:4 --init copy --out four_copies
     """
-    out = out or Path("converted") / re.sub(r"[^\w.-]+", "_", name)
-    checkpoint.check_writable(out, overwrite=overwrite)
-    init = _init(init, pretrained)
+    out = target(name, out, overwrite)
+    scheme, reason = _init(init, weights, pretrained)
     console = Console(quiet=as_json)
     with console.status("building and converting"):
         base = base_model(name, num_classes, input_size, pretrained=pretrained, seed=seed)
         if pretrained:
-            source = initial_weights(base.model, base.architecture, init, seed)
+            source = initial_weights(base.model, base.architecture, scheme, seed)
             hne = assemble(
                 base.model,
                 base.architecture,
@@ -85,11 +84,35 @@ def convert(
                 example_input=base.example,
             )
         else:
-            hne = hierarchicalize(base.architecture, splits, fanout, init, seed, base.example)
+            hne = hierarchicalize(
+                base.architecture, splits, fanout, scheme, seed, base.example, weights
+            )
+    if weights is None:  # else the conversion's notes say it
+        say(console, f"Init {scheme}, {reason}: {INITS[scheme]}.")
+    present(hne, base.architecture, console, out, overwrite, no_verify, as_json)
+
+
+def target(name: str, out: Path | None, overwrite: bool) -> Path:
+    """The directory to write, which is refused before anything is built if it is taken."""
+    out = out or Path("converted") / re.sub(r"[^\w.-]+", "_", name)
+    checkpoint.check_writable(out, overwrite=overwrite)
+    return out
+
+
+def present(
+    hne: HierarchicalEnsemble,
+    architecture: Architecture,
+    console: Console,
+    out: Path,
+    overwrite: bool,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Show what an ensemble costs and how it runs, check it, and write it."""
     with console.status("counting MACs"):
         cost, nested = base_cost(hne), costs(hne)
     shape = " x ".join(map(str, hne.example))
-    say(console, f"{base.architecture} at {shape}", _splits_table(hne), str(hne.tree))
+    say(console, f"{architecture} at {shape}", _splits_table(hne), str(hne.tree))
     say(console, _cost_table(cost, nested), str(hne.conversion))
     figures = None
     if not no_verify:
@@ -104,17 +127,27 @@ def convert(
     checkpoint.save(hne, out, overwrite=overwrite)
     say(console, f"Written to {out}; read it with treeify.load({str(out)!r}).")
     if as_json:
-        print_json(_report(base, hne, cost, nested) | {"parity": figures, "out": out})
+        print_json(_report(architecture, hne, cost, nested) | {"parity": figures, "out": out})
 
 
-def _init(init: str | None, pretrained: bool) -> str:
-    init = init or ("perturb" if pretrained else "fresh")
-    if pretrained and init == "fresh":
+def _init(init: str | None, weights: Path | None, pretrained: bool) -> tuple[str, str]:
+    """The scheme, and why it is this one."""
+    if weights is not None and pretrained:
         raise InputError(
-            "--init fresh would throw the pretrained weights away.",
-            expected="--init copy or --init perturb with --pretrained",
+            "--weights and --pretrained were given.", expected="one of them, or neither"
         )
-    return init
+    option = "--pretrained" if pretrained else "--weights"
+    is_trained = pretrained or weights is not None
+    if is_trained and init == "fresh":
+        raise InputError(
+            f"--init fresh would throw the weights of {option} away.",
+            expected=f"--init copy or --init perturb with {option}",
+        )
+    if init is not None:
+        return init, "as --init says"
+    if is_trained:
+        return "perturb", f"the default with {option}"
+    return "fresh", "the default without --weights or --pretrained"
 
 
 def _splits_table(hne: HierarchicalEnsemble) -> Table:
@@ -151,13 +184,13 @@ def _ratio(number: int, base: int) -> str:
 
 
 def _report(
-    base: BaseModel, hne: HierarchicalEnsemble, cost: Cost, nested: tuple[Cost, ...]
+    architecture: Architecture, hne: HierarchicalEnsemble, cost: Cost, nested: tuple[Cost, ...]
 ) -> dict[str, Any]:
     """What the tables show, and how every node runs; `cost` is that of the base model."""
     conversion = hne.conversion
     points = zip(conversion.splits.points, hne.tree.fanouts, strict=True)
     return {
-        "model": asdict(base.architecture),
+        "model": asdict(architecture),
         "input": hne.example,
         "splits": [asdict(point) | {"fanout": fanout} for point, fanout in points],
         "leaves": hne.leaves,

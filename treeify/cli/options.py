@@ -19,6 +19,21 @@ Name = Annotated[
 NumClasses = Annotated[
     int | None, typer.Option(min=1, help="Classes of the model; by default its own.")
 ]
+Weights = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH",
+        help="Trained weights of the model: a file (.pth, .pt, .ckpt, .safetensors), or the"
+        " directory of an ensemble or a run.",
+    ),
+]
+Out = Annotated[
+    Path | None, typer.Option(help="Directory to write, new or empty; by default converted/NAME.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Write even if the directory is not empty.")
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.")]
 SavedEnsemble = Annotated[
     Path,
     typer.Argument(help="Saved ensemble, or run directory (its last checkpoint is taken)."),

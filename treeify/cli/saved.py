@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from treeify.conversion import checkpoint
+from treeify.conversion.checkpoint import EMA, scored_ensemble
 from treeify.data import Data, Preparation
 from treeify.data.conventions import of_data_set, of_trained_weights
 from treeify.errors import InputError, RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_recipe, load_recipe
-from treeify.training.run_directory import CHECKPOINTS, EMA, RECIPE, STATES, scored_ensemble
+from treeify.training.run_directory import CHECKPOINTS, RECIPE, STATES
 
 
 def checkpoint_in(directory: Path) -> Path:

@@ -218,6 +218,7 @@ class _Display(Reporter):
             f"{run.hne.leaves} leaves on {where}{run.device}, {images:,} training images; "
             f"{run.data.split}. Writing {run.directory}, with its recipe.yaml",
         )
+        say(self.console, *run.hne.conversion.notes)
         parameters = list(run.hne.parameters())
         if frozen := sum(p.numel() for p in parameters if not p.requires_grad):
             total = sum(parameter.numel() for parameter in parameters)

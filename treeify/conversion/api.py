@@ -2,22 +2,25 @@
 
 import logging
 import operator
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import OptimizedModule
-from torch.nn.parallel import DistributedDataParallel
 
 from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import Source, branch_seed, initial_weights
+from treeify.conversion.initialize import INITS, Source, initial_weights
+from treeify.conversion.resolve import resolve, unwrapped
+from treeify.conversion.trained import load_trained
 from treeify.engine.packed_tensors import named_tensors
-from treeify.errors import ModelError
+from treeify.errors import InitWarning, InputError, ModelError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
 from treeify.models.recognise import recognise
-from treeify.tracing.hooks import changing_hooks, hooks_in
+from treeify.tracing.hooks import changing_hooks
 from treeify.tracing.model_copy import copy_model
 from treeify.tracing.trace import plain_tensors
 
@@ -28,9 +31,10 @@ def hierarchicalize(
     model: nn.Module | str | Architecture,
     splits: int | str | Sequence[str] = 4,
     fanout: int = 2,
-    init: str = "fresh",
+    init: str | None = None,
     seed: int = 0,
     example_input: Tensor | None = None,
+    weights: str | Path | None = None,
 ) -> HierarchicalEnsemble:
     """Turn a classifier into a tree of networks that share their early layers.
 
@@ -44,10 +48,14 @@ def hierarchicalize(
         fanout: children per split that names none, at least 2.
         init: `fresh`: every branch its own initialisation by the architecture's own scheme;
             `copy`: every leaf equals the model; `perturb`: copy plus seeded noise of 0.1 times
-            each tensor's root mean square, leaf 0 exact.
+            each tensor's root mean square, leaf 0 exact. By default `perturb` with weights, else
+            `fresh`, with an `InitWarning` where that passes over a module's own weights.
         seed: of everything random; same seed, same weights.
         example_input: an input of the size the model expects, `[N, C, H, W]`; found by itself for
             timm's and torchvision's models, else `[1, 3, 224, 224]`.
+        weights: a file of trained weights (`treeify.models.weights.read_weights`), or the directory
+            of an ensemble or a run. An ensemble that splits alike gives every branch its own,
+            whatever `init` is; of another one leaf 0 is the model.
 
     Returns:
         An ensemble mapping `[N, C, H, W]` to leaf logits `[N, L, K]`, L the product of the fanouts.
@@ -56,105 +64,125 @@ def hierarchicalize(
         ModelError: the name is unknown.
         SplitError: a split is unknown, repeated or out of order, or a fanout below 2.
         TraceError: the model cannot be traced; names the line that stopped it.
-        InputError: the model does not run on the example input, or init is unknown.
+        InputError: the model does not run on the example input, init is unknown, would throw the
+            weights away, or is `fresh` for a model that loads its weights as it is built.
+        CheckpointError: the weights cannot be read or do not fit.
 
     Source: Ruiz & Verbeek, AAAI 2021, section 3.
     """
+    scheme = choose_init(init, model, weights)
     base, architecture = resolve(model, seed)
     is_built = architecture is not None
+    trained = None
+    if weights is not None:
+        classes = None if architecture is None else architecture.kwargs.get("num_classes")
+        trained = load_trained(base, weights, classes)
+        base = trained.model
     # Only fresh weights and a reload need to build the model again: look for a builder then.
     architecture = architecture or recognise(base)
-    source = initial_weights(base, architecture, init, seed, is_first=is_built)
     hne = assemble(base, architecture, splits, fanout=fanout, example_input=example_input)
     _log.info("splits: %s", ", ".join(hne.conversion.splits.specs) or "none")
-    del base  # its memory, if it was built here, serves the branches
+    source = initial_weights(base, architecture, scheme, seed, is_first=is_built)
+    if trained is not None:
+        note = f"init: {scheme}, {INITS[scheme]}"
+        source = trained.branches(hne) or replace(
+            source, notes=(*trained.notes, note, *source.notes)
+        )
+    del base, trained  # their memory serves the branches
     hne.fill(source)
     return hne
 
 
-def resolve(
-    model: nn.Module | str | Architecture, seed: int = 0
-) -> tuple[nn.Module, Architecture | None]:
-    """A base model and, where it was given by name, how to build it.
+def choose_init(
+    init: str | None, model: nn.Module | str | Architecture, weights: str | Path | None
+) -> str:
+    """The scheme of `initial_weights` that `hierarchicalize` is asked for.
 
     Raises:
-        ModelError: the name is unknown, or what is given is no model.
+        InputError: fresh weights would throw the trained ones away.
     """
-    if isinstance(model, nn.Module):
-        return unwrapped(model), None
-    if not isinstance(model, str | Architecture):
-        raise ModelError(
-            f"{model!r} is no model.",
-            expected="an nn.Module, or a name: 'resnet50' (timm), 'torchvision/resnet50',"
-            " 'package.module:function'",
+    if weights is not None and init == "fresh":
+        raise InputError(
+            f"init='fresh' would throw the weights of {str(weights)!r} away.",
+            expected="copy or perturb with weights, or no weights",
         )
-    architecture = Architecture(model) if isinstance(model, str) else model
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(branch_seed(seed, 0))
-        return architecture.build(), architecture
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside of what `torch.compile` and data parallelism put around it.
-
-    Raises:
-        ModelError: there are hooks around what is put around it.
-    """
-    while True:
-        is_wrapper = isinstance(model, nn.DataParallel | DistributedDataParallel | OptimizedModule)
-        if is_wrapper and any(hook.path == "" for hook in hooks_in(model)):
-            raise ModelError(
-                f"there are hooks around {type(model).__name__}, not around the model in it.",
-                expected="hooks of the model's modules",
-                next_step="Register them there, or remove them: handle.remove().",
-            )
-        if isinstance(model, nn.DataParallel | DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, OptimizedModule):
-            model = model._orig_mod
-        else:
-            return model
+    if init is None and weights is None and isinstance(model, nn.Module):
+        warnings.warn(
+            f"every branch gets fresh weights, none of this {type(model).__name__}'s. Say what is"
+            ' meant: init="fresh"; init="perturb" keeps its weights, exactly in leaf 0 and with'
+            ' noise in the others; init="copy" keeps them in every leaf.',
+            InitWarning,
+            stacklevel=3,
+        )
+    return init or ("fresh" if weights is None else "perturb")
 
 
 def pack(
-    models: Sequence[nn.Module],
+    models: Sequence[nn.Module | str | Path],
     splits: int | str | Sequence[str] = 4,
     example_input: Tensor | None = None,
+    architecture: str | Architecture | None = None,
 ) -> HierarchicalEnsemble:
     """Pack `L` trained base models of one architecture into an ensemble.
 
     Leaf `i` takes its own branches from model `i`; a shared branch comes from the first below.
 
     Args:
-        models: as many as the tree has leaves, in depth-first order. Not modified.
+        models: as many as the tree has leaves, in depth-first order, not modified; or paths of
+            their weights, as in `hierarchicalize`.
         splits: as in `hierarchicalize`; splits without a fanout share the one that fits.
         example_input: as in `hierarchicalize`.
+        architecture: whose weights the paths hold, if any are given: a name, as in
+            `hierarchicalize`.
 
     Raises:
         ModelError: the models differ in architecture, in hooks that change what they compute, or in
-            a tensor that is neither a parameter nor a buffer.
+            a tensor that is neither a parameter nor a buffer; or paths came without an
+            architecture.
         SplitError: no fanouts give as many leaves as there are models, or a split is wrong.
         TraceError: the models cannot be traced.
+        CheckpointError: weights cannot be read or do not fit.
     """
     if not models:
         raise ModelError("there are no models to pack.", expected="one model per leaf")
-    models = [unwrapped(model) for model in models]
-    _check_alike(models)
-    first, leaves = models[0], len(models)
-    hne = assemble(first, recognise(first), splits, leaves=leaves, example_input=example_input)
-    _check_constants(models, plain_tensors(hne.traced))
-    _check_hooks(models, blank_image(first, hne.example, hne.traced.batch))
-    hne.fill(Source(lambda network: dict(named_tensors(models[network])), by_leaf=True))
+    built, named = (None, None) if architecture is None else resolve(architecture)
+    networks, notes = [], []
+    for leaf, model in enumerate(models):
+        if isinstance(model, nn.Module):
+            networks.append(unwrapped(model))
+            continue
+        if built is None:
+            raise ModelError(
+                f"the weights of {str(model)!r} do not say what they are of.",
+                expected="architecture='resnet50', or the name of yours",
+            )
+        trained = load_trained(built, model)
+        networks.append(trained.model)
+        notes += [f"leaf {leaf}: {note}" for note in trained.notes]
+    first = networks[0]
+    _check_alike(first if built is None else built, networks)
+    hne = assemble(
+        first,
+        named or recognise(first),
+        splits,
+        leaves=len(networks),
+        example_input=example_input,
+    )
+    _check_constants(networks, plain_tensors(hne.traced))
+    _check_hooks(networks, blank_image(first, hne.example, hne.traced.batch))
+    states = [dict(named_tensors(network)) for network in networks]
+    hne.fill(Source(states.__getitem__, by_leaf=True, notes=tuple(notes)))
     return hne
 
 
-def _check_alike(models: Sequence[nn.Module]) -> None:
-    expected = fingerprint(models[0])
+def _check_alike(base: nn.Module, models: Sequence[nn.Module]) -> None:
+    expected = fingerprint(base)
+    named = "model 0" if base is models[0] else "the architecture"
     for index, model in enumerate(models):
         if fingerprint(model) != expected:
             raise ModelError(
-                f"model {index} is not built like model 0.",
-                expected=f"{type(models[0]).__name__} with the same layers, widths and options",
+                f"model {index} is not built like {named}.",
+                expected=f"{type(base).__name__} with the same layers, widths and options",
                 found=type(model).__name__,
             )
 

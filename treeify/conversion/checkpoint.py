@@ -17,21 +17,24 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treeify import files
-from treeify.conversion.api import resolve
 from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
 from treeify.conversion.initialize import copies
+from treeify.conversion.resolve import resolve
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
-from treeify.errors import CheckpointError, TreeifyError
+from treeify.errors import CheckpointError, ModelError, TreeifyError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
+from treeify.models.rebuild import rebuild, without_weights
 from treeify.models.recognise import recognise
 from treeify.tracing.trace import plain_tensors
 from treeify.versions import MODEL_LIBRARIES, versions_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# In a run's directory its newest ensemble, and in that one the average of its weights.
+LAST, EMA = "last", "ema"
 # Before the names of what no state dict has; no module's path has a space.
 _BUFFER, _CONSTANT = "buffer ", "constant "
 
@@ -140,9 +143,8 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
             next_step="Save the ensemble again.",
         )
-    builder = _architecture(path, config) if model is None else model
+    base, architecture = _built(path, config) if model is None else resolve(model)
     try:
-        base, architecture = resolve(builder)
         base = _with_constants(base, weights)
         hne = assemble(
             base,
@@ -176,6 +178,16 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
     return hne.eval()
 
 
+def scored_ensemble(path: Path) -> Path:
+    """The directory of the ensemble that a run's last scores are of, or of an ensemble itself.
+
+    Args:
+        path: a run, one of its checkpoints, or an ensemble.
+    """
+    path = path / LAST if (path / LAST).is_dir() else path
+    return path / EMA if (path / EMA).is_dir() else path
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """The configuration in a checkpoint directory.
 
@@ -183,6 +195,13 @@ def read_config(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, damaged, or of another format.
     """
     file = path / CONFIG
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file, and no ensemble.",
+            expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
+            next_step="Make an ensemble of the weights of a network:"
+            f" treeify convert NAME --weights {path}",
+        )
     if not file.is_file():
         raise CheckpointError(
             f"{path} holds no ensemble.",
@@ -231,7 +250,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "format": FORMAT,
         "treeify": version("treeify"),
         "versions": versions_of(*MODEL_LIBRARIES),
-        "architecture": None if architecture is None else asdict(architecture),
+        "architecture": None if architecture is None else asdict(without_weights(architecture)),
         "fingerprint": fingerprint(hne.skeleton),
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
@@ -316,7 +335,8 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], str | None]:
         ) from error
 
 
-def _architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
+def _built(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Architecture]:
+    """The base model and how it was built; its weights do not matter, and no file is read."""
     if config["architecture"] is None:
         raise CheckpointError(
             f"{path} was made from a module of the user's own, which treeify cannot build.",
@@ -324,13 +344,27 @@ def _architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
             next_step="Load it with treeify.load(path, model=...), or convert it by name"
             " ('package.module:function') to have the name saved.",
         )
-    return Architecture.from_dict(config["architecture"])
+    architecture = without_weights(Architecture.from_dict(config["architecture"]))
+    try:
+        expected = config["fingerprint"] if _is_comparable(config) else None
+        return rebuild(architecture, expected), architecture
+    except ModelError as error:
+        raise CheckpointError(
+            f"{path} holds all weights, but its architecture {str(architecture)!r} cannot be built"
+            f" here: {error}",
+            next_step="Install or put on PYTHONPATH what builds it, or give the base model:"
+            " treeify.load(path, model=...).",
+        ) from error
+
+
+def _is_comparable(config: Mapping[str, Any]) -> bool:
+    """Whether fingerprints are: under the same versions of the libraries."""
+    return bool(config["versions"] == versions_of(*MODEL_LIBRARIES))
 
 
 def _check_fingerprint(path: Path, config: Mapping[str, Any], hne: HierarchicalEnsemble) -> None:
-    # Fingerprints are comparable under the same library versions; under others shapes decide.
-    comparable = config["versions"] == versions_of(*MODEL_LIBRARIES)
-    if comparable and config["fingerprint"] != fingerprint(hne.skeleton):
+    # Under other versions shapes decide.
+    if _is_comparable(config) and config["fingerprint"] != fingerprint(hne.skeleton):
         raise CheckpointError(
             f"{path}: the base model differs from the one that was saved.",
             expected="the same layers, widths and options",

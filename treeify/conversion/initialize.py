@@ -5,7 +5,7 @@ tensors from network `i`, which is drawn with a generator seeded from `(seed, i)
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -20,10 +20,16 @@ from treeify.seeds import seed_of
 from treeify.tracing.model_copy import copy_model
 from treeify.tree import Span, Tree
 
-INITS = ("fresh", "copy", "perturb")
-
 # Noise of `init="perturb"`, relative to the root mean square of the tensor it is added to.
 PERTURBATION = 0.1
+
+# What every branch begins with.
+INITS = {
+    "fresh": "every branch random weights of its own",
+    "copy": "every branch the model's weights",
+    "perturb": "the model's weights, in all leaves but the first with noise of"
+    f" {PERTURBATION} times their root mean square",
+}
 
 State = Mapping[str, Tensor]
 
@@ -36,11 +42,13 @@ class Source:
         state: the tensors of network `i`, under the base model's keys.
         by_leaf: network `i` is leaf `i`, so a shared branch comes from the first leaf below it;
             else network `i` gives branch `i` of every level that has one.
+        drawn: every network was drawn with a seed of its own, so none should equal another.
         notes: what a user should know of them, a sentence each.
     """
 
     state: Callable[[int], State]
     by_leaf: bool = False
+    drawn: bool = False
     notes: tuple[str, ...] = ()
 
 
@@ -74,7 +82,8 @@ def initial_weights(
     elif scheme != "fresh":
         raise InputError(f"init={scheme!r} is unknown.", expected=f"one of {', '.join(INITS)}")
     elif architecture is None:
-        source = Source(lambda network: reset(model, seed, network), notes=_notes_on_reset(model))
+        notes = _notes_on_reset(model)
+        source = Source(lambda network: reset(model, seed, network), drawn=True, notes=notes)
     else:
         source = _builds(model, architecture, seed, is_first=is_first)
     frozen = frozen_tensors(model)
@@ -97,7 +106,7 @@ def _builds(model: nn.Module, architecture: Architecture, seed: int, *, is_first
             return ready.pop()
         return built(architecture, seed, network)
 
-    return Source(state)
+    return Source(state, drawn=True)
 
 
 def copies(model: nn.Module) -> Source:
@@ -194,6 +203,54 @@ def fill(root: nn.Module, slots: Collection[Slot], tree: Tree, source: Source) -
             del state  # or it would stay in memory while the next but one is built
         if copying is not None:
             copying.result()
+
+
+@torch.no_grad()
+def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> list[str]:
+    """Compare the branches of an ensemble that were drawn with seeds of their own.
+
+    Returns:
+        Notes on levels whose branches begin alike in part, or by their scheme, which has no random
+        numbers.
+
+    Raises:
+        InputError: all that is trained in two branches of a level is the same.
+    """
+    notes = []
+    for level, branches in enumerate(tree.branches[1:], start=1):
+        tensors = {slot.key: get_tensor(root, slot.key) for slot in slots if slot.level == level}
+        chunks = {
+            key: tensor.chunk(branches)
+            for key, tensor in tensors.items()
+            if tensor.requires_grad and not tensor.is_meta
+        }
+        # Ones and zeros, as of norms, tell nothing.
+        drawn = [key for key, (first, *_) in chunks.items() if _varies(first)]
+        twins = [index for index in range(1, branches) if _are_alike(chunks.values(), index)]
+        alike = [key for key in drawn if torch.equal(*chunks[key][:2])]
+        if chunks and twins and drawn:
+            raise InputError(
+                f"branches 0 and {twins[0]} of level {level} are one network: fresh weights came"
+                " out the same, though each branch was built with a seed of its own.",
+                expected="a model whose constructor draws its weights, and loads none",
+                next_step='Begin with the weights it loads: init="copy" or init="perturb".',
+            )
+        if chunks and twins:
+            notes.append(f"level {level}: branches begin alike, no random numbers initialise them")
+        elif alike:
+            notes.append(
+                f"level {level}: {len(alike)} of {len(drawn)} parameters came out the same in its"
+                f" branches, as if loaded when the model is built: {', '.join(alike[:3])}, ..."
+            )
+    return notes
+
+
+def _are_alike(chunks: Iterable[Sequence[Tensor]], branch: int) -> bool:
+    return all(torch.equal(branches[0], branches[branch]) for branches in chunks)
+
+
+def _varies(tensor: Tensor) -> bool:
+    return bool((tensor != tensor.flatten()[:1]).any())
 
 
 def branch_seed(seed: int, network: int) -> int:

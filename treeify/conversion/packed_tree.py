@@ -95,8 +95,10 @@ class PackedTree(nn.Module):
 
     def fill(self, source: Source) -> None:
         """Fill the packed tensors, which the constructor leaves uninitialised."""
-        initialize.fill(self, self._slots.values(), self.tree, source)
-        self._notes_on_weights = source.notes
+        slots = self._slots.values()
+        initialize.fill(self, slots, self.tree, source)
+        drawn = initialize.require_drawn(self, slots, self.tree) if source.drawn else []
+        self._notes_on_weights = (*source.notes, *drawn)
 
     @property
     def tree(self) -> Tree:

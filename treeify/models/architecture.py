@@ -11,6 +11,7 @@ from torch import nn
 
 from treeify.errors import ModelError
 from treeify.models.builders import find_builder
+from treeify.models.downloads import without_retries
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Architecture:
         """
         builder = find_builder(self.name, pretrained)
         try:
-            model = builder(**self.kwargs)
+            with without_retries():
+                model = builder(**self.kwargs)
         except Exception as error:
             raise self._failed(error, pretrained) from error
         if not isinstance(model, nn.Module):
@@ -97,7 +99,8 @@ class Architecture:
                 f"the pretrained weights of {self.name!r} could not be downloaded.",
                 expected="network access or a filled download cache, as pretrained was asked for",
                 found=reason,
-                next_step="Connect and try again, or leave pretrained out for random weights.",
+                next_step="Connect and try again, or name a file of weights that you have"
+                " (--weights PATH), or leave pretrained out for random weights.",
             )
         return ModelError(
             f"{self.name!r} could not be built"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from treeify.conversion import checkpoint
-from treeify.conversion.api import resolve
 from treeify.conversion.assemble import assemble, trace_model
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source, initial_weights
+from treeify.conversion.resolve import resolve
 from treeify.conversion.splits import inner_point, listed, parse
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import ParityError, SplitError

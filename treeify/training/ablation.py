@@ -23,11 +23,12 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
+from treeify.conversion.checkpoint import LAST
 from treeify.errors import RecipeError
 from treeify.training.events import Epoch, Reporter
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
-from treeify.training.run_directory import LAST, RunDirectory, check_same, is_run, state_name
+from treeify.training.run_directory import RunDirectory, check_same, is_run, state_name
 from treeify.training.sections import Section
 from treeify.training.trainer import train
 

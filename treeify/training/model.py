@@ -63,6 +63,7 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         fanout=model.fanout,
         seed=recipe.seed,
         example_input=image[None],
+        weights=model.weights,
     )
     try:
         hne = convert(init=model.init)

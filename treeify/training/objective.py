@@ -15,7 +15,6 @@ from treeify.data import Preparation
 from treeify.errors import RecipeError, quoted
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
-from treeify.training.run_directory import scored_ensemble
 
 
 class Objective:
@@ -73,7 +72,7 @@ def load_teacher(
     """
     path = Path(recipe.name)
     if path.is_dir():
-        teacher: nn.Module = checkpoint.load(scored_ensemble(path))
+        teacher: nn.Module = checkpoint.load(checkpoint.scored_ensemble(path))
     else:
         teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
     teacher.to(device, dtype).eval().requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import (
@@ -122,10 +123,14 @@ class ModelRecipe(Section):
         kwargs: its builder's arguments.
         pretrained: begin with the trained weights of timm or torchvision; init is then `copy` or
             `perturb`.
+        weights: begin with trained weights of your own: a file (.pth, .safetensors, ...), or the
+            directory of an ensemble or a run. One that splits alike goes on as it is, branch by
+            branch; of another, leaf 0 is the model.
         splits: how many, or their names.
         fanout: children per split.
         init: `fresh`, random weights in every branch; `copy`, those of the model; `perturb`, those
-            of the model plus noise, but for leaf 0.
+            of the model plus noise, but for leaf 0. Null is `perturb` with trained weights, else
+            `fresh`.
         head: `fresh` initialises the classifier anew, for every branch another, on a trunk of the
             model's weights.
         freeze: what is not trained and keeps the model's weights in every branch: levels of the
@@ -137,12 +142,19 @@ class ModelRecipe(Section):
     name: str
     kwargs: dict[str, JsonValue] = Field(default={})
     pretrained: bool = False
+    weights: str | None = None
     splits: NonNegativeInt | list[str] = 4
     fanout: int = Field(default=2, ge=2)
-    init: Literal["fresh", "copy", "perturb"] = "fresh"
+    init: Literal["fresh", "copy", "perturb"] | None = None
     head: Literal["keep", "fresh"] = "keep"
     freeze: list[str] = Field(default=[])
     freeze_norms: bool = False
+
+    @field_validator("weights")
+    @classmethod
+    def _from_anywhere(cls, weights: str | None) -> str | None:
+        # The run's own recipe is read from other directories than this one.
+        return None if weights is None else str(Path(weights).expanduser().absolute())
 
     @model_validator(mode="after")
     def _freezes_norms_of_something(self) -> Self:
@@ -151,11 +163,19 @@ class ModelRecipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _uses_pretrained_weights(self) -> Self:
-        if self.pretrained and self.init == "fresh":
+    def _uses_trained_weights(self) -> Self:
+        if self.pretrained and self.weights is not None:
             raise PydanticCustomError(
-                "pretrained", "Input should have init: perturb (or copy) to use pretrained weights"
+                "weights", "Input should have pretrained weights or weights of your own, not both"
             )
+        is_trained = self.pretrained or self.weights is not None
+        if is_trained and self.init == "fresh":
+            raise PydanticCustomError(
+                "pretrained", "Input should have init: perturb (or copy) to use trained weights"
+            )
+        if self.init is None:
+            # A run's own recipe holds what it was.
+            object.__setattr__(self, "init", "perturb" if is_trained else "fresh")
         return self
 
 

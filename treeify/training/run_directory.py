@@ -29,6 +29,7 @@ from safetensors import SafetensorError, safe_open
 
 from treeify import files
 from treeify.conversion import checkpoint
+from treeify.conversion.checkpoint import EMA, LAST
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import CheckpointError
 from treeify.training import state_file
@@ -43,7 +44,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
-STATES, LAST, BEST, EMA = "checkpoints", "last", "best", "ema"
+STATES, BEST = "checkpoints", "best"
 CHECKPOINTS = (LAST, BEST)
 RUN_FILES = (RECIPE, ENVIRONMENT, METRICS, STATES, *CHECKPOINTS)
 
@@ -202,16 +203,6 @@ class RunDirectory:
             f"{str(self.path / LAST)!r} holds the last state; go on from it with"
             f" treeify train --resume {self.path}"
         )
-
-
-def scored_ensemble(path: Path) -> Path:
-    """The directory of the ensemble that a run's last scores are of, or of an ensemble itself.
-
-    Args:
-        path: a run, one of its checkpoints, or an ensemble.
-    """
-    path = path / LAST if (path / LAST).is_dir() else path
-    return path / EMA if (path / EMA).is_dir() else path
 
 
 def state_name(step: int, epochs: int) -> str:

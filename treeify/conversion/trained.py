@@ -1,0 +1,93 @@
+"""Weights that were trained before, from a file or from an ensemble's directory."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.initialize import Source, State
+from treeify.engine.packed_tensors import get_parent, named_tensors
+from treeify.models.fingerprint import fingerprint
+from treeify.models.load_weights import load_into
+from treeify.models.weights import Weights, read_weights
+from treeify.tracing.model_copy import copy_model
+from treeify.tracing.trace import plain_tensors
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """An ensemble from a directory, and the number of classes that was asked for."""
+
+    ensemble: HierarchicalEnsemble
+    origin: Path
+    num_classes: int | None
+
+    def load(self, base: nn.Module, index: int) -> tuple[nn.Module, list[str]]:
+        """A base model with the weights of a leaf, and what a user should know of them."""
+        leaf, source = self.ensemble.leaf(index), f"leaf {index} of {self.origin}"
+        model = copy_model(base)
+        if fingerprint(leaf) != fingerprint(base):  # another head, say
+            return model, load_into(model, Weights(leaf.state_dict(), source), self.num_classes)
+        # With what no state dict holds.
+        tensors = dict(named_tensors(leaf))
+        with torch.no_grad():
+            for key, tensor in named_tensors(model):
+                tensor.copy_(tensors[key])
+        for key, constant in plain_tensors(self.ensemble.traced).items():
+            parent, name = get_parent(model, key)
+            setattr(parent, name, constant.clone())
+        return model, [f"weights: {source}"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A base model with trained weights.
+
+    Args:
+        model: the base model; that of leaf 0 where the weights are an ensemble's.
+        notes: what a user should know of its weights.
+        leaves: the ensemble they came from, if they are one's.
+    """
+
+    model: nn.Module
+    notes: tuple[str, ...]
+    leaves: _Leaves | None = None
+
+    def branches(self, hne: HierarchicalEnsemble) -> Source | None:
+        """The weights of every branch, where they are those of an ensemble that splits alike."""
+        leaves, splits = self.leaves, hne.conversion.splits.specs
+        if leaves is None or leaves.ensemble.conversion.splits.specs != splits:
+            return None
+        note = f"weights: every branch's own, from {leaves.origin}, which splits alike"
+
+        def state(index: int) -> State:
+            return dict(named_tensors(leaves.load(self.model, index)[0]))
+
+        return Source(state, by_leaf=True, notes=(note, *self.notes[1:]))
+
+
+def load_trained(base: nn.Module, path: str | Path, num_classes: int | None = None) -> Trained:
+    """Read the trained weights of a base model.
+
+    Args:
+        base: the base model. Not modified.
+        path: a file, see `treeify.models.weights.read_weights`; or the directory of an ensemble or
+            of a run, whose averaged ensemble is preferred.
+        num_classes: as in `treeify.models.load_weights.load_into`.
+
+    Raises:
+        CheckpointError: there are no weights, or they do not fit.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        model = copy_model(base)
+        return Trained(model, tuple(load_into(model, read_weights(path), num_classes)))
+    origin = checkpoint.scored_ensemble(path)
+    is_named = checkpoint.read_config(origin)["architecture"] is not None
+    ensemble = checkpoint.load(origin, None if is_named else base)
+    leaves = _Leaves(ensemble, origin, num_classes)
+    model, notes = leaves.load(base, 0)
+    return Trained(model, tuple(notes), leaves)

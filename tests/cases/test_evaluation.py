@@ -129,18 +129,18 @@ def test_eval_puts_the_base_model_first(here: Path) -> None:
     torch.save(hne.leaf(0).state_dict(), "base.pth")
     torch.save(hne.leaf(4).state_dict(), "other.pth")
     arguments = ("eval", "ensemble", "--data", "name=digits")
-    found = reply(*arguments, "--base-weights", "other.pth")
+    found = reply(*arguments, "--weights", "other.pth")
     accuracy = (hne.leaf(4).eval()(data[0]).argmax(1) == data[1]).double().mean().item()
     assert found["base"]["accuracy"] == pytest.approx(100 * accuracy)
     assert found["base"]["macs"] == hne.count_macs(1)
     assert found["base"]["milliseconds"] > 0
     assert not any("Leaf 0 is" in note for note in found["notes"])
-    shown = run(*arguments, "--base-weights", "base.pth", "--no-latency").stdout
+    shown = run(*arguments, "--weights", "base.pth", "--no-latency").stdout
     assert "Leaf 0 is the base model: it has the weights in base.pth." in shown
     assert shown.index("base model") < shown.index(f"{hne.count_macs(3):,}")
     unknown = reply(*arguments, "--no-latency")
     assert "accuracy" not in unknown["base"]
-    assert any("--base-weights FILE" in note for note in unknown["notes"])
+    assert any("--weights PATH" in note for note in unknown["notes"])
 
 
 @pytest.mark.parametrize("content", ["missing", "text", "another model"])
@@ -149,7 +149,7 @@ def test_weights_of_another_model_are_refused(here: Path, content: str) -> None:
         Path("base.pth").write_text("no weights")
     elif content == "another model":
         torch.save(nn.Linear(2, 2).state_dict(), "base.pth")
-    result = run("eval", "ensemble", "--data", "name=digits", "--base-weights", "base.pth")
+    result = run("eval", "ensemble", "--data", "name=digits", "--weights", "base.pth")
     assert result.exit_code == 2
     assert "CheckpointError: base.pth" in result.stderr
 

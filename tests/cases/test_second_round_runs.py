@@ -22,7 +22,7 @@ from treeify.cli.app import app
 from treeify.errors import DataError, RecipeError
 from treeify.training import loaders, optimizers
 from treeify.training.events import Step
-from treeify.training.recipe import ScheduleRecipe
+from treeify.training.optimization_recipe import ScheduleRecipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import DivergedError, train
 
@@ -209,7 +209,6 @@ def folder_data(root: Path, **options: object) -> data.Data:
     return data.SOURCES.find("image_folder")(root=str(root), size=16, **options)
 
 
-@pytest.mark.xfail(strict=True, reason="they count as images that cannot be read")
 def test_apple_double_files_are_no_images(tmp_path: Path) -> None:
     root = runs.photos(tmp_path / "photos")
     for image in list(root.rglob("*.png")):
@@ -276,7 +275,6 @@ def test_examples_travel_to_workers_that_are_started_anew(tmp_path: Path) -> Non
     assert len(pickle.loads(pickle.dumps(digits)).train) == len(digits.train)
 
 
-@pytest.mark.xfail(strict=True, reason="a raw NotADirectoryError")
 def test_the_root_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "data.yaml").write_text("train: images\n")
     with pytest.raises(DataError, match=r"data\.yaml"):
@@ -295,7 +293,6 @@ def test_one_class_alone(here: Path) -> None:
         )
 
 
-@pytest.mark.xfail(strict=True, reason="a folder called ~ is looked for")
 def test_a_tilde_in_the_root(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.photos(here / "photos")
     monkeypatch.setenv("HOME", str(here))

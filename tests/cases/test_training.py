@@ -16,7 +16,8 @@ from treeify.training import optimizers, state_file
 from treeify.training.events import Step
 from treeify.training.folder_recipe import FINE_TUNING
 from treeify.training.model import build
-from treeify.training.recipe import OptimizerRecipe, Recipe
+from treeify.training.optimization_recipe import OptimizerRecipe
+from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 

@@ -9,7 +9,8 @@ import runs
 from treeify.errors import RecipeError
 from treeify.training import state_file
 from treeify.training.events import Step
-from treeify.training.recipe import OptimizerRecipe, Recipe, ScheduleRecipe
+from treeify.training.optimization_recipe import OptimizerRecipe, ScheduleRecipe
+from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from treeify.training.recipe import LossRecipe, ModelRecipe, OptimizerRecipe, Ramp, Recipe
+from treeify.training.optimization_recipe import OptimizerRecipe
+from treeify.training.recipe import LossRecipe, ModelRecipe, Ramp, Recipe
 
 
 def test_a_recipe_made_in_python_is_checked_too() -> None:

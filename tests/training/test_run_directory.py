@@ -15,7 +15,8 @@ from treeify.evaluation.metrics import measure
 from treeify.training import state_file, trainer
 from treeify.training.events import Epoch, RunSize, Step
 from treeify.training.loaders import held_out_loader
-from treeify.training.recipe import Recipe, ScheduleRecipe
+from treeify.training.optimization_recipe import ScheduleRecipe
+from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 

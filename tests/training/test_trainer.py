@@ -15,7 +15,8 @@ from treeify.errors import CheckpointError, DataError, RecipeError
 from treeify.evaluation.metrics import measure
 from treeify.training import state_file
 from treeify.training.loaders import held_out_loader
-from treeify.training.recipe import LossRecipe, OptimizerRecipe, Recipe, ScheduleRecipe
+from treeify.training.optimization_recipe import OptimizerRecipe, ScheduleRecipe
+from treeify.training.recipe import LossRecipe, Recipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import DivergedError, train
 

@@ -8,13 +8,20 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from treeify.cli.options import Device, Json
+from treeify.cli.options import Device, Json, Weights
 from treeify.cli.output import check_file, print_json, say, write_text
-from treeify.cli.saved import checkpoint_in, data_section, held_out_data, skips_damaged
+from treeify.cli.saved import (
+    checkpoint_in,
+    data_section,
+    held_out_data,
+    origin_of,
+    skips_damaged,
+)
 from treeify.cli.scores import as_csv, base_row, score_rows, score_tables
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.engine import timing
+from treeify.errors import CheckpointError
 from treeify.evaluation.comparison import base_model_of, compare, is_leaf, verdict
 from treeify.evaluation.cost import answer_seconds
 from treeify.evaluation.metrics import placed
@@ -39,13 +46,7 @@ def evaluate(
             "are prepared as that model's.",
         ),
     ] = None,
-    base_weights: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="State dict of the model that was converted, to measure it beside the ensemble.",
-        ),
-    ] = None,
+    weights: Weights = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images.")] = 0,
     device: Device = "auto",
@@ -70,20 +71,20 @@ def evaluate(
 
         treeify eval my_ensemble --data name=image_folder --data root=photos --csv scores.csv
 
-        treeify eval runs/my_run --base-weights my_model.pth
+        treeify eval runs/my_run --weights my_model.pth
     """
     path = checkpoint_in(directory)
     if csv is not None:
         check_file(csv, "--csv")
     section = data_section(path, data or ())
     hne = checkpoint.load(path).to(resolve_device(device)).eval()
-    base = base_model_of(hne, base_weights)
+    base, weights, unfit = _base_model(hne, weights, path)
     images = held_out_data(path, section, data or (), hne.example[0])
     check_classes(hne, images)
     skip = skips_damaged(path)
     batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=skip)
     skipped: set[str] = set()
-    measured = base if base_weights is not None else None
+    measured = base if weights is not None else None
     scores, gains, base_score = compare(hne, noting(batches, skipped), measured)
     x = placed(images.example()[None], hne)
     machine = timing.describe(x.device) if latency else None
@@ -96,13 +97,13 @@ def evaluate(
     worth = verdict(differences[-1], cost, 100 - rows[0]["accuracy"], gains.images)
     if csv is not None:
         write_text(csv, as_csv(rows, single, first), "--csv")
-    notes = [*_base_notes(base, hne, base_weights), *_size_notes(hne, x)]
+    notes = [*unfit, *_base_notes(base, hne, weights), *_size_notes(hne, x)]
     if as_json:
         report = {
             "ensemble": path,
             "split": images.split,
             "skipped": sorted(skipped),
-            "base": {**first, "leaves": None, "weights": base_weights},
+            "base": {**first, "leaves": None, "weights": weights},
             "scores": rows,
             "leaf_accuracy": single,
             "verdict": worth,
@@ -124,10 +125,24 @@ def evaluate(
         say(console, f"ms: one image, {machine}.")
 
 
+def _base_model(
+    hne: HierarchicalEnsemble, weights: Path | None, path: Path
+) -> tuple[nn.Module, Path | None, list[str]]:
+    """The base model, where its weights are from if that is known, and why those do not fit."""
+    origin = origin_of(path) if weights is None else None
+    if origin is not None:
+        try:
+            return base_model_of(hne, origin), origin, []
+        except CheckpointError:  # its head is for other classes, say
+            note = f"The weights in {origin}, which the run began with, are of another model."
+            return base_model_of(hne, None), None, [note]
+    return base_model_of(hne, weights), weights, []
+
+
 def _base_notes(base: nn.Module, hne: HierarchicalEnsemble, weights: Path | None) -> Iterator[str]:
     """Which weights the base model has."""
     if weights is None:
-        yield "The base model's accuracy is not known: --base-weights FILE measures it."
+        yield "The base model's accuracy is not known: --weights PATH measures it."
     elif is_leaf(base, hne):
         yield f"Leaf 0 is the base model: it has the weights in {weights}."
 

@@ -89,6 +89,13 @@ def _of_earlier_version(
     return preparation or Preparation(size=shape[1:], channels=shape[0], source=source)
 
 
+def origin_of(path: Path) -> Path | None:
+    """The weights that the run which wrote a checkpoint began with, while they are there."""
+    recipe = recipe_of(path)
+    weights = load_recipe(recipe).model.weights if recipe else None
+    return Path(weights) if weights and Path(weights).exists() else None
+
+
 def skips_damaged(path: Path) -> bool:
     """Whether the run that wrote a checkpoint passes over images that cannot be read."""
     recipe = recipe_of(path)

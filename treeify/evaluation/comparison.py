@@ -1,6 +1,5 @@
 """Whether leaves are worth their cost: beside one leaf, one another and the base model."""
 
-import pickle
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.trained import load_trained
 from treeify.engine.packed_tensors import named_tensors
-from treeify.errors import CheckpointError, DataError
+from treeify.errors import DataError
 from treeify.evaluation.metrics import Batch, Score, Scores, measure
 from treeify.losses import nested_logits
 from treeify.tree import Tree
@@ -138,21 +138,14 @@ def base_model_of(hne: HierarchicalEnsemble, weights: Path | None) -> nn.Module:
 
     Args:
         hne: the ensemble.
-        weights: file of its state dict; without it the weights are those of leaf 0.
+        weights: its trained weights, see `treeify.conversion.trained.load_trained`; without them it
+            has those of leaf 0.
 
     Raises:
-        CheckpointError: the file cannot be read, or its weights are of another model.
+        CheckpointError: the weights cannot be read, or are of another model.
     """
     base = hne.leaf(0)
-    if weights is not None:
-        try:
-            base.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-        except (OSError, RuntimeError, TypeError, pickle.UnpicklingError) as error:
-            raise CheckpointError(
-                f"{weights} has no weights of this base model: {error}",
-                expected=f"a state dict of {type(base).__name__}, written by torch.save",
-            ) from error
-    return base.eval()
+    return (base if weights is None else load_trained(base, weights).model).eval()
 
 
 def is_leaf(base: nn.Module, hne: HierarchicalEnsemble, index: int = 0) -> bool:

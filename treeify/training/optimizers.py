@@ -13,7 +13,8 @@ from torch import Tensor
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import RecipeError
 from treeify.training.fine_tuning import level_names, level_of
-from treeify.training.recipe import OptimizerRecipe, ScheduleRecipe
+from treeify.training.optimization_recipe import OptimizerRecipe, ScheduleRecipe
+from treeify.training.recipe import Recipe
 
 
 def optimizer(rule: OptimizerRecipe, hne: HierarchicalEnsemble) -> torch.optim.Optimizer:
@@ -130,6 +131,15 @@ def extension(schedule: ScheduleRecipe, optimizer: Any) -> str:
         f" learning rates are of a {schedule.name} schedule of {schedule.epochs} epochs; the next"
         f" is {learning_rate(optimizer):.3g}. --resume alone goes on with it from now on."
     )
+
+
+def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
+    """What a new run's recipe may not mean."""
+    schedule = recipe.schedule
+    if text := cliff(schedule, recipe.optimizer.lr, steps_per_epoch):
+        yield text
+    if recipe.ema and (text := recipe.ema.outlasts(schedule.epochs * steps_per_epoch)):
+        yield text
 
 
 def cliff(schedule: ScheduleRecipe, lr: float, steps_per_epoch: int) -> str | None:

@@ -207,7 +207,7 @@ class Trainer:
         epoch = self.directory.metrics()[-1] if self.state.epochs else None
         self.reporter.started(self._size())
         if not self.state.step:
-            for doubt in self._doubts():
+            for doubt in optimizers.doubts(self.recipe, self.order.steps):
                 self.reporter.warned(doubt)
         interrupted = False
         with Interrupt() as interrupt:
@@ -224,14 +224,6 @@ class Trainer:
             tracker.finish()  # `end_training` would also end the processes' connection
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         return Result(self._size(), epoch, interrupted)
-
-    def _doubts(self) -> Iterator[str]:
-        """What a new run's recipe may not mean."""
-        schedule, steps = self.recipe.schedule, self.order.steps
-        if text := optimizers.cliff(schedule, self.recipe.optimizer.lr, steps):
-            yield text
-        if self.recipe.ema and (text := self.recipe.ema.outlasts(schedule.epochs * steps)):
-            yield text
 
     def _size(self) -> RunSize:
         return RunSize(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import treeify
 from treeify.cli import calibrate
 from treeify.cli.output import say
-from treeify.data import digits
+from treeify.data import Preparation, digits
 from treeify.engine.plan import Situation, Tuning
 from treeify.errors import InputError
 from treeify.models.architecture import Architecture
@@ -82,7 +82,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the user is, with `ensemble`, of 6 leaves for digits of 8 x 8."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TREEIFY_TUNE_ALLOCATOR", "0")
-    saved.save(tmp_path / "ensemble")
+    saved.save(tmp_path / "ensemble", Preparation(size=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3))
     return tmp_path
 
 
@@ -125,12 +125,15 @@ def test_thresholds_are_chosen_at_the_size_the_ensemble_was_converted_for(here: 
 
 def test_eval_puts_the_base_model_first(here: Path) -> None:
     hne = treeify.load("ensemble")
-    data = digits(crop_padding=1).held_out.tensors
+    assert hne.preparation is not None
+    examples = [*digits(crop_padding=1).prepared_by(hne.preparation).held_out]
+    x, labels = torch.stack([image for image, _ in examples]), [label for _, label in examples]
     torch.save(hne.leaf(0).state_dict(), "base.pth")
     torch.save(hne.leaf(4).state_dict(), "other.pth")
     arguments = ("eval", "ensemble", "--data", "name=digits")
     found = reply(*arguments, "--weights", "other.pth")
-    accuracy = (hne.leaf(4).eval()(data[0]).argmax(1) == data[1]).double().mean().item()
+    right = hne.leaf(4).eval()(x).argmax(1) == torch.tensor(labels)
+    accuracy = right.double().mean().item()
     assert found["base"]["accuracy"] == pytest.approx(100 * accuracy)
     assert found["base"]["macs"] == hne.count_macs(1)
     assert found["base"]["milliseconds"] > 0
@@ -151,7 +154,7 @@ def test_weights_of_another_model_are_refused(here: Path, content: str) -> None:
         torch.save(nn.Linear(2, 2).state_dict(), "base.pth")
     result = run("eval", "ensemble", "--data", "name=digits", "--weights", "base.pth")
     assert result.exit_code == 2
-    assert "CheckpointError: base.pth" in result.stderr
+    assert result.stderr.startswith("CheckpointError: ") and "base.pth" in result.stderr
 
 
 def test_eval_says_when_leaves_agree_too_much_to_be_worth_their_cost(here: Path) -> None:

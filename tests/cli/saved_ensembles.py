@@ -8,12 +8,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import treeify
+from treeify.data import Preparation
 from treeify.models.architecture import Architecture
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "digits_hne.yaml"
 
 
-def save(path: Path) -> None:
+def save(path: Path, preparation: Preparation | None = None) -> None:
     """Write an ensemble of 6 leaves for 8 x 8 digits."""
     hne = treeify.hierarchicalize(
         Architecture("small:build", {"classes": 10}),
@@ -23,6 +24,7 @@ def save(path: Path) -> None:
     )
     with torch.no_grad():  # fresh heads are never sure of anything
         hne.head.weight *= 10
+    hne.preparation = preparation
     treeify.save(hne, path)
 
 

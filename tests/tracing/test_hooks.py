@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from treeify.errors import TraceError
+from treeify.errors import InputError
 from treeify.tracing.hooks import changing_hooks, has_hooks, hooks_in, leave_hooks
 
 X = torch.randn(1, 3, 4, 4)
@@ -34,5 +34,5 @@ def test_hooks_are_told_apart_by_running_them() -> None:
 def test_a_model_that_does_not_run_says_so() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 1))
     model[0].register_forward_hook(lambda m, i, o: None)
-    with pytest.raises(TraceError, match="does not run on the example, on which its hooks"):
+    with pytest.raises(InputError, match="does not run on the example, on which its hooks"):
         changing_hooks(model, X, copy.deepcopy)

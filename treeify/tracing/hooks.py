@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
-from treeify.errors import TraceError
+from treeify.errors import InputError, TraceError
 from treeify.tracing.side_effects import version
 
 _FORWARD = ("_forward_pre_hooks", "_forward_hooks")
@@ -123,6 +123,7 @@ def changing_hooks(
     Raises:
         TraceError: a hook fails, or one that changes values is around the model itself or around
             all modules at once.
+        InputError: the model does not run on the example.
     """
     hooks = hooks_in(model) + global_hooks()
     if not hooks:
@@ -135,12 +136,11 @@ def changing_hooks(
             recording = {hook.key: _recording(hook, changing)}
             patches.enter_context(mock.patch.dict(getattr(owner, hook.table), recording))
         with_backward = any("backward" in hook.table for hook in hooks)
-        states = random.getstate(), np.random.get_state()
-        with torch.random.fork_rng(devices=[]):
-            for training in (False, True):
-                _run(model.train(training), example, with_backward=with_backward)
-        random.setstate(states[0])
-        np.random.set_state(states[1])
+        patches.callback(random.setstate, random.getstate())
+        patches.callback(np.random.set_state, np.random.get_state())
+        patches.enter_context(torch.random.fork_rng(devices=[]))
+        for training in (False, True):
+            _run(model.train(training), example, with_backward=with_backward)
     for hook in changing:
         if not hook.path:
             whose = "all modules" if hook.path is None else f"the model itself ({_kind(model)})"
@@ -208,7 +208,7 @@ def _run(model: nn.Module, example: Tensor, *, with_backward: bool) -> None:
     except TraceError:
         raise
     except Exception as error:
-        raise TraceError(
+        raise InputError(
             f"{_kind(model)} does not run on the example, on which its hooks are looked at:"
             f" {type(error).__name__}: {error}",
             expected="an example_input that the model takes",

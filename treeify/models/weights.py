@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
 from treeify.errors import CheckpointError
 
@@ -70,7 +71,11 @@ def read_weights(path: str | pathlib.Path) -> Weights:
     content = _read(path)
     states = {}
     if isinstance(content, Mapping):
-        states = {str(key): value for key, value in content.items() if _is_state(value)}
+        states = {
+            str(key): value
+            for key, value in content.items()
+            if _is_state(value) and not str(key).endswith(_EXTRA_STATE_KEY_SUFFIX)
+        }
     usual = [name for name in (*_AVERAGED, *_CURRENT) if name in states]
     if len(states) > 1 and not usual:
         raise CheckpointError(

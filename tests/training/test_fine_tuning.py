@@ -7,7 +7,7 @@ from torch import nn
 
 import treeify
 from treeify.errors import RecipeError
-from treeify.training.fine_tuning import freeze, head_of, level_names, level_of
+from treeify.training.fine_tuning import freeze, frozen_at_random, head_of, level_names, level_of
 from treeify.training.recipe import ModelRecipe
 
 
@@ -54,3 +54,17 @@ def test_the_head_is_the_last_that_has_weights() -> None:
     bare = treeify.hierarchicalize(Bare(), ["input"], init="copy", example_input=small.EXAMPLE)
     with pytest.raises(RecipeError, match="Bare has no module that is its classifier"):
         head_of(bare)
+
+
+def test_frozen_weights_that_nobody_trained_are_said() -> None:
+    frozen = {"name": "resnet10t", "freeze": ["level 0"]}
+    text = frozen_at_random(ModelRecipe.model_validate(frozen))
+    assert text is not None and "keeps random weights" in text
+    for trained in (
+        {"pretrained": True},
+        {"weights": "mine.pth"},
+        {"kwargs": {"checkpoint_path": "mine.pth"}},
+        {"name": "small:build"},
+        {"freeze": []},
+    ):
+        assert frozen_at_random(ModelRecipe.model_validate({**frozen, **trained})) is None

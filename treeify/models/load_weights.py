@@ -144,18 +144,23 @@ def _endings(key: str) -> Iterator[str]:
 
 
 def head_paths(model: nn.Module) -> list[str]:
-    """Where a model's classifier is: timm's `get_classifier`, else its last layer with weights.
+    """Where a model's classifier is: as timm says, else its last layer; none without layers."""
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    return classifier_paths(model) or layers[-1:]
 
-    Several where timm has several, as in distilled transformers; none in a model without layers.
+
+def classifier_paths(model: nn.Module) -> list[str]:
+    """Where a model's classifier is by timm's `get_classifier`; empty for other models.
+
+    Several where timm has several, as in distilled transformers; all of them have weights.
     """
+    classifier = getattr(model, "get_classifier", None)
+    modules = classifier() if callable(classifier) else []
+    modules = modules if isinstance(modules, tuple | list) else [modules]
     names = {module: name for name, module in model.named_modules()}
-    if callable(classifier := getattr(model, "get_classifier", None)):
-        modules = classifier()
-        modules = modules if isinstance(modules, tuple | list) else [modules]
-        if paths := [names[module] for module in modules if names.get(module)]:
-            return paths
-    layers = [name for module, name in names.items() if isinstance(module, nn.Linear | nn.Conv2d)]
-    return layers[-1:]
+    return [names[module] for module in modules if names.get(module) and [*module.parameters()]]
 
 
 def _head(

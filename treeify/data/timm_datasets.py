@@ -16,7 +16,7 @@ from treeify.data.image_files import UnreadableImageError, is_visible, open_imag
 from treeify.data.image_folders import check_numbered
 from treeify.data.tar_images import TarImages, folders_in_tar
 from treeify.errors import DataError, quoted
-from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers
+from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers, PathOrName
 
 
 @register("timm")
@@ -26,7 +26,7 @@ def timm_dataset(
     root: FilePath = "data",
     train_split: str = "train",
     held_out_split: str = "validation",
-    class_map: str | None = None,
+    class_map: PathOrName | None = None,
     download: bool = False,
     size: ImageSize = 224,
     like: str | None = None,

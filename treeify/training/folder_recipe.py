@@ -58,12 +58,13 @@ def folder_recipe(
     _check_parts(folder)
     name = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{model}").lstrip(".-")
     architecture = Architecture(model)
-    height = example_shape(skeleton(architecture), architecture)[1]
+    height, width = example_shape(skeleton(architecture), architecture)[1:]
+    size = height if height == width else [height, width]
     values: dict[str, Any] = {
         **FINE_TUNING,
         "name": name or "folder",
         "model": {**FINE_TUNING["model"], "name": model},
-        "data": {**FINE_TUNING["data"], "root": str(folder), "size": height},
+        "data": {**FINE_TUNING["data"], "root": str(folder), "size": size},
     }
     if pretrained:
         values["model"] |= {"pretrained": True, "init": "perturb"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import (
@@ -14,7 +13,6 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -22,7 +20,7 @@ from timm.utils.misc import natural_key
 
 from treeify.data import SOURCES, Data
 from treeify.losses import LOSSES
-from treeify.registry import Registry
+from treeify.registry import FilePath, PathOrName, Registry
 from treeify.training.optimization_recipe import EmaRecipe, OptimizerRecipe, ScheduleRecipe
 from treeify.training.sections import Named, Section, options_of
 
@@ -141,19 +139,13 @@ class ModelRecipe(Section):
     name: str
     kwargs: dict[str, JsonValue] = Field(default={})
     pretrained: bool = False
-    weights: str | None = None
+    weights: FilePath | None = None
     splits: NonNegativeInt | list[str] = 4
     fanout: int = Field(default=2, ge=2)
     init: Literal["fresh", "copy", "perturb"] | None = None
     head: Literal["keep", "fresh"] = "keep"
     freeze: list[str] = Field(default=[])
     freeze_norms: bool = False
-
-    @field_validator("weights")
-    @classmethod
-    def _from_anywhere(cls, weights: str | None) -> str | None:
-        # The run's own recipe is read from other directories than this one.
-        return None if weights is None else str(Path(weights).expanduser().absolute())
 
     @model_validator(mode="after")
     def _freezes_norms_of_something(self) -> Self:
@@ -207,7 +199,7 @@ class TeacherRecipe(Section):
         temperature: `T`, dividing the logits of teacher and students.
     """
 
-    name: str
+    name: PathOrName
     kwargs: dict[str, JsonValue] = Field(default={})
     weight: PositiveFloat = 1.0
     temperature: PositiveFloat = 2.0

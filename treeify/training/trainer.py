@@ -21,7 +21,7 @@ from treeify.data import Data
 from treeify.engine import timing
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import CheckpointError, RecipeError, TreeifyError
-from treeify.evaluation.metrics import Scores, measure, require_labels
+from treeify.evaluation.metrics import Scores, measure, placed, require_labels
 from treeify.seeds import seed_of
 from treeify.training import distributed, fine_tuning, loaders, optimizers, run_directory
 from treeify.training.distributed import Team, resolve_device
@@ -319,9 +319,8 @@ class Trainer:
         # Dropout and mixing depend on nothing but this, so a resumed step draws the same numbers.
         seed = seed_of("step", self.recipe.seed, self.state.step, part, self.team.index)
         loaders.seed_everything(seed)
-        dtype = next(self.hne.parameters()).dtype
         require_labels(batch.target, len(self.data.classes))
-        images = batch.images.to(self.team.device, dtype, non_blocking=True)
+        images = placed(batch.images, self.hne, non_blocking=True)
         target = batch.target.to(self.team.device, non_blocking=True)
         labels = target
         if self.mix is not None:

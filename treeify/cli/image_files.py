@@ -62,10 +62,15 @@ def _of_word(word: str) -> Iterator[ImageFile]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """The images below a folder, links to folders included."""
+    """The images below a folder, links to folders included; each folder once, whatever links it."""
     files = []
+    seen: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (place := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
             Path(root, name)
             for name in names

@@ -28,11 +28,11 @@ from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
 from treeify.models.rebuild import rebuild, without_weights
 from treeify.models.recognise import recognise
+from treeify.tracing.hooks import require_hooks
 from treeify.tracing.trace import plain_tensors
 from treeify.versions import MODEL_LIBRARIES, versions_of
 
-FORMAT = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FORMAT, CONFIG, WEIGHTS = 1, "config.json", "model.safetensors"
 # In a run's directory its newest ensemble, and in that one the average of its weights.
 LAST, EMA = "last", "ema"
 # Before the names of what no state dict has; no module's path has a space.
@@ -132,8 +132,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
         it was saved do not now.
 
     Raises:
-        CheckpointError: the directory is missing, damaged, of another format, or does not match its
-            configuration.
+        CheckpointError: the directory is missing, damaged, of another format, or of another model.
     """
     path = Path(path)
     config = read_config(path)
@@ -161,6 +160,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             expected=f"the versions it was saved with: {', '.join(versions)}",
         ) from error
     _check_fingerprint(path, config, hne)
+    require_hooks(path, config.get("hooks", ()), hne.traced.changed_by_hooks)
     _fill(path, hne, weights)
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
@@ -255,6 +255,7 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "splits": list(hne.conversion.splits.specs),
         "example": list(hne.example),
         **({"batch": batch} if (batch := hne.traced.batch) > 1 else {}),
+        **({"hooks": list(hooks)} if (hooks := hne.traced.changed_by_hooks) else {}),
         "frozen": sorted(
             key for key, parameter in hne.named_parameters() if not parameter.requires_grad
         ),

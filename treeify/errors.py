@@ -73,7 +73,12 @@ def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     return ", ".join(repr(match) for match in matches)
 
 
-def quoted(names: Sequence[str], most: int = 8) -> str:
+def joined(names: Sequence[str], most: int = 8) -> str:
     """Names for a message: the first few, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    return ", ".join(names[:most]) + more
+
+
+def quoted(names: Sequence[str], most: int = 8) -> str:
+    """The same with each name in quotes."""
+    return joined([repr(name) for name in names], most)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import Slot, get_tensor, named_tensors, narrow
-from treeify.errors import InputError
+from treeify.errors import InputError, joined
 from treeify.models.architecture import Architecture
 from treeify.seeds import seed_of
 from treeify.tracing.model_copy import copy_model
@@ -239,7 +239,7 @@ def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> list[
         elif alike:
             notes.append(
                 f"level {level}: {len(alike)} of {len(drawn)} parameters came out the same in its"
-                f" branches, as if loaded when the model is built: {', '.join(alike[:3])}, ..."
+                f" branches, as if loaded when the model is built: {joined(alike, 3)}"
             )
     return notes
 

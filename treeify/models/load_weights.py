@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from treeify.errors import CheckpointError
-from treeify.models.weights import Weights, listed
+from treeify.errors import CheckpointError, joined
+from treeify.models.weights import Weights
 
 # What wrappers put anywhere into keys: torch.compile, and two of torch's for large models.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -93,7 +93,7 @@ class _Fit:
             "of another shape": shapes,
             "unexpected": self.unexpected,
         }
-        return [f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in kinds.items() if keys]
+        return [f"{len(keys)} {kind}: {joined(keys)}" for kind, keys in kinds.items() if keys]
 
 
 def _compare(model: nn.Module, weights: Weights, num_classes: int | None) -> _Fit:
@@ -199,11 +199,11 @@ def _notes(fit: _Fit) -> Iterator[str]:
     if fit.prefix:
         yield f"weights: keys without {fit.prefix!r}"
     if fit.outside:
-        yield f"weights left out, as they are not under {fit.prefix!r}: {listed(fit.outside)}"
+        yield f"weights left out, as they are not under {fit.prefix!r}: {joined(fit.outside)}"
     if fit.head:
         sizes = {len(fit.state[key]) for key in fit.head & fit.state.keys()}
         trained = f"for {max(sizes)} classes" if sizes else "without one"
-        yield f"a fresh head, as the weights are {trained}: {listed(sorted(fit.head))}"
+        yield f"a fresh head, as the weights are {trained}: {joined(sorted(fit.head))}"
     casts = {
         f"{tensor.dtype} to {fit.expected[key].dtype}".replace("torch.", "")
         for key, tensor in fit.state.items()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from treeify.errors import DataError
+from treeify.errors import DataError, quoted
 from treeify.models.architecture import Architecture
 from treeify.models.image_size import example_shape
 from treeify.models.skeleton import skeleton
@@ -85,7 +85,7 @@ def _check_parts(folder: Path) -> None:
     names = sorted(path.name for path in folder.glob("[!.]*/"))
     inside = "no such directory" if not folder.is_dir() else "no folders in it"
     if names:
-        inside = f"the folders {', '.join(map(repr, names[:5]))}{', ...' * (len(names) > 5)}"
+        inside = f"the folders {quoted(names, 5)}"
     some = "one in five of each class, say"
     next_step = f"Move all classes into 'train', and then images into 'val': {some}."
     if "train" in names:

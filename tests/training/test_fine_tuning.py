@@ -1,5 +1,7 @@
 """What is frozen and where a model's classifier is."""
 
+from pathlib import Path
+
 import pytest
 import small
 import torch
@@ -27,6 +29,17 @@ def test_freezing_again_changes_nothing() -> None:
     hne.train()
     assert not hne.get_submodule("stem.1").training
     assert hne.get_submodule("stage1.1").training
+
+
+def test_frozen_norms_stay_frozen_when_saved_and_in_smaller_ensembles(tmp_path: Path) -> None:
+    hne = small.ensemble()
+    freeze(hne, ModelRecipe(name="small:build", freeze=["level 0"], freeze_norms=True))
+    treeify.save(hne, tmp_path / "saved")
+    loaded = treeify.load(tmp_path / "saved", model=small.SmallNet())
+    for ensemble in (loaded, hne.sub_ensemble(2)):
+        ensemble.train()
+        assert not ensemble.get_submodule("stem.1").training
+        assert ensemble.get_submodule("stage1.1").training
 
 
 class Functional(small.SmallNet):

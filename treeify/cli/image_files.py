@@ -35,6 +35,7 @@ def image_files(words: Sequence[str]) -> list[ImageFile]:
 
 
 def _of_word(word: str) -> Iterator[ImageFile]:
+    """The files of one word, each once; those that a folder or pattern holds were not named."""
     if re.match(r"[a-z][a-z0-9+.-]*://", word, re.IGNORECASE):
         raise InputError(
             f"{word} is an address, not a file.",

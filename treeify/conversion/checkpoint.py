@@ -165,6 +165,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
             parameter.requires_grad_(key not in frozen)
+    hne.keep_evaluating(dict(hne.named_modules()).keys() & config.get("evaluating", ()))
     hne.preparation = preparation_in(path, config)
     # Last: a memory format that was tuned is given to tensors that are there.
     try:
@@ -256,9 +257,8 @@ def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
         "example": list(hne.example),
         **({"batch": batch} if (batch := hne.traced.batch) > 1 else {}),
         **({"hooks": list(hooks)} if (hooks := hne.traced.changed_by_hooks) else {}),
-        "frozen": sorted(
-            key for key, parameter in hne.named_parameters() if not parameter.requires_grad
-        ),
+        "frozen": sorted(key for key, tensor in hne.named_parameters() if not tensor.requires_grad),
+        **({"evaluating": list(hne.evaluating)} if hne.evaluating else {}),
         **_preparation(hne),
         **_measurements(hne),
     }

@@ -334,6 +334,7 @@ class HierarchicalEnsemble(PackedTree):
         splits = Splits(self._splits.points[dropped:], tree)
         smaller = HierarchicalEnsemble(self._traced, splits, self, self._architecture)
         smaller.preparation = self.preparation
+        smaller.keep_evaluating(self.evaluating)
         smaller.fill(Source(self._branch, by_leaf=True, notes=self._notes_on_weights))
         return smaller
 

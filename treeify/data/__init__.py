@@ -4,7 +4,7 @@ Every data set is a function of keyword options that returns a `Data`; a recipe 
 and sets its options. Adding one:
 
     @treeify.data.register("my_images")
-    def my_images(*, root: str) -> treeify.data.Data: ...
+    def my_images(*, root: treeify.registry.FilePath) -> treeify.data.Data: ...
 
 or name it in the recipe as `package.module:my_images`.
 """

@@ -230,6 +230,6 @@ def read_files(files: Sequence[Path], preparation: Preparation) -> Tensor:
         raise DataError(
             "\n  ".join([f"{count} of {len(files)} cannot be read.", *problems]),
             expected="files in a format that Pillow decodes, 8 or 16 bits per channel",
-            next_step="Nothing was computed. Correct or remove these.",
+            next_step="Correct or remove these.",
         )
     return torch.stack(images)

@@ -111,7 +111,7 @@ def train(
         if saved is not None:
             data = as_saved(saved.hne, recipe.data, data)
         hne = build(recipe, data) if saved is None else saved.hne
-        fine_tuning.freeze(hne, recipe.model)  # a saved one forgets which norms are in which mode
+        fine_tuning.freeze(hne, recipe.model)  # earlier versions did not save the norms' modes
         check_classes(hne, data)
         remember_preparation(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)

@@ -8,9 +8,10 @@ import torch
 from torch.utils.data import TensorDataset
 
 import treeify
-from treeify.data import Data, digits
+from treeify.data import Data, Preparation, digits
 from treeify.errors import RecipeError
-from treeify.training.model import build, check_classes, fewest_images
+from treeify.training.model import build, check_classes, fewest_images, other_classes
+from treeify.training.recipe import ModelRecipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 
@@ -39,6 +40,18 @@ def test_floats_of_any_precision_are_images_and_integers_are_none(
         return
     with pytest.raises(RecipeError, match=rf"{dtype}(?s:.)*Give floats"):
         build(recipe, data)
+
+
+def test_a_classifier_of_other_classes_is_said() -> None:
+    hne, model = small.ensemble(), ModelRecipe(name="small:build")
+    images = TensorDataset(small.images(5), torch.arange(5))
+    data = Data(images, images, tuple("abcde"), "all held out")
+    assert other_classes(hne, data, model) is None
+    hne.preparation = Preparation((16, 16), classes=tuple("abcde"))
+    assert other_classes(hne, data, model) is None
+    hne.preparation = Preparation((16, 16), classes=tuple("edcba"))
+    assert "tell apart 'e', 'd'" in str(other_classes(hne, data, model))
+    assert other_classes(hne, data, model.model_copy(update={"head": "fresh"})) is None
 
 
 def test_counting_classes_leaves_frozen_batch_norms_frozen() -> None:

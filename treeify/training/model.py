@@ -111,6 +111,17 @@ def as_saved(hne: HierarchicalEnsemble, section: DataRecipe, data: Data) -> Data
     return data
 
 
+def other_classes(hne: HierarchicalEnsemble, data: Data, model: ModelRecipe) -> str | None:
+    """Says so where a new run begins with a classifier of other classes than the data's."""
+    classes = None if hne.preparation is None else hne.preparation.classes
+    if classes is None or classes == data.classes or model.head == "fresh":
+        return None
+    return (
+        f"The weights tell apart {quoted(classes)}, and the data have {quoted(data.classes)}:"
+        " to draw the classifier anew, set model.head=fresh."
+    )
+
+
 def remember_preparation(hne: HierarchicalEnsemble, data: Data) -> None:
     """Note in an ensemble how the data's images are prepared, and what the classes are called.
 

@@ -34,6 +34,7 @@ from treeify.training.model import (
     choose_execution,
     keep_together,
     load_data,
+    other_classes,
     remember_preparation,
 )
 from treeify.training.objective import Objective, mixed, mixing
@@ -113,6 +114,8 @@ def train(
         hne = build(recipe, data) if saved is None else saved.hne
         fine_tuning.freeze(hne, recipe.model)  # earlier versions did not save the norms' modes
         check_classes(hne, data)
+        if text := other_classes(hne, data, recipe.model):
+            reporter.warned(text)
         remember_preparation(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)
         if saved is not None:

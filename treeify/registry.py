@@ -21,6 +21,7 @@ def _absolute(path: str) -> str:
 
 # Kinds of options that recipes check. Paths become absolute: a run's recipe is read elsewhere too.
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Crop = Annotated[float, Field(gt=0, le=1)]
 FilePath = Annotated[str, AfterValidator(_absolute)]
 ImageSize = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 Channels = Literal[1, 3, 4]

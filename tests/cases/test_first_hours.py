@@ -71,6 +71,14 @@ def test_convert_keeps_how_images_of_an_own_model_are_prepared(here: Path) -> No
     assert "alone" in alone.output
 
 
+def test_a_size_that_nothing_says_is_said_to_be_a_guess(here: Path) -> None:
+    guess = "does not say which size of images it takes: 224 x 224"
+    assert guess in run("splits", "grey_net:net").output
+    assert guess in run("convert", "grey_net:net", "--splits", "1", "--no-verify").output
+    assert "does not say" not in run("splits", "grey_net:net", "--input-size", "12").output
+    assert "does not say" not in run("splits", "test_resnet").output
+
+
 def test_leaves_that_are_worse_than_one_are_called_so() -> None:
     worse = verdict(Gain(4, gain=-3.8, error=0.3, disagreement=18.0), 2.9, 25.6, 10_000)
     assert worse is not None

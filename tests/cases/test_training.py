@@ -290,7 +290,7 @@ def test_a_run_of_a_builder_with_trained_weights_goes_on(
         (["--model", "resnet18"], "--data FOLDER"),
         (["--data", "nothing", "--model", "resnet18"], "no such directory"),
         (["--data", "shared", "--model", "resnet18"], "Rename the folder of images held out"),
-        (["--data", "photos", "--model", "runs:net"], "nothing says which size of images runs:net"),
+        (["--data", "photos", "--model", "small:build"], "nothing says which size of images"),
         (["--weights", "net.pth"], "--data FOLDER"),
         (["--data", "photos", "--model", "resnet81"], "Did you mean 'resnet18'"),
     ],

@@ -111,6 +111,7 @@ def convert(
             )
     if mean is not None:
         hne.preparation = _with_statistics(hne, mean, std)
+    say(console, *base.notes)
     if weights is None:  # else the conversion's notes say it
         say(console, f"Init {scheme}, {reason}: {INITS[scheme]}.")
     present(hne, base.architecture, console, out, overwrite, no_verify, as_json)

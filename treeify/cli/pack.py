@@ -52,4 +52,5 @@ def pack(
     with console.status("reading and converting"):
         base = base_model(name, num_classes, input_size)
         hne = pack_networks(weights, splits, base.example, base.architecture)
+    say(console, *base.notes)
     present(hne, base.architecture, console, out, overwrite, no_verify, as_json)

@@ -9,7 +9,7 @@ from typing import Any
 from treeify.data.image_folders import is_divided
 from treeify.errors import RecipeError
 from treeify.models.architecture import Architecture
-from treeify.models.image_size import example_shape, height_and_width, image_size
+from treeify.models.image_size import example_shape, height_and_width, is_size_known
 from treeify.models.skeleton import skeleton
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import recipe_from
@@ -69,7 +69,7 @@ def folder_recipe(
     architecture = Architecture(model)
     network = skeleton(architecture)
     if size is None and not any(override.startswith("data.size=") for override in overrides):
-        if ":" in model and image_size(network) is None:
+        if not is_size_known(network, architecture):
             raise RecipeError(
                 f"nothing says which size of images {model} takes.",
                 expected="--input-size, e.g. --input-size 224 or 96x160",

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from treeify.cli.convert import present, target
 from treeify.cli.options import InputSize, Json, Name, NoVerify, NumClasses, Out, Overwrite
+from treeify.cli.output import say
 from treeify.conversion.api import pack as pack_networks
 from treeify.models.base_model import base_model
 

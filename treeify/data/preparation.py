@@ -148,8 +148,8 @@ class Preparation:
                 f"it is not known how images are prepared for this ensemble ({self.source}).",
                 expected="mean and std of the channels, pixels in 0 to 1",
                 next_step="On the command line: --mean 0.5 --std 0.25 (--mean 0 --std 1 for pixels"
-                " in 0 to 1). For good: hne.preparation = treeify.data.Preparation(size=(H, W),"
-                " mean=..., std=...) before treeify.save, or treeify.data.Data(...,"
+                " in 0 to 1). For good: the same of treeify convert, or hne.preparation ="
+                " treeify.data.Preparation(size=(H, W), mean=..., std=...) before treeify.save, or treeify.data.Data(...,"
                 " preparation=...) where a data set of your own is trained on.",
             )
 

@@ -149,8 +149,8 @@ class Preparation:
                 expected="mean and std of the channels, pixels in 0 to 1",
                 next_step="On the command line: --mean 0.5 --std 0.25 (--mean 0 --std 1 for pixels"
                 " in 0 to 1). For good: the same of treeify convert, or hne.preparation ="
-                " treeify.data.Preparation(size=(H, W), mean=..., std=...) before treeify.save, or treeify.data.Data(...,"
-                " preparation=...) where a data set of your own is trained on.",
+                " treeify.data.Preparation(size=(H, W), mean=..., std=...) before treeify.save, or"
+                " treeify.data.Data(..., preparation=...) where you train on data of your own.",
             )
 
     def with_statistics(

@@ -26,6 +26,7 @@ def _absolute_if_there(name: str) -> str:
 
 # Kinds of options that recipes check. Paths become absolute: a run's recipe is read elsewhere too.
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Crop = Annotated[float, Field(gt=0, le=1)]
 FilePath = Annotated[str, AfterValidator(_absolute)]
 PathOrName = Annotated[str, AfterValidator(_absolute_if_there)]
 ImageSize = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]

@@ -308,8 +308,9 @@ def test_a_run_of_a_builder_with_trained_weights_goes_on(
         (["--data", "photos"], "--model NAME"),
         (["--model", "resnet18"], "--data FOLDER"),
         (["--data", "nothing", "--model", "resnet18"], "no such directory"),
-        (["--data", "photos/train", "--model", "resnet18"], "the folders 'dark', 'light'"),
         (["--data", "shared", "--model", "resnet18"], "Rename the folder of images held out"),
+        (["--data", "photos", "--model", "small:build"], "nothing says which size of images"),
+        (["--weights", "net.pth"], "--data FOLDER"),
         (["--data", "photos", "--model", "resnet81"], "Did you mean 'resnet18'"),
     ],
 )

@@ -38,7 +38,8 @@ def splits(
         treeify splits torchvision/vit_b_16 --clean --input-size 64
     """
     base = base_model(name, num_classes, input_size)
-    notes = () if weights is None else load_trained(base.model, weights, num_classes).notes
+    trained = () if weights is None else load_trained(base.model, weights, num_classes).notes
+    notes = [*base.notes, *trained]
     traced = trace_model(base.model, base.architecture, base.example)
     points = [point for point in split_points(traced) if point.live == 1 or not clean]
     shape = base.example.shape[1:]

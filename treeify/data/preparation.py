@@ -104,7 +104,8 @@ class Preparation:
         if self.mean is None or self.std is None:
             return f"{shape}, mean and std unknown ({self.source})"
         mean, std = (" ".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
-        return f"{shape}, mean {mean}, std {std} ({self.source})"
+        crop = f", {self.crop_pct:.4g} of the sides cropped" if self.crop_pct != 1 else ""
+        return f"{shape}{crop}, mean {mean}, std {std} ({self.source})"
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An image of Pillow's as floats `[C, H, W]`.
@@ -147,9 +148,9 @@ class Preparation:
                 f"it is not known how images are prepared for this ensemble ({self.source}).",
                 expected="mean and std of the channels, pixels in 0 to 1",
                 next_step="On the command line: --mean 0.5 --std 0.25 (--mean 0 --std 1 for pixels"
-                " in 0 to 1). For good: hne.preparation = treeify.data.Preparation(size=(H, W),"
-                " mean=..., std=...) before treeify.save, or treeify.data.Data(...,"
-                " preparation=...) where a data set of your own is trained on.",
+                " in 0 to 1). For good: the same of treeify convert, or hne.preparation ="
+                " treeify.data.Preparation(size=(H, W), mean=..., std=...) before treeify.save, or"
+                " treeify.data.Data(..., preparation=...) where you train on data of your own.",
             )
 
     def with_statistics(

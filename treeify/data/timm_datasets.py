@@ -16,7 +16,7 @@ from treeify.data.image_files import UnreadableImageError, is_visible, open_imag
 from treeify.data.image_folders import check_numbered
 from treeify.data.tar_images import TarImages, folders_in_tar
 from treeify.errors import DataError, quoted
-from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers, PathOrName
+from treeify.registry import Channels, Crop, FilePath, Fraction, ImageSize, Numbers, PathOrName
 
 
 @register("timm")
@@ -33,6 +33,7 @@ def timm_dataset(
     channels: Channels | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    crop_pct: Crop | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
     random_erasing: Fraction = 0.0,
@@ -54,6 +55,8 @@ def timm_dataset(
         channels: 1 for grey, 3 for colour, 4 with opacity; null is as many as the model takes.
         mean: of each channel, pixels in 0 to 1, or one for all; instead of those of `like`.
         std: the same; with `mean`.
+        crop_pct: fraction of the resized image that the held-out images' centre crop keeps, 1.0 to
+            crop nothing of a square; instead of that of `like`, or 0.875.
         flip: mirror half of the training images.
         auto_augment: one of timm's policies, e.g. `rand-m9-mstd0.5`.
         random_erasing: probability of blanking a rectangle.
@@ -83,7 +86,13 @@ def timm_dataset(
             next_step="Give a class_map.",
         )
     preparation = of_files(
-        size, like=like, channels=channels, mean=mean, std=std, source="held-out images of timm"
+        size,
+        like=like,
+        channels=channels,
+        mean=mean,
+        std=std,
+        crop_pct=crop_pct,
+        source="held-out images of timm",
     )
     augment = ResizedCrop(preparation, flip, auto_augment, random_erasing)
     what = f"images of {held_out_split!r}"

@@ -13,7 +13,7 @@ from treeify.data.data_set import Data, in_parts, register
 from treeify.data.image_files import is_visible
 from treeify.data.tar_images import IMAGES, Entry, TarImages
 from treeify.errors import DataError
-from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers
+from treeify.registry import Channels, Crop, FilePath, Fraction, ImageSize, Numbers
 
 _LABEL = "cls"
 
@@ -29,6 +29,7 @@ def webdataset(
     channels: Channels | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    crop_pct: Crop | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
     random_erasing: Fraction = 0.0,
@@ -47,6 +48,8 @@ def webdataset(
         channels: 1 for grey, 3 for colour, 4 with opacity; null is as many as the model takes.
         mean: of each channel, pixels in 0 to 1, or one for all; instead of those of `like`.
         std: the same; with `mean`.
+        crop_pct: fraction of the resized image that the held-out images' centre crop keeps, 1.0 to
+            crop nothing of a square; instead of that of `like`, or 0.875.
         flip: mirror half of the training images.
         auto_augment: one of timm's policies, e.g. `rand-m9-mstd0.5`.
         random_erasing: probability of blanking a rectangle.
@@ -65,6 +68,7 @@ def webdataset(
         channels=channels,
         mean=mean,
         std=std,
+        crop_pct=crop_pct,
         source="held-out images of webdataset",
     )
     augment = ResizedCrop(preparation, flip, auto_augment, random_erasing)

@@ -221,7 +221,7 @@ def told_apart(*arguments: Any, cwd: Path) -> list[subprocess.CompletedProcess[s
 
 def _take_part(rank: int, port: int, cwd: Path, *arguments: Any) -> None:
     os.environ |= _ranks(rank, port)
-    _train(cwd, *arguments)
+    train_in(cwd, *arguments)
 
 
 def _ranks(rank: int, port: int) -> dict[str, str]:
@@ -255,10 +255,10 @@ def _die(file: Path, owner: str, name: str, count: int, after: bool) -> None:
         return result
 
     setattr(namespace, name, dying)
-    _train(file.parent, file, "--out", "run")
+    train_in(file.parent, file, "--out", "run")
 
 
-def _train(cwd: Path, *arguments: Any) -> None:
+def train_in(cwd: Path, *arguments: Any) -> None:
     """`treeify train` in a folder, where its own modules may lie too."""
     os.chdir(cwd)
     sys.path.insert(0, str(cwd))

@@ -1,4 +1,4 @@
-"""The directory of a run is its own from the moment it is chosen: made at once, locked, then checked."""
+"""Which directory a run gets: it is made and locked as it is chosen, and only then looked into."""
 
 import contextlib
 import os

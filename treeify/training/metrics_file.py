@@ -79,8 +79,9 @@ def mend(file: Path, epochs: int, warn: Callable[[str], None]) -> None:
     if removed:
         files.replace_bytes(aside, _joined(removed))
         warn(
-            f"{len(removed)} lines of {file} are in {aside.name} now: {len(damaged)} cannot be read"
-            f" or are repeated, {len(removed) - len(damaged)} are later than the last state."
+            f"{len(removed)} line{'s'[: len(removed) > 1]} of {file} can be found in {aside.name}"
+            f" now: {len(damaged)} damaged or repeated, {len(removed) - len(damaged)} later than"
+            " the last state."
         )
     if damaged or later:
         files.replace_bytes(file, _joined([row.line for row in finished]))

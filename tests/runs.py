@@ -260,6 +260,8 @@ def _die(file: Path, owner: str, name: str, count: int, after: bool) -> None:
 
 def train_in(cwd: Path, *arguments: Any) -> None:
     """`treeify train` in a folder, where its own modules may lie too."""
+    # As for a command. The workers that the server forks do not notice that this process is killed.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(cwd)
     sys.path.insert(0, str(cwd))
     sys.argv = ["treeify", "train", *map(str, arguments)]

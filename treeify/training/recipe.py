@@ -283,7 +283,7 @@ class Recipe(Section):
     workers: Cpus = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     channels_last: bool = False
-    threads: Annotated[Cpus, Field(ge=1)] | None = None
+    threads: Annotated[Cpus, Field(gt=0)] | None = None
     out: str | None = None
 
 

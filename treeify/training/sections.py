@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 # A number beyond these is a slip of the finger; the machine might hang over it.
-Count = Annotated[int, Field(ge=1, le=10**9)]
+Count = Annotated[int, Field(gt=0, le=10**9)]
 Cpus = Annotated[int, Field(ge=0, le=1024)]
 Rate = Annotated[float, Field(ge=0, le=1e4)]
 

@@ -112,7 +112,7 @@ def remove(path: Path) -> None:
 def unused(path: Path) -> Path:
     """The path, or the first of `path-2`, `path-3`, ... that does not exist yet."""
     names = (path.name if number == 1 else f"{path.name}-{number}" for number in count(1))
-    return next(other for other in map(path.with_name, names) if not other.exists())
+    return next(other for other in map(path.with_name, names) if not os.path.lexists(other))
 
 
 def _draft(path: Path) -> Path:

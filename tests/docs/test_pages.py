@@ -101,6 +101,20 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
 
 
+def test_what_can_go_wrong_is_tested() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*shown by.*\|\n\|---.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = {
+        name for text in texts for name in re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)
+    }
+    assert rows
+    for row in "".join(rows).splitlines():
+        named = set(re.findall(r"`(test_\w+)`", row))
+        assert named, row
+        assert named <= tests, named - tests
+
+
 def test_files_that_pages_name_are_there() -> None:
     for page in (*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "NOTES.md"):
         text = page.read_text(encoding="utf-8")

@@ -11,7 +11,6 @@ from pydantic.dataclasses import dataclass as serialised
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from timm.data.imagenet_info import ImageNetInfo
 
 from treeify.anytime.confidence import Budget
 from treeify.cli import quantities
@@ -238,6 +237,8 @@ def _labels(
     if classes != 1000 or custom:
         return None
     notes.append("Labels: ImageNet-1k's, as the architecture has 1,000 classes (else --labels).")
+    from timm.data.imagenet_info import ImageNetInfo  # after `treeify.data.timm_utils`
+
     info = ImageNetInfo()
     return [info.index_to_description(index) for index in range(classes)]
 

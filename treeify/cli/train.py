@@ -291,7 +291,8 @@ def _print_result(console: Console, result: Result) -> None:
         say(console, f"Data: {run.data.split}.")
     state = run.directory / "last"
     if result.interrupted:
-        done = f"after {last.epoch} of {run.epochs} epochs" if last else "in the first epoch"
+        epochs = last.epoch if last else run.done // run.steps  # its metrics may be lost
+        done = f"after {epochs} of {run.epochs} epochs" if epochs else "in the first epoch"
         say(
             console,
             f"Stopped {done}; the state is saved in {state}. Go on with"

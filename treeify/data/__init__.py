@@ -9,6 +9,7 @@ and sets its options. Adding one:
 or name it in the recipe as `package.module:my_images`.
 """
 
+from treeify.data import timm_utils  # noqa: F401 - before any other module imports timm's
 from treeify.data.conventions import (
     CIFAR10,
     CIFAR100,

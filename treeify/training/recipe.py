@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -11,7 +11,6 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
     model_validator,
 )
@@ -19,10 +18,11 @@ from pydantic_core import PydanticCustomError
 from timm.utils.misc import natural_key
 
 from treeify.data import SOURCES, Data
+from treeify.errors import RecipeError
 from treeify.losses import LOSSES
 from treeify.registry import FilePath, PathOrName, Registry
 from treeify.training.optimization_recipe import EmaRecipe, OptimizerRecipe, ScheduleRecipe
-from treeify.training.sections import Named, Section, options_of
+from treeify.training.sections import Count, Cpus, Named, Section, options_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -214,7 +214,7 @@ class CheckpointsRecipe(Section):
     """
 
     minutes: PositiveFloat = 10.0
-    keep: PositiveInt = 2
+    keep: Count = 2
 
 
 class Recipe(Section):
@@ -258,8 +258,8 @@ class Recipe(Section):
     loss: LossRecipe
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
-    batch_size: PositiveInt = 128
-    gradient_accumulation: PositiveInt = 1
+    batch_size: Count = 128
+    gradient_accumulation: Count = 1
     mix: MixRecipe | None = None
     ema: EmaRecipe | None = None
     teacher: TeacherRecipe | None = None
@@ -272,15 +272,19 @@ class Recipe(Section):
     skip_corrupt: NonNegativeInt = 0
     trackers: list[str] = Field(default=[])
     seed: NonNegativeInt = 0
-    workers: NonNegativeInt = 0
+    workers: Cpus = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     channels_last: bool = False
-    threads: PositiveInt | None = None
+    threads: Annotated[Cpus, Field(gt=0)] | None = None
     out: str | None = None
 
 
 def longer(recipe: Recipe, epochs: int) -> Recipe:
-    """A recipe of more epochs; the schedule of those it had stays what it was."""
+    """A recipe of more epochs; the schedule of those it had stays what it was.
+
+    Raises:
+        RecipeError: that is no number of epochs.
+    """
     if not epochs:
         return recipe
     schedule = recipe.schedule
@@ -288,4 +292,11 @@ def longer(recipe: Recipe, epochs: int) -> Recipe:
         "epochs": schedule.epochs + epochs,
         "extended": [*schedule.extended, schedule.epochs],
     }
-    return recipe.model_copy(update={"schedule": schedule.model_copy(update=changes)})
+    try:
+        schedule = ScheduleRecipe.model_validate({**schedule.model_dump(), **changes})
+    except ValidationError as error:
+        raise RecipeError(
+            f"a run of {schedule.epochs} epochs cannot have {epochs} more.",
+            expected="a positive number, and at most 1,000,000,000 epochs in all",
+        ) from error
+    return recipe.model_copy(update={"schedule": schedule})

@@ -9,7 +9,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from treeify.cli.options import InputSize, Json, Name, NoVerify, NumClasses, Out, Overwrite, Weights
+from treeify.cli.options import (
+    InputSize,
+    Json,
+    Name,
+    NoVerify,
+    NumClasses,
+    Out,
+    Overwrite,
+    Trust,
+    Weights,
+)
 from treeify.cli.output import Column, print_json, say, table
 from treeify.conversion import checkpoint
 from treeify.conversion.api import hierarchicalize
@@ -42,6 +52,7 @@ def convert(
         ),
     ] = None,
     weights: Weights = None,
+    trust: Trust = False,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from the trained weights of its library.")
     ] = False,
@@ -85,7 +96,14 @@ def convert(
             )
         else:
             hne = hierarchicalize(
-                base.architecture, splits, fanout, scheme, seed, base.example, weights
+                base.architecture,
+                splits,
+                fanout,
+                scheme,
+                seed,
+                base.example,
+                weights,
+                trust=trust,
             )
     if weights is None:  # else the conversion's notes say it
         say(console, f"Init {scheme}, {reason}: {INITS[scheme]}.")

@@ -64,6 +64,7 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         seed=recipe.seed,
         example_input=image[None],
         weights=model.weights,
+        trust=model.trust,
     )
     try:
         hne = convert(init=model.init)

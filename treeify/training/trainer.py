@@ -107,7 +107,7 @@ def train(
         if resume is not None:
             newest = directory.newest(reporter.warned) if is_main else None
             newest = distributed.broadcast(newest)
-            saved = None if newest is None else run_directory.load_state(newest)
+            saved = None if newest is None else run_directory.load_state(newest, recipe)
         if saved is not None:
             data = as_saved(saved.hne, recipe.data, data)
         hne = build(recipe, data) if saved is None else saved.hne

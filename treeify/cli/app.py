@@ -1,11 +1,9 @@
 """The `treeify` command: its subcommands, and what a user sees when one fails."""
 
 import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -159,8 +157,7 @@ def options(
         treeify predict runs/digits_hne digit.png --deadline 20ms
     """
     # `package.module:function` may name a module beside the user, as it would under `python -m`.
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    importlib.import_module("treeify.registry").keep_directory = True
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ _SOURCES = frozenset(
         *("url", "file", "hf_hub_id", "hf_hub_filename"),
     }
 )
-_LONGEST_NAME = 200
+_LONGEST_NAME, _DEEPEST = 200, 20
 
 
 def is_trusted(name: str) -> bool:
@@ -35,6 +35,13 @@ def without_weights(architecture: Architecture) -> Architecture:
     if not is_trusted(architecture.name):
         return architecture  # what its arguments mean, only the user's function knows
     return Architecture(architecture.name, _without_sources(architecture.kwargs))
+
+
+def _is_deep(value: Any, depth: int = 0) -> bool:
+    """Whether arguments are nested so deeply that no builder takes them."""
+    inner = value.values() if isinstance(value, dict) else value
+    is_nested = isinstance(value, dict | list)
+    return depth > _DEEPEST or (is_nested and any(_is_deep(item, depth + 1) for item in inner))
 
 
 def _without_sources(value: Any) -> Any:
@@ -55,6 +62,10 @@ def saved_architecture(data: Any, where: str, *, trust: bool) -> Architecture:
         ModelError: it does not describe an architecture.
         CheckpointError: it names a function that is no library's, and is not trusted.
     """
+    if _is_deep(data):
+        raise ModelError(
+            f"{where} names no model.", expected=f"arguments nested at most {_DEEPEST} deep"
+        )
     architecture = Architecture.from_dict(data)
     if len(architecture.name) > _LONGEST_NAME:
         raise ModelError(

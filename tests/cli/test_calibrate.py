@@ -28,7 +28,9 @@ def options(hne: treeify.HierarchicalEnsemble) -> list[str]:
 
 
 def test_everything_found_is_saved(hne: treeify.HierarchicalEnsemble) -> None:
-    result = run("calibrate", "run", "--trust", "--repeats", "10", "--batch-size", "2", *options(hne))
+    result = run(
+        "calibrate", "run", "--trust", "--repeats", "10", "--batch-size", "2", *options(hne)
+    )
     assert result.exit_code == 0, result.output
     for part in (
         "inference, 2x3x8x8 float32; * chosen",

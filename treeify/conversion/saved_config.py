@@ -33,7 +33,7 @@ class _Config(BaseModel):
     identity: str
     architecture: dict[str, Any] | None
     fingerprint: str
-    splits: list[str]
+    splits: Annotated[list[str], Field(max_length=64)]
     example: Annotated[list[PositiveInt], Field(min_length=1, max_length=8)]
     versions: dict[str, str]
     batch: PositiveInt = 1

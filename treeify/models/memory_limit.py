@@ -14,7 +14,7 @@ from treeify.errors import ModelError
 _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
 _COUNTED = frozenset({torch.arange, torch.linspace, torch.eye, torch.randperm})
 # Tables of positions, masks and layers that a constructor replaces are in no file.
-_VALUES_BESIDE, _TENSORS_BESIDE = 2**26, 20_000
+_VALUES_BESIDE, _TENSORS_BESIDE = 2**26, 2_000
 
 
 class MemoryLimit(TorchFunctionMode):
@@ -34,7 +34,7 @@ class MemoryLimit(TorchFunctionMode):
         super().__init__()
         # The base model, its branches, and what constructors throw away.
         self.values = 4 * values + _VALUES_BESIDE
-        self.tensors = 20 * tensors + _TENSORS_BESIDE
+        self.tensors = 10 * tensors + _TENSORS_BESIDE
         self._remaining = [self.values, self.tensors]
 
     def __torch_function__(

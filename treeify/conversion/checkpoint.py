@@ -89,7 +89,7 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
         CheckpointError: the directory holds no such ensemble, or cannot be written.
     """
     path = Path(path)
-    config = read_config(path)
+    config = read_config(path, trust=True)  # whoever loaded it has decided
     measured = _config(hne)
     if any(config[key] != measured[key] for key in ("fingerprint", "splits")):
         raise CheckpointError(

@@ -72,3 +72,16 @@ def test_what_cannot_be_imported_is_explained(name: str, message: str) -> None:
         import_function(name, "data set", DataError, "a function")
     assert "Expected a function" in str(caught.value)
     assert sys.path == before
+
+
+def test_the_current_directory_is_looked_at_for_named_functions_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = list(sys.path)
+    monkeypatch.setattr(registry, "keep_directory", True)
+    with pytest.raises(DataError):
+        import_function("no_such_module:f", "data set", DataError, "a function")
+    assert sys.path == before
+    import_function("users_module:scaled", "data set", DataError, "a function")
+    assert sys.path == [*before, str(here)]  # what it imports later may lie there, too
+    sys.path.remove(str(here))

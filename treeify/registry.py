@@ -99,8 +99,11 @@ def import_function(
     """
     module_name, _, attribute = name.partition(":")
     try:
-        with _beside_the_user():
+        with _beside_the_user() as directory:
             module = importlib.import_module(module_name)
+        is_there = Path(getattr(module, "__file__", None) or "").is_relative_to(directory)
+        if keep_directory and is_there and directory not in sys.path:
+            sys.path.append(directory)
     except Exception as error:  # whatever the user's code raises
         raise error_class(
             f"module {module_name!r} of {kind} {name!r} cannot be imported.",
@@ -126,17 +129,15 @@ def import_function(
 
 
 @contextmanager
-def _beside_the_user() -> Iterator[None]:
-    """Look for modules in the current directory first, as `python -m` does."""
-    if getattr(sys.flags, "safe_path", False):  # since Python 3.11
-        yield
-        return
+def _beside_the_user() -> Iterator[str]:
+    """Look for modules in the current directory first, as `python -m` does; yields it."""
     directory = str(Path.cwd())
+    if getattr(sys.flags, "safe_path", False):  # since Python 3.11
+        yield directory
+        return
     sys.path.insert(0, directory)
     try:
-        yield
-        if keep_directory and directory not in sys.path[1:]:
-            sys.path.append(directory)
+        yield directory
     finally:
         sys.path.remove(directory)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import TypeAdapter
 
+from treeify import registry
 from treeify.errors import DataError, RecipeError
 from treeify.registry import PathOrName, Registry, import_function
 
@@ -80,3 +81,15 @@ def test_what_may_be_a_path_is_absolute_where_there_is_one() -> None:
     adapter = TypeAdapter(PathOrName)
     assert adapter.validate_python("users_module.py") == str(Path("users_module.py").absolute())
     assert adapter.validate_python("resnet18") == "resnet18"
+
+
+def test_the_current_directory_is_looked_at_for_named_functions_alone(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = list(sys.path)
+    monkeypatch.setattr(registry, "keep_directory", True)
+    import_function("json:loads", "data set", DataError, "a function")
+    assert sys.path == before
+    import_function("users_module:scaled", "data set", DataError, "a function")
+    assert sys.path == [*before, str(here)]  # what it imports later may lie there, too
+    sys.path.remove(str(here))

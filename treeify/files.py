@@ -11,6 +11,8 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
+from treeify.errors import CheckpointError
+
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file of UTF-8 text, as `replace_bytes` does."""
@@ -93,6 +95,30 @@ def point(link: Path, target: Path) -> None:
         link.rename(unused(link.with_name(f"copied-{link.name}")))
     draft.replace(link)
     _bring_to_disk(link.parent)
+
+
+def require_inside(path: Path, folder: Path) -> None:
+    """Refuse links that lead from a folder, which may be anybody's, to the outside.
+
+    What the Hugging Face hub downloads is links to files beside its snapshots: they may.
+
+    Raises:
+        CheckpointError: they do, or lead to themselves.
+    """
+    try:
+        target, root = path.resolve(), folder.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is a link to itself: {error}") from error
+    cache = next((each.parent for each in root.parents if each.name == "snapshots"), None)
+    places = [root] if cache is None else [root, cache / "blobs"]
+    if not any(target.is_relative_to(place) for place in places):
+        raise CheckpointError(
+            f"{path} is a link that leads out of {folder}.",
+            expected="files that lie in the directory",
+            found=str(target),
+            next_step="Copy the directory with what it links to (cp -rL). If you trust whoever"
+            " made it, pass trust=True (--trust).",
+        )
 
 
 def drafts(folder: Path, names: str) -> list[Path]:

@@ -4,7 +4,8 @@ import importlib
 import operator
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -32,6 +33,11 @@ PathOrName = Annotated[str, AfterValidator(_absolute_if_there)]
 ImageSize = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 Channels = Literal[1, 3, 4]
 Numbers = Annotated[list[float], Field(min_length=1)]
+
+
+# Whether the directory where a function was found stays on the path: its code may import more from
+# there. The command line has it so; nothing else that is imported is looked for beside the user.
+keep_directory = False
 
 
 class Registry(dict[str, Callable[..., Any]]):
@@ -89,7 +95,8 @@ def import_function(
     """The function or class that a user names.
 
     Args:
-        name: `package.module:function`; the module may lie in the current directory.
+        name: `package.module:function`; the module may lie in the current directory, where Python
+            looks first unless it was told not to (`python -P`).
         kind: what the function is, for messages, e.g. "loss".
         error_class: what is raised.
         expected: what would have been accepted, for messages.
@@ -98,11 +105,12 @@ def import_function(
         TreeifyError: of `error_class`: the module cannot be imported, or has no such function.
     """
     module_name, _, attribute = name.partition(":")
-    directory = str(Path.cwd())
-    # First, as `python -m` has it: a command that was installed does not look there.
-    sys.path.insert(0, directory)
     try:
-        module = importlib.import_module(module_name)
+        with _beside_the_user() as directory:
+            module = importlib.import_module(module_name)
+        is_there = Path(getattr(module, "__file__", None) or "").is_relative_to(directory)
+        if keep_directory and is_there and directory not in sys.path:
+            sys.path.append(directory)
     except Exception as error:  # whatever the user's code raises
         raise error_class(
             f"module {module_name!r} of {kind} {name!r} cannot be imported.",
@@ -110,8 +118,6 @@ def import_function(
             found=f"{type(error).__name__}: {error}",
             next_step="Run from the directory that holds it, or install its package.",
         ) from error
-    finally:
-        sys.path.remove(directory)
     try:
         function = operator.attrgetter(attribute)(module)
     except AttributeError:
@@ -127,6 +133,20 @@ def import_function(
         found=None if function is None else f"{type(function).__name__} {function!r:.100}",
         next_step=f"Did you mean {close}?" if close else None,
     )
+
+
+@contextmanager
+def _beside_the_user() -> Iterator[str]:
+    """Look for modules in the current directory first, as `python -m` does; yields it."""
+    directory = str(Path.cwd())
+    if getattr(sys.flags, "safe_path", False):  # since Python 3.11
+        yield directory
+        return
+    sys.path.insert(0, directory)
+    try:
+        yield directory
+    finally:
+        sys.path.remove(directory)
 
 
 def _where(function: Callable[..., Any]) -> str:

@@ -242,7 +242,7 @@ def test_a_picture_of_190_megapixels_is_named_and_counted(
     result = train(load_recipe(recipe, ["skip_corrupt=1"]), out="run")
     assert result.last is not None
     assert result.last.skipped == 1
-    shown = run("predict", "run", "photos/val/dark/huge.png")
+    shown = run("predict", "run", "--trust", "photos/val/dark/huge.png")
     assert "huge.png': Image size (1600 pixels) exceeds limit" in shown.output
 
 
@@ -253,11 +253,11 @@ def test_a_class_without_held_out_images_is_said(recipe: Path) -> None:
     for file in Path("photos/val/light").iterdir():
         file.unlink()
     trained(recipe)
-    shown = run("eval", "run", "--no-latency")
+    shown = run("eval", "run", "--trust", "--no-latency")
     assert shown.exit_code == 0, shown.output
     assert "none of 'light'" in shown.output
     Path("photos/val/light").rmdir()
-    assert "none of 'light'" in run("eval", "run", "--no-latency").output
+    assert "none of 'light'" in run("eval", "run", "--trust", "--no-latency").output
 
 
 def test_a_class_without_training_images_is_named_once() -> None:
@@ -290,7 +290,7 @@ def test_a_message_about_the_number_of_classes_lists_them(recipe: Path) -> None:
 
 
 def eval_scores(*arguments: str) -> dict[str, Any]:
-    result = run("eval", *arguments, "--no-latency", "--json")
+    result = run("eval", *arguments, "--trust", "--no-latency", "--json")
     assert result.exit_code == 0, result.output
     report: dict[str, Any] = json.loads(result.stdout)
     return report
@@ -317,7 +317,7 @@ def test_evaluation_on_other_folders_goes_by_the_classes_names(recipe: Path) -> 
     assert "none of 'dark'" in eval_scores("run", "--data", "root=other")["split"]
     Path("other/train/light").rename("other/train/bright")
     Path("other/val/light").rename("other/val/bright")
-    refused = run("eval", "run", "--data", "root=other", "--no-latency")
+    refused = run("eval", "run", "--trust", "--data", "root=other", "--no-latency")
     assert refused.exit_code == 2
     assert "classes that the ensemble does not know: 'bright'" in refused.output
 
@@ -342,7 +342,7 @@ def test_a_run_of_an_earlier_version_keeps_the_numbers_that_timm_gave(recipe: Pa
     values = ["data.name=timm", "data.root=other", "data.held_out_split=val", "data.size=8"]
     run_directory = trained(recipe, *values)
     section = load_recipe(recipe, values).data
-    hne = treeify.load(run_directory / "last")
+    hne = treeify.load(run_directory / "last", trust=True)
     assert hne.preparation.classes == ("10", "2")
     assert labels_of(as_saved(hne, section, section.load()).held_out) == [1] * 8 + [0] * 8
     hne.preparation = None  # as the earlier version saved it
@@ -367,19 +367,22 @@ def test_a_class_renamed_before_a_run_goes_on_is_refused(recipe: Path) -> None:
 
 def test_predict_shows_the_names_of_the_classes(recipe: Path) -> None:
     trained(recipe, "ema={decay: 0.9}")
-    shown = run("predict", "run", "photos/val/dark/0.png")
+    shown = run("predict", "run", "--trust", "photos/val/dark/0.png")
     assert shown.exit_code == 0, shown.output
     assert "dark" in shown.output
     assert "light" in shown.output
-    assert "light" in run("predict", "run/last/ema", "photos/val/light/0.png").output
-    assert treeify.load("run/last").sub_ensemble(1).preparation.classes == ("dark", "light")
+    assert "light" in run("predict", "run/last/ema", "--trust", "photos/val/light/0.png").output
+    assert treeify.load("run/last", trust=True).sub_ensemble(1).preparation.classes == (
+        "dark",
+        "light",
+    )
 
 
 def test_a_teacher_answers_in_the_order_of_the_datas_classes(recipe: Path) -> None:
     trained(recipe)
-    hne = treeify.load("run/last")
+    hne = treeify.load("run/last", trust=True)
     teacher = {"dtype": torch.float32, "device": torch.device("cpu")}
-    load = partial(load_teacher, TeacherRecipe(name="run"), **teacher)
+    load = partial(load_teacher, TeacherRecipe(name="run", trust=True), **teacher)
     x = hne.example_images(2)
     assert torch.equal(load(classes=("light", "dark"))(x), load()(x).flip(1))
     with pytest.raises(RecipeError, match="the teacher knows other classes"):
@@ -396,10 +399,10 @@ def test_images_have_as_many_channels_as_the_model_takes(recipe: Path, name: str
         "timm": ["data.name=timm", "data.root=photos", "data.held_out_split=val", "data.size=8"],
     }
     trained(recipe, "model.kwargs.channels=1", *values[name])
-    hne = treeify.load("run/last")
+    hne = treeify.load("run/last", trust=True)
     assert hne.preparation.shape == hne.example == (1, 8, 8)
     assert eval_scores("run")["scores"]
-    assert run("predict", "run", "photos/val/dark/0.png").exit_code == 0
+    assert run("predict", "run", "--trust", "photos/val/dark/0.png").exit_code == 0
 
 
 def test_a_model_of_other_channels_is_refused_with_keys_that_train_has(
@@ -434,10 +437,12 @@ def test_a_model_is_converted_for_images_that_are_not_square(recipe: Path) -> No
     arguments = ("torchvision/squeezenet1_1", "--splits", "1", "--input-size", "64x96")
     shown = run("convert", *arguments, "--num-classes", "3", "--out", "wide", "--no-verify")
     assert shown.exit_code == 0, shown.output
-    hne = treeify.load("wide")
+    hne = treeify.load("wide", trust=True)
     assert hne.example == hne.preparation.shape == (3, 64, 96)
     assert "torchvision's for torchvision/squeezenet1_1" in hne.preparation.source
-    shown = run("predict", "wide", "photos/val/dark/0.png", "--input-size", "96x64", "--json")
+    shown = run(
+        "predict", "wide", "--trust", "photos/val/dark/0.png", "--input-size", "96x64", "--json"
+    )
     assert json.loads(shown.stdout)["input"] == [3, 96, 64]
 
 
@@ -448,7 +453,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_class(recipe: Path) -> None:
     trained(recipe)
     Path("names.txt").write_bytes("night\nday\n".encode("utf-8-sig"))
     arguments = ("photos/val/dark/0.png", "--labels", "names.txt", "--json")
-    (image,) = json.loads(run("predict", "run", *arguments).stdout)["images"]
+    (image,) = json.loads(run("predict", "run", "--trust", *arguments).stdout)["images"]
     assert {row["label"] for row in image["top"]} == {"night", "day"}
     Path("map.txt").write_bytes("light\ndark\n".encode("utf-8-sig"))
     mapped = data.timm_dataset(root="photos", held_out_split="val", class_map="map.txt")
@@ -484,36 +489,36 @@ def test_train_eval_calibrate_and_predict_see_the_same_bits(
     in_eval = held_out_images(monkeypatch, "treeify.cli.eval")
     in_calibrate = held_out_images(monkeypatch, "treeify.cli.calibrate")
     eval_scores("run")
-    hne = treeify.load("run/last")
+    hne = treeify.load("run/last", trust=True)
     target = ("--target-macs", str(hne.count_macs(1)), "--no-tune", "--repeats", "10")
-    assert run("calibrate", "run", *target).exit_code == 0
+    assert run("calibrate", "run", "--trust", *target).exit_code == 0
     for examples in (*in_eval, *in_calibrate):
         assert torch.equal(examples[0][0], image)
     assert len(in_eval) == len(in_calibrate) == 1
     file = Path("photos/val/dark/0.png")
     assert torch.equal(hne.preparation(data.open_image(file)), image)
     assert torch.equal(read_files([file], hne.preparation)[0], image)
-    answer = json.loads(run("predict", "run", str(file), "--json").stdout)
+    answer = json.loads(run("predict", "run", "--trust", str(file), "--json").stdout)
     assert answer["mean"] == list(hne.preparation.mean)
 
 
 def test_an_ensemble_evaluates_other_folders_as_it_predicts(recipe: Path) -> None:
     trained(recipe)
-    treeify.save(treeify.load("run/last"), "alone")
+    treeify.save(treeify.load("run/last", trust=True), "alone")
     arguments = ("--data", "name=image_folder", "--data", "root=photos")
     assert eval_scores("alone", *arguments)["scores"] == eval_scores("run")["scores"]
-    shown = run("eval", "alone", *arguments, "--data", "size=16", "--no-latency")
+    shown = run("eval", "alone", "--trust", *arguments, "--data", "size=16", "--no-latency")
     assert "Images: 3 x 16 x 16" in shown.output
-    hne = treeify.load("alone")
+    hne = treeify.load("alone", trust=True)
     hne.preparation = None
     treeify.save(hne, "unknown")
-    shown = run("eval", "unknown", *arguments, "--data", "like=resnet18", "--no-latency")
+    shown = run("eval", "unknown", "--trust", *arguments, "--data", "like=resnet18", "--no-latency")
     assert "Images: 3 x 8 x 8, mean 0.485" in shown.output  # the size is its own in any case
     assert "Classes go by their numbers" in shown.output
 
 
 def test_what_is_no_preparation_is_not_saved(recipe: Path) -> None:
-    hne = treeify.load(trained(recipe) / "last")
+    hne = treeify.load(trained(recipe) / "last", trust=True)
     hne.preparation = data.open_image
     with pytest.raises(CheckpointError, match=r"expected a treeify\.data\.Preparation|plain data"):
         treeify.save(hne, "alone")
@@ -544,11 +549,13 @@ def test_predict_refuses_to_guess_how_a_data_set_of_ones_own_was_prepared(
     recipe: Path, mine: str
 ) -> None:
     trained(recipe, mine)
-    refused = run("predict", "run", "photos/val/dark/0.png")
+    refused = run("predict", "run", "--trust", "photos/val/dark/0.png")
     assert refused.exit_code == 2
     for part in ("--mean 0.5 --std 0.25", "hne.preparation =", "preparation=..."):
         assert part in refused.output
-    shown = run("predict", "run", "photos/val/dark/0.png", "--mean", "0.5", "--std", "0.25")
+    shown = run(
+        "predict", "run", "--trust", "photos/val/dark/0.png", "--mean", "0.5", "--std", "0.25"
+    )
     assert shown.exit_code == 0, shown.output
     assert "light" in shown.output  # the classes' names are known all the same
     assert eval_scores("run")["scores"]
@@ -556,13 +563,13 @@ def test_predict_refuses_to_guess_how_a_data_set_of_ones_own_was_prepared(
 
 def test_a_data_set_of_ones_own_says_how_it_prepared_images(recipe: Path, mine: str) -> None:
     trained(recipe, mine, "data.says=true")
-    answer = json.loads(run("predict", "run", "photos/val/dark/0.png", "--json").stdout)
+    answer = json.loads(run("predict", "run", "--trust", "photos/val/dark/0.png", "--json").stdout)
     assert (answer["mean"], answer["std"]) == ([0.5] * 3, [0.25] * 3)
-    hne = treeify.load("run/last")
+    hne = treeify.load("run/last", trust=True)
     assert hne.preparation.classes == ("dark", "light")
     hne.preparation = None
     treeify.save(hne, "unknown")
-    assert run("predict", "unknown", "photos/val/dark/0.png").exit_code == 2
+    assert run("predict", "unknown", "--trust", "photos/val/dark/0.png").exit_code == 2
 
 
 def test_a_preparation_that_does_not_fit_the_data_is_refused(recipe: Path, mine: str) -> None:
@@ -581,7 +588,7 @@ def test_a_damaged_preparation_is_named(recipe: Path) -> None:
     values["preparation"]["std"] = [0, 0, 0]
     config.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match="preparation of images is damaged"):
-        treeify.load(run_directory / "last")
+        treeify.load(run_directory / "last", trust=True)
 
 
 def test_a_run_of_an_earlier_version_is_prepared_as_its_recipe_says(recipe: Path) -> None:
@@ -603,7 +610,7 @@ def test_a_run_finds_its_data_from_anywhere(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert eval_scores(str(directory))["scores"]
-    shown = run("eval", str(directory), "--data", "root=tiny")
+    shown = run("eval", str(directory), "--trust", "--data", "root=tiny")
     assert f"no images to be found in '{tmp_path / 'elsewhere' / 'tiny' / 'train'}'" in shown.output
 
 

@@ -105,32 +105,34 @@ def folders(root: Path, count: int = 2) -> None:
 
 def test_eval_measures_at_the_size_the_ensemble_was_converted_for(here: Path) -> None:
     folders(here / "photos")
-    hne = treeify.load("ensemble")
+    hne = treeify.load("ensemble", trust=True)
     data = ("--data", "name=image_folder", "--data", "root=photos", "--no-latency")
-    found = reply("eval", "ensemble", *data)
+    found = reply("eval", "ensemble", "--trust", *data)
     assert [row["macs"] for row in found["scores"]] == [hne.count_macs(n) for n in (1, 3, 6)]
     assert not any("converted for" in note for note in found["notes"])
-    larger = reply("eval", "ensemble", *data, "--data", "size=16")
+    larger = reply("eval", "ensemble", "--trust", *data, "--data", "size=16")
     assert larger["scores"][0]["macs"] > 3 * hne.count_macs(1)
     assert "Images of 3 x 16 x 16; the ensemble was converted for 3 x 8 x 8." in larger["notes"]
 
 
 def test_thresholds_are_chosen_at_the_size_the_ensemble_was_converted_for(here: Path) -> None:
     folders(here / "photos")
-    target = treeify.load("ensemble").count_macs(3)
+    target = treeify.load("ensemble", trust=True).count_macs(3)
     data = ("--data", "name=image_folder", "--data", "root=photos")
-    reply("calibrate", "ensemble", "--target-macs", f"{target}", "--no-tune", *QUICK, *data)
-    assert list(treeify.load("ensemble").budgets) == [target]
+    reply(
+        "calibrate", "ensemble", "--trust", "--target-macs", f"{target}", "--no-tune", *QUICK, *data
+    )
+    assert list(treeify.load("ensemble", trust=True).budgets) == [target]
 
 
 def test_eval_puts_the_base_model_first(here: Path) -> None:
-    hne = treeify.load("ensemble")
+    hne = treeify.load("ensemble", trust=True)
     assert hne.preparation is not None
     examples = [*digits(crop_padding=1).prepared_by(hne.preparation).held_out]
     x, labels = torch.stack([image for image, _ in examples]), [label for _, label in examples]
     torch.save(hne.leaf(0).state_dict(), "base.pth")
     torch.save(hne.leaf(4).state_dict(), "other.pth")
-    arguments = ("eval", "ensemble", "--data", "name=digits")
+    arguments = ("eval", "ensemble", "--trust", "--data", "name=digits")
     found = reply(*arguments, "--weights", "other.pth")
     right = hne.leaf(4).eval()(x).argmax(1) == torch.tensor(labels)
     accuracy = right.double().mean().item()
@@ -152,7 +154,7 @@ def test_weights_of_another_model_are_refused(here: Path, content: str) -> None:
         Path("base.pth").write_text("no weights")
     elif content == "another model":
         torch.save(nn.Linear(2, 2).state_dict(), "base.pth")
-    result = run("eval", "ensemble", "--data", "name=digits", "--weights", "base.pth")
+    result = run("eval", "ensemble", "--trust", "--data", "name=digits", "--weights", "base.pth")
     assert result.exit_code == 2
     assert result.stderr.startswith("CheckpointError: ") and "base.pth" in result.stderr
 
@@ -161,19 +163,22 @@ def test_eval_says_when_leaves_agree_too_much_to_be_worth_their_cost(here: Path)
     net = Architecture("small:build", {"classes": 10})
     alike = treeify.hierarchicalize(net, ["stage1"], init="copy", example_input=small.EXAMPLE)
     treeify.save(alike, "alike")
-    found = reply("eval", "alike", "--data", "name=digits", "--no-latency")
+    found = reply("eval", "alike", "--trust", "--data", "name=digits", "--no-latency")
     assert [row["gain"] for row in found["scores"]] == [0, 0]
     cost = alike.count_macs() / alike.count_macs(1)
     assert f"2 leaves cost {cost:.2f} times the MACs of one for +0.00 points" in found["verdict"]
     assert "within the noise of 360 images" in found["verdict"]
     assert "two leaves name different classes for 0.0 %" in found["verdict"]
-    assert found["verdict"] in run("eval", "alike", "--data", "name=digits", "--no-latency").stdout
+    assert (
+        found["verdict"]
+        in run("eval", "alike", "--trust", "--data", "name=digits", "--no-latency").stdout
+    )
 
 
 @pytest.mark.parametrize("columns", [20, 80, 200])
 def test_tables_in_a_pipe_hold_whole_numbers(here: Path, columns: int) -> None:
-    hne = treeify.load("ensemble")
-    arguments = ("eval", "ensemble", "--data", "name=digits")
+    hne = treeify.load("ensemble", trust=True)
+    arguments = ("eval", "ensemble", "--trust", "--data", "name=digits")
     shown = run(*arguments, columns=columns).stdout
     assert "…" not in shown
     assert all(f" {hne.count_macs(size):,} " in shown for size in (1, 3, 6))
@@ -185,9 +190,11 @@ def test_tables_in_a_pipe_hold_whole_numbers(here: Path, columns: int) -> None:
 def test_calibrate_finds_the_best_answer_within_milliseconds_or_for_an_accuracy(
     here: Path,
 ) -> None:
-    hne = treeify.load("ensemble")
+    hne = treeify.load("ensemble", trust=True)
     data = ("--data", "name=digits", "--no-tune", *QUICK)
-    found = reply("calibrate", "ensemble", *data, "--target-ms", "1000", "--target-accuracy", "1")
+    found = reply(
+        "calibrate", "ensemble", "--trust", *data, "--target-ms", "1000", "--target-accuracy", "1"
+    )
     by_accuracy, by_time = found["targets"]
     assert by_accuracy["option"] == "--target-accuracy"
     assert by_accuracy["macs"] == hne.count_macs(1)  # even one leaf is right so often
@@ -195,20 +202,24 @@ def test_calibrate_finds_the_best_answer_within_milliseconds_or_for_an_accuracy(
     assert by_time["milliseconds"] < 1000
     best = max(row["accuracy"] for row in found["fixed"])
     assert by_time["accuracy"] > best - 0.1
-    kept = treeify.load("ensemble").budgets
+    kept = treeify.load("ensemble", trust=True).budgets
     assert set(kept) == {by_time["budget"]} - {None}
 
 
 def test_a_sweep_shows_what_every_budget_costs_and_predict_keeps_to_it(here: Path) -> None:
-    shown = run("calibrate", "ensemble", "--data", "name=digits", "--no-tune", *QUICK, "--sweep")
+    shown = run(
+        "calibrate", "ensemble", "--trust", "--data", "name=digits", "--no-tune", *QUICK, "--sweep"
+    )
     assert shown.exit_code == 0, shown.output
-    kept = treeify.load("ensemble").budgets
+    kept = treeify.load("ensemble", trust=True).budgets
     assert len(kept) >= 8
     for target, budget in kept.items():
         assert f"budget {target:,} " in shown.stdout
         assert f" {100 * budget.accuracy:.2f} " in shown.stdout
     files, _ = saved.write_digits(here / "digits", 1)
-    assert reply("predict", "ensemble", *files, "--budget", f"{min(kept)}")["budget"] == min(kept)
+    assert reply("predict", "ensemble", "--trust", *files, "--budget", f"{min(kept)}")[
+        "budget"
+    ] == min(kept)
 
 
 def test_a_plan_that_is_starred_though_slower_is_explained() -> None:
@@ -256,30 +267,32 @@ def tree_of_images(root: Path) -> list[str]:
 def test_predict_takes_a_folder_or_a_pattern(here: Path) -> None:
     files = tree_of_images(Path("photos"))
     for word in ("photos", "phot?s"):
-        found = reply("predict", "ensemble", word)
+        found = reply("predict", "ensemble", "--trust", word)
         assert [image["path"] for image in found["images"]] == files
 
 
 def test_a_folder_is_answered_batch_by_batch_as_all_at_once(here: Path) -> None:
     files = tree_of_images(Path("photos"))
-    whole = reply("predict", "ensemble", "photos")
-    parts = reply("predict", "ensemble", "photos", "--batch-size", "3")
+    whole = reply("predict", "ensemble", "--trust", "photos")
+    parts = reply("predict", "ensemble", "--trust", "photos", "--batch-size", "3")
     assert (whole["batches"], parts["batches"]) == (1, 2)
     for one, other in zip(whole["images"], parts["images"], strict=True):
         assert one["path"] == other["path"]
         assert one["top"][0]["probability"] == pytest.approx(other["top"][0]["probability"], 1e-4)
-    timed = run("predict", "ensemble", *files, "--batch-size", "3", "--deadline", "60s")
+    timed = run("predict", "ensemble", "--trust", *files, "--batch-size", "3", "--deadline", "60s")
     assert "Deadline of 60000 ms met by 2 of 2 batches: the slowest answered after" in timed.stdout
 
 
 def test_predict_writes_a_table_of_a_line_per_image(here: Path) -> None:
     files = tree_of_images(Path("photos"))
     Path("names.txt").write_text("\n".join(f"digit, {name}" for name in range(10)))
-    result = run("predict", "ensemble", "photos", "--csv", "a.csv", "--labels", "names.txt")
+    result = run(
+        "predict", "ensemble", "--trust", "photos", "--csv", "a.csv", "--labels", "names.txt"
+    )
     assert result.exit_code == 0, result.output
     assert "Written to a.csv: 4 images." in result.stdout
     assert "probability" not in result.stdout
-    images = reply("predict", "ensemble", "photos", "--labels", "names.txt")["images"]
+    images = reply("predict", "ensemble", "--trust", "photos", "--labels", "names.txt")["images"]
     with Path("a.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["file"] for line in lines] == files
@@ -293,17 +306,20 @@ def test_predict_writes_a_table_of_a_line_per_image(here: Path) -> None:
 def test_damaged_files_of_a_folder_are_named_and_left_out(here: Path) -> None:
     files = tree_of_images(Path("photos"))
     Path(files[1]).write_bytes(b"no image")
-    found = reply("predict", "ensemble", "photos", "--batch-size", "2")
+    found = reply("predict", "ensemble", "--trust", "photos", "--batch-size", "2")
     assert found["unread"] == [files[1]]
     assert [image["path"] for image in found["images"]] == [files[0], *files[2:]]
-    assert f"Not read, and left out: {files[1]}." in run("predict", "ensemble", "photos").stdout
-    named = run("predict", "ensemble", *files, "--csv", "a.csv")
+    assert (
+        f"Not read, and left out: {files[1]}."
+        in run("predict", "ensemble", "--trust", "photos").stdout
+    )
+    named = run("predict", "ensemble", "--trust", *files, "--csv", "a.csv")
     assert named.exit_code == 2
     assert files[1] in named.stderr
     assert not Path("a.csv").exists()
     for file in files:
         Path(file).write_bytes(b"no image")
-    none = run("predict", "ensemble", "photos", "--csv", "a.csv")
+    none = run("predict", "ensemble", "--trust", "photos", "--csv", "a.csv")
     assert none.exit_code == 2
     assert "none of the 4 images can be read" in none.stderr
 
@@ -323,14 +339,14 @@ UNFIT_WORDS = {
 @pytest.mark.parametrize(("word", "part"), UNFIT_WORDS.values(), ids=UNFIT_WORDS)
 def test_what_names_no_image_is_said_as_typed(here: Path, word: str, part: str) -> None:
     Path("empty").mkdir()
-    result = run("predict", "ensemble", word)
+    result = run("predict", "ensemble", "--trust", word)
     assert result.exit_code == 2
     assert part in result.stderr
 
 
 @pytest.mark.parametrize("file", ["nowhere/a.csv", "ensemble"])
 def test_a_table_that_cannot_be_written_is_said_first(here: Path, file: str) -> None:
-    for command in (("predict", "ensemble", "a.png"), ("eval", "ensemble")):
+    for command in (("predict", "ensemble", "--trust", "a.png"), ("eval", "ensemble", "--trust")):
         result = run(*command, "--csv", file)
         assert result.exit_code == 2
         assert f"DataError: --csv {file} cannot be written." in result.stderr

@@ -187,7 +187,7 @@ def test_a_checkpoint_cut_off_by_a_full_disk_is_passed_over(here: Path) -> None:
     recorder.warned = warned.append
     train(load_recipe(path / "recipe.yaml"), resume=path, reporter=recorder)
     assert any(str(last.name) in text for text in warned)
-    assert treeify.load(path / "last")
+    assert treeify.load(path / "last", trust=True)
 
 
 def test_fewer_images_than_a_batch_are_trained_on(here: Path) -> None:
@@ -241,7 +241,7 @@ def test_a_palette_image_with_transparency_is_what_its_rgba_twin_is(tmp_path: Pa
     torch.testing.assert_close(one, other)
     saved_ensembles.save(tmp_path / "saved")
     files = [str(root / "val/dark" / name) for name in ("p.png", "q.png")]
-    answer = json.loads(run("predict", str(tmp_path / "saved"), *files, *PREDICT).output)
+    answer = json.loads(run("predict", str(tmp_path / "saved"), "--trust", *files, *PREDICT).output)
     assert answer["images"][0]["top"] == answer["images"][1]["top"]
 
 
@@ -261,7 +261,9 @@ def test_an_image_of_one_line(tmp_path: Path, size: tuple[int, int]) -> None:
         photos = folder_data(root, **options)
         assert photos.train[0][0].shape == photos.held_out[0][0].shape == (3, 16, 16)
     saved_ensembles.save(tmp_path / "saved")
-    answer = run("predict", str(tmp_path / "saved"), str(root / "val/dark/0.png"), *PREDICT)
+    answer = run(
+        "predict", str(tmp_path / "saved"), "--trust", str(root / "val/dark/0.png"), *PREDICT
+    )
     assert answer.exit_code == 0, answer.output
 
 

@@ -92,7 +92,7 @@ def test_a_frozen_trunk_is_the_same_after_training_and_resuming(file: Path, exec
     runs.assert_same_bits(Path("whole"), Path("stopped"))
     assert not again.get_submodule("stem.1").training
     for checkpoint in ("last", "last/ema"):
-        after = treeify.load(Path("whole") / checkpoint).state_dict()
+        after = treeify.load(Path("whole") / checkpoint, trust=True).state_dict()
         same = {name for name in before if torch.equal(before[name], after[name])}
         # The counter of batches too: nothing of a norm moves.
         assert same == {name for name in before if name.startswith(("stem.", "stage1."))}
@@ -342,7 +342,7 @@ def test_a_folder_of_images_is_trained_on_without_a_recipe(file: Path) -> None:
     assert recipe.model.kwargs == {"num_classes": 2}
     assert recipe.model.init == "fresh"
     assert recipe.schedule.warmup_epochs == 0.1
-    assert treeify.load(run / "last").leaves == 2
+    assert treeify.load(run / "last", trust=True).leaves == 2
 
 
 def test_what_is_not_said_of_a_folder_is_as_in_the_recipe_file() -> None:
@@ -436,5 +436,5 @@ def test_two_processes_leave_no_image_alone_either(narrow: Path, sync: str) -> N
     """The last step has two, which one of the processes gets, in the first of its three parts."""
     arguments = ("data.train=52", "gradient_accumulation=3", f"sync_batch_norm={sync}")
     assert runs.run_in_two(narrow, *arguments, "--out", "run", cwd=narrow.parent) == [0, 0]
-    state = treeify.load("run/last").state_dict()
+    state = treeify.load("run/last", trust=True).state_dict()
     assert all(torch.isfinite(tensor).all() for tensor in state.values())

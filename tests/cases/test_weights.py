@@ -318,15 +318,15 @@ def test_a_saved_ensemble_outlives_the_file_its_builder_loads(
     torch.save({"state_dict": trained().state_dict()}, "mine.pth")
     hne = converted(None, f"mynets:{builder}", init="copy")
     treeify.save(hne, "saved")
-    assert_is(treeify.load("saved"), hne)
+    assert_is(treeify.load("saved", trust=True), hne)
     (user / "mine.pth").unlink()
     (user / "elsewhere").mkdir()
     monkeypatch.chdir(user / "elsewhere")
     if builder == "loading":
-        assert_is(treeify.load("../saved"), hne)
+        assert_is(treeify.load("../saved", trust=True), hne)
     else:
         with pytest.raises(CheckpointError, match=r"holds all weights(.|\n)*load\(path, model="):
-            treeify.load("../saved")
+            treeify.load("../saved", trust=True)
         assert_is(treeify.load("../saved", small.SmallNet()), hne)
 
 
@@ -338,14 +338,16 @@ def test_a_saved_ensemble_names_no_weights_and_says_which_builder_is_missing() -
     )
     treeify.save(hne, "saved")
     Path("rt.pth").unlink()
-    assert treeify.load("saved").architecture == Architecture("test_resnet", {"num_classes": 3})
+    assert treeify.load("saved", trust=True).architecture == Architecture(
+        "test_resnet", {"num_classes": 3}
+    )
     config = json.loads(Path("saved/config.json").read_text())
     config["architecture"] = {"name": "gone_module:net", "kwargs": {}}
     Path("saved/config.json").write_text(json.dumps(config))
     with pytest.raises(
         CheckpointError, match=r"'gone_module:net' cannot be built(.|\n)*PYTHONPATH"
     ):
-        treeify.load("saved")
+        treeify.load("saved", trust=True)
 
 
 def test_files_are_packed_on_the_command_line_and_in_python() -> None:
@@ -359,7 +361,7 @@ def test_files_are_packed_on_the_command_line_and_in_python() -> None:
     )
     assert result.exit_code == 0, result.output
     assert "leaf 3: weights: 3.pth, 'state_dict'" in result.stdout
-    hne = treeify.load("packed")
+    hne = treeify.load("packed", trust=True)
     assert_is(hne, treeify.pack(models, SPLITS, small.EXAMPLE).eval())
     assert hne.architecture == Architecture("mynets:plain", {"num_classes": 5})
     mixed = treeify.pack([models[0], "1.pth"], ["head"], small.EXAMPLE, "mynets:plain")
@@ -377,7 +379,7 @@ def test_own_weights_on_the_command_line() -> None:
     result = run("convert", "mynets:plain", "--weights", "mine.pth", *size, "--out", "one")
     assert result.exit_code == 0, result.output
     assert "weights: mine.pth\ninit: perturb, the model's weights" in result.stdout
-    assert_is(treeify.load("one").leaf(0), model)
+    assert_is(treeify.load("one", trust=True).leaf(0), model)
     result = run("convert", "mynets:plain", *size, "--out", "two")
     assert "Init fresh, the default without --weights or --pretrained" in result.stdout
     for options in (("--pretrained",), ("--init", "fresh")):

@@ -36,7 +36,7 @@ def directories(saved_ensemble: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.fixture
 def hne(directories: Path) -> treeify.HierarchicalEnsemble:
     """The ensemble in both."""
-    return treeify.load(directories / "alone")
+    return treeify.load(directories / "alone", trust=True)
 
 
 @pytest.fixture

@@ -28,7 +28,9 @@ def options(hne: treeify.HierarchicalEnsemble) -> list[str]:
 
 
 def test_everything_found_is_saved(hne: treeify.HierarchicalEnsemble) -> None:
-    result = run("calibrate", "run", "--repeats", "10", "--batch-size", "2", *options(hne))
+    result = run(
+        "calibrate", "run", "--trust", "--repeats", "10", "--batch-size", "2", *options(hne)
+    )
     assert result.exit_code == 0, result.output
     for part in (
         "inference, 2x3x8x8 float32; * chosen",
@@ -40,7 +42,7 @@ def test_everything_found_is_saved(hne: treeify.HierarchicalEnsemble) -> None:
         "Saved in run/last",
     ):
         assert part in result.stdout
-    again = treeify.load("run/last")
+    again = treeify.load("run/last", trust=True)
     assert list(again.budgets) == targets(hne)
     (tuning,) = again.tunings.values()
     (latencies,) = again.latencies.values()
@@ -53,14 +55,14 @@ def test_everything_found_is_saved(hne: treeify.HierarchicalEnsemble) -> None:
 
 def test_ensembles_in_double_precision(hne: treeify.HierarchicalEnsemble) -> None:
     treeify.save(hne.double(), "run/last", overwrite=True)
-    result = run("calibrate", "run", *QUICK, *options(hne))
+    result = run("calibrate", "run", "--trust", *QUICK, *options(hne))
     assert result.exit_code == 0, result.output
 
 
 def test_budgets_report_what_predict_does_on_the_other_half(
     hne: treeify.HierarchicalEnsemble,
 ) -> None:
-    result = run("calibrate", "run", *QUICK, *options(hne), "--seed", "3", "--json")
+    result = run("calibrate", "run", "--trust", *QUICK, *options(hne), "--seed", "3", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     order = torch.randperm(360, generator=torch.Generator().manual_seed(3))
@@ -74,7 +76,7 @@ def test_budgets_report_what_predict_does_on_the_other_half(
         assert row["accuracy"] == pytest.approx(accuracy)
         assert row["macs"] == hne.count_macs(row["leaves"])
     for target, row in zip(targets(hne), found["budgets"], strict=True):
-        budget = treeify.load("run/last").budgets[target]
+        budget = treeify.load("run/last", trust=True).budgets[target]
         assert row.pop("milliseconds") > 0
         assert BUDGET.dump_python(budget, mode="json", by_alias=True) == row
         answer = hne.predict(images[others], confidence=budget)
@@ -89,24 +91,24 @@ def test_budgets_report_what_predict_does_on_the_other_half(
 
 
 def test_without_targets_no_data_is_needed(directories: Path) -> None:
-    result = run("calibrate", "alone", *QUICK, "--json")
+    result = run("calibrate", "alone", "--trust", *QUICK, "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert "budgets" not in found
     assert "tuning" not in found
     assert found["latencies"]["sizes"] == [1, 3, 6]
-    (situation,) = treeify.load("alone").latencies
+    (situation,) = treeify.load("alone", trust=True).latencies
     assert situation.shape == (1, 3, 8, 8)
 
 
 def test_data_may_be_named(hne: treeify.HierarchicalEnsemble) -> None:
     target = f"{targets(hne)[0]:,}"
     result = run(
-        *("calibrate", "alone", *QUICK, "--target-macs", target),
+        *("calibrate", "alone", "--trust", *QUICK, "--target-macs", target),
         *("--data", "name=digits", "--data", "held_out=100"),
     )
     assert result.exit_code == 0, result.output
-    assert treeify.load("alone").budgets[targets(hne)[0]].images == 50
+    assert treeify.load("alone", trust=True).budgets[targets(hne)[0]].images == 50
 
 
 BAD: dict[str, tuple[list[str], str, str]] = {
@@ -129,7 +131,7 @@ def test_bad_input_is_one_message_and_changes_nothing(
 ) -> None:
     before = {file: file.read_bytes() for file in Path.cwd().rglob("*") if file.is_file()}
     words = [str(targets(hne)[0]) if word == "TARGET" else word for word in arguments]
-    result = run("calibrate", *words)
+    result = run("calibrate", *words, "--trust")
     assert result.exit_code == 2, result.output
     assert problem in result.stderr
     assert remedy in result.stderr
@@ -141,7 +143,7 @@ def test_what_could_not_be_kept_is_not_measured(
     directories: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    result = run("calibrate", "run", *QUICK)
+    result = run("calibrate", "run", "--trust", *QUICK)
     assert result.exit_code == 2
     assert "run/last cannot be written" in result.stderr
 
@@ -154,6 +156,6 @@ def test_an_interruption_leaves_the_ensemble_as_it_was(
 
     monkeypatch.setattr(treeify.HierarchicalEnsemble, "calibrate", interrupt)
     before = {file.name: file.read_bytes() for file in Path("run/last").iterdir()}
-    result = run("calibrate", "run", *QUICK, *options(hne))
+    result = run("calibrate", "run", "--trust", *QUICK, *options(hne))
     assert result.exit_code == 130
     assert {file.name: file.read_bytes() for file in Path("run/last").iterdir()} == before

@@ -31,7 +31,7 @@ def test_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
     hne = _named().to(dtype)
     hne.train()(small.images().to(dtype))  # running statistics and counters move
     treeify.save(hne.eval(), tmp_path / "hne")
-    again = treeify.load(tmp_path / "hne")
+    again = treeify.load(tmp_path / "hne", trust=True)
     state, other = hne.state_dict(), again.state_dict()
     assert state.keys() == other.keys()
     assert all(torch.equal(state[key], other[key]) for key in state)
@@ -52,14 +52,14 @@ def test_frozen_parameters_stay_frozen_and_the_others_free(tmp_path: Path) -> No
     hne.get_submodule("stage1").requires_grad_(False)
     treeify.save(hne, tmp_path / "hne")
     base = small.build().requires_grad_(False)
-    kept = frozen(treeify.load(tmp_path / "hne"))
+    kept = frozen(treeify.load(tmp_path / "hne", trust=True))
     assert kept
     assert all(key.startswith("stage1.") for key in kept)
     assert kept == frozen(hne) == frozen(treeify.load(tmp_path / "hne", base))
     config = json.loads((tmp_path / "hne" / "config.json").read_text())
     del config["frozen"]  # as earlier versions saved it
     (tmp_path / "hne" / "config.json").write_text(json.dumps(config))
-    assert not frozen(treeify.load(tmp_path / "hne"))
+    assert not frozen(treeify.load(tmp_path / "hne", trust=True))
 
 
 @pytest.mark.parametrize("named", [True, False])
@@ -73,7 +73,7 @@ def test_numbers_that_no_state_dict_has_come_back(tmp_path: Path, named: bool) -
     x = small.images()
     for _ in range(2):
         treeify.save(hne.eval(), tmp_path / "hne", overwrite=True)
-        again = treeify.load(tmp_path / "hne", None if named else small.DrawnNet())
+        again = treeify.load(tmp_path / "hne", None if named else small.DrawnNet(), trust=named)
         assert torch.equal(again(x), hne(x))
         assert torch.equal(again.leaf(1)(x), hne.leaf(1)(x))
         assert again.architecture == hne.architecture
@@ -101,7 +101,7 @@ def test_files_may_be_read_by_whom_others_of_yours_may(tmp_path: Path) -> None:
 
 
 def test_a_loaded_ensemble_lives_apart_from_its_file(saved: Path) -> None:
-    hne = treeify.load(saved)
+    hne = treeify.load(saved, trust=True)
     before = hne(small.images())
     os.truncate(saved / "model.safetensors", 8)
     assert torch.equal(hne(small.images()), before)
@@ -152,11 +152,11 @@ def test_damaged_directories(saved: Path, tmp_path: Path) -> None:
     for cut in (0, 100, len(whole) - 1):
         weights.write_bytes(whole[:cut])
         with pytest.raises(CheckpointError, match="truncated or damaged"):
-            treeify.load(saved)
+            treeify.load(saved, trust=True)
     weights.write_bytes(whole)
     (saved / "config.json").write_text((saved / "config.json").read_text()[:50])
     with pytest.raises(CheckpointError, match="is damaged"):
-        treeify.load(saved)
+        treeify.load(saved, trust=True)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_configurations_that_do_not_match(
 ) -> None:
     _edit(saved, **changes)
     with pytest.raises(CheckpointError, match=message):
-        treeify.load(saved)
+        treeify.load(saved, trust=True)
 
 
 def test_weights_that_do_not_match(saved: Path) -> None:
@@ -185,4 +185,4 @@ def test_weights_that_do_not_match(saved: Path) -> None:
     del state["head.bias"]
     safetensors.torch.save_file(state, weights, metadata={"identity": identity})
     with pytest.raises(CheckpointError, match=r"a tensor 'head.bias'"):
-        treeify.load(saved)
+        treeify.load(saved, trust=True)

@@ -251,7 +251,7 @@ def test_measurements_are_saved_and_loaded(tmp_path: Path) -> None:
     tuning = hne.tune(x, repeats=1)
     hne.execution = ("packed", "auto", "looped")
     treeify.save(hne, tmp_path / "hne")
-    again = treeify.load(tmp_path / "hne")
+    again = treeify.load(tmp_path / "hne", trust=True)
     assert again.tunings == {tuning.situation: tuning}
     assert again.execution == ("packed", "auto", "looped")
     assert again.plan(x) == hne.plan(x)
@@ -265,7 +265,7 @@ def test_measurements_are_saved_and_loaded(tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
     ]
-    third = treeify.load(tmp_path / "hne")
+    third = treeify.load(tmp_path / "hne", trust=True)
     assert third.tunings == {tuning.situation: tuning, more.situation: more}
     assert third.execution == "auto"
     assert torch.equal(third(x), again(x))

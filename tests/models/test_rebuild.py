@@ -7,14 +7,7 @@ import torch
 from treeify.errors import ModelError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
-from treeify.models.rebuild import rebuild, without_weights
-
-
-def test_arguments_that_name_weights_are_dropped_for_libraries_only() -> None:
-    kwargs = {"num_classes": 3, "checkpoint_path": "a.pth", "pretrained": True}
-    kwargs |= {"pretrained_cfg_overlay": {"file": "a.pth"}}
-    assert without_weights(Architecture("resnet18", kwargs)).kwargs == {"num_classes": 3}
-    assert without_weights(Architecture("mine:net", kwargs)).kwargs == kwargs
+from treeify.models.rebuild import rebuild
 
 
 def by_file(path: str) -> small.SmallNet:

@@ -1,11 +1,10 @@
 """The `treeify` command: its subcommands, and what a user sees when one fails."""
 
 import importlib
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -123,6 +122,7 @@ def _show_version(asked: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     show_version: Annotated[
         bool,
@@ -159,8 +159,9 @@ def options(
         treeify predict runs/digits_hne digit.png --deadline 20ms
     """
     # `package.module:function` may name a module beside the user, as it would under `python -m`.
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)
+    registry = importlib.import_module("treeify.registry")
+    registry.keep_directory = True
+    context.call_on_close(partial(setattr, registry, "keep_directory", False))
 
 
 def main() -> None:

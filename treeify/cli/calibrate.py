@@ -11,7 +11,7 @@ from rich.table import Table
 
 from treeify.anytime.deadline import LATENCIES, Latencies
 from treeify.cli.choice import Choice, Targets
-from treeify.cli.options import Device, Json, SavedEnsemble, count
+from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count
 from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.saved import checkpoint_in, data_section, held_out_data, skips_damaged
 from treeify.conversion import checkpoint
@@ -69,6 +69,7 @@ def calibrate(
     ] = True,
     repeats: Annotated[int, typer.Option(min=10, help="Rounds to measure.")] = 50,
     seed: Annotated[int, typer.Option(min=0, help="Of the held-out images' halves.")] = 0,
+    trust: Trust = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -90,20 +91,22 @@ def calibrate(
     """
     targets = Targets(target_macs or [], target_ms, target_accuracy, sweep)
     targets.check(data or (), batch_size)
-    path = checkpoint_in(directory)
-    section = data_section(path, data or ()) if targets else None
+    path = checkpoint_in(directory, trust=trust)
+    section = data_section(path, data or (), trust=trust) if targets else None
     _check_writable(path)
     console = Console(quiet=as_json)
     with console.status("loading"):
-        hne = checkpoint.load(path).to(resolve_device(device))
+        hne = checkpoint.load(path, trust=trust).to(resolve_device(device))
         _check_macs(hne, targets.macs)
         images = None
         if section is not None:
-            images = held_out_data(path, section, data or (), hne.example[0])
+            images = held_out_data(path, section, data or (), hne.example[0], trust=trust)
     choice, skipped = None, set[str]()
     if images is not None:
         _check_images(hne, images)
-        batches = held_out_loader(images.held_out, _IMAGES_AT_ONCE, skip=skips_damaged(path))
+        batches = held_out_loader(
+            images.held_out, _IMAGES_AT_ONCE, skip=skips_damaged(path, trust=trust)
+        )
         with console.status("answering the held-out images"):
             halves = Halves(hne, noting(batches, skipped), seed)
         choice = Choice(halves, targets)

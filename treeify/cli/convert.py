@@ -18,6 +18,7 @@ from treeify.cli.options import (
     NumClasses,
     Out,
     Overwrite,
+    Trust,
     Weights,
     numbers,
 )
@@ -54,6 +55,7 @@ def convert(
         ),
     ] = None,
     weights: Weights = None,
+    trust: Trust = False,
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="Start from the trained weights of its library.")
     ] = False,
@@ -107,7 +109,14 @@ def convert(
             )
         else:
             hne = hierarchicalize(
-                base.architecture, splits, fanout, scheme, seed, base.example, weights
+                base.architecture,
+                splits,
+                fanout,
+                scheme,
+                seed,
+                base.example,
+                weights,
+                trust=trust,
             )
     if mean is not None:
         hne.preparation = _with_statistics(hne, mean, std)

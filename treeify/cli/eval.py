@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from treeify.cli.options import Device, Json, Weights
+from treeify.cli.options import Device, Json, Trust, Weights
 from treeify.cli.output import check_file, print_json, say, write_text
 from treeify.cli.saved import (
     checkpoint_in,
@@ -49,6 +49,7 @@ def evaluate(
     weights: Weights = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 128,
     workers: Annotated[int, typer.Option(min=0, help="Processes that prepare images.")] = 0,
+    trust: Trust = False,
     device: Device = "auto",
     latency: Annotated[
         bool,
@@ -73,15 +74,15 @@ def evaluate(
 
         treeify eval runs/my_run --weights my_model.pth
     """
-    path = checkpoint_in(directory)
+    path = checkpoint_in(directory, trust=trust)
     if csv is not None:
         check_file(csv, "--csv")
-    section = data_section(path, data or ())
-    hne = checkpoint.load(path).to(resolve_device(device)).eval()
-    base, weights, unfit = _base_model(hne, weights, path)
-    images = held_out_data(path, section, data or (), hne.example[0])
+    section = data_section(path, data or (), trust=trust)
+    hne = checkpoint.load(path, trust=trust).to(resolve_device(device)).eval()
+    base, weights, unfit = _base_model(hne, weights, path, trust=trust)
+    images = held_out_data(path, section, data or (), hne.example[0], trust=trust)
     check_classes(hne, images)
-    skip = skips_damaged(path)
+    skip = skips_damaged(path, trust=trust)
     batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=skip)
     skipped: set[str] = set()
     measured = base if weights is not None else None
@@ -126,17 +127,20 @@ def evaluate(
 
 
 def _base_model(
-    hne: HierarchicalEnsemble, weights: Path | None, path: Path
+    hne: HierarchicalEnsemble, weights: Path | None, path: Path, *, trust: bool
 ) -> tuple[nn.Module, Path | None, list[str]]:
     """The base model, where its weights are from if that is known, and why those do not fit."""
-    origin = origin_of(path) if weights is None else None
-    if origin is not None:
+    origin = origin_of(path, trust=trust) if weights is None else None
+    if origin is not None and not trust:  # it may be any file, in any format
+        note = f"The run says it began with the weights in {origin}: --weights {origin} reads them."
+        return base_model_of(hne, None), None, [note]
+    if origin is not None and origin.exists():
         try:
-            return base_model_of(hne, origin), origin, []
+            return base_model_of(hne, origin, trust=True), origin, []
         except CheckpointError:  # its head is for other classes, say
             note = f"The weights in {origin}, which the run began with, are of another model."
             return base_model_of(hne, None), None, [note]
-    return base_model_of(hne, weights), weights, []
+    return base_model_of(hne, weights, trust=trust), weights, []
 
 
 def _base_notes(base: nn.Module, hne: HierarchicalEnsemble, weights: Path | None) -> Iterator[str]:

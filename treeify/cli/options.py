@@ -38,6 +38,13 @@ SavedEnsemble = Annotated[
     Path,
     typer.Argument(help="Saved ensemble, or run directory (its last checkpoint is taken)."),
 ]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust",
+        help="Import and call what the directory names: if you trust whoever wrote it.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
 

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from treeify.cli.convert import present, target
-from treeify.cli.options import InputSize, Json, Name, NoVerify, NumClasses, Out, Overwrite
+from treeify.cli.options import InputSize, Json, Name, NoVerify, NumClasses, Out, Overwrite, Trust
 from treeify.cli.output import say
 from treeify.conversion.api import pack as pack_networks
 from treeify.models.base_model import base_model
@@ -30,6 +30,7 @@ def pack(
             " splits that name none share the one that fits."
         ),
     ],
+    trust: Trust = False,
     num_classes: NumClasses = None,
     input_size: InputSize = None,
     out: Out = None,
@@ -52,6 +53,6 @@ def pack(
     console = Console(quiet=as_json)
     with console.status("reading and converting"):
         base = base_model(name, num_classes, input_size)
-        hne = pack_networks(weights, splits, base.example, base.architecture)
+        hne = pack_networks(weights, splits, base.example, base.architecture, trust=trust)
     say(console, *base.notes)
     present(hne, base.architecture, console, out, overwrite, no_verify, as_json)

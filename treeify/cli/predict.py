@@ -17,7 +17,7 @@ from treeify.cli import quantities
 from treeify.cli.answers import Answers, ImageAnswers, as_csv
 from treeify.cli.batches import Limits, Run
 from treeify.cli.image_files import image_files
-from treeify.cli.options import Device, Json, SavedEnsemble, count, duration, numbers, size
+from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count, duration, numbers, size
 from treeify.cli.output import Column, check_file, print_json, say, table, table_width, write_text
 from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.conversion import checkpoint
@@ -77,6 +77,7 @@ def predict(
         quantities.Size | None,
         size("--input-size", "Height and width, 96 or 96x160, if not the ensemble's."),
     ] = None,
+    trust: Trust = False,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -98,18 +99,18 @@ def predict(
     """
     _check_single(leaves, deadline, confidence, budget)
     files = image_files(images)
-    path = checkpoint_in(directory)
+    path = checkpoint_in(directory, trust=trust)
     if csv is not None:
         check_file(csv, "--csv")
     console = Console(quiet=as_json)
-    preparation = preparation_in(path, mean, std, input_size)
+    preparation = preparation_in(path, mean, std, input_size, trust=trust)
     preparation.check()
     notes = [f"Images: {preparation}."]
     if input_size is not None:
         notes.append("MACs are those of the size that the ensemble was converted for.")
     with console.status("loading"):
         names = preparation.classes if labels is None else _read_labels(labels)
-        hne = checkpoint.load(path).to(resolve_device(device))
+        hne = checkpoint.load(path, trust=trust).to(resolve_device(device))
     sufficient = confidence if budget is None else _saved_budget(hne, budget, path)
     limits = Limits(leaves, deadline, sufficient)
     label = partial(_labels, names, hne=hne, path=path, notes=notes)

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from treeify.cli.options import InputSize, Json, Name, NumClasses, Weights
+from treeify.cli.options import InputSize, Json, Name, NumClasses, Trust, Weights
 from treeify.cli.output import Column, print_json, say, table
 from treeify.conversion.assemble import trace_model
 from treeify.conversion.splits import SplitPoint, split_points
@@ -21,6 +21,7 @@ def splits(
     num_classes: NumClasses = None,
     input_size: InputSize = None,
     weights: Weights = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """List the points where a model can be split.
@@ -38,8 +39,11 @@ def splits(
         treeify splits torchvision/vit_b_16 --clean --input-size 64
     """
     base = base_model(name, num_classes, input_size)
-    trained = () if weights is None else load_trained(base.model, weights, num_classes).notes
-    notes = [*base.notes, *trained]
+    notes = list(base.notes)
+    if weights is not None:
+        architecture = base.architecture.name
+        trained = load_trained(base.model, weights, num_classes, name=architecture, trust=trust)
+        notes += trained.notes
     traced = trace_model(base.model, base.architecture, base.example)
     points = [point for point in split_points(traced) if point.live == 1 or not clean]
     shape = base.example.shape[1:]

@@ -36,6 +36,8 @@ def hierarchicalize(
     seed: int = 0,
     example_input: Tensor | None = None,
     weights: str | Path | None = None,
+    *,
+    trust: bool = False,
 ) -> HierarchicalEnsemble:
     """Turn a classifier into a tree of networks that share their early layers.
 
@@ -57,6 +59,7 @@ def hierarchicalize(
         weights: a file of trained weights (`treeify.models.weights.read_weights`), or the directory
             of an ensemble or a run. An ensemble that splits alike gives every branch its own,
             whatever `init` is; of another one leaf 0 is the model.
+        trust: as in `treeify.load`, for a directory of weights.
 
     Returns:
         An ensemble mapping `[N, C, H, W]` to leaf logits `[N, L, K]`, L the product of the fanouts.
@@ -76,8 +79,10 @@ def hierarchicalize(
     is_built = architecture is not None
     trained = None
     if weights is not None:
-        classes = None if architecture is None else architecture.kwargs.get("num_classes")
-        trained = load_trained(base, weights, classes)
+        name, classes = None, None
+        if architecture is not None:
+            name, classes = architecture.name, architecture.kwargs.get("num_classes")
+        trained = load_trained(base, weights, classes, name=name, trust=trust)
         base = trained.model
     # Only fresh weights and a reload need to build the model again: look for a builder then.
     architecture = architecture or recognise(base)
@@ -125,6 +130,8 @@ def pack(
     splits: int | str | Sequence[str] = 4,
     example_input: Tensor | None = None,
     architecture: str | Architecture | None = None,
+    *,
+    trust: bool = False,
 ) -> HierarchicalEnsemble:
     """Pack `L` trained base models of one architecture into an ensemble.
 
@@ -137,6 +144,7 @@ def pack(
         example_input: as in `hierarchicalize`.
         architecture: whose weights the paths hold, if any are given: a name, as in
             `hierarchicalize`.
+        trust: as in `treeify.load`, for directories of weights.
 
     Raises:
         ModelError: the models differ in architecture, in hooks that change what they compute, in
@@ -159,7 +167,8 @@ def pack(
                 f"the weights of {str(model)!r} do not say what they are of.",
                 expected="architecture='resnet50', or the name of yours",
             )
-        trained = load_trained(built, model)
+        name = None if named is None else named.name
+        trained = load_trained(built, model, name=name, trust=trust)
         networks.append(trained.model)
         preparations.append(trained.preparation)
         notes += [f"leaf {leaf}: {note}" for note in trained.notes]

@@ -1,11 +1,9 @@
 """Saving and loading ensembles: weights as safetensors, everything else as JSON, never pickle."""
 
-import copy
 import json
 import shutil
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,26 +15,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treeify import files
-from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
-from treeify.conversion.initialize import copies
-from treeify.conversion.resolve import resolve
+from treeify.conversion.restore import CONSTANT, architecture_in, memory_limit, restored
+from treeify.conversion.saved_config import (
+    CONFIG,
+    FORMAT,
+    WEIGHTS,
+    check_weights_file,
+    preparation_in,
+    read_config,
+)
 from treeify.data.preparation import PREPARATION, Preparation
-from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
-from treeify.errors import CheckpointError, ModelError, TreeifyError
-from treeify.models.architecture import Architecture
+from treeify.engine.packed_tensors import get_tensor, named_tensors
+from treeify.errors import CheckpointError, TreeifyError
 from treeify.models.fingerprint import fingerprint
-from treeify.models.rebuild import rebuild, without_weights
-from treeify.models.recognise import recognise
-from treeify.tracing.hooks import require_hooks
+from treeify.models.saved_architecture import without_weights
 from treeify.tracing.trace import plain_tensors
 from treeify.versions import MODEL_LIBRARIES, versions_of
 
-FORMAT, CONFIG, WEIGHTS = 1, "config.json", "model.safetensors"
-# In a run's directory its newest ensemble, and in that one the average of its weights.
-LAST, EMA = "last", "ema"
-# Before the names of what no state dict has; no module's path has a space.
-_BUFFER, _CONSTANT = "buffer ", "constant "
+# Before the names of buffers that no state dict has; no module's path has a space.
+_BUFFER = "buffer "
 
 
 def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False) -> None:
@@ -91,7 +89,7 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
         CheckpointError: the directory holds no such ensemble, or cannot be written.
     """
     path = Path(path)
-    config = read_config(path)
+    config = read_config(path, trust=True)  # whoever loaded it has decided
     measured = _config(hne)
     if any(config[key] != measured[key] for key in ("fingerprint", "splits")):
         raise CheckpointError(
@@ -119,48 +117,39 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
         )
 
 
-def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemble:
-    """Read an ensemble that `save` wrote.
+def load(
+    path: str | Path, model: nn.Module | None = None, *, trust: bool = False
+) -> HierarchicalEnsemble:
+    """Read an ensemble that `save` wrote, without running anything that its files name.
 
     Args:
         path: the directory.
         model: the base model, where treeify cannot build it by itself (an ensemble made from a
             module of the user's own). Its weights do not matter, and it is not modified.
+        trust: whether a function of whoever wrote the directory (`package.module:function`) may be
+            imported and called, and links may lead out of it. Models of timm, torchvision and
+            `treeify.models` need no trust. See docs/safety.md.
 
     Returns:
         The ensemble, in evaluation mode, on the CPU. Parameters that did not require gradients when
         it was saved do not now.
 
     Raises:
-        CheckpointError: the directory is missing, damaged, of another format, or of another model.
+        CheckpointError: the directory is missing, damaged, of another format, of another model, or
+            names a function that is not trusted.
     """
     path = Path(path)
-    config = read_config(path)
+    config = read_config(path, trust=trust)
+    architecture = None if model is not None else architecture_in(path, config, trust=trust)
+    check_weights_file(path / WEIGHTS, trust=trust)
     weights, identity = _read_weights(path / WEIGHTS)
     if identity != config["identity"]:
         raise CheckpointError(
             f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
             next_step="Save the ensemble again.",
         )
-    base, architecture = _built(path, config) if model is None else resolve(model)
-    try:
-        base = _with_constants(base, weights)
-        hne = assemble(
-            base,
-            architecture or recognise(base),
-            config["splits"],
-            copies(base),
-            example_input=blank_image(base, config["example"], config.get("batch", 1)),
-            saved=True,
-        )
-    except TreeifyError as error:
-        versions = (f"{package} {number}" for package, number in config["versions"].items())
-        raise CheckpointError(
-            f"{path}: its base model no longer converts as recorded: {error}",
-            expected=f"the versions it was saved with: {', '.join(versions)}",
-        ) from error
-    _check_fingerprint(path, config, hne)
-    require_hooks(path, config.get("hooks", ()), hne.traced.changed_by_hooks)
+    with nullcontext() if trust else memory_limit(path, config, weights):
+        hne = restored(path, config, weights, architecture, model)
     _fill(path, hne, weights)
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():
@@ -177,72 +166,6 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             " (treeify calibrate).",
         ) from error
     return hne.eval()
-
-
-def scored_ensemble(path: Path) -> Path:
-    """The directory of the ensemble that a run's last scores are of, or of an ensemble itself.
-
-    Args:
-        path: a run, one of its checkpoints, or an ensemble.
-    """
-    path = path / LAST if (path / LAST).is_dir() else path
-    return path / EMA if (path / EMA).is_dir() else path
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The configuration in a checkpoint directory.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another format.
-    """
-    file = path / CONFIG
-    if path.is_file():
-        raise CheckpointError(
-            f"{path} is a file, and no ensemble.",
-            expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
-            next_step="Make an ensemble of the weights of a network:"
-            f" treeify convert NAME --weights {path}",
-        )
-    if not file.is_file():
-        raise CheckpointError(
-            f"{path} holds no ensemble.",
-            expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
-            found="no such directory" if not path.is_dir() else f"no {CONFIG}",
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        name = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise CheckpointError(
-            f"{file} is of another format.",
-            expected=f"format {FORMAT} (treeify {version('treeify')})",
-            found=f"format {name}",
-            next_step="Load it with the treeify version that wrote it.",
-        )
-    keys = ("identity", "architecture", "fingerprint", "splits", "example", "versions")
-    missing = [key for key in keys if key not in config]
-    if missing:
-        raise CheckpointError(f"{file} is incomplete.", expected=f"the keys {', '.join(missing)}")
-    return config
-
-
-def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
-    """What a checkpoint's configuration says of images; None if nothing, as in earlier versions.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    if (values := config.get("preparation")) is None:
-        return None
-    try:
-        return PREPARATION.validate_python(values)
-    except (ValueError, TreeifyError) as error:
-        raise CheckpointError(
-            f"{path / CONFIG}: the preparation of images is damaged: {error}",
-            next_step="Remove the key preparation; treeify predict then takes --mean and --std.",
-        ) from error
 
 
 def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
@@ -299,28 +222,13 @@ def _unlisted(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     Of a model of the user's own, buffers that are not persistent; and attributes that are tensors,
     but no parameters and no buffers. The user may have drawn them.
     """
-    unlisted = {_CONSTANT + key: tensor for key, tensor in plain_tensors(hne.traced).items()}
+    unlisted = {CONSTANT + key: tensor for key, tensor in plain_tensors(hne.traced).items()}
     if hne.architecture is None or ":" in hne.architecture.name:
         listed = hne.state_dict().keys()
         buffers = {key: buffer for key, buffer in hne.named_buffers() if key not in listed}
         unlisted |= {_BUFFER + key: buffer for key, buffer in buffers.items()}
     # Copies: safetensors refuses tensors that share memory.
     return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in unlisted.items()}
-
-
-def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
-    """The base model with its plain tensors as they were, which are taken out of the weights."""
-    names = [key for key in weights if key.startswith(_CONSTANT)]
-    if not names:
-        return base
-    base = copy.deepcopy(base)
-    for key in names:
-        tensor = weights.pop(key)
-        # A model without such a module is another one, which its fingerprint will tell.
-        with suppress(AttributeError):
-            parent, name = get_parent(base, key.removeprefix(_CONSTANT))
-            setattr(parent, name, tensor)
-    return base
 
 
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -336,50 +244,15 @@ def _read_weights(file: Path) -> tuple[dict[str, Tensor], str | None]:
         ) from error
 
 
-def _built(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Architecture]:
-    """The base model and how it was built; its weights do not matter, and no file is read."""
-    if config["architecture"] is None:
-        raise CheckpointError(
-            f"{path} was made from a module of the user's own, which treeify cannot build.",
-            expected="that base model beside the directory",
-            next_step="Load it with treeify.load(path, model=...), or convert it by name"
-            " ('package.module:function') to have the name saved.",
-        )
-    architecture = without_weights(Architecture.from_dict(config["architecture"]))
-    try:
-        expected = config["fingerprint"] if _is_comparable(config) else None
-        return rebuild(architecture, expected), architecture
-    except ModelError as error:
-        raise CheckpointError(
-            f"{path} holds all weights, but its architecture {str(architecture)!r} cannot be built"
-            f" here: {error}",
-            next_step="Install or put on PYTHONPATH what builds it, or give the base model:"
-            " treeify.load(path, model=...).",
-        ) from error
-
-
-def _is_comparable(config: Mapping[str, Any]) -> bool:
-    """Whether fingerprints are: under the same versions of the libraries."""
-    return bool(config["versions"] == versions_of(*MODEL_LIBRARIES))
-
-
-def _check_fingerprint(path: Path, config: Mapping[str, Any], hne: HierarchicalEnsemble) -> None:
-    # Under other versions shapes decide.
-    if _is_comparable(config) and config["fingerprint"] != fingerprint(hne.skeleton):
-        raise CheckpointError(
-            f"{path}: the base model differs from the one that was saved.",
-            expected="the same layers, widths and options",
-            found=f"{type(hne.skeleton).__name__} built from {hne.architecture or 'model='}",
-        )
-
-
 @torch.no_grad()
 def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> None:
     """Put saved tensors in the places of an ensemble's own."""
     buffers = dict(hne.named_buffers())
     for key in [key for key in weights if key.startswith(_BUFFER)]:
         tensor = weights.pop(key).clone()
-        if (buffer := buffers.get(key.removeprefix(_BUFFER))) is not None:
+        buffer = buffers.get(key.removeprefix(_BUFFER))
+        if buffer is not None:
+            _require_fit(path, key, tensor, buffer)
             buffer.data = tensor
     state = _untied(hne)
     for key in sorted(state.keys() ^ weights.keys()):
@@ -390,11 +263,17 @@ def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> 
         )
     for key, tensor in weights.items():
         packed = get_tensor(hne, key)
-        if packed.shape != tensor.shape:
-            raise CheckpointError(
-                f"{path}: the weights do not match the configuration.",
-                expected=f"{key!r} of shape {tuple(packed.shape)}",
-                found=f"shape {tuple(tensor.shape)}",
-            )
+        _require_fit(path, key, tensor, packed)
         # A copy: what safetensors returns is mapped from the file, which may be replaced later.
         packed.data = tensor.clone()
+
+
+def _require_fit(path: Path, key: str, tensor: Tensor, place: Tensor) -> None:
+    """Raise CheckpointError unless a saved tensor is one of this place, in whatever precision."""
+    kinds = {each.dtype.is_floating_point or each.dtype for each in (tensor, place)}
+    if tensor.shape != place.shape or len(kinds) > 1:
+        raise CheckpointError(
+            f"{path}: the weights do not match the configuration.",
+            expected=f"{key!r} of shape {tuple(place.shape)}, {place.dtype}",
+            found=f"shape {tuple(tensor.shape)}, {tensor.dtype}",
+        )

@@ -9,10 +9,12 @@ from torch import nn
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source, State
+from treeify.conversion.saved_config import read_config, scored_ensemble
 from treeify.data.preparation import Preparation
 from treeify.engine.packed_tensors import get_parent, named_tensors
 from treeify.models.fingerprint import fingerprint
 from treeify.models.load_weights import load_into
+from treeify.models.saved_architecture import is_trusted
 from treeify.models.weights import Weights, read_weights
 from treeify.tracing.model_copy import copy_model
 from treeify.tracing.trace import plain_tensors
@@ -83,7 +85,14 @@ class Trained:
         return Source(state, by_leaf=True, notes=(note, *self.notes[1:]))
 
 
-def load_trained(base: nn.Module, path: str | Path, num_classes: int | None = None) -> Trained:
+def load_trained(
+    base: nn.Module,
+    path: str | Path,
+    num_classes: int | None = None,
+    *,
+    name: str | None = None,
+    trust: bool = False,
+) -> Trained:
     """Read the trained weights of a base model.
 
     Args:
@@ -91,17 +100,34 @@ def load_trained(base: nn.Module, path: str | Path, num_classes: int | None = No
         path: a file, see `treeify.models.weights.read_weights`; or the directory of an ensemble or
             of a run, whose averaged ensemble is preferred.
         num_classes: as in `treeify.models.load_weights.load_into`.
+        name: of the base model, if the user gave one: a directory may have the same.
+        trust: as in `treeify.load`, for a directory.
 
     Raises:
-        CheckpointError: there are no weights, or they do not fit.
+        CheckpointError: there are no weights, they do not fit, or the directory is not trusted.
     """
     path = Path(path)
     if not path.is_dir():
         model = copy_model(base)
         return Trained(model, tuple(load_into(model, read_weights(path), num_classes)))
-    origin = checkpoint.scored_ensemble(path)
-    is_named = checkpoint.read_config(origin)["architecture"] is not None
-    ensemble = checkpoint.load(origin, None if is_named else base)
+    origin = scored_ensemble(path, trust=trust)
+    ensemble = _ensemble(origin, base, name, trust=trust)
     leaves = _Leaves(ensemble, origin, num_classes)
     model, notes = leaves.load(base, 0)
     return Trained(model, tuple(notes), leaves)
+
+
+def _ensemble(
+    path: Path, base: nn.Module, name: str | None, *, trust: bool
+) -> HierarchicalEnsemble:
+    """The ensemble of a directory; its function is called if the user named the same one."""
+    config = read_config(path, trust=trust)
+    architecture = config["architecture"]
+    if architecture is None or (
+        # Another head, say, has to be built.
+        not (trust or is_trusted(str(architecture.get("name"))))
+        and config["fingerprint"] == fingerprint(base)
+    ):
+        return checkpoint.load(path, base, trust=trust)
+    is_same = name is not None and architecture.get("name") == name
+    return checkpoint.load(path, trust=trust or is_same)

@@ -135,19 +135,22 @@ def verdict(gain: Gain, cost: float, wrong: float, images: int) -> str | None:
     )
 
 
-def base_model_of(hne: HierarchicalEnsemble, weights: Path | None) -> nn.Module:
+def base_model_of(
+    hne: HierarchicalEnsemble, weights: Path | None, *, trust: bool = False
+) -> nn.Module:
     """The untouched base model, in evaluation mode and on the ensemble's device.
 
     Args:
         hne: the ensemble.
         weights: its trained weights, see `treeify.conversion.trained.load_trained`; without them it
             has those of leaf 0.
+        trust: as in `treeify.load`, for a directory of weights.
 
     Raises:
         CheckpointError: the weights cannot be read, or are of another model.
     """
     base = hne.leaf(0)
-    return (base if weights is None else load_trained(base, weights).model).eval()
+    return (base if weights is None else load_trained(base, weights, trust=trust).model).eval()
 
 
 def is_leaf(base: nn.Module, hne: HierarchicalEnsemble, index: int = 0) -> bool:

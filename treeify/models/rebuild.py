@@ -6,7 +6,6 @@ The file of weights from which it was once made may be gone, and the network too
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -16,10 +15,8 @@ from torch.nn.modules.module import _IncompatibleKeys
 from treeify.errors import ModelError
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
+from treeify.models.saved_architecture import is_trusted, without_weights
 
-# Arguments of timm's and torchvision's builders that say which weights to load.
-_WEIGHTS = ("pretrained", "checkpoint_path", "weights", "weights_backbone")
-_OVERLAY = "pretrained_cfg_overlay"
 # What builders of the user's own read weights with; a mock stands for all that a file may hold.
 _READERS = (
     "torch.load",
@@ -28,15 +25,6 @@ _READERS = (
     "timm.models._helpers.load_state_dict",
     "timm.models._builder.load_pretrained",
 )
-
-
-def without_weights(architecture: Architecture) -> Architecture:
-    """The architecture without a library's arguments that name weights."""
-    if ":" in architecture.name:
-        return architecture  # what its arguments mean, only the user's function knows
-    dropped = {*_WEIGHTS, _OVERLAY}
-    kwargs = {key: value for key, value in architecture.kwargs.items() if key not in dropped}
-    return replace(architecture, kwargs=kwargs)
 
 
 def rebuild(architecture: Architecture, expected: str | None) -> nn.Module:
@@ -50,7 +38,7 @@ def rebuild(architecture: Architecture, expected: str | None) -> nn.Module:
     Raises:
         ModelError: it cannot be built.
     """
-    if ":" not in architecture.name:
+    if is_trusted(architecture.name):
         return without_weights(architecture).build()
     unread = None
     with suppress(ModelError), _weights_unread():

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
-from treeify.conversion.checkpoint import LAST
+from treeify.conversion.saved_config import LAST
 from treeify.errors import RecipeError
 from treeify.training.events import Epoch, Reporter
 from treeify.training.recipe import Recipe

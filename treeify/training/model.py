@@ -68,6 +68,7 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         seed=recipe.seed,
         example_input=example,
         weights=model.weights,
+        trust=model.trust,
     )
     try:
         hne = convert(init=model.init)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from treeify import losses
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.saved_config import scored_ensemble
 from treeify.data import Preparation
 from treeify.errors import RecipeError, quoted
 from treeify.models.architecture import Architecture
@@ -72,7 +73,8 @@ def load_teacher(
     """
     path = Path(recipe.name)
     if path.is_dir():
-        teacher: nn.Module = checkpoint.load(checkpoint.scored_ensemble(path))
+        directory = scored_ensemble(path, trust=recipe.trust)
+        teacher: nn.Module = checkpoint.load(directory, trust=recipe.trust)
     else:
         teacher = Architecture(recipe.name, recipe.kwargs).build(pretrained=True)
     teacher.to(device, dtype).eval().requires_grad_(False)

@@ -123,6 +123,7 @@ class ModelRecipe(Section):
         weights: begin with trained weights of your own: a file (.pth, .safetensors, ...), or the
             directory of an ensemble or a run. One that splits alike goes on as it is, branch by
             branch; of another, leaf 0 is the model.
+        trust: whether a directory of weights may have functions of its own imported and called.
         splits: how many, or their names.
         fanout: children per split.
         init: `fresh`, random weights in every branch; `copy`, those of the model; `perturb`, those
@@ -140,6 +141,7 @@ class ModelRecipe(Section):
     kwargs: dict[str, JsonValue] = Field(default={})
     pretrained: bool = False
     weights: FilePath | None = None
+    trust: bool = False
     splits: NonNegativeInt | list[str] = 4
     fanout: int = Field(default=2, ge=2)
     init: Literal["fresh", "copy", "perturb"] | None = None
@@ -195,12 +197,14 @@ class TeacherRecipe(Section):
         name: timm or torchvision name with its trained weights, or the directory of an ensemble or
             run of treeify's.
         kwargs: its builder's arguments.
+        trust: whether a directory may have functions of its own imported and called.
         weight: of this term in the sum.
         temperature: `T`, dividing the logits of teacher and students.
     """
 
     name: PathOrName
     kwargs: dict[str, JsonValue] = Field(default={})
+    trust: bool = False
     weight: PositiveFloat = 1.0
     temperature: PositiveFloat = 2.0
 

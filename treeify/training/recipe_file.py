@@ -5,16 +5,16 @@ the nearest valid key.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from treeify.errors import RecipeError, nearest
+from treeify.errors import CheckpointError, RecipeError, nearest
 from treeify.training.recipe import DataRecipe, Recipe
 from treeify.training.sections import Named, Section, section_in
 
@@ -62,15 +62,74 @@ def data_recipe(options: Sequence[str]) -> DataRecipe:
     return _validate(DataRecipe, values, origins, problems, "the data set")
 
 
+class _DataOfRun(Section):
+    """The part of a run's recipe that its ensemble is measured by; the rest is not looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    data: DataRecipe
+
+
+def data_of_run(path: Path, overrides: Sequence[str] = (), *, trust: bool) -> DataRecipe:
+    """The data section of the recipe in a run's directory, which somebody else may have written.
+
+    Args:
+        path: the recipe.
+        overrides: what the user sets in it, `data.key=value`.
+        trust: whether a data set that the recipe names may be imported, or fetch files.
+
+    Raises:
+        CheckpointError: it names a data set that is not trusted.
+        RecipeError: as for `load_recipe`.
+    """
+    values, origins, problems = _read(path, (), alone=not trust)
+    if not trust:
+        _require_safe(path, values, {text.partition("=")[0].strip() for text in overrides})
+    problems += _override(values, origins, overrides)
+    return _validate(_DataOfRun, values, origins, problems, f"recipe {str(path)!r}").data
+
+
+def values_of_run(path: Path) -> dict[str, Any]:
+    """The recipe in a run's directory as it stands there, unchecked; nothing is imported.
+
+    Raises:
+        RecipeError: it is no YAML, or extends another file.
+    """
+    return _read(path, (), alone=True)[0]
+
+
+def _require_safe(path: Path, values: dict[str, Any], changed: Collection[str]) -> None:
+    """Refuse a data set that is imported or reads more than images; let none be downloaded."""
+    if not isinstance(data := values.get("data"), dict):
+        return
+    if "data.download" not in changed:
+        data.pop("download", None)
+    for key, is_unsafe in (("name", ":" in str(data.get("name"))), ("dataset", "dataset" in data)):
+        value = data.get(key)
+        if is_unsafe and value and f"data.{key}" not in changed:
+            raise CheckpointError(
+                f"{path} names a data set that would be imported: data.{key}={value!r:.200}.",
+                expected="one of treeify's, of local images",
+                next_step="If you trust whoever wrote it, pass --trust. Or name the data yourself:"
+                " --data name=image_folder --data root=DIRECTORY",
+            )
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal one."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
 
 
 def _read(
-    path: Path, below: tuple[Path, ...]
+    path: Path, below: tuple[Path, ...], *, alone: bool = False
 ) -> tuple[dict[str, Any], dict[KeyPath, str], list[str]]:
-    """A file's values on top of those it extends, where every key stands, and what is wrong."""
+    """A file's values on top of those it extends, where every key stands, and what is wrong.
+
+    What a run wrote stands alone: it extends nothing.
+
+    Raises:
+        RecipeError: it cannot be read, is no YAML, or extends itself.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -88,9 +147,10 @@ def _read(
         if first is not None:
             problems.append(f"{_shown(key, origins)}: the key is there twice, first in {first}")
     extended = values.pop("extends", None)
-    if not isinstance(extended, str):
+    if not isinstance(extended, str) or alone:
         if extended is not None:
-            problems.append(f"extends should be the path of a recipe; found {extended!r}")
+            expected = "left out of a run's recipe" if alone else "the path of a recipe"
+            problems.append(f"extends should be {expected}; found {extended!r}")
         return values, origins, problems
     other = path.parent / extended
     chain = (*below, path)

@@ -30,8 +30,8 @@ from safetensors import SafetensorError, safe_open
 
 from treeify import files
 from treeify.conversion import checkpoint
-from treeify.conversion.checkpoint import EMA, LAST
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.saved_config import CONFIG, EMA, LAST, WEIGHTS, read_config
 from treeify.errors import CheckpointError
 from treeify.training import metrics_file, run_lock, state_file
 from treeify.training.environment import Environment
@@ -228,10 +228,20 @@ def state_name(step: int, epochs: int) -> str:
     return f"step-{step:08d}-epoch-{epochs:04d}"
 
 
-def load_state(path: Path) -> SavedState:
-    """Read a checkpoint."""
-    ema = checkpoint.load(path / EMA) if (path / EMA).is_dir() else None
-    return SavedState(checkpoint.load(path), state_file.read_state(path), ema)
+def load_state(path: Path, recipe: Recipe) -> SavedState:
+    """Read a checkpoint of a run that is gone on with.
+
+    The function that builds the base model is trusted if the recipe names it, too: the user has
+    asked to run that.
+    """
+
+    def load(ensemble: Path) -> HierarchicalEnsemble:
+        architecture = read_config(ensemble)["architecture"]
+        is_the_recipes = architecture is not None and architecture.get("name") == recipe.model.name
+        return checkpoint.load(ensemble, trust=is_the_recipes)
+
+    ema = load(path / EMA) if (path / EMA).is_dir() else None
+    return SavedState(load(path), state_file.read_state(path), ema)
 
 
 # What reading a damaged file raises; one that may not be read, say, raises something else.
@@ -241,9 +251,9 @@ _DAMAGE = (CheckpointError, FileNotFoundError, ValueError, SafetensorError)
 def _undamaged(path: Path) -> dict[str, Any]:
     """The run's part of a checkpoint; raises one of `_DAMAGE` if any of its files is damaged."""
     for ensemble in [path, *([path / EMA] if (path / EMA).is_dir() else [])]:
-        json.loads((ensemble / checkpoint.CONFIG).read_text(encoding="utf-8"))
+        json.loads((ensemble / CONFIG).read_text(encoding="utf-8"))
         # Opening compares the length with the header's; nothing is read that loading reads again.
-        with safe_open(ensemble / checkpoint.WEIGHTS, "pt"):
+        with safe_open(ensemble / WEIGHTS, "pt"):
             pass
     return state_file.read_state(path)
 

@@ -105,7 +105,7 @@ def train(
         saved = None
         if resume is not None:
             newest = distributed.from_first(lambda: directory.newest(reporter.warned))
-            saved = None if newest is None else run_directory.load_state(newest)
+            saved = None if newest is None else run_directory.load_state(newest, recipe)
         if saved is not None:
             data = as_saved(saved.hne, recipe.data, data)
         hne = build(recipe, data) if saved is None else saved.hne

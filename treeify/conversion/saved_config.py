@@ -1,0 +1,177 @@
+"""The configuration of a saved ensemble, and where it lies, as somebody else may have written it.
+
+Nothing that it names is imported, opened or called here, and no link is followed out of its folder.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from importlib.metadata import version
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+
+from treeify import files
+from treeify.data.preparation import PREPARATION, Preparation
+from treeify.errors import CheckpointError, TreeifyError
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# In a run's directory its newest ensemble, and in that one the average of its weights.
+LAST, EMA = "last", "ema"
+# Far above what is ever written, far below what a machine has memory for.
+_LONGEST_TEXT, _LARGEST_INPUT = 2**26, 2**28
+
+
+class _Config(BaseModel):
+    """The keys that loading goes by, and what their values may be; there are others."""
+
+    model_config = ConfigDict(strict=True)
+
+    identity: str
+    architecture: dict[str, Any] | None
+    fingerprint: str
+    splits: Annotated[list[str], Field(max_length=64)]
+    example: Annotated[list[PositiveInt], Field(min_length=1, max_length=8)]
+    versions: dict[str, str]
+    batch: PositiveInt = 1
+    frozen: list[str] | None = None
+
+
+def scored_ensemble(path: Path, *, trust: bool = False) -> Path:
+    """The directory of the ensemble that a run's last scores are of, or of an ensemble itself.
+
+    Args:
+        path: a run, one of its checkpoints, or an ensemble.
+        trust: whether links may lead out of it.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    inner = path / LAST if (path / LAST).is_dir() else path
+    inner = inner / EMA if (inner / EMA).is_dir() else inner
+    if not trust:
+        files.require_inside(inner, path)
+    return inner
+
+
+def read_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
+    """The configuration in a checkpoint directory.
+
+    Args:
+        path: the directory.
+        trust: whether the file may be a link that leads out of it.
+
+    Raises:
+        CheckpointError: it is missing, damaged, of another format, or out of bounds.
+    """
+    file = path / CONFIG
+    if path.is_file():
+        raise CheckpointError(
+            f"{path} is a file, and no ensemble.",
+            expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
+            next_step="Make an ensemble of the weights of a network:"
+            f" treeify convert NAME --weights {path}",
+        )
+    if not file.is_file():
+        raise CheckpointError(
+            f"{path} holds no ensemble.",
+            expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
+            found="no such directory" if not path.is_dir() else f"no {CONFIG}",
+        )
+    if not trust:
+        files.require_inside(file, path)
+    if (size := file.stat().st_size) > _LONGEST_TEXT:
+        raise CheckpointError(
+            f"{file} is too long.",
+            expected=f"at most {_LONGEST_TEXT:,} bytes",
+            found=f"{size:,}",
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        name = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise CheckpointError(
+            f"{file} is of another format.",
+            expected=f"format {FORMAT} (treeify {version('treeify')})",
+            found=f"format {name!s:.100}",
+            next_step="Load it with the treeify version that wrote it.",
+        )
+    _check(file, config)
+    return config
+
+
+def _check(file: Path, config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError unless a configuration is one that `treeify.save` may have written."""
+    needed = [key for key, field in _Config.model_fields.items() if field.is_required()]
+    missing = [key for key in needed if key not in config]
+    if missing:
+        raise CheckpointError(f"{file} is incomplete.", expected=f"the keys {', '.join(missing)}")
+    try:
+        checked = _Config.model_validate(config)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise CheckpointError(
+            f"{file} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
+            found=f"{first['input']!r:.100}",
+            next_step="Copy it again from where it was saved.",
+        ) from error
+    _require_size(file, "the example input", checked.batch * prod(checked.example))
+
+
+def _require_size(file: Path, what: str, size: int) -> None:
+    if size > _LARGEST_INPUT:
+        raise CheckpointError(
+            f"{file}: {what} is too large.",
+            expected=f"at most {_LARGEST_INPUT:,} numbers",
+            found=f"{size:,}",
+        )
+
+
+def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
+    """What a checkpoint's configuration says of images; None if nothing, as in earlier versions.
+
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    if (values := config.get("preparation")) is None:
+        return None
+    try:
+        preparation = PREPARATION.validate_python(values)
+    except (ValueError, TreeifyError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG}: the preparation of images is damaged: {error}",
+            next_step="Remove the key preparation; treeify predict then takes --mean and --std.",
+        ) from error
+    _require_size(path / CONFIG, "the size of images", prod(preparation.shape))
+    return preparation
+
+
+def check_weights_file(file: Path, *, trust: bool = False) -> None:
+    """Raise CheckpointError unless a file of weights can be read whole, and lies in its folder."""
+    if not file.is_file():
+        raise CheckpointError(
+            f"{file} is missing, or no file.",
+            next_step="Copy it again from where it was saved.",
+        )
+    if not trust:
+        files.require_inside(file, file.parent)
+    # A file with holes may say that it is as large as it likes.
+    memory = _memory()
+    if (size := file.stat().st_size) > memory:
+        raise CheckpointError(
+            f"{file} does not fit into memory.",
+            expected=f"at most the {memory:,} bytes of this machine",
+            found=f"{size:,} bytes",
+        )
+
+
+def _memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows
+        return 2**63

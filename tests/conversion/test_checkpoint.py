@@ -133,7 +133,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("treeify.conversion.checkpoint.save_file", full)
+    monkeypatch.setattr("treeify.conversion.saving.save_file", full)
     with pytest.raises(CheckpointError, match="No space left"):
         treeify.save(_named(), tmp_path / "hne")
     assert list(tmp_path.iterdir()) == []

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from treeify.cli.options import InputSize, Json, Name, NoVerify, NumClasses, Out, Overwrite, Weights
 from treeify.cli.output import Column, print_json, say, table
-from treeify.conversion import checkpoint
+from treeify.conversion import saving
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.assemble import assemble
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -95,7 +95,7 @@ def convert(
 def target(name: str, out: Path | None, overwrite: bool) -> Path:
     """The directory to write, which is refused before anything is built if it is taken."""
     out = out or Path("converted") / re.sub(r"[^\w.-]+", "_", name)
-    checkpoint.check_writable(out, overwrite=overwrite)
+    saving.check_writable(out, overwrite=overwrite)
     return out
 
 
@@ -124,7 +124,7 @@ def present(
             " of the tolerance (leaves in evaluation and training mode, buffers, nested sizes,"
             " gradients).",
         )
-    checkpoint.save(hne, out, overwrite=overwrite)
+    saving.save(hne, out, overwrite=overwrite)
     say(console, f"Written to {out}; read it with treeify.load({str(out)!r}).")
     if as_json:
         print_json(_report(architecture, hne, cost, nested) | {"parity": figures, "out": out})

@@ -1,24 +1,26 @@
-"""Saving and loading ensembles: weights as safetensors, everything else as JSON, never pickle."""
+"""Loading saved ensembles: weights as safetensors, everything else as JSON, never pickle.
+
+    config.json         all but the weights, and which file has them
+    model.safetensors   the weights; after they were saved over, model-IDENTITY.safetensors
+
+Both tell when they are no longer what was written, see `treeify.digests`.
+"""
 
 import copy
-import json
-import shutil
-import uuid
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import asdict
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from treeify import files
+from treeify import digests
 from treeify.conversion.assemble import assemble, blank_image
-from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
+from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble, Measurements
 from treeify.conversion.initialize import copies
 from treeify.conversion.resolve import resolve
 from treeify.data.preparation import PREPARATION, Preparation
@@ -33,99 +35,25 @@ from treeify.versions import MODEL_LIBRARIES, versions_of
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# Names that files of weights have.
+WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{32})?\.safetensors")
 # In a run's directory its newest ensemble, and in that one the average of its weights.
 LAST, EMA = "last", "ema"
 # Before the names of what no state dict has; no module's path has a space.
 _BUFFER, _CONSTANT = "buffer ", "constant "
 
 
-def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write an ensemble to a directory that `load` reads.
-
-    Each file is complete before it takes its final name, so an interrupted save never damages an
-    earlier one. Other files in the directory stay.
-
-    Args:
-        hne: the ensemble.
-        path: a new or empty directory.
-        overwrite: also write where the directory has files already.
-
-    Raises:
-        CheckpointError: the directory is not empty, or cannot be written, or `hne.preparation` is
-            no plain data.
-    """
-    path = Path(path)
-    check_writable(path, overwrite=overwrite)
-    identity = uuid.uuid4().hex
-    is_new = not path.exists()
-    # Both files carry the identity: should the process die between the two renames, `load` sees
-    # that weights and configuration are of different saves.
-    drafts = [path / f"{name}.{identity}" for name in (WEIGHTS, CONFIG)]
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        save_file({**_untied(hne), **_unlisted(hne)}, drafts[0], metadata={"identity": identity})
-        config = {"identity": identity, **_config(hne)}
-        drafts[1].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        shutil.copymode(drafts[1], drafts[0])  # safetensors lets nobody else read its files
-        for draft, name in zip(drafts, (WEIGHTS, CONFIG), strict=True):
-            draft.replace(path / name)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error}", next_step="Nothing was saved there."
-        ) from error
-    finally:
-        for draft in drafts:
-            draft.unlink(missing_ok=True)
-        if is_new and path.is_dir() and not any(path.iterdir()):
-            path.rmdir()
-
-
-def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
-    """Write what was measured (tunings, latencies, budgets) beside weights saved before.
-
-    Args:
-        hne: the ensemble that was saved there, or loaded from there.
-        path: its directory.
-
-    Raises:
-        CheckpointError: the directory holds no such ensemble, or cannot be written.
-    """
-    path = Path(path)
-    config = read_config(path)
-    measured = _config(hne)
-    if any(config[key] != measured[key] for key in ("fingerprint", "splits")):
-        raise CheckpointError(
-            f"{path} holds another ensemble.", expected="the one that was measured"
-        )
-    text = json.dumps({**config, **_measurements(hne)}, indent=2) + "\n"
-    try:
-        files.replace_text(path / CONFIG, text)
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error}", next_step="It is as it was."
-        ) from error
-
-
-def check_writable(path: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError unless a checkpoint may be written to `path`."""
-    exists = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not exists.is_dir():
-        raise CheckpointError(f"{exists} is a file.", expected="a directory, new or empty")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"{path} is not empty.",
-            expected="a new or empty directory",
-            next_step="Choose another one, or pass --overwrite (overwrite=True).",
-        )
-
-
-def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemble:
-    """Read an ensemble that `save` wrote.
+def load(
+    path: str | Path, model: nn.Module | None = None, *, verify: bool = True
+) -> HierarchicalEnsemble:
+    """Read an ensemble that `treeify.save` wrote.
 
     Args:
         path: the directory.
         model: the base model, where treeify cannot build it by itself (an ensemble made from a
             module of the user's own). Its weights do not matter, and it is not modified.
+        verify: whether both files must be, bit by bit, what was saved. Earlier versions did not
+            write what tells it.
 
     Returns:
         The ensemble, in evaluation mode, on the CPU. Parameters that did not require gradients when
@@ -136,13 +64,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             configuration.
     """
     path = Path(path)
-    config = read_config(path)
-    weights, identity = _read_weights(path / WEIGHTS)
-    if identity != config["identity"]:
-        raise CheckpointError(
-            f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
-            next_step="Save the ensemble again.",
-        )
+    config, weights = _read(path, verify=verify)
     base, architecture = _built(path, config) if model is None else resolve(model)
     try:
         base = _with_constants(base, weights)
@@ -167,29 +89,29 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             parameter.requires_grad_(key not in frozen)
     hne.preparation = preparation_in(path, config)
     # Last: a memory format that was tuned is given to tensors that are there.
-    try:
-        hne.measurements = MEASUREMENTS.validate_python(config)
-    except (KeyError, TypeError, ValueError, TreeifyError) as error:
-        raise CheckpointError(
-            f"{path / CONFIG}: the measurements are damaged: {error!r}",
-            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
-            " (treeify calibrate).",
-        ) from error
+    hne.measurements = hne.saved_measurements[path.resolve()] = measurements_in(path, config)
     return hne.eval()
 
 
 def scored_ensemble(path: Path) -> Path:
     """The directory of the ensemble that a run's last scores are of, or of an ensemble itself.
 
+    A link is followed here, once: a run that goes on may let it name another state at any time.
+
     Args:
         path: a run, one of its checkpoints, or an ensemble.
     """
     path = path / LAST if (path / LAST).is_dir() else path
+    path = path.parent / path.readlink() if path.is_symlink() else path
     return path / EMA if (path / EMA).is_dir() else path
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path, *, verify: bool = True) -> dict[str, Any]:
     """The configuration in a checkpoint directory.
+
+    Args:
+        path: the directory.
+        verify: whether it must be, bit by bit, what was written.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another format.
@@ -208,10 +130,7 @@ def read_config(path: Path) -> dict[str, Any]:
             expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
             found="no such directory" if not path.is_dir() else f"no {CONFIG}",
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    config = digests.read_sealed(file, verify=verify)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         name = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
@@ -225,6 +144,50 @@ def read_config(path: Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{file} is incomplete.", expected=f"the keys {', '.join(missing)}")
     return config
+
+
+def weights_in(path: Path, config: Mapping[str, Any]) -> tuple[Path, str | None]:
+    """Where a checkpoint's weights are, and their digest; earlier versions wrote none.
+
+    Raises:
+        CheckpointError: the configuration does not say it as `treeify.save` does.
+    """
+    if digests.FILES not in config:
+        return path / WEIGHTS, None
+    match config[digests.FILES]:
+        # No other names: the file is in the directory, whoever wrote the configuration.
+        case {**named} if len(named) == 1:
+            (name, digest), *_ = named.items()
+            if WEIGHTS_NAME.fullmatch(str(name)) and isinstance(digest, str):
+                return path / name, digest
+    raise CheckpointError(
+        f"{path / CONFIG} does not name the weights.",
+        expected=f"one file such as {WEIGHTS}, and its SHA-256",
+        found=repr(config[digests.FILES])[:200],
+    )
+
+
+def measurements_in(path: Path, config: Mapping[str, Any]) -> Measurements:
+    """What a checkpoint's configuration says was measured; CheckpointError if that is damaged."""
+    try:
+        return MEASUREMENTS.validate_python(config)
+    except (KeyError, TypeError, ValueError, TreeifyError) as error:
+        raise CheckpointError(
+            f"{path / CONFIG}: the measurements are damaged: {error!r}",
+            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
+            " (treeify calibrate).",
+        ) from error
+
+
+def check_files(path: Path) -> None:
+    """Look whether the files of a checkpoint are what was written.
+
+    Raises:
+        CheckpointError, SafetensorError, FileNotFoundError: they are not.
+        OSError: they cannot be read.
+    """
+    with opened(path, read_config(path), verify=True):
+        pass
 
 
 def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
@@ -244,44 +207,7 @@ def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
         ) from error
 
 
-def _config(hne: HierarchicalEnsemble) -> dict[str, Any]:
-    architecture = hne.architecture
-    return {
-        "format": FORMAT,
-        "treeify": version("treeify"),
-        "versions": versions_of(*MODEL_LIBRARIES),
-        "architecture": None if architecture is None else asdict(without_weights(architecture)),
-        "fingerprint": fingerprint(hne.skeleton),
-        "splits": list(hne.conversion.splits.specs),
-        "example": list(hne.example),
-        **({"batch": batch} if (batch := hne.traced.batch) > 1 else {}),
-        "frozen": sorted(
-            key for key, parameter in hne.named_parameters() if not parameter.requires_grad
-        ),
-        **_preparation(hne),
-        **_measurements(hne),
-    }
-
-
-def _preparation(hne: HierarchicalEnsemble) -> dict[str, Any]:
-    if hne.preparation is None:
-        return {}
-    if not isinstance(hne.preparation, Preparation):
-        raise CheckpointError(
-            "hne.preparation cannot be saved.",
-            expected="a treeify.data.Preparation, which is plain data",
-            found=type(hne.preparation).__name__,
-        )
-    return {"preparation": PREPARATION.dump_python(hne.preparation, mode="json")}
-
-
-def _measurements(hne: HierarchicalEnsemble) -> dict[str, Any]:
-    """What was measured, as JSON values."""
-    values: dict[str, Any] = MEASUREMENTS.dump_python(hne.measurements, mode="json", by_alias=True)
-    return values
-
-
-def _untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
+def untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     """The state with each tied tensor once, under its first name."""
     packed = dict(named_tensors(hne))
     names: dict[int, str] = {}
@@ -292,19 +218,24 @@ def _untied(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     return {key: packed[key].detach().cpu().contiguous() for key in names.values()}
 
 
-def _unlisted(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
+def unlisted(hne: HierarchicalEnsemble) -> dict[str, Tensor]:
     """What no state dict has, and no builder makes again.
 
     Of a model of the user's own, buffers that are not persistent; and attributes that are tensors,
     but no parameters and no buffers. The user may have drawn them.
     """
-    unlisted = {_CONSTANT + key: tensor for key, tensor in plain_tensors(hne.traced).items()}
+    tensors = {_CONSTANT + key: tensor for key, tensor in plain_tensors(hne.traced).items()}
     if hne.architecture is None or ":" in hne.architecture.name:
         listed = hne.state_dict().keys()
         buffers = {key: buffer for key, buffer in hne.named_buffers() if key not in listed}
-        unlisted |= {_BUFFER + key: buffer for key, buffer in buffers.items()}
+        tensors |= {_BUFFER + key: buffer for key, buffer in buffers.items()}
     # Copies: safetensors refuses tensors that share memory.
-    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in unlisted.items()}
+    return {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+
+
+def is_unlisted(name: str) -> bool:
+    """Whether a saved tensor is one of `unlisted`."""
+    return name.startswith((_BUFFER, _CONSTANT))
 
 
 def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
@@ -322,17 +253,49 @@ def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     return base
 
 
-def _read_weights(file: Path) -> tuple[dict[str, Tensor], str | None]:
-    try:
-        with safe_open(file, framework="pt") as reader:
-            names = reader.keys()
-            metadata = reader.metadata() or {}
-            return {name: reader.get_tensor(name) for name in names}, metadata.get("identity")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file} is missing, truncated or damaged: {error}",
-            next_step="Copy it again from where it was saved.",
-        ) from error
+def _read(path: Path, *, verify: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A checkpoint's configuration and weights."""
+    while True:
+        config = read_config(path, verify=verify)
+        file, _ = weights_in(path, config)
+        try:
+            with opened(path, config, verify=verify) as reader:
+                names = reader.keys()
+                return config, {name: reader.get_tensor(name) for name in names}
+        except (CheckpointError, OSError, SafetensorError) as error:
+            # Another process may have saved an ensemble over it in between.
+            if read_config(path, verify=verify)["identity"] != config["identity"]:
+                continue
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{file} is missing, truncated or damaged: {error}",
+                next_step="Copy it again from where it was saved.",
+            ) from error
+
+
+@contextmanager
+def opened(path: Path, config: Mapping[str, Any], *, verify: bool) -> Iterator[Any]:
+    """Open a checkpoint's weights, which must be those that its configuration is of.
+
+    Yields:
+        A reader of safetensors.
+
+    Raises:
+        CheckpointError: they are others, or not what was written.
+        OSError, SafetensorError: they are missing, truncated, or cannot be read.
+    """
+    file, digest = weights_in(path, config)
+    if verify and digest is not None:
+        digests.check_file(file, digest)
+    # Opening compares the file's length with what its header says.
+    with safe_open(file, framework="pt") as reader:
+        if (reader.metadata() or {}).get("identity") != config["identity"]:
+            raise CheckpointError(
+                f"{path}: {file.name} and {CONFIG} come from different saves.",
+                next_step="Save the ensemble again.",
+            )
+        yield reader
 
 
 def _built(path: Path, config: Mapping[str, Any]) -> tuple[nn.Module, Architecture]:
@@ -380,7 +343,7 @@ def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> 
         tensor = weights.pop(key).clone()
         if (buffer := buffers.get(key.removeprefix(_BUFFER))) is not None:
             buffer.data = tensor
-    state = _untied(hne)
+    state = untied(hne)
     for key in sorted(state.keys() ^ weights.keys()):
         raise CheckpointError(
             f"{path}: the weights do not match the configuration.",

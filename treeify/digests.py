@@ -1,0 +1,88 @@
+"""Digests, by which a file tells that it is no longer what was written.
+
+What is written as JSON lists the files beside it with their digests, and ends with a digest of its
+own text. Earlier versions wrote neither; their files are taken as they are.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from treeify.errors import CheckpointError
+
+# Keys of sealed JSON: the SHA-256 of other files by name, and that of the text without this one.
+FILES, SEAL = "files", "digest"
+_ADVICE = (
+    "Copy it again from where it was saved. treeify.load(path, verify=False) reads an ensemble all"
+    " the same, say one whose configuration you changed; save it again then."
+)
+
+
+def digest(file: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def digests(files: Iterable[Path], directory: Path) -> dict[str, str]:
+    """The digests of files by their names, relative to a directory."""
+    return {file.relative_to(directory).as_posix(): digest(file) for file in sorted(files)}
+
+
+def check_file(file: Path, expected: str) -> None:
+    """Raise CheckpointError unless a file is there and has this digest."""
+    # What is no ordinary file, a pipe say, may have no end.
+    found = digest(file) if file.is_file() else "no such file"
+    if found != expected:
+        raise CheckpointError(
+            f"{file} is missing, truncated or damaged.",
+            expected=f"SHA-256 {expected}, as it was written",
+            found=found,
+            next_step=_ADVICE,
+        )
+
+
+def seal(values: Mapping[str, Any]) -> str:
+    """JSON that ends with a digest of itself."""
+    bare = {key: value for key, value in values.items() if key != SEAL} | {SEAL: ""}
+    text = json.dumps(bare, indent=2) + "\n"
+    return _with_seal(text, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _with_seal(text: str, value: str) -> str:
+    """The text with another digest at its end."""
+    head, key, _ = text.rpartition(f'"{SEAL}": ')
+    return f'{head}{key}"{value}"\n}}\n'
+
+
+def read_sealed(file: Path, *, verify: bool = True) -> Any:
+    """The values in a file of JSON, which `seal` or an earlier version wrote.
+
+    Args:
+        file: the file.
+        verify: whether the text must have the digest that it ends with.
+
+    Raises:
+        CheckpointError: it is not what was written.
+        FileNotFoundError: there is no such file.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = json.loads(text)
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}", next_step=_ADVICE) from error
+    # Both keys or neither: a bit that flips in one of their names makes no earlier version of it.
+    is_sealed = isinstance(values, dict) and bool({FILES, SEAL} & values.keys())
+    if verify and is_sealed:
+        bare = _with_seal(text, "")
+        expected = hashlib.sha256(bare.encode()).hexdigest()
+        if text != _with_seal(text, expected) or FILES not in values:
+            raise CheckpointError(
+                f"{file} is damaged: its text is not what was written.",
+                expected=f"one that ends with its SHA-256, {SEAL!r}",
+                found=f"{values.get(SEAL)!r} where the text has {expected!r}",
+                next_step=_ADVICE,
+            )
+    return values

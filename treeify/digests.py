@@ -22,8 +22,11 @@ _ADVICE = (
 
 def digest(file: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal digits."""
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    result = hashlib.sha256()
+    with file.open("rb", buffering=0) as content:
+        while part := content.read(1 << 20):
+            result.update(part)
+    return result.hexdigest()
 
 
 def digests(files: Iterable[Path], directory: Path) -> dict[str, str]:

@@ -98,7 +98,7 @@ class HierarchicalEnsemble(PackedTree):
         self._slowdowns: dict[Situation, Slowdown] = {}
         self.budgets: dict[int, Budget] = {}
         self.preparation: Preparation | None = None
-        # By directory, what was measured when it was read: whatever differs is new.
+        # By directory, as of when it was last read or written: what differs since then is new.
         self.saved_measurements: dict[Path, Measurements] = {}
 
     @property

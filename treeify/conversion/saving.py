@@ -113,7 +113,8 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
         if digest is None:  # an earlier version saved them, and now it is known that they are whole
             config |= {digests.FILES: digests.digests([weights], path)}
         files.replace_text(path / CONFIG, digests.seal({**config, **_dumped(merged)}))
-    hne.saved_measurements[path.resolve()] = merged
+    # Not what was merged: of this ensemble, what others measured was never removed.
+    hne.saved_measurements[path.resolve()] = hne.measurements
 
 
 def _check_weights(hne: HierarchicalEnsemble, path: Path, config: dict[str, Any]) -> None:
@@ -145,7 +146,7 @@ def _merged(theirs: Measurements, before: Measurements | None, ours: Measurement
 
     Args:
         theirs: what is in the file now.
-        before: what was in it when this process read it; None if it did not.
+        before: what this process had when it last read or wrote it; None if it never did.
         ours: what this process has now. What it did not change is theirs.
     """
     base = before or Measurements()

@@ -1,4 +1,4 @@
-"""Files of JSON that are changed on purpose, so that their digests are right all the same."""
+"""Files of JSON that are changed on purpose, so that their checksums are right all the same."""
 
 import json
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from treeify import digests
+from treeify import checksums
 
 
 @contextmanager
@@ -14,4 +14,4 @@ def edited(file: Path) -> Iterator[dict[str, Any]]:
     """The values in a file, which are written back."""
     values = json.loads(file.read_text())
     yield values
-    file.write_text(digests.seal(values) if digests.FILES in values else json.dumps(values))
+    file.write_text(checksums.seal(values) if checksums.FILES in values else json.dumps(values))

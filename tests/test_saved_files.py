@@ -46,7 +46,7 @@ def test_measurements_are_written_as_they_were(tmp_path: Path) -> None:
         for path in (SAVED / "ensemble", tmp_path / "again")
     )
     for config in (before, after):
-        for key in ("identity", "versions", "treeify", "files", "digest"):
+        for key in ("identity", "versions", "treeify", "files", "checksum"):
             config.pop(key, None)  # what tells that files are whole came later
     assert after == before
 

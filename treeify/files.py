@@ -189,6 +189,8 @@ def _draft(path: Path) -> Path:
 
 def _bring_to_disk(path: Path) -> None:
     """Wait until a file's content, or the names in a directory, would survive a power cut."""
+    if os.name == "nt":  # does so only for files that are open for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,7 +10,7 @@ import torch
 from edited import edited
 
 import treeify
-from treeify import digests
+from treeify import checksums
 from treeify.errors import CheckpointError
 from treeify.training.state_file import TENSORS, write_state
 
@@ -182,6 +182,6 @@ def test_weights_that_do_not_match(saved: Path) -> None:
     with edited(saved / "config.json") as config:
         identity = {"identity": config["identity"]}
         safetensors.torch.save_file(state, weights, metadata=identity)
-        config["files"][weights.name] = digests.digest(weights)
+        config["files"][weights.name] = checksums.checksum(weights)
     with pytest.raises(CheckpointError, match=r"a tensor 'head.bias'"):
         treeify.load(saved)

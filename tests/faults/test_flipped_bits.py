@@ -12,7 +12,7 @@ import torch
 from edited import edited
 
 import treeify
-from treeify import digests
+from treeify import checksums
 from treeify.conversion.checkpoint import check_files
 from treeify.errors import CheckpointError
 from treeify.training.run_directory import RunDirectory
@@ -83,9 +83,11 @@ def test_of_an_ensemble(ensemble: Path, name: str) -> None:
 def test_every_bit_of_a_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     values = {"format": 1, "seconds": [1e-05, 2.5], "name": "caf\u00e9", "files": {"a": "b"}}
-    file.write_text(digests.seal(values))
-    assert {**values, "digest": digests.read_sealed(file)["digest"]} == digests.read_sealed(file)
-    assert not unnoticed(file, lambda: digests.read_sealed(file), every=True)
+    file.write_text(checksums.seal(values))
+    assert {**values, "checksum": checksums.read_sealed(file)["checksum"]} == checksums.read_sealed(
+        file
+    )
+    assert not unnoticed(file, lambda: checksums.read_sealed(file), every=True)
 
 
 def test_of_a_state(run: Path) -> None:
@@ -174,7 +176,7 @@ def test_a_state_of_an_earlier_version_without_its_average_is_damaged(
     for state in (before, newest):
         for file in ("config.json", "ema/config.json", "trainer.json"):
             with edited(state / file) as values:
-                del values["files"], values["digest"]
+                del values["files"], values["checksum"]
     shutil.rmtree(newest / "ema")
     assert RunDirectory(copy).newest(lambda text: None) == before
 

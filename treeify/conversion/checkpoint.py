@@ -3,7 +3,7 @@
     config.json         all but the weights, and which file has them
     model.safetensors   the weights; after they were saved over, model-IDENTITY.safetensors
 
-Both tell when they are no longer what was written, see `treeify.digests`.
+Both tell when they are no longer what was written, see `treeify.checksums`.
 """
 
 import copy
@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from treeify import digests
+from treeify import checksums
 from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble, Measurements
 from treeify.conversion.initialize import copies
@@ -130,7 +130,7 @@ def read_config(path: Path, *, verify: bool = True) -> dict[str, Any]:
             expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
             found="no such directory" if not path.is_dir() else f"no {CONFIG}",
         )
-    config = digests.read_sealed(file, verify=verify)
+    config = checksums.read_sealed(file, verify=verify)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         name = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
@@ -147,23 +147,23 @@ def read_config(path: Path, *, verify: bool = True) -> dict[str, Any]:
 
 
 def weights_in(path: Path, config: Mapping[str, Any]) -> tuple[Path, str | None]:
-    """Where a checkpoint's weights are, and their digest; earlier versions wrote none.
+    """Where a checkpoint's weights are, and their checksum; earlier versions wrote none.
 
     Raises:
         CheckpointError: the configuration does not say it as `treeify.save` does.
     """
-    if digests.FILES not in config:
+    if checksums.FILES not in config:
         return path / WEIGHTS, None
-    match config[digests.FILES]:
+    match config[checksums.FILES]:
         # No other names: the file is in the directory, whoever wrote the configuration.
         case {**named} if len(named) == 1:
-            (name, digest), *_ = named.items()
-            if WEIGHTS_NAME.fullmatch(str(name)) and isinstance(digest, str):
-                return path / name, digest
+            (name, checksum), *_ = named.items()
+            if WEIGHTS_NAME.fullmatch(str(name)) and isinstance(checksum, str):
+                return path / name, checksum
     raise CheckpointError(
         f"{path / CONFIG} does not name the weights.",
-        expected=f"one file such as {WEIGHTS}, and its SHA-256",
-        found=repr(config[digests.FILES])[:200],
+        expected=f"one file such as {WEIGHTS}, and its checksum",
+        found=repr(config[checksums.FILES])[:200],
     )
 
 
@@ -285,9 +285,9 @@ def opened(path: Path, config: Mapping[str, Any], *, verify: bool) -> Iterator[A
         CheckpointError: they are others, or not what was written.
         OSError, SafetensorError: they are missing, truncated, or cannot be read.
     """
-    file, digest = weights_in(path, config)
-    if verify and digest is not None:
-        digests.check_file(file, digest)
+    file, checksum = weights_in(path, config)
+    if verify and checksum is not None:
+        checksums.check_file(file, checksum)
     # Opening compares the file's length with what its header says.
     with safe_open(file, framework="pt") as reader:
         if (reader.metadata() or {}).get("identity") != config["identity"]:

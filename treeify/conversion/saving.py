@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from treeify import digests, files
+from treeify import checksums, files
 from treeify.conversion import checkpoint
 from treeify.conversion.checkpoint import CONFIG, FORMAT, WEIGHTS, WEIGHTS_NAME
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble, Measurements
@@ -60,8 +60,8 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
             with files.locked(path):
                 check_writable(path, overwrite=overwrite)  # others may have been here
                 weights = _write_weights(hne, path, identity)
-                sealed = {**config, digests.FILES: digests.digests([weights], path)}
-                files.replace_text(path / CONFIG, digests.seal(sealed))
+                sealed = {**config, checksums.FILES: checksums.checksums([weights], path)}
+                files.replace_text(path / CONFIG, checksums.seal(sealed))
                 with suppress(OSError):  # the ensemble is there; the next save tries again
                     _clear(path, weights)
         finally:
@@ -75,7 +75,7 @@ def _write_weights(hne: HierarchicalEnsemble, path: Path, identity: str) -> Path
     file = path / WEIGHTS
     if file.exists():  # the configuration may name it
         file = file.with_stem(f"{file.stem}-{identity}")
-    # The identity shows that weights and configuration belong together, where no digest is read.
+    # The identity shows that weights and configuration belong together, where no checksum is read.
     files.replace_file(file, lambda draft: save_file(tensors, draft, {"identity": identity}))
     return file
 
@@ -109,10 +109,12 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
         _check_weights(hne, path, config)
         before = hne.saved_measurements.get(path.resolve())
         merged = _merged(checkpoint.measurements_in(path, config), before, hne.measurements)
-        weights, digest = checkpoint.weights_in(path, config)
-        if digest is None:  # an earlier version saved them, and now it is known that they are whole
-            config |= {digests.FILES: digests.digests([weights], path)}
-        files.replace_text(path / CONFIG, digests.seal({**config, **_dumped(merged)}))
+        weights, checksum = checkpoint.weights_in(path, config)
+        if (
+            checksum is None
+        ):  # an earlier version saved them, and now it is known that they are whole
+            config |= {checksums.FILES: checksums.checksums([weights], path)}
+        files.replace_text(path / CONFIG, checksums.seal({**config, **_dumped(merged)}))
     # Not what was merged: of this ensemble, what others measured was never removed.
     hne.saved_measurements[path.resolve()] = hne.measurements
 

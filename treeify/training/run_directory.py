@@ -117,7 +117,7 @@ class RunDirectory:
             saving.save(hne, draft)
             if ema is not None:
                 saving.save(ema, draft / EMA)
-            state_file.write_state(draft, state)  # last: it has the digests of all the others
+            state_file.write_state(draft, state)  # last: it has the checksums of all the others
 
         final = self.path / STATES / state_name(state["step"], state["epochs"])
         with self._writing():

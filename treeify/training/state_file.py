@@ -3,7 +3,7 @@
 JSON has neither tensors, nor tuples, nor keys that are numbers: each is written as an object with
 one key that says what it stands for. Optimizers have all three.
 
-The JSON has the digests of all tensors of a state, those of its ensembles too, and its own: a state
+The JSON has the checksums of all tensors of a state, those of its ensembles too, and its own: a state
 of which a part is missing, damaged or of another state is found out.
 """
 
@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from treeify import digests
+from treeify import checksums
 from treeify.errors import CheckpointError
 
 VALUES, TENSORS = "trainer.json", "trainer.safetensors"
@@ -38,8 +38,8 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
     tensors: dict[str, Tensor] = {}
     plain = _plain(state, tensors)
     save_file(tensors, directory / TENSORS)
-    parts = digests.digests(directory.rglob("*.safetensors"), directory)
-    text = digests.seal({**plain, digests.FILES: parts})
+    parts = checksums.checksums(directory.rglob("*.safetensors"), directory)
+    text = checksums.seal({**plain, checksums.FILES: parts})
     (directory / VALUES).write_text(text, encoding="utf-8")
     shutil.copymode(directory / VALUES, directory / TENSORS)  # safetensors lets nobody else read it
 
@@ -47,9 +47,9 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
 def read_state(directory: Path) -> dict[str, Any]:
     """What `write_state` wrote, tensors on the CPU; CheckpointError if it is missing or damaged."""
     try:
-        plain = digests.read_sealed(directory / VALUES)
-        for name, digest in plain.get(digests.FILES, {}).items():
-            digests.check_file(directory / name, digest)
+        plain = checksums.read_sealed(directory / VALUES)
+        for name, checksum in plain.get(checksums.FILES, {}).items():
+            checksums.check_file(directory / name, checksum)
         state: dict[str, Any] = _nested(plain, load_file(directory / TENSORS))
     except _DAMAGE as error:
         raise CheckpointError(

@@ -1,61 +1,71 @@
-"""Digests, by which a file tells that it is no longer what was written.
+"""Checksums, by which a file tells that it is no longer what was written.
 
-What is written as JSON lists the files beside it with their digests, and ends with a digest of its
-own text. Earlier versions wrote neither; their files are taken as they are.
+What is written as JSON lists the files beside it with their checksums, and ends with a checksum of
+its own text. Earlier versions wrote neither; their files are taken as they are.
+
+They are CRC-32, as in zip and PNG: a flipped bit never goes unseen, other damage once in four
+billion times. SHA-256 takes three times as long, up to a fifth of what loading takes.
 """
 
-import hashlib
 import json
+import mmap
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from treeify.errors import CheckpointError
 
-# Keys of sealed JSON: the SHA-256 of other files by name, and that of the text without this one.
-FILES, SEAL = "files", "digest"
+# Keys of sealed JSON: the checksums of other files by name, and that of the text without this one.
+FILES, SEAL = "files", "checksum"
 _ADVICE = (
     "Copy it again from where it was saved. treeify.load(path, verify=False) reads an ensemble all"
     " the same, say one whose configuration you changed; save it again then."
 )
 
 
-def digest(file: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal digits."""
-    result = hashlib.sha256()
-    with file.open("rb", buffering=0) as content:
-        while part := content.read(1 << 20):
-            result.update(part)
-    return result.hexdigest()
+def _crc(content: bytes | mmap.mmap) -> str:
+    return f"{zlib.crc32(content):08x}"
 
 
-def digests(files: Iterable[Path], directory: Path) -> dict[str, str]:
-    """The digests of files by their names, relative to a directory."""
-    return {file.relative_to(directory).as_posix(): digest(file) for file in sorted(files)}
+def checksum(file: Path) -> str:
+    """The CRC-32 of a file's content, in hexadecimal digits."""
+    if not file.stat().st_size:  # which cannot be mapped
+        return _crc(b"")
+    with (
+        file.open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content,
+    ):
+        return _crc(content)
+
+
+def checksums(files: Iterable[Path], directory: Path) -> dict[str, str]:
+    """The checksums of files by their names, relative to a directory."""
+    return {file.relative_to(directory).as_posix(): checksum(file) for file in sorted(files)}
 
 
 def check_file(file: Path, expected: str) -> None:
-    """Raise CheckpointError unless a file is there and has this digest."""
+    """Raise CheckpointError unless a file is there and has this checksum."""
     # What is no ordinary file, a pipe say, may have no end.
-    found = digest(file) if file.is_file() else "no such file"
+    found = checksum(file) if file.is_file() else "no such file"
     if found != expected:
         raise CheckpointError(
             f"{file} is missing, truncated or damaged.",
-            expected=f"SHA-256 {expected}, as it was written",
+            expected=f"checksum {expected}, as it was written",
             found=found,
             next_step=_ADVICE,
         )
 
 
 def seal(values: Mapping[str, Any]) -> str:
-    """JSON that ends with a digest of itself."""
+    """JSON that ends with a checksum of itself."""
     bare = {key: value for key, value in values.items() if key != SEAL} | {SEAL: ""}
     text = json.dumps(bare, indent=2) + "\n"
-    return _with_seal(text, hashlib.sha256(text.encode()).hexdigest())
+    return _with_seal(text, _crc(text.encode()))
 
 
 def _with_seal(text: str, value: str) -> str:
-    """The text with another digest at its end."""
+    """The text with another checksum at its end."""
     head, key, _ = text.rpartition(f'"{SEAL}": ')
     return f'{head}{key}"{value}"\n}}\n'
 
@@ -65,7 +75,7 @@ def read_sealed(file: Path, *, verify: bool = True) -> Any:
 
     Args:
         file: the file.
-        verify: whether the text must have the digest that it ends with.
+        verify: whether the text must have the checksum that it ends with.
 
     Raises:
         CheckpointError: it is not what was written.
@@ -80,11 +90,11 @@ def read_sealed(file: Path, *, verify: bool = True) -> Any:
     is_sealed = isinstance(values, dict) and bool({FILES, SEAL} & values.keys())
     if verify and is_sealed:
         bare = _with_seal(text, "")
-        expected = hashlib.sha256(bare.encode()).hexdigest()
+        expected = _crc(bare.encode())
         if text != _with_seal(text, expected) or FILES not in values:
             raise CheckpointError(
                 f"{file} is damaged: its text is not what was written.",
-                expected=f"one that ends with its SHA-256, {SEAL!r}",
+                expected=f"one that ends with its {SEAL}",
                 found=f"{values.get(SEAL)!r} where the text has {expected!r}",
                 next_step=_ADVICE,
             )

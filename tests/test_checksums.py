@@ -1,4 +1,4 @@
-"""What tells that a file is whole; `faults/test_flipped_bits.py` flips bits in every kind of file."""
+"""What tells that a file is whole; `faults/test_flipped_bits.py` flips the bits of all files."""
 
 import json
 import os

@@ -154,16 +154,16 @@ def weights_in(path: Path, config: Mapping[str, Any]) -> tuple[Path, str | None]
     """
     if checksums.FILES not in config:
         return path / WEIGHTS, None
-    match config[checksums.FILES]:
+    named = config[checksums.FILES]
+    if isinstance(named, dict) and len(named) == 1:
+        ((name, checksum),) = named.items()
         # No other names: the file is in the directory, whoever wrote the configuration.
-        case {**named} if len(named) == 1:
-            (name, checksum), *_ = named.items()
-            if WEIGHTS_NAME.fullmatch(str(name)) and isinstance(checksum, str):
-                return path / name, checksum
+        if WEIGHTS_NAME.fullmatch(name) and isinstance(checksum, str):
+            return path / name, checksum
     raise CheckpointError(
         f"{path / CONFIG} does not name the weights.",
         expected=f"one file such as {WEIGHTS}, and its checksum",
-        found=repr(config[checksums.FILES])[:200],
+        found=repr(named)[:200],
     )
 
 

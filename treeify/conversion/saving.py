@@ -110,9 +110,7 @@ def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:
         before = hne.saved_measurements.get(path.resolve())
         merged = _merged(checkpoint.measurements_in(path, config), before, hne.measurements)
         weights, checksum = checkpoint.weights_in(path, config)
-        if (
-            checksum is None
-        ):  # an earlier version saved them, and now it is known that they are whole
+        if checksum is None:  # an earlier version saved them; now they are known to be whole
             config |= {checksums.FILES: checksums.checksums([weights], path)}
         files.replace_text(path / CONFIG, checksums.seal({**config, **_dumped(merged)}))
     # Not what was merged: of this ensemble, what others measured was never removed.

@@ -3,8 +3,8 @@
 JSON has neither tensors, nor tuples, nor keys that are numbers: each is written as an object with
 one key that says what it stands for. Optimizers have all three.
 
-The JSON has the checksums of all tensors of a state, those of its ensembles too, and its own: a state
-of which a part is missing, damaged or of another state is found out.
+The JSON has the checksums of all tensors of a state, those of its ensembles too, and its own: a
+state of which a part is missing, damaged or of another state is found out.
 """
 
 import shutil

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -162,6 +162,9 @@ def locked(directory: Path, patience: float = 60.0) -> Iterator[None]:
         _lock(descriptor, directory, patience)
         yield
     finally:
+        # Not by closing alone: a process that was forked meanwhile has it open, too.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 

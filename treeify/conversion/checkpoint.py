@@ -174,8 +174,8 @@ def measurements_in(path: Path, config: Mapping[str, Any]) -> Measurements:
     except (KeyError, TypeError, ValueError, TreeifyError) as error:
         raise CheckpointError(
             f"{path / CONFIG}: the measurements are damaged: {error!r}",
-            next_step="Remove the keys execution, tunings, latencies and budgets, and measure again"
-            " (treeify calibrate).",
+            next_step="Remove the keys execution, tunings, latencies and budgets, save what"
+            " treeify.load(path, verify=False) gives, and measure again (treeify calibrate).",
         ) from error
 
 
@@ -203,7 +203,8 @@ def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
     except (ValueError, TreeifyError) as error:
         raise CheckpointError(
             f"{path / CONFIG}: the preparation of images is damaged: {error}",
-            next_step="Remove the key preparation; treeify predict then takes --mean and --std.",
+            next_step="Remove the key preparation, and save what treeify.load(path, verify=False)"
+            " gives; treeify predict then takes --mean and --std.",
         ) from error
 
 

@@ -82,12 +82,12 @@ def _write_weights(hne: HierarchicalEnsemble, path: Path, identity: str) -> Path
 
 def _clear(path: Path, weights: Path) -> None:
     """Remove weights that no configuration names, and what killed writers left."""
-    others = [file for file in path.iterdir() if WEIGHTS_NAME.fullmatch(file.name)]
-    others.remove(weights)
-    old_drafts = [file for file in path.iterdir() if _OLD_DRAFT.fullmatch(file.name)]
+    names = re.compile(rf"{WEIGHTS_NAME.pattern}|{_OLD_DRAFT.pattern}")
+    others = [file for file in path.iterdir() if names.fullmatch(file.name) and file != weights]
     drafts = files.drafts(path, rf"{re.escape(CONFIG)}|{WEIGHTS_NAME.pattern}")
-    for file in (*others, *old_drafts, *drafts):
-        files.remove(file)
+    for file in (*others, *drafts):
+        if not file.is_dir():  # which would be somebody else's
+            file.unlink()
 
 
 def save_measurements(hne: HierarchicalEnsemble, path: str | Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from edited import edited
 
 import treeify
-from treeify import checksums
+from treeify import checksums, files
 from treeify.errors import CheckpointError
 from treeify.training.state_file import TENSORS, write_state
 
@@ -130,14 +130,39 @@ def test_a_directory_that_is_not_empty(saved: Path) -> None:
     assert (saved / "notes.txt").read_text() == "mine"
 
 
-def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["conversion.saving.save_file", "files.replace_text"])
+def test_a_save_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("treeify.conversion.saving.save_file", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        treeify.save(_named(), tmp_path / "hne")
-    assert list(tmp_path.iterdir()) == []
+    first = _named()
+    treeify.save(first, tmp_path / "there")
+    before = sorted((tmp_path / "there").iterdir())
+    monkeypatch.setattr(f"treeify.{function}", full)
+    for name in ("there", "new"):
+        with pytest.raises(CheckpointError, match="No space left"):
+            treeify.save(_named(seed=5), tmp_path / name, overwrite=True)
+    assert sorted((tmp_path / "there").iterdir()) == before
+    assert torch.equal(treeify.load(tmp_path / "there")(small.images()), first(small.images()))
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_disk_that_fails_when_all_is_written_leaves_the_new_one(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = files.replace_text
+
+    def late(path: Path, text: str) -> None:
+        original(path, text)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "replace_text", late)
+    other = _named(init="perturb", seed=5)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        treeify.save(other, saved, overwrite=True)
+    assert torch.equal(treeify.load(saved)(small.images()), other(small.images()))
 
 
 def test_damaged_directories(saved: Path, tmp_path: Path) -> None:

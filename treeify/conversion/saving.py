@@ -54,14 +54,13 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
     is_new = not path.exists()
     identity = uuid.uuid4().hex
     config = {"identity": identity, **_config(hne)}
-    with _writing(path, "What was there is as it was."):
+    with _writing(path, "It holds what it held, or the new ensemble: either of them whole."):
         try:
             path.mkdir(parents=True, exist_ok=True)
             with files.locked(path):
                 check_writable(path, overwrite=overwrite)  # others may have been here
                 weights = _write_weights(hne, path, identity)
-                sealed = {**config, checksums.FILES: checksums.checksums([weights], path)}
-                files.replace_text(path / CONFIG, checksums.seal(sealed))
+                _write_config(path, config, weights)
                 with suppress(OSError):  # the ensemble is there; the next save tries again
                     _clear(path, weights)
         finally:
@@ -78,6 +77,19 @@ def _write_weights(hne: HierarchicalEnsemble, path: Path, identity: str) -> Path
     # The identity shows that weights and configuration belong together, where no checksum is read.
     files.replace_file(file, lambda draft: save_file(tensors, draft, {"identity": identity}))
     return file
+
+
+def _write_config(path: Path, config: dict[str, Any], weights: Path) -> None:
+    """Write a configuration that names the weights; if it cannot be, they are removed."""
+    file = path / CONFIG
+    sealed = {**config, checksums.FILES: checksums.checksums([weights], path)}
+    try:
+        files.replace_text(file, checksums.seal(sealed))
+    except OSError:
+        # It may have got its name, and the disk failed after that.
+        if not file.is_file() or config["identity"] not in file.read_text("utf-8", "replace"):
+            weights.unlink()
+        raise
 
 
 def _clear(path: Path, weights: Path) -> None:

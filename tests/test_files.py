@@ -1,5 +1,6 @@
 """Files that are there whole or as they were, whatever happens; checked in the order it happens."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -161,3 +162,46 @@ def test_names_in_use_are_passed_over(tmp_path: Path) -> None:
         path.mkdir()
         names.append(path.name)
     assert names == ["run", "run-2", "run-3"]
+
+
+def test_a_lock_is_free_as_soon_as_it_is_left(tmp_path: Path) -> None:
+    """Whether or not what was done succeeded, and whoever was forked meanwhile."""
+    with pytest.raises(ValueError, match="no"), files.locked(tmp_path):
+        # Another descriptor of the same lock, as a forked process has it.
+        (descriptor,) = (
+            int(path.name)
+            for path in Path("/proc/self/fd").iterdir()
+            if path.exists() and path.samefile(tmp_path)
+        )
+        other = os.dup(descriptor)
+        raise ValueError("no")
+    with files.locked(tmp_path, 0):
+        pass
+    os.close(other)
+
+
+def test_a_file_system_without_locks_lets_everybody_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with files.locked(tmp_path), files.locked(tmp_path):
+        pass
+
+
+def test_threads_have_drafts_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    drafts: list[Path] = []
+
+    def write(draft: Path) -> None:
+        drafts.append(draft)
+        if len(drafts) < 3:
+            files.replace_file(path, write)
+        draft.write_text(draft.name)
+
+    files.replace_file(path, write)
+    assert len(set(drafts)) == 3
+    assert path.read_text() == drafts[0].name
+    assert list(tmp_path.iterdir()) == [path]

@@ -14,6 +14,7 @@ import pytest
 import small
 import timm
 import torch
+from edited import edited
 from runner import run
 from safetensors.torch import save_file
 from timm.utils import CheckpointSaver
@@ -341,9 +342,8 @@ def test_a_saved_ensemble_names_no_weights_and_says_which_builder_is_missing() -
     assert treeify.load("saved", trust=True).architecture == Architecture(
         "test_resnet", {"num_classes": 3}
     )
-    config = json.loads(Path("saved/config.json").read_text())
-    config["architecture"] = {"name": "gone_module:net", "kwargs": {}}
-    Path("saved/config.json").write_text(json.dumps(config))
+    with edited(Path("saved/config.json")) as config:
+        config["architecture"] = {"name": "gone_module:net", "kwargs": {}}
     with pytest.raises(
         CheckpointError, match=r"'gone_module:net' cannot be built(.|\n)*PYTHONPATH"
     ):

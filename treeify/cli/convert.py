@@ -23,7 +23,7 @@ from treeify.cli.options import (
     numbers,
 )
 from treeify.cli.output import Column, print_json, say, table
-from treeify.conversion import checkpoint
+from treeify.conversion import saving
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.assemble import assemble
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -129,7 +129,7 @@ def convert(
 def target(name: str, out: Path | None, overwrite: bool) -> Path:
     """The directory to write, which is refused before anything is built if it is taken."""
     out = out or Path("converted") / re.sub(r"[^\w.-]+", "_", name)
-    checkpoint.check_writable(out, overwrite=overwrite)
+    saving.check_writable(out, overwrite=overwrite)
     return out
 
 
@@ -160,7 +160,7 @@ def present(
         )
     if hne.preparation is not None:
         say(console, f"Images: {hne.preparation}.")
-    checkpoint.save(hne, out, overwrite=overwrite)
+    saving.save(hne, out, overwrite=overwrite)
     say(console, f"Written to {out}; read it with treeify.load({str(out)!r}).")
     if as_json:
         print_json(_report(architecture, hne, cost, nested) | {"parity": figures, "out": out})
@@ -180,8 +180,8 @@ def _with_statistics(
             f"the model takes inputs of shape {hne.example}, not images.",
             next_step="Leave --mean and --std out.",
         )
-    channels, *size = hne.example
-    preparation = hne.preparation or Preparation(size=tuple(size), channels=channels)
+    channels, height, width = hne.example
+    preparation = hne.preparation or Preparation(size=(height, width), channels=channels)
     return preparation.with_statistics(mean, std, "--mean and --std of treeify convert")
 
 

@@ -3,22 +3,26 @@
 Nothing that it names is imported, opened or called here, and no link is followed out of its folder.
 """
 
-import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from safetensors import safe_open
 
-from treeify import files
+from treeify import checksums, files
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.errors import CheckpointError, TreeifyError
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# Names that files of weights have.
+WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{32})?\.safetensors")
 # In a run's directory its newest ensemble, and in that one the average of its weights.
 LAST, EMA = "last", "ema"
 # Far above what is ever written, far below what a machine has memory for.
@@ -43,6 +47,8 @@ class _Config(BaseModel):
 def scored_ensemble(path: Path, *, trust: bool = False) -> Path:
     """The directory of the ensemble that a run's last scores are of, or of an ensemble itself.
 
+    A link is followed here, once: a run that goes on may let it name another state at any time.
+
     Args:
         path: a run, one of its checkpoints, or an ensemble.
         trust: whether links may lead out of it.
@@ -51,18 +57,20 @@ def scored_ensemble(path: Path, *, trust: bool = False) -> Path:
         CheckpointError: one does.
     """
     inner = path / LAST if (path / LAST).is_dir() else path
+    inner = inner.parent / inner.readlink() if inner.is_symlink() else inner
     inner = inner / EMA if (inner / EMA).is_dir() else inner
     if not trust:
         files.require_inside(inner, path)
     return inner
 
 
-def read_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
+def read_config(path: Path, *, trust: bool = False, verify: bool = True) -> dict[str, Any]:
     """The configuration in a checkpoint directory.
 
     Args:
         path: the directory.
         trust: whether the file may be a link that leads out of it.
+        verify: whether it must be, bit by bit, what was written.
 
     Raises:
         CheckpointError: it is missing, damaged, of another format, or out of bounds.
@@ -89,10 +97,7 @@ def read_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
             expected=f"at most {_LONGEST_TEXT:,} bytes",
             found=f"{size:,}",
         )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    config = checksums.read_sealed(file, verify=verify)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         name = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
@@ -145,7 +150,8 @@ def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
     except (ValueError, TreeifyError) as error:
         raise CheckpointError(
             f"{path / CONFIG}: the preparation of images is damaged: {error}",
-            next_step="Remove the key preparation; treeify predict then takes --mean and --std.",
+            next_step="Remove the key preparation, and save what treeify.load(path, verify=False)"
+            " gives; treeify predict then takes --mean and --std.",
         ) from error
     _require_size(path / CONFIG, "the size of images", prod(preparation.shape))
     return preparation
@@ -175,3 +181,62 @@ def _memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows
         return 2**63
+
+
+def weights_in(path: Path, config: Mapping[str, Any]) -> tuple[Path, str | None]:
+    """Where a checkpoint's weights are, and their checksum; earlier versions wrote none.
+
+    Raises:
+        CheckpointError: the configuration does not say it as `treeify.save` does.
+    """
+    if checksums.FILES not in config:
+        return path / WEIGHTS, None
+    named = config[checksums.FILES]
+    if isinstance(named, dict) and len(named) == 1:
+        ((name, checksum),) = named.items()
+        # No other names: the file is in the directory, whoever wrote the configuration.
+        if WEIGHTS_NAME.fullmatch(name) and isinstance(checksum, str):
+            return path / name, checksum
+    raise CheckpointError(
+        f"{path / CONFIG} does not name the weights.",
+        expected=f"one file such as {WEIGHTS}, and its checksum",
+        found=repr(named)[:200],
+    )
+
+
+@contextmanager
+def opened(
+    path: Path, config: Mapping[str, Any], *, verify: bool, trust: bool = True
+) -> Iterator[Any]:
+    """Open a checkpoint's weights, which must be those that its configuration is of.
+
+    Yields:
+        A reader of safetensors.
+
+    Raises:
+        CheckpointError: they are others, or not what was written.
+        OSError, SafetensorError: they are missing, truncated, or cannot be read.
+    """
+    file, checksum = weights_in(path, config)
+    check_weights_file(file, trust=trust)
+    if verify and checksum is not None:
+        checksums.check_file(file, checksum)
+    # Opening compares the file's length with what its header says.
+    with safe_open(file, framework="pt") as reader:
+        if (reader.metadata() or {}).get("identity") != config["identity"]:
+            raise CheckpointError(
+                f"{path}: {file.name} and {CONFIG} come from different saves.",
+                next_step="Save the ensemble again.",
+            )
+        yield reader
+
+
+def check_files(path: Path) -> None:
+    """Look whether the files of a checkpoint are what was written.
+
+    Raises:
+        CheckpointError, SafetensorError, FileNotFoundError: they are not.
+        OSError: they cannot be read.
+    """
+    with opened(path, read_config(path, trust=True), verify=True):
+        pass

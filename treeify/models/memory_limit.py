@@ -92,6 +92,6 @@ def _broadcast_size(args: tuple[Any, ...]) -> int:
     if len(shapes) < 2:
         return 0
     try:
-        return prod(torch.broadcast_shapes(*shapes))
+        return prod(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
     except RuntimeError:  # they are of another operation
         return 0

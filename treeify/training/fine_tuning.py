@@ -14,7 +14,7 @@ from treeify.engine.packed_tensors import get_tensor, named_tensors
 from treeify.errors import RecipeError, nearest
 from treeify.models.architecture import Architecture
 from treeify.models.load_weights import classifier_paths
-from treeify.models.rebuild import without_weights
+from treeify.models.saved_architecture import without_weights
 from treeify.training.recipe import ModelRecipe
 
 _LEVEL = re.compile(r"level (\d+)")

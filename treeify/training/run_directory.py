@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from treeify import files
-from treeify.conversion import checkpoint
+from treeify.conversion import checkpoint, saving
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.saved_config import CONFIG, EMA, LAST, WEIGHTS, read_config
+from treeify.conversion.saved_config import EMA, LAST, check_files, read_config
 from treeify.errors import CheckpointError
 from treeify.training import metrics_file, run_lock, state_file
 from treeify.training.environment import Environment
@@ -125,10 +125,10 @@ class RunDirectory:
         """
 
         def write(draft: Path) -> None:
-            checkpoint.save(hne, draft, overwrite=True)
-            state_file.write_state(draft, state)
+            saving.save(hne, draft)
             if ema is not None:
-                checkpoint.save(ema, draft / EMA)
+                saving.save(ema, draft / EMA)
+            state_file.write_state(draft, state)  # last: it has the checksums of all the others
 
         final = self.path / STATES / state_name(state["step"], state["epochs"])
         with self._writing():
@@ -179,6 +179,7 @@ class RunDirectory:
             CheckpointError: every state is damaged, or one cannot be read.
         """
         states = self._states()
+        has_ema = load_recipe(self.path / RECIPE).ema is not None
         for folder, names in (
             (self.path, "|".join(map(re.escape, RUN_FILES))),
             (self.path / STATES, r"step-\d+-epoch-\d+"),
@@ -187,7 +188,7 @@ class RunDirectory:
                 files.remove(draft)
         for path in reversed(states):
             try:
-                state = _undamaged(path)
+                state = _undamaged(path, has_ema=has_ema)
             except _DAMAGE as problem:  # noqa: PERF203 - a few states at most
                 damaged = files.unused(path.with_name(f"damaged-{path.name}"))
                 path.rename(damaged)
@@ -248,13 +249,10 @@ def load_state(path: Path, recipe: Recipe) -> SavedState:
 _DAMAGE = (CheckpointError, FileNotFoundError, ValueError, SafetensorError)
 
 
-def _undamaged(path: Path) -> dict[str, Any]:
+def _undamaged(path: Path, *, has_ema: bool) -> dict[str, Any]:
     """The run's part of a checkpoint; raises one of `_DAMAGE` if any of its files is damaged."""
-    for ensemble in [path, *([path / EMA] if (path / EMA).is_dir() else [])]:
-        json.loads((ensemble / CONFIG).read_text(encoding="utf-8"))
-        # Opening compares the length with the header's; nothing is read that loading reads again.
-        with safe_open(ensemble / WEIGHTS, "pt"):
-            pass
+    for ensemble in (path, path / EMA) if has_ema else (path,):
+        check_files(ensemble)
     return state_file.read_state(path)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -14,7 +15,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from treeify.engine.allocator import tune_allocator
-from treeify.errors import TreeifyError
+from treeify.errors import TreeifyError, printable
 
 BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130
 # What typer says about arguments in its own words; it exports one kind of such an error only.
@@ -61,8 +62,13 @@ class _Commands(TyperGroup):
             return super().resolve_command(ctx, args)
         return args[0], load_command(args[0]), args[1:]
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_usage():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        with nullcontext() if ctx.params["debug"] else _readable_errors():
+        errors = nullcontext() if ctx.params["debug"] else _readable_errors()
+        with _printable_usage(), errors:
             return super().invoke(ctx)
 
 
@@ -84,6 +90,16 @@ def load_command(name: str) -> Any:
 
 
 @contextmanager
+def _printable_usage() -> Iterator[None]:
+    """Let typer's own messages, which quote arguments, hold nothing that a terminal obeys."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = printable(error.message)
+        raise
+
+
+@contextmanager
 def _readable_errors() -> Iterator[None]:
     """Turn exceptions into a message and an exit code."""
     try:
@@ -101,7 +117,7 @@ def _readable_errors() -> Iterator[None]:
 
 def _stop(kind: str, message: str, code: int) -> typer.Exit:
     # Text, not markup: a message may quote [brackets].
-    text = Text.assemble((f"{kind}: ", "bold red"), message)
+    text = Text.assemble((f"{kind}: ", "bold red"), printable(message))
     Console(stderr=True).print(text, soft_wrap=True, highlight=False)
     return typer.Exit(code)
 
@@ -165,4 +181,6 @@ def options(
 
 def main() -> None:
     """Run the command line; what the `treeify` script calls."""
+    as_python_does = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(as_python_does(*args, **kwargs))
     app()

@@ -6,6 +6,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from treeify import files
 from treeify.errors import DataError
 
 # How Pillow names pixels with so many channels.
@@ -71,7 +72,11 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.I
             32 bits, whose range nobody knows.
     """
     try:
+        if isinstance(file, str | Path):
+            files.check_regular(Path(file))
         with Image.open(file) as opened:
+            if opened.format == "EPS":  # Pillow would let Ghostscript run it
+                raise ValueError("it is a program for printers, not a picture")
             opened.load()
             image = upright(opened)
             return image.copy() if image is opened else image  # which is closed now

@@ -111,6 +111,9 @@ def _readable_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            # A path that no message of ours foresaw: of a name too long, or not to be looked at.
+            raise _stop(type(error).__name__, str(error), BAD_INPUT) from error
         text = f"{str(error) or 'no message'}\n  This is a bug; run again with --debug to see"
         raise _stop(type(error).__name__, f"{text} where: treeify --debug ...", BUG) from error
 

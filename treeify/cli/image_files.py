@@ -62,9 +62,14 @@ def _of_word(word: str) -> Iterator[ImageFile]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """The images below a folder, links to folders included."""
+    """The images below a folder, links to folders included, each folder once."""
     files = []
+    seen: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:  # a link to where it lies has no end
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [
             Path(root, name)

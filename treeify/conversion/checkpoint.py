@@ -21,6 +21,7 @@ from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
 from treeify.conversion.initialize import copies
 from treeify.conversion.resolve import resolve
+from treeify.conversion.saved_config import MOST_BYTES, check_dtype, check_leaves, check_values
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
 from treeify.errors import CheckpointError, ModelError, TreeifyError
@@ -143,6 +144,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
             f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
             next_step="Save the ensemble again.",
         )
+    check_leaves(path, config["splits"], weights)
     base, architecture = _built(path, config) if model is None else resolve(model)
     try:
         base = _with_constants(base, weights)
@@ -202,16 +204,16 @@ def read_config(path: Path) -> dict[str, Any]:
             next_step="Make an ensemble of the weights of a network:"
             f" treeify convert NAME --weights {path}",
         )
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(
             f"{path} holds no ensemble.",
             expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
             found="no such directory" if not path.is_dir() else f"no {CONFIG}",
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+        config = files.read_json(file, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} is damaged or cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         name = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
@@ -220,10 +222,7 @@ def read_config(path: Path) -> dict[str, Any]:
             found=f"format {name}",
             next_step="Load it with the treeify version that wrote it.",
         )
-    keys = ("identity", "architecture", "fingerprint", "splits", "example", "versions")
-    missing = [key for key in keys if key not in config]
-    if missing:
-        raise CheckpointError(f"{file} is incomplete.", expected=f"the keys {', '.join(missing)}")
+    check_values(file, config)
     return config
 
 
@@ -324,6 +323,7 @@ def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
 
 def _read_weights(file: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
+        files.check_regular(file)
         with safe_open(file, framework="pt") as reader:
             names = reader.keys()
             metadata = reader.metadata() or {}
@@ -395,5 +395,6 @@ def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> 
                 expected=f"{key!r} of shape {tuple(packed.shape)}",
                 found=f"shape {tuple(tensor.shape)}",
             )
+        check_dtype(path, key, packed, tensor)
         # A copy: what safetensors returns is mapped from the file, which may be replaced later.
         packed.data = tensor.clone()

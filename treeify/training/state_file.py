@@ -14,9 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from treeify import files
 from treeify.errors import CheckpointError
 
 VALUES, TENSORS = "trainer.json", "trainer.safetensors"
+_MOST_BYTES = 2**26
+# What reading raises where a file is missing, is none of ours, or says something else.
+_DAMAGE = (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError, SafetensorError)
 _TENSOR, _PAIRS, _TUPLE = "tensor", "pairs", "tuple"
 
 
@@ -33,9 +37,10 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
 def read_state(directory: Path) -> dict[str, Any]:
     """What `write_state` wrote, tensors on the CPU; CheckpointError if it is missing or damaged."""
     try:
-        plain = json.loads((directory / VALUES).read_text(encoding="utf-8"))
+        plain = files.read_json(directory / VALUES, _MOST_BYTES)
+        files.check_regular(directory / TENSORS)
         state: dict[str, Any] = _nested(plain, load_file(directory / TENSORS))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{directory} holds no whole trainer's state: {error}",
             expected=f"{VALUES} and {TENSORS} as treeify train wrote them",

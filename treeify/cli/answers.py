@@ -83,7 +83,9 @@ def as_csv(images: Iterable[ImageAnswers]) -> str:
         last = image.answers[-1]
         label = None if last.label is None else printable(last.label, in_file=True)
         best = last.index, label, last.probability
-        writer.writerow([printable(image.path, in_file=True), *best, last.leaves, last.macs, last.elapsed_ms])
+        writer.writerow(
+            [printable(image.path, in_file=True), *best, last.leaves, last.macs, last.elapsed_ms]
+        )
     return text.getvalue()
 
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from treeify import files
 from treeify.conversion.assemble import assemble, blank_image
+from treeify.conversion.config_values import MOST_BYTES, check_dtype, check_leaves, check_values
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
 from treeify.conversion.initialize import copies
 from treeify.conversion.resolve import resolve
-from treeify.conversion.saved_config import MOST_BYTES, check_dtype, check_leaves, check_values
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.engine.packed_tensors import get_parent, get_tensor, named_tensors
 from treeify.errors import CheckpointError, ModelError, TreeifyError
@@ -314,10 +314,10 @@ def _with_constants(base: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
     base = copy.deepcopy(base)
     for key in names:
         tensor = weights.pop(key)
-        # A model without such a module is another one, which its fingerprint will tell.
-        with suppress(AttributeError):
+        with suppress(AttributeError):  # another model: its fingerprint will tell
             parent, name = get_parent(base, key.removeprefix(_CONSTANT))
-            setattr(parent, name, tensor)
+            if isinstance(vars(parent).get(name), Tensor):
+                setattr(parent, name, tensor)
     return base
 
 

@@ -30,7 +30,9 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
     except Exception as error:  # dates that do not exist and odd tags make it raise anything
-        raise ValueError(f"a value does not fit its tag: {type(error).__name__}: {error}") from error
+        raise ValueError(
+            f"a value does not fit its tag: {type(error).__name__}: {error}"
+        ) from error
 
 
 def keys(root: yaml.Node | None) -> Iterator[tuple[KeyPath, int]]:

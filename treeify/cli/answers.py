@@ -81,11 +81,9 @@ def as_csv(images: Iterable[ImageAnswers]) -> str:
     writer.writerow(["file", "class", "label", "probability", "leaves", "macs", "elapsed_ms"])
     for image in images:
         last = image.answers[-1]
-        label = None if last.label is None else printable(last.label, in_file=True)
+        path, label = (printable(word, in_file=True) for word in (image.path, last.label or ""))
         best = last.index, label, last.probability
-        writer.writerow(
-            [printable(image.path, in_file=True), *best, last.leaves, last.macs, last.elapsed_ms]
-        )
+        writer.writerow([path, *best, last.leaves, last.macs, last.elapsed_ms])
     return text.getvalue()
 
 

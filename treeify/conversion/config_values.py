@@ -82,10 +82,8 @@ def check_values(file: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_leaves(path: Path, splits: Iterable[str], weights: Mapping[str, Tensor]) -> None:
-    """Raise CheckpointError where a tree would have leaves that no tensor has room for.
-
-    Every tensor of the last level holds one part for each leaf, along dim 0.
-    """
+    """Raise CheckpointError where a tree would have leaves that no tensor has room for."""
+    # Every tensor of the last level holds one part for each leaf, along dim 0.
     leaves = math.prod(fanout or 1 for _, fanout in map(parse, splits))
     most = max((tensor.shape[0] for tensor in weights.values() if tensor.ndim), default=0)
     if leaves > max(most, _LEAVES_ON_TRUST):

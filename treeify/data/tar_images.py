@@ -70,6 +70,9 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
 def whole_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The visible files in an opened tar file.
 
+    Yields:
+        Each of them, in its order.
+
     Raises:
         tarfile.ReadError: one is stored with holes, or is larger than the tar file.
     """

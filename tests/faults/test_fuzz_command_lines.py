@@ -1,4 +1,4 @@
-"""Command lines of any words: an answer, or one message and exit code 2, and no escape sequences."""
+"""Command lines of any words: an answer, or one message and exit code 2; no escape sequences."""
 
 import os
 import warnings
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import runs
-import small
 from cli import saved_ensembles
+from faults import ensembles
 from faults.fuzzing import HOSTILE_WORDS, MANY, fuzzed, limited
 from hypothesis import strategies as st
 from runner import run
@@ -57,7 +57,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     path.mkdir(parents=True)
     before = Path.cwd()
     os.chdir(path)
-    hne = small.ensemble()
+    hne = ensembles.buildable()
     hne.preparation = Preparation(size=(8, 8), mean=(0.5,), std=(0.5,))
     treeify.save(hne, "ensemble")
     runs.photos(path / "photos", each=1)

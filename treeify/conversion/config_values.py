@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from torch import Tensor
 
 from treeify.conversion.splits import parse
-from treeify.errors import CheckpointError
+from treeify.errors import CheckpointError, SplitError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -84,7 +84,10 @@ def check_values(file: Path, config: Mapping[str, Any]) -> None:
 def check_leaves(path: Path, splits: Iterable[str], weights: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError where a tree would have leaves that no tensor has room for."""
     # Every tensor of the last level holds one part for each leaf, along dim 0.
-    leaves = math.prod(fanout or 1 for _, fanout in map(parse, splits))
+    try:
+        leaves = math.prod(fanout or 1 for _, fanout in map(parse, splits))
+    except SplitError as error:
+        raise CheckpointError(f"{path}: its configuration is damaged: {error}") from error
     most = max((tensor.shape[0] for tensor in weights.values() if tensor.ndim), default=0)
     if leaves > max(most, _LEAVES_ON_TRUST):
         raise CheckpointError(

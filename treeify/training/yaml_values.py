@@ -11,7 +11,7 @@ KeyPath = tuple[str, ...]
 
 # A recipe has hundreds of values, and lists of class names tens of thousands. Aliases count as what
 # they stand for: ten of ten of ten, nine times, are a page of text and fill any memory.
-MOST_BYTES, MOST_VALUES, DEEPEST = 2**20, 50_000, 50
+MOST_BYTES, MOST_VALUES, DEEPEST = 2**20, 30_000, 50
 _WIDEST = 2**63
 
 

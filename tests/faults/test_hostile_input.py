@@ -65,6 +65,7 @@ YAML: dict[str, tuple[str, str]] = {
     "a tag without sense": ("name: !!timestamp x", "does not fit its tag"),
     "a number without sense": ("seed: !!int x", "does not fit its tag"),
     "a number of many digits": ("seed: 0x" + "f" * 5000, "a number of more than 64 bits"),
+    "half a character": ('name: "\\uDCFF"', "half a character"),
     "a list as a key": ("? [a]\n: b", "unhashable"),
     "two documents": ("a: 1\n---\nb: 2", "expected a single document"),
 }

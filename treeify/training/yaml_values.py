@@ -99,6 +99,13 @@ class _Loader(yaml.SafeLoader):
         self._require(abs(number) < _WIDEST, "a number of more than 64 bits", node.start_mark)
         return number
 
+    def construct_yaml_str(self, node: Any) -> str:
+        """Text that a file can hold: halves of characters, which escapes can say, are none."""
+        text: str = super().construct_yaml_str(node)
+        halves = any("\ud800" <= character <= "\udfff" for character in text)
+        self._require(not halves, "half a character", node.start_mark)
+        return text
+
     @staticmethod
     def _require(holds: bool, problem: str, mark: Any) -> None:
         if not holds:
@@ -112,6 +119,7 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:str", _Loader.construct_yaml_str)
 # `1e-4` is a number.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

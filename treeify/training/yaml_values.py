@@ -75,11 +75,11 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """The next node, counted; called by the loader for every value, from the outside in."""
         is_alias = self.check_event(yaml.AliasEvent)
-        mark = self.peek_event().start_mark
+        mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         self._depth += 1
         self._require(self._depth <= DEEPEST, f"nested deeper than {DEEPEST} levels", mark)
         self._require(len(self._extents) <= MOST_VALUES, f"more than {MOST_VALUES:,} values", mark)
-        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node: yaml.Node | None = super().compose_node(parent, index)
         self._depth -= 1
         if node is None:
             return None

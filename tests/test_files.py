@@ -205,3 +205,30 @@ def test_threads_have_drafts_of_their_own(tmp_path: Path) -> None:
     assert len(set(drafts)) == 3
     assert path.read_text() == drafts[0].name
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_but_files_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "a pipe"), ("link", "a device"), (".", "a directory")):
+        with pytest.raises(OSError, match=f"it is {kind}, not a file"):
+            files.read_bytes(tmp_path / name, 10)
+    for name in ("nothing", "a\0b"):
+        with pytest.raises(OSError, match=r"No such file|null byte"):
+            files.check_regular(tmp_path / name)
+
+
+def test_no_more_is_read_than_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[1, 2]")
+    assert files.read_bytes(path, 6) == b"[1, 2]"
+    assert files.read_json(path, 6) == [1, 2]
+    with pytest.raises(OSError, match="larger than 5 bytes"):
+        files.read_json(path, 5)
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**6, b"\xff", b"{", b""])
+def test_what_is_no_json_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\w"):
+        files.read_json(tmp_path / "a.json", 10**7)

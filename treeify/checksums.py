@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from treeify import files
 from treeify.errors import CheckpointError
 
 # Keys of sealed JSON: the checksums of other files by name, and that of the text without this one.
@@ -39,9 +40,9 @@ def checksum(file: Path) -> str:
         return _crc(content)
 
 
-def checksums(files: Iterable[Path], directory: Path) -> dict[str, str]:
+def checksums(paths: Iterable[Path], directory: Path) -> dict[str, str]:
     """The checksums of files by their names, relative to a directory."""
-    return {file.relative_to(directory).as_posix(): checksum(file) for file in sorted(files)}
+    return {file.relative_to(directory).as_posix(): checksum(file) for file in sorted(paths)}
 
 
 def check_file(file: Path, expected: str) -> None:
@@ -70,11 +71,12 @@ def _with_seal(text: str, value: str) -> str:
     return f'{head}{key}"{value}"\n}}\n'
 
 
-def read_sealed(file: Path, *, verify: bool = True) -> Any:
+def read_sealed(file: Path, most: int, *, verify: bool = True) -> Any:
     """The values in a file of JSON, which `seal` or an earlier version wrote.
 
     Args:
         file: the file.
+        most: how many bytes it may have.
         verify: whether the text must have the checksum that it ends with.
 
     Raises:
@@ -82,10 +84,14 @@ def read_sealed(file: Path, *, verify: bool = True) -> Any:
         FileNotFoundError: there is no such file.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        text = files.read_bytes(file, most).decode()
         values = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"{file} is damaged: {error}", next_step=_ADVICE) from error
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{file} is damaged or cannot be read: {error}", next_step=_ADVICE
+        ) from error
     # Both keys or neither: a bit that flips in one of their names makes no earlier version of it.
     is_sealed = isinstance(values, dict) and bool({FILES, SEAL} & values.keys())
     if verify and is_sealed:

@@ -4,15 +4,18 @@ A writer that is killed leaves a draft behind, `.NAME.PID-RANDOM`, and nothing e
 """
 
 import errno
+import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from treeify.errors import CheckpointError
 
@@ -20,6 +23,59 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: Path) -> None:
+    """Let nobody wait for a pipe that nothing is written to, or read a device that has no end.
+
+    Raises:
+        OSError: there is no file of this name, or something else.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except ValueError as error:  # no file system has such a name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if kind in _KINDS:
+        raise OSError(errno.EINVAL, f"it is {_KINDS[kind]}, not a file", str(path))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: of the file.
+        most: how many bytes are read.
+
+    Raises:
+        OSError: there is none, it cannot be read, or is larger.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+    return content
+
+
+def read_json(path: Path, most: int) -> Any:
+    """The value in a JSON file of at most so many bytes.
+
+    Raises:
+        OSError: there is no such file, it cannot be read, or is larger.
+        ValueError: it is no JSON in UTF-8, or nested beyond any use.
+    """
+    try:
+        return json.loads(read_bytes(path, most).decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -201,7 +201,9 @@ def test_python_tags_are_refused(tmp_path: Path) -> None:
 
 def test_an_endless_alias_is_an_error(tmp_path: Path) -> None:
     text = GOOD.replace("kwargs: {width: 0.25}", "kwargs: &a {width: *a}")
-    assert "model.kwargs" in problems(tmp_path, text)
+    found = problems(tmp_path, text)
+    assert "an alias of what it is a part of" in found
+    assert "line 4" in found
 
 
 def test_a_data_section_from_words() -> None:

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from treeify.conversion.config_values import check_dtype, check_leaves
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble, Measurements
 from treeify.conversion.restore import CONSTANT, architecture_in, memory_limit, restored
 from treeify.conversion.saved_config import (
@@ -55,6 +56,7 @@ def load(
     """
     path = Path(path)
     config, weights = _read(path, trust=trust, verify=verify)
+    check_leaves(path, config["splits"], weights)
     architecture = None if model is not None else architecture_in(path, config, trust=trust)
     with nullcontext() if trust else memory_limit(path, config, weights):
         hne = restored(path, config, weights, architecture, model)
@@ -159,10 +161,10 @@ def _fill(path: Path, hne: HierarchicalEnsemble, weights: dict[str, Tensor]) -> 
 
 def _require_fit(path: Path, key: str, tensor: Tensor, place: Tensor) -> None:
     """Raise CheckpointError unless a saved tensor is one of this place, in whatever precision."""
-    kinds = {each.dtype.is_floating_point or each.dtype for each in (tensor, place)}
-    if tensor.shape != place.shape or len(kinds) > 1:
+    if tensor.shape != place.shape:
         raise CheckpointError(
             f"{path}: the weights do not match the configuration.",
-            expected=f"{key!r} of shape {tuple(place.shape)}, {place.dtype}",
-            found=f"shape {tuple(tensor.shape)}, {tensor.dtype}",
+            expected=f"{key!r} of shape {tuple(place.shape)}",
+            found=f"shape {tuple(tensor.shape)}",
         )
+    check_dtype(path, key, place, tensor)

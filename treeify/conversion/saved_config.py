@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 from safetensors import safe_open
 
 from treeify import checksums, files
+from treeify.conversion.config_values import MOST_BYTES, MOST_VALUES, check_values
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.errors import CheckpointError, TreeifyError
 
@@ -25,23 +25,6 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{32})?\.safetensors")
 # In a run's directory its newest ensemble, and in that one the average of its weights.
 LAST, EMA = "last", "ema"
-# Far above what is ever written, far below what a machine has memory for.
-_LONGEST_TEXT, _LARGEST_INPUT = 2**26, 2**28
-
-
-class _Config(BaseModel):
-    """The keys that loading goes by, and what their values may be; there are others."""
-
-    model_config = ConfigDict(strict=True)
-
-    identity: str
-    architecture: dict[str, Any] | None
-    fingerprint: str
-    splits: Annotated[list[str], Field(max_length=64)]
-    example: Annotated[list[PositiveInt], Field(min_length=1, max_length=8)]
-    versions: dict[str, str]
-    batch: PositiveInt = 1
-    frozen: list[str] | None = None
 
 
 def scored_ensemble(path: Path, *, trust: bool = False) -> Path:
@@ -83,7 +66,7 @@ def read_config(path: Path, *, trust: bool = False, verify: bool = True) -> dict
             next_step="Make an ensemble of the weights of a network:"
             f" treeify convert NAME --weights {path}",
         )
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(
             f"{path} holds no ensemble.",
             expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
@@ -91,13 +74,7 @@ def read_config(path: Path, *, trust: bool = False, verify: bool = True) -> dict
         )
     if not trust:
         files.require_inside(file, path)
-    if (size := file.stat().st_size) > _LONGEST_TEXT:
-        raise CheckpointError(
-            f"{file} is too long.",
-            expected=f"at most {_LONGEST_TEXT:,} bytes",
-            found=f"{size:,}",
-        )
-    config = checksums.read_sealed(file, verify=verify)
+    config = checksums.read_sealed(file, MOST_BYTES, verify=verify)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         name = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
@@ -106,35 +83,8 @@ def read_config(path: Path, *, trust: bool = False, verify: bool = True) -> dict
             found=f"format {name!s:.100}",
             next_step="Load it with the treeify version that wrote it.",
         )
-    _check(file, config)
+    check_values(file, config)
     return config
-
-
-def _check(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless a configuration is one that `treeify.save` may have written."""
-    needed = [key for key, field in _Config.model_fields.items() if field.is_required()]
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise CheckpointError(f"{file} is incomplete.", expected=f"the keys {', '.join(missing)}")
-    try:
-        checked = _Config.model_validate(config)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise CheckpointError(
-            f"{file} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
-            found=f"{first['input']!r:.100}",
-            next_step="Copy it again from where it was saved.",
-        ) from error
-    _require_size(file, "the example input", checked.batch * prod(checked.example))
-
-
-def _require_size(file: Path, what: str, size: int) -> None:
-    if size > _LARGEST_INPUT:
-        raise CheckpointError(
-            f"{file}: {what} is too large.",
-            expected=f"at most {_LARGEST_INPUT:,} numbers",
-            found=f"{size:,}",
-        )
 
 
 def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
@@ -153,7 +103,12 @@ def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
             next_step="Remove the key preparation, and save what treeify.load(path, verify=False)"
             " gives; treeify predict then takes --mean and --std.",
         ) from error
-    _require_size(path / CONFIG, "the size of images", prod(preparation.shape))
+    if prod(preparation.shape) > MOST_VALUES:
+        raise CheckpointError(
+            f"{path / CONFIG}: the size of images is too large.",
+            expected=f"at most {MOST_VALUES:,} numbers",
+            found=f"{preparation.shape}",
+        )
     return preparation
 
 

@@ -158,8 +158,9 @@ def _divided(
     what = f"of {len(images):,} images of {images.root}, {fraction:.0%} of each class by"
     what = f"{what} split_seed={seed},"
     labels = [images.targets[index] for index in held_out]
-    parts: list[Subset[Any]] = [Subset(images, train), Subset(images, sorted(held_out))]
-    return in_parts(*parts, augment, preparation, images.classes, what, labels)
+    learned: Subset[Any] = Subset(images, train)
+    measured: Subset[Any] = Subset(images, sorted(held_out))
+    return in_parts(learned, measured, augment, preparation, images.classes, what, labels)
 
 
 # What folders of parts are called, and classes hardly ever.

@@ -28,6 +28,7 @@ from treeify.data.image_files import (
 from treeify.errors import DataError, InputError
 
 CropMode = Literal["center", "squash", "border"]
+_LARGEST = 2**15
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -67,11 +68,12 @@ class Preparation:
             alone = "mean" if self.std is None else "std"
             raise InputError(f"{alone} was given alone.", expected="mean and std, or neither")
         size = tuple(map(int, self.size))
-        if len(size) != 2 or min(size) < 1 or self.channels < 1 or not self.crop_pct > 0:
+        in_range = len(size) == 2 and min(size) >= 1 and max(size) <= _LARGEST
+        if not in_range or self.channels < 1 or not 0 < self.crop_pct < math.inf:
             raise InputError(
                 f"no image has this shape: size {self.size}, channels {self.channels}, crop_pct"
                 f" {self.crop_pct}.",
-                expected="size (H, W), channels 1, 3 or 4, and a crop_pct above 0",
+                expected=f"size (H, W) up to {_LARGEST:,}, channels 1, 3 or 4, a crop_pct above 0",
             )
         for key, values in (("crop_mode", CropMode), ("interpolation", Interpolation)):
             if getattr(self, key) not in get_args(values):

@@ -9,6 +9,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
+from treeify import files
 from treeify.data.augmentation import ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
@@ -117,6 +118,9 @@ class _TimmImages(Dataset[Any]):
                 return upright(image), int(label)
             except Exception as error:  # a damaged image makes decoders raise anything
                 raise UnreadableImageError(f"image {index}", error) from error
+        if isinstance(self.reader, ReaderImageFolder):
+            path, label = self.reader.samples[index]
+            return open_image(path), int(label)
         try:
             file, label, *_ = self.reader[index]
             with file:
@@ -131,8 +135,12 @@ class _TimmImages(Dataset[Any]):
 
 def _class_map(file: str, root: str) -> list[str]:
     """The classes that a file names, in the order of their numbers."""
+    path = Path(file) if Path(file).exists() else Path(root, file)
     try:
-        numbers = load_class_map(file, root)  # type: ignore[no-untyped-call]
+        files.check_regular(path)
+        if path.suffix == ".pkl":  # timm would run what is in it
+            raise ValueError("it is a pickle, which may hold code")
+        numbers = load_class_map(str(path))  # type: ignore[no-untyped-call]
     except (AssertionError, OSError, ValueError) as error:
         raise DataError(
             f"class_map {file!r} cannot be read.",

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from treeify.errors import CheckpointError, joined
@@ -82,15 +83,30 @@ class _Fit:
         return [key for key, differs in shapes if differs and key not in self.head]
 
     @property
+    def incomparable(self) -> list[str]:
+        """Keys of floats whose weights are none: quantised, say, or sparse."""
+        return [
+            key
+            for key, tensor in self.state.items()
+            if self.expected[key].is_floating_point()
+            and not (tensor.is_floating_point() and tensor.layout == torch.strided)
+        ]
+
+    @property
     def problems(self) -> list[str]:
         """One line for each kind of what does not fit."""
         shapes = [
             f"{key} {list(self.state[key].shape)} instead of {list(self.expected[key].shape)}"
             for key in self.misshapen
         ]
+        numbers = [
+            f"{key} {self.state[key].dtype} instead of {self.expected[key].dtype}"
+            for key in self.incomparable
+        ]
         kinds = {
             "missing": self.missing,
             "of another shape": shapes,
+            "of other numbers": numbers,
             "unexpected": self.unexpected,
         }
         return [f"{len(keys)} {kind}: {joined(keys)}" for kind, keys in kinds.items() if keys]

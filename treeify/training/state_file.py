@@ -16,13 +16,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from treeify import checksums
+from treeify import checksums, files
 from treeify.errors import CheckpointError
 
 VALUES, TENSORS = "trainer.json", "trainer.safetensors"
+_MOST_BYTES = 2**26
 _TENSOR, _PAIRS, _TUPLE = "tensor", "pairs", "tuple"
 # What reading raises where a file is not what `write_state` wrote.
-_DAMAGE = (FileNotFoundError, AttributeError, ValueError, KeyError, TypeError, SafetensorError)
+_DAMAGE = (
+    *(FileNotFoundError, AttributeError, ValueError, KeyError, TypeError, RecursionError),
+    SafetensorError,
+)
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:
@@ -47,7 +51,8 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
 def read_state(directory: Path) -> dict[str, Any]:
     """What `write_state` wrote, tensors on the CPU; CheckpointError if it is missing or damaged."""
     try:
-        plain = checksums.read_sealed(directory / VALUES)
+        plain = checksums.read_sealed(directory / VALUES, _MOST_BYTES)
+        files.check_regular(directory / TENSORS)
         for name, checksum in plain.get(checksums.FILES, {}).items():
             checksums.check_file(directory / name, checksum)
         state: dict[str, Any] = _nested(plain, load_file(directory / TENSORS))

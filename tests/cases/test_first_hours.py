@@ -99,6 +99,13 @@ def test_what_is_typed_instead_of_a_models_name(here: Path, name: str, advice: s
     assert advice in done.output
 
 
+@pytest.mark.parametrize("splits", ["1,2", "[1, 2]", '["1", "2"]'])
+def test_splits_of_a_sequential_are_named_by_numbers(here: Path, splits: str) -> None:
+    options = ["model.name=grey_net:net", "model.kwargs={}", f"model.splits={splits}"]
+    recipe = load_recipe(runs.tiny(here), options)
+    assert recipe.model.splits == ["1", "2"]
+
+
 def test_leaves_that_are_worse_than_one_are_called_so() -> None:
     worse = verdict(Gain(4, gain=-3.8, error=0.3, disagreement=18.0), 2.9, 25.6, 10_000)
     assert worse is not None

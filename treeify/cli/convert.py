@@ -171,8 +171,8 @@ def _with_statistics(
             f"the model takes inputs of shape {hne.example}, not images.",
             next_step="Leave --mean and --std out.",
         )
-    channels, *size = hne.example
-    preparation = hne.preparation or Preparation(size=tuple(size), channels=channels)
+    channels, height, width = hne.example
+    preparation = hne.preparation or Preparation(size=(height, width), channels=channels)
     return preparation.with_statistics(mean, std, "--mean and --std of treeify convert")
 
 

@@ -158,7 +158,7 @@ def _divided(
     what = f"of {len(images):,} images of {images.root}, {fraction:.0%} of each class by"
     what = f"{what} split_seed={seed},"
     labels = [images.targets[index] for index in held_out]
-    parts = Subset(images, train), Subset(images, sorted(held_out))
+    parts: tuple[Any, Any] = Subset(images, train), Subset(images, sorted(held_out))
     return in_parts(*parts, augment, preparation, images.classes, what, labels)
 
 

@@ -66,8 +66,8 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `treeify --help` need not wait for torch."""
-    if name == "losses":
-        return import_module("treeify.losses")
+    if name in ("data", "errors", "losses", "models"):
+        return import_module(f"treeify.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'treeify' has no attribute {name!r}")
     attribute = globals()[name] = getattr(import_module(f"treeify.{_HOMES[name]}"), name)

@@ -79,6 +79,33 @@ def test_a_size_that_nothing_says_is_said_to_be_a_guess(here: Path) -> None:
     assert "does not say" not in run("splits", "test_resnet").output
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("grey_net", "grey_net:FUNCTION"),
+        ("grey_net.py", "grey_net:FUNCTION"),
+        ("net.pth", "NAME --weights net.pth"),
+        ("others:instance", "is a network already"),
+        ("others:plain", "It is called as plain(num_classes=3)"),
+        ("", "there is no model ''"),
+    ],
+)
+def test_what_is_typed_instead_of_a_models_name(here: Path, name: str, advice: str) -> None:
+    (here / "others.py").write_text(
+        "from grey_net import net\n\ninstance = net()\n\n\ndef plain():\n    return net()\n"
+    )
+    done = run("convert", name, "--num-classes", "3")
+    assert done.exit_code == 2
+    assert advice in done.output
+
+
+@pytest.mark.parametrize("splits", ["1,2", "[1, 2]", '["1", "2"]'])
+def test_splits_of_a_sequential_are_named_by_numbers(here: Path, splits: str) -> None:
+    options = ["model.name=grey_net:net", "model.kwargs={}", f"model.splits={splits}"]
+    recipe = load_recipe(runs.tiny(here), options)
+    assert recipe.model.splits == ["1", "2"]
+
+
 def test_leaves_that_are_worse_than_one_are_called_so() -> None:
     worse = verdict(Gain(4, gain=-3.8, error=0.3, disagreement=18.0), 2.9, 25.6, 10_000)
     assert worse is not None

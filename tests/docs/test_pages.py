@@ -60,7 +60,8 @@ def first_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A directory with what pages for new users name, and the ensemble and run they make first."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TREEIFY_TUNE_ALLOCATOR", "0")
-    (source,) = re.findall(r"'''\n(.*?)'''", (ROOT / "docs/your_model.md").read_text(), re.DOTALL)
+    page = (ROOT / "docs" / "your_model.md").read_text(encoding="utf-8")
+    (source,) = re.findall(r'"""\n(.*?)"""', page, re.DOTALL)
     source = source.replace("num_classes=10", "num_classes=2")
     monkeypatch.delitem(sys.modules, "shirts", raising=False)
     Path("shirts.py").write_text(source)

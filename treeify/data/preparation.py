@@ -107,7 +107,7 @@ class Preparation:
             return f"{shape}, mean and std unknown ({self.source})"
         mean, std = (" ".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
         crop = f", {self.crop_pct:.4g} of the sides cropped" if self.crop_pct != 1 else ""
-        return f"{shape}{crop}, mean {mean}, std {std} ({self.source})"
+        return f"{shape}, mean {mean}, std {std}{crop} ({self.source})"
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An image of Pillow's as floats `[C, H, W]`.

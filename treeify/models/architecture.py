@@ -107,4 +107,17 @@ class Architecture:
             f"{' with pretrained weights' if pretrained else ''} from {dict(self.kwargs)}.",
             expected="arguments its builder accepts",
             found=reason,
+            next_step=self._advice(),
+        )
+
+    def _advice(self) -> str | None:
+        """What to change in a builder of the user's own."""
+        if ":" not in self.name:
+            return None
+        if isinstance(find_builder(self.name), nn.Module):
+            return f"{self.name} is a network already: name the class or function that builds it."
+        arguments = ", ".join(f"{key}={value!r}" for key, value in self.kwargs.items())
+        return (
+            f"It is called as {self.name.partition(':')[2]}({arguments}): give it these arguments,"
+            " and all others a default, or a recipe their values (model.kwargs)."
         )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 
 import timm
 import torchvision
@@ -35,6 +36,19 @@ def find_builder(name: str, pretrained: bool = False) -> Callable[..., object]:
             return partial(_build_torchvision, bare, pretrained)
     elif timm.is_model(bare := name.removeprefix(TIMM)):
         return partial(timm.create_model, bare, pretrained=pretrained)
+    code = Path(name.removesuffix(".py"))
+    if Path(f"{code}.py").is_file():
+        raise ModelError(
+            f"{name!r} names a file of code, and no model in it.",
+            expected=_EXPECTED,
+            next_step=f"Name the function or class as well: {'.'.join(code.parts)}:FUNCTION",
+        )
+    if Path(name).is_file():
+        raise ModelError(
+            f"{name!r} is a file, and no model's name.",
+            expected=_EXPECTED,
+            next_step=f"Name the network; its weights are an option: NAME --weights {name}",
+        )
     names = library_names()
     same = [repr(other) for other in names if other.removeprefix(TORCHVISION) == bare]
     close = same[0] if same else nearest(name, names) or nearest(bare, names)

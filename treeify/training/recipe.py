@@ -149,6 +149,15 @@ class ModelRecipe(Section):
     freeze: list[str] = Field(default=[])
     freeze_norms: bool = False
 
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _as_names(cls, splits: object) -> object:
+        """Names as commands take them (`1,2`), and the numbers that children of Sequential have."""
+        names = splits.split(",") if isinstance(splits, str) else splits
+        if isinstance(names, list):
+            return [str(name) if type(name) is int else name for name in names]
+        return names
+
     @model_validator(mode="after")
     def _freezes_norms_of_something(self) -> Self:
         if self.freeze_norms and not self.freeze:

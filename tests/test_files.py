@@ -205,3 +205,19 @@ def test_threads_have_drafts_of_their_own(tmp_path: Path) -> None:
     assert len(set(drafts)) == 3
     assert path.read_text() == drafts[0].name
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_directory_is_withdrawn_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "file").write_text("")
+
+    def dying(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", dying)
+        files.withdraw(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    (draft,) = files.drafts(tmp_path, "state")
+    files.remove(draft)
+    assert not list(tmp_path.iterdir())

@@ -17,7 +17,6 @@ chosen on the held-out images, so its own accuracy on them is a little flatterin
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -126,7 +125,7 @@ class RunDirectory:
         # Last: until now the links named one of these.
         for old in self._states()[:-keep]:
             if old.name != state["best"]:
-                shutil.rmtree(old)
+                files.withdraw(old)
 
     def _point(self, path: Path, state: Mapping[str, Any]) -> None:
         files.point(self.path / LAST, path)

@@ -232,3 +232,19 @@ def test_what_is_no_json_is_a_value_error(tmp_path: Path, content: bytes) -> Non
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"\w"):
         files.read_json(tmp_path / "a.json", 10**7)
+
+
+def test_a_directory_is_withdrawn_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "file").write_text("")
+
+    def dying(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shutil.rmtree", dying)
+        files.withdraw(tmp_path / "state")
+    assert not (tmp_path / "state").exists()
+    (draft,) = files.drafts(tmp_path, "state")
+    files.remove(draft)
+    assert not list(tmp_path.iterdir())

@@ -215,6 +215,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def withdraw(directory: Path) -> None:
+    """Remove a directory that others may look for: whole until one moment, gone from the next."""
+    draft = directory.rename(_draft(directory))
+    shutil.rmtree(draft)
+
+
 def unused(path: Path) -> Path:
     """The path, or the first of `path-2`, `path-3`, ... that does not exist yet."""
     names = (path.name if number == 1 else f"{path.name}-{number}" for number in count(1))

@@ -18,7 +18,6 @@ chosen on the held-out images, so its own accuracy on them is a little flatterin
 import contextlib
 import json
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -139,7 +138,8 @@ class RunDirectory:
             if old.name != state["best"]:
                 # What cannot be removed, as a network file system keeps what others read, is
                 # removed another time.
-                shutil.rmtree(old, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    files.withdraw(old)
 
     def _point(self, path: Path, state: Mapping[str, Any]) -> None:
         files.point(self.path / LAST, path)

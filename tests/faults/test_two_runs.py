@@ -14,9 +14,10 @@ import runs
 
 from treeify.errors import CheckpointError, RecipeError
 from treeify.training import claim, run_lock
+from treeify.training.ablation import GridRun, ablate, last_epoch
 from treeify.training.events import Reporter, Step
 from treeify.training.recipe import Recipe
-from treeify.training.recipe_file import load_recipe
+from treeify.training.recipe_file import dump_recipe, load_recipe
 from treeify.training.run_directory import RunDirectory
 from treeify.training.run_lock import LOCK, locked
 from treeify.training.trainer import train
@@ -152,9 +153,19 @@ def test_a_killed_runs_lock_is_free_at_once(tmp_path: Path) -> None:
 
 def test_what_a_run_killed_in_its_set_up_leaves_is_free(recipe: Recipe) -> None:
     Path("run").mkdir()
-    Path("run", LOCK).touch()
-    train(recipe, out="run")
-    assert not Path("run", LOCK).exists()
+    for name in (LOCK, ".recipe.yaml.123"):
+        Path("run", name).touch()
+    train(recipe, out="run", reporter=runs.InterruptAt(1))
+    assert not [path for path in Path("run").iterdir() if path.name in (LOCK, ".recipe.yaml.123")]
+
+
+def test_a_run_killed_between_its_first_two_files_goes_on(recipe: Recipe) -> None:
+    Path("run").mkdir()
+    Path("run", "recipe.yaml").write_text(dump_recipe(recipe))
+    run = GridRun("tiny", 0, recipe, Path("run"))
+    assert ablate([run])
+    assert last_epoch(run) is not None
+    assert RunDirectory(run.directory).environment().device == "cpu"
 
 
 def test_a_forked_process_has_no_part_in_the_lock(tmp_path: Path) -> None:

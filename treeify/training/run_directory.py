@@ -74,6 +74,8 @@ class RunDirectory:
         """Write what is run and where, in the place of an earlier run; other files stay."""
         text = json.dumps(asdict(Environment.of(device)), indent=2) + "\n"
         with self._writing():
+            for draft in drafts(self.path):
+                files.remove(draft)
             if is_run(self.path):
                 # The two files below are replaced: killed on the way, this is still a run.
                 for name in (*CHECKPOINTS, STATES, METRICS):
@@ -179,12 +181,8 @@ class RunDirectory:
             CheckpointError: every state is damaged, or one cannot be read.
         """
         states = self._states()
-        for folder, names in (
-            (self.path, "|".join(map(re.escape, RUN_FILES))),
-            (self.path / STATES, r"step-\d+-epoch-\d+"),
-        ):
-            for draft in files.drafts(folder, names):
-                files.remove(draft)
+        for draft in [*drafts(self.path), *files.drafts(self.path / STATES, r"step-\d+-epoch-\d+")]:
+            files.remove(draft)
         for path in reversed(states):
             try:
                 state = _undamaged(path)
@@ -221,6 +219,11 @@ class RunDirectory:
             f"{str(self.path / LAST)!r} holds the last state; go on from it with"
             f" treeify train --resume {self.path}"
         )
+
+
+def drafts(path: Path) -> list[Path]:
+    """What killed writers left in a run's directory."""
+    return files.drafts(path, "|".join(map(re.escape, RUN_FILES)))
 
 
 def state_name(step: int, epochs: int) -> str:

@@ -117,7 +117,7 @@ def _making(path: Path) -> Iterator[None]:
     """Turn what keeps a directory from being made into one message."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of names with a null byte
         raise CheckpointError(
             f"run directory {str(path)!r} cannot be made: {error}",
             next_step="Give another --out, or run elsewhere.",

@@ -236,6 +236,14 @@ def test_an_empty_directory_that_may_not_be_written_to(
         train(recipe, out="run")
 
 
+def test_a_lock_that_is_a_link_makes_no_file_elsewhere(recipe: Recipe) -> None:
+    Path("run").mkdir()
+    Path("run", LOCK).symlink_to(Path("elsewhere").absolute())
+    with pytest.raises(CheckpointError, match="nothing can be written to 'run'"):
+        train(recipe, out="run")
+    assert not Path("elsewhere").exists()
+
+
 def test_a_directory_that_vanishes_while_training(recipe: Recipe) -> None:
     with pytest.raises(CheckpointError, match="'run' is not this run's any more"):
         train(recipe, out="run", reporter=Meanwhile(lambda: shutil.rmtree("run")))

@@ -14,9 +14,10 @@ import runs
 
 from treeify.errors import CheckpointError, RecipeError
 from treeify.training import claim, run_lock
+from treeify.training.ablation import GridRun, ablate, last_epoch
 from treeify.training.events import Reporter, Step
 from treeify.training.recipe import Recipe
-from treeify.training.recipe_file import load_recipe
+from treeify.training.recipe_file import dump_recipe, load_recipe
 from treeify.training.run_directory import RunDirectory
 from treeify.training.run_lock import LOCK, locked
 from treeify.training.trainer import train
@@ -152,9 +153,19 @@ def test_a_killed_runs_lock_is_free_at_once(tmp_path: Path) -> None:
 
 def test_what_a_run_killed_in_its_set_up_leaves_is_free(recipe: Recipe) -> None:
     Path("run").mkdir()
-    Path("run", LOCK).touch()
-    train(recipe, out="run")
-    assert not Path("run", LOCK).exists()
+    for name in (LOCK, ".recipe.yaml.123"):
+        Path("run", name).touch()
+    train(recipe, out="run", reporter=runs.InterruptAt(1))
+    assert not [path for path in Path("run").iterdir() if path.name in (LOCK, ".recipe.yaml.123")]
+
+
+def test_a_run_killed_between_its_first_two_files_goes_on(recipe: Recipe) -> None:
+    Path("run").mkdir()
+    Path("run", "recipe.yaml").write_text(dump_recipe(recipe))
+    run = GridRun("tiny", 0, recipe, Path("run"))
+    assert ablate([run])
+    assert last_epoch(run) is not None
+    assert RunDirectory(run.directory).environment().device == "cpu"
 
 
 def test_a_forked_process_has_no_part_in_the_lock(tmp_path: Path) -> None:
@@ -207,8 +218,8 @@ def test_a_file_system_without_locks_is_warned_of(
 @pytest.mark.skipif(sys.platform != "linux", reason="nobody can write to /proc")
 def test_a_place_that_cannot_be_written_to(recipe: Recipe) -> None:
     before = {*Path("/proc/self").iterdir()}
-    for out, match in (("/proc/self/run", "cannot be made"), ("/dev/null/run", "cannot be made")):
-        with pytest.raises(CheckpointError, match=match):
+    for out in ("/proc/self/run", "/dev/null/run", "null\0byte", "long" * 100):
+        with pytest.raises(CheckpointError, match="cannot be made"):
             train(recipe, out=out)
     assert {*Path("/proc/self").iterdir()} == before
 
@@ -223,6 +234,14 @@ def test_an_empty_directory_that_may_not_be_written_to(
     monkeypatch.setattr(os, "open", read_only)
     with pytest.raises(CheckpointError, match=r"nothing can be written to 'run'.*Read-only"):
         train(recipe, out="run")
+
+
+def test_a_lock_that_is_a_link_makes_no_file_elsewhere(recipe: Recipe) -> None:
+    Path("run").mkdir()
+    Path("run", LOCK).symlink_to(Path("elsewhere").absolute())
+    with pytest.raises(CheckpointError, match="nothing can be written to 'run'"):
+        train(recipe, out="run")
+    assert not Path("elsewhere").exists()
 
 
 def test_a_directory_that_vanishes_while_training(recipe: Recipe) -> None:

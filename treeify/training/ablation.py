@@ -28,7 +28,7 @@ from treeify.errors import RecipeError
 from treeify.training.events import Epoch, Reporter
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
-from treeify.training.run_directory import RunDirectory, check_same, is_run, state_name
+from treeify.training.run_directory import RECIPE, RunDirectory, check_same, is_run, state_name
 from treeify.training.sections import Section
 from treeify.training.trainer import train
 from treeify.training.yaml_values import MOST_BYTES, check_keys, parse
@@ -144,7 +144,7 @@ def ablate(
         if last_epoch(run) is not None:
             continue
         directory, reporter = run.directory, started(run)
-        if is_run(directory):
+        if (directory / RECIPE).is_file():  # also of a run that was killed before all was written
             result = train(run.recipe, resume=directory, reporter=reporter)
         else:
             result = train(run.recipe, out=directory, reporter=reporter)

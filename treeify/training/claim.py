@@ -8,7 +8,14 @@ from pathlib import Path
 from treeify import files
 from treeify.errors import CheckpointError
 from treeify.training.recipe import Recipe
-from treeify.training.run_directory import RUN_FILES, RunDirectory, check_same, is_run, recipe_in
+from treeify.training.run_directory import (
+    RUN_FILES,
+    RunDirectory,
+    check_same,
+    drafts,
+    is_run,
+    recipe_in,
+)
 from treeify.training.run_lock import LOCK, locked
 
 
@@ -74,7 +81,9 @@ def _check_free(path: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError if a run in a directory would replace what it may not."""
     is_directory = path.is_dir()
     names = {entry.name for entry in path.iterdir()} if is_directory else set()
-    is_free = not names - {LOCK} if is_directory else not os.path.lexists(path)
+    # Of a run that was killed before it began.
+    left_over = {LOCK, *(draft.name for draft in drafts(path))}
+    is_free = names <= left_over if is_directory else not os.path.lexists(path)
     if not is_free and not (overwrite and is_directory):
         raise CheckpointError(
             f"run directory {str(path)!r} is taken.",
@@ -108,7 +117,7 @@ def _making(path: Path) -> Iterator[None]:
     """Turn what keeps a directory from being made into one message."""
     try:
         yield
-    except OSError as error:
+    except (OSError, ValueError) as error:  # the latter of names with a null byte
         raise CheckpointError(
             f"run directory {str(path)!r} cannot be made: {error}",
             next_step="Give another --out, or run elsewhere.",

@@ -85,9 +85,8 @@ def mend(file: Path, epochs: int, warn: Callable[[str], None]) -> None:
         )
     if damaged or later:
         files.replace_bytes(file, _joined([row.line for row in finished]))
-    missing = set(range(1, epochs + 1)) - {row.epoch.epoch for row in finished}
-    if missing:
-        warn(f"{file} lacks {len(missing)} of {epochs} finished epochs; the state is whole.")
+    if missing := epochs - len(finished):
+        warn(f"{file} lacks {missing} of {epochs} finished epochs; the state is whole.")
 
 
 def _joined(lines: list[bytes]) -> bytes:

@@ -73,6 +73,8 @@ class RunDirectory:
         """Write what is run and where, in the place of an earlier run; other files stay."""
         text = json.dumps(asdict(Environment.of(device)), indent=2) + "\n"
         with self._writing():
+            for draft in drafts(self.path):
+                files.remove(draft)
             if is_run(self.path):
                 # The two files below are replaced: killed on the way, this is still a run.
                 for name in (*CHECKPOINTS, STATES, METRICS):
@@ -180,12 +182,8 @@ class RunDirectory:
         """
         states = self._states()
         has_ema = load_recipe(self.path / RECIPE).ema is not None
-        for folder, names in (
-            (self.path, "|".join(map(re.escape, RUN_FILES))),
-            (self.path / STATES, r"step-\d+-epoch-\d+"),
-        ):
-            for draft in files.drafts(folder, names):
-                files.remove(draft)
+        for draft in [*drafts(self.path), *files.drafts(self.path / STATES, r"step-\d+-epoch-\d+")]:
+            files.remove(draft)
         for path in reversed(states):
             try:
                 state = _undamaged(path, has_ema=has_ema)
@@ -222,6 +220,11 @@ class RunDirectory:
             f"{str(self.path / LAST)!r} holds the last state; go on from it with"
             f" treeify train --resume {self.path}"
         )
+
+
+def drafts(path: Path) -> list[Path]:
+    """What killed writers left in a run's directory."""
+    return files.drafts(path, "|".join(map(re.escape, RUN_FILES)))
 
 
 def state_name(step: int, epochs: int) -> str:

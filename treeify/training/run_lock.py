@@ -32,7 +32,7 @@ class Lock:
     def is_in_place(self) -> bool:
         """Whether the name still is that of the locked file, so of the locked directory."""
         try:
-            return os.path.samestat(self.file.stat(), os.fstat(self.descriptor))
+            return os.path.samestat(self.file.lstat(), os.fstat(self.descriptor))
         except OSError:
             return False
 
@@ -68,7 +68,9 @@ def _lock(file: Path, warn: Callable[[str], None]) -> Lock:
     """Open a file, which is made if need be, and lock it."""
     while True:
         try:
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            # Not by way of a link, which would make a file elsewhere.
+            flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+            descriptor = os.open(file, flags, 0o666)
         except OSError as error:
             raise CheckpointError(
                 f"nothing can be written to {str(file.parent)!r}: {error}",

@@ -118,9 +118,9 @@ def train(
         if saved is not None:
             trainer.load(saved)
         # Only now, when nothing of the recipe can be wrong any more, is an earlier run replaced.
-        if is_main and resume is None:
-            directory.describe(recipe, device)
-        elif is_main and more_epochs:
+        if is_main and (resume is None or not run_directory.is_run(directory.path)):
+            directory.describe(recipe, device)  # as well if it was killed while it was doing that
+        if is_main and more_epochs:
             directory.write_recipe(recipe)
             reporter.warned(optimizers.extension(recipe.schedule, trainer.state.optimizer))
         with distributed.explained(directory.describe_last):

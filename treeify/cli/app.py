@@ -159,7 +159,7 @@ def options(
         treeify predict runs/digits_hne digit.png --deadline 20ms
     """
     # `package.module:function` may name a module beside the user, as it would under `python -m`.
-    registry = importlib.import_module("treeify.registry")
+    registry: Any = importlib.import_module("treeify.registry")
     registry.keep_directory = True
     context.call_on_close(partial(setattr, registry, "keep_directory", False))
 

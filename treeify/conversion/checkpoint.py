@@ -148,8 +148,8 @@ def load(
             f"{path}: {WEIGHTS} and {CONFIG} come from different saves.",
             next_step="Save the ensemble again.",
         )
-    with nullcontext() if trust else memory_limit(path, config, weights):
-        hne = restored(path, config, weights, architecture, model)
+    limit = nullcontext() if trust else memory_limit(path, config, weights)
+    hne = restored(path, config, weights, architecture, model, limit)
     _fill(path, hne, weights)
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():

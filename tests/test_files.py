@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from treeify import files
+from treeify.errors import CheckpointError
 
 
 @pytest.fixture
@@ -161,3 +162,18 @@ def test_names_in_use_are_passed_over(tmp_path: Path) -> None:
         path.mkdir()
         names.append(path.name)
     assert names == ["run", "run-2", "run-3"]
+
+
+def test_links_out_of_a_folder_are_refused_but_those_of_the_hubs_cache(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "model/snapshots/1234", tmp_path / "model/blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "abcd").touch()
+    (tmp_path / "other").touch()
+    (snapshot / "config.json").symlink_to(blobs / "abcd")
+    (snapshot / "inner").symlink_to(snapshot / "config.json")
+    (snapshot / "weights").symlink_to(tmp_path / "other")
+    for name in ("config.json", "inner"):
+        files.require_inside(snapshot / name, snapshot)
+    with pytest.raises(CheckpointError, match="weights is a link that leads out of"):
+        files.require_inside(snapshot / "weights", snapshot)

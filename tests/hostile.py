@@ -120,15 +120,8 @@ def _linked(directory: Path, name: str, target: Path) -> None:
     (directory / name).symlink_to(target)
 
 
-def write(folder: Path, ensemble: Path, saved_run: Path) -> list[str]:
-    """Write every directory, by changes to an ensemble and to a run, both harmless.
-
-    Returns:
-        Their names; those of runs begin with `run`.
-    """
-    (folder / "evil.py").write_text(MODULE)
-    (folder / "evil.pth").write_bytes(pickle.dumps(_Evil()))
-    shutil.copytree(ensemble, folder / "victim")
+def _changes(folder: Path) -> dict[str, Callable[[Path], None]]:
+    """What makes a copy of a harmless ensemble hostile, by the copy's name."""
 
     def architecture(name: Any, kwargs: Any) -> Callable[[Path], None]:
         return lambda path: _changed(path, architecture={"name": name, "kwargs": kwargs})
@@ -153,7 +146,7 @@ def write(folder: Path, ensemble: Path, saved_run: Path) -> list[str]:
         return lambda path: _tensors(path, **changes)
 
     one = torch.zeros(3)
-    makers: dict[str, Callable[[Path], None]] = {
+    return {
         **{name: architecture(*values) for name, values in REFUSED.items()},
         **{
             name: architecture(NAME, {"num_classes": 3, **kwargs})
@@ -178,7 +171,10 @@ def write(folder: Path, ensemble: Path, saved_run: Path) -> list[str]:
         "parameters by name": tensors(**{"constant _parameters": one}),
         "tensor of another kind": tensors(**{"fc.bias": torch.zeros(6, dtype=torch.int32)}),
     }
-    text = (saved_run / "recipe.yaml").read_text()
+
+
+def _recipes(folder: Path, text: str) -> dict[str, str]:
+    """Recipes of hostile runs by their names, from that of a harmless one."""
     model = yaml.safe_load(text)["model"]
     recipes: dict[str, dict[str, Any]] = {
         "run data": {"data": {"name": "evil:build"}},
@@ -195,6 +191,20 @@ def write(folder: Path, ensemble: Path, saved_run: Path) -> list[str]:
         for name, changes in recipes.items()
     }
     contents["run tags"] = f"{text}note: !!python/object/apply:os.system ['touch {MARKER}']\n"
+    return contents
+
+
+def write(folder: Path, ensemble: Path, saved_run: Path) -> list[str]:
+    """Write every directory, by changes to an ensemble and to a run, both harmless.
+
+    Returns:
+        Their names; those of runs begin with `run`.
+    """
+    (folder / "evil.py").write_text(MODULE)
+    (folder / "evil.pth").write_bytes(pickle.dumps(_Evil()))
+    shutil.copytree(ensemble, folder / "victim")
+    makers = _changes(folder)
+    contents = _recipes(folder, (saved_run / "recipe.yaml").read_text())
     for name, make in makers.items():
         shutil.copytree(ensemble, folder / name)
         make(folder / name)

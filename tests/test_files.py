@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from treeify import files
+from treeify.errors import CheckpointError
 
 
 @pytest.fixture
@@ -248,3 +249,18 @@ def test_a_directory_is_withdrawn_whole(tmp_path: Path, monkeypatch: pytest.Monk
     (draft,) = files.drafts(tmp_path, "state")
     files.remove(draft)
     assert not list(tmp_path.iterdir())
+
+
+def test_links_out_of_a_folder_are_refused_but_those_of_the_hubs_cache(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "model/snapshots/1234", tmp_path / "model/blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    (blobs / "abcd").touch()
+    (tmp_path / "other").touch()
+    (snapshot / "config.json").symlink_to(blobs / "abcd")
+    (snapshot / "inner").symlink_to(snapshot / "config.json")
+    (snapshot / "weights").symlink_to(tmp_path / "other")
+    for name in ("config.json", "inner"):
+        files.require_inside(snapshot / name, snapshot)
+    with pytest.raises(CheckpointError, match="weights is a link that leads out of"):
+        files.require_inside(snapshot / "weights", snapshot)

@@ -1,11 +1,13 @@
 """What a directory on the command line holds."""
 
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 
-from treeify.cli.saved import checkpoint_in, preparation_in
-from treeify.errors import InputError
+from treeify.cli.saved import checkpoint_in, data_section, preparation_in
+from treeify.errors import CheckpointError, InputError
 
 SAVED = Path(__file__).parents[1] / "saved"
 
@@ -24,3 +26,32 @@ def test_of_an_ensemble_by_itself_the_shape_is_known_and_the_user_says_the_rest(
     assert preparation.size == (8, 16)
     with pytest.raises(InputError, match="std was given alone"):
         preparation_in(SAVED / "ensemble", std=(0.25,))
+
+
+def test_a_runs_own_data_set_is_imported_with_trust_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(SAVED / "run", "run", symlinks=True)
+    recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    recipe["data"], recipe["loss"] = {"name": "runs:noise"}, {"name": "no_such_module:loss"}
+    Path("run/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    path = checkpoint_in(Path("run"))
+    with pytest.raises(CheckpointError, match=r"would be imported: data.name='runs:noise'"):
+        data_section(path, ())
+    assert data_section(path, (), trust=True).name == "runs:noise"
+    assert data_section(path, ["name=digits"]).name == "digits"
+
+
+def test_what_a_run_fetched_is_not_fetched_again_without_trust(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(SAVED / "run", "run", symlinks=True)
+    recipe = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    recipe["data"] = {"name": "cifar10", "download": True}
+    Path("run/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    path = checkpoint_in(Path("run"))
+    assert not data_section(path, ()).options["download"]
+    assert data_section(path, (), trust=True).options["download"]
+    assert data_section(path, ["download=true"]).options["download"]

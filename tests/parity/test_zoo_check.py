@@ -59,8 +59,8 @@ def test_a_round_trip_that_loses_something_is_noticed(monkeypatch: pytest.Monkey
 
     original = treeify.load
 
-    def load(path: str) -> treeify.HierarchicalEnsemble:
-        loaded = original(path)
+    def load(path: str, *, trust: bool) -> treeify.HierarchicalEnsemble:
+        loaded = original(path, trust=trust)
         with torch.no_grad():
             loaded.head.bias += 1
         return loaded
@@ -76,8 +76,8 @@ def test_a_round_trip_with_other_logits_from_the_same_tensors_is_noticed(
     hne, x = tiny(), torch.rand(2, 3, 16, 16)
     original = treeify.load
 
-    def load(path: str) -> treeify.HierarchicalEnsemble:
-        loaded = original(path)
+    def load(path: str, *, trust: bool) -> treeify.HierarchicalEnsemble:
+        loaded = original(path, trust=trust)
         loaded.register_forward_hook(lambda module, inputs, output: output + 1)
         return loaded
 

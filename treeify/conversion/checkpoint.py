@@ -58,8 +58,8 @@ def load(
     config, weights = _read(path, trust=trust, verify=verify)
     check_leaves(path, config["splits"], weights)
     architecture = None if model is not None else architecture_in(path, config, trust=trust)
-    with nullcontext() if trust else memory_limit(path, config, weights):
-        hne = restored(path, config, weights, architecture, model)
+    limit = nullcontext() if trust else memory_limit(path, config, weights)
+    hne = restored(path, config, weights, architecture, model, limit)
     _fill(path, hne, weights)
     if (frozen := config.get("frozen")) is not None:  # earlier saves have none
         for key, parameter in hne.named_parameters():

@@ -2,13 +2,14 @@
 
 import copy
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from treeify.conversion.assemble import assemble, blank_image
+from treeify.conversion.assemble import assemble, blank_image, trace_model
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import copies
 from treeify.conversion.resolve import resolve
@@ -75,6 +76,7 @@ def restored(
     weights: dict[str, Tensor],
     architecture: Architecture | None,
     model: nn.Module | None,
+    limit: AbstractContextManager[object],
 ) -> HierarchicalEnsemble:
     """A saved ensemble without its weights: they are not filled in yet.
 
@@ -84,6 +86,7 @@ def restored(
         weights: its tensors; those that are neither parameters nor buffers are taken out.
         architecture: how the base model is built, if it is not given.
         model: the base model.
+        limit: entered while memory is allocated, for the base model and for the branches.
 
     Raises:
         CheckpointError: it cannot be built here, or comes out another than was saved.
@@ -93,16 +96,15 @@ def restored(
             base, architecture = resolve(model)
         else:
             assert architecture is not None
-            base = _built(path, config, architecture)
+            with limit:
+                base = _built(path, config, architecture)
         base = _with_constants(path, base, weights)
-        hne = assemble(
-            base,
-            architecture or recognise(base),
-            config["splits"],
-            copies(base),
-            example_input=blank_image(base, config["example"], config.get("batch", 1)),
-            saved=True,
-        )
+        architecture = architecture or recognise(base)
+        image = blank_image(base, config["example"], config.get("batch", 1))
+        traced = trace_model(base, architecture, image)
+        splits, source = config["splits"], copies(base)
+        with limit:
+            hne = assemble(base, architecture, splits, source, traced=traced, saved=True)
     except CheckpointError:
         raise
     except TreeifyError as error:

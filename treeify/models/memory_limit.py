@@ -13,6 +13,23 @@ from treeify.errors import ModelError
 # What makes tensors of a size, and what makes as many numbers as it is told.
 _SIZED = frozenset({torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn})
 _COUNTED = frozenset({torch.arange, torch.linspace, torch.eye, torch.randperm})
+# What grows by being broadcast, in tables of positions.
+_PAIRWISE = frozenset(
+    {
+        *(Tensor.add, Tensor.sub, Tensor.mul, Tensor.div, Tensor.__rsub__, Tensor.__rtruediv__),
+        *(torch.add, torch.sub, torch.mul, torch.div, torch.where),
+        *(
+            Tensor.eq,
+            Tensor.ne,
+            Tensor.__eq__,
+            Tensor.__ne__,
+            Tensor.lt,
+            Tensor.gt,
+            Tensor.le,
+            Tensor.ge,
+        ),
+    }
+)
 # Tables of positions, masks and layers that a constructor replaces are in no file.
 _VALUES_BESIDE, _TENSORS_BESIDE = 2**26, 2_000
 
@@ -48,8 +65,8 @@ class MemoryLimit(TorchFunctionMode):
         if func in _SIZED or func in _COUNTED:
             if torch.device(kwargs.get("device") or "cpu").type != "meta":
                 self._allocate(_size(func, args, kwargs), 1)
-        else:
-            # Differences of all pairs, say, are as large as both together.
+        elif func in _PAIRWISE:
+            # Differences of all pairs are as large as both together.
             self._allocate(_broadcast_size(args), 0)
         return func(*args, **kwargs)
 
@@ -89,8 +106,6 @@ def _integers(values: Any) -> Iterator[int]:
 def _broadcast_size(args: tuple[Any, ...]) -> int:
     """How many numbers the tensors among some arguments are when broadcast; 0 if they are not."""
     shapes = [arg.shape for arg in args if isinstance(arg, Tensor) and not arg.is_meta]
-    if len(shapes) < 2:
-        return 0
     try:
         return prod(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
     except RuntimeError:  # they are of another operation

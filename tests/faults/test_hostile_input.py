@@ -199,6 +199,18 @@ def test_a_member_that_says_it_is_huge(tmp_path: Path, size: int, name: str) -> 
             read(shard)
 
 
+def test_a_member_that_is_no_image_may_be_large(tmp_path: Path) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for name, content in (("a/1.png", file.getvalue()), ("a/notes.npz", bytes(2**16))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    images, classes = folders_in_tar(tmp_path / "train.tar")
+    assert (len(images), classes, images[0][0].size) == (1, ("a",), (8, 8))
+
+
 def test_a_member_with_holes(tmp_path: Path) -> None:
     """GNU's sparse file, of 512 bytes and 10^15 bytes of nothing."""
     info = tarfile.TarInfo("a/1.png")

@@ -67,8 +67,8 @@ def opened(path: Path) -> Iterator[tarfile.TarFile]:
         ) from error
 
 
-def whole_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The visible files in an opened tar file.
+def whole_members(tar: tarfile.TarFile, endings: Sequence[str]) -> Iterator[tarfile.TarInfo]:
+    """The visible files with one of some endings in an opened tar file.
 
     Yields:
         Each of them, in its order.
@@ -80,7 +80,8 @@ def whole_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     for member in tar:
         if member.size < 0:  # the next one would be before it, for ever
             raise tarfile.ReadError(f"{member.name!r} says that it has {member.size:,} bytes")
-        if not member.isfile() or not is_visible(member.name):
+        ending = member.name.rpartition(".")[2].lower()
+        if not member.isfile() or not is_visible(member.name) or ending not in endings:
             continue
         if member.issparse():
             raise tarfile.ReadError(f"{member.name!r} is stored with holes: write it in full")
@@ -103,7 +104,7 @@ def folders_in_tar(
         DataError: the file is damaged, has no images, or classes that are not trained on.
     """
     with opened(path) as tar:
-        members = [info for info in whole_members(tar) if _is_image(info.name)]
+        members = list(whole_members(tar, IMAGES))
     members.sort(key=lambda member: natural_key(member.name))  # type: ignore[no-untyped-call]
     labels = [Path(member.name).parent.name for member in members]
     names = sorted(set(labels))
@@ -120,7 +121,3 @@ def folders_in_tar(
         for member, label in zip(members, labels, strict=True)
     ]
     return TarImages(entries), classes
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGES

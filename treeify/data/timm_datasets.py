@@ -138,7 +138,7 @@ def _class_map(file: str, root: str) -> list[str]:
     path = Path(file) if Path(file).exists() else Path(root, file)
     try:
         files.check_regular(path)
-        if path.suffix == ".pkl":  # timm would run what is in it
+        if path.suffix.lower() == ".pkl":  # timm would run what is in it
             raise ValueError("it is a pickle, which may hold code")
         numbers = load_class_map(str(path))  # type: ignore[no-untyped-call]
     except (AssertionError, OSError, ValueError) as error:

@@ -118,7 +118,7 @@ def _index(path: str, classes: int) -> list[Entry]:
     labels: dict[str, int] = {}
     problems: dict[str, list[str]] = defaultdict(list)
     with opened(Path(path)) as tar:
-        for member in whole_members(tar):
+        for member in whole_members(tar, (*IMAGES, _LABEL)):
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             key = f"{folder}/{stem}" if folder else stem

@@ -62,14 +62,11 @@ def read_weights(path: str | pathlib.Path) -> Weights:
     """
     path = pathlib.Path(path)
     if not path.is_file():
+        kind = "a directory" if path.is_dir() else "a pipe or a device" if path.exists() else None
         raise CheckpointError(
             f"there is no file of weights {str(path)!r}.",
             expected="a state dict: .pth, .pt, .ckpt, .safetensors",
-            found="a directory"
-            if path.is_dir()
-            else "a pipe or a device"
-            if path.exists()
-            else f"nothing there, from {pathlib.Path.cwd()}",
+            found=kind or f"nothing there, from {pathlib.Path.cwd()}",
         )
     content = _read(path)
     states = {}

@@ -12,7 +12,7 @@ import treeify
 PACKAGE = Path(treeify.__file__).parent
 
 # The data flow, from plain values to the command line: single files, then rooms.
-FILES = ("errors", "registry", "files", "versions", "seeds", "tree", "losses")
+FILES = ("errors", "arguments", "registry", "files", "versions", "seeds", "tree", "losses")
 ROOMS = (
     "models",
     "data",
@@ -87,4 +87,4 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 def test_tests_mirror_the_rooms() -> None:
     here = Path(__file__).parent
     folders = {path.name for path in here.iterdir() if any(path.glob("test_*.py"))}
-    assert folders == {*ROOMS, "cases", "docs"}
+    assert folders == {*ROOMS, "cases", "docs", "faults"}

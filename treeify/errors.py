@@ -67,6 +67,19 @@ class InitWarning(UserWarning):
     """A module's own weights are passed over, and nobody said that they should be."""
 
 
+def described(value: object) -> str:
+    """What an argument is, for a message: a number or text itself, a tensor's shape, or a type."""
+    name = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {name} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length():,} bits"
+    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    return f"a {name}"
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     """The choices that look most like `word`, quoted and comma-separated; empty if none does."""
     matches = difflib.get_close_matches(word, list(choices), n=count, cutoff=0.5)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from treeify.arguments import is_recorded
 from treeify.conversion import initialize
 from treeify.conversion.decide import Decider, Decision, overwriting, without_in_place
 from treeify.conversion.emit import Emitter
@@ -157,7 +158,7 @@ class PackedTree(nn.Module):
     def _program(self, plan: Plan) -> Program:
         """The program that runs a plan in the present mode."""
         # Folded weights have no gradients of their own, and compiling folds by itself.
-        allowed = not (self.training or torch.is_grad_enabled() or _is_recorded())
+        allowed = not (self.training or torch.is_grad_enabled() or is_recorded())
         if plan.fuse and allowed and not any(self._hooks):
             return self._fused.usable()
         return self._programs[self.training]
@@ -178,7 +179,7 @@ class PackedTree(nn.Module):
 
     def plan(self, x: Tensor) -> Plan:
         """How an input like `x` runs in the present mode."""
-        plan = self._planner.plan(x, training=self.training, tuned=not _is_recorded())
+        plan = self._planner.plan(x, training=self.training, tuned=not is_recorded())
         if self.training and self._shared_buffers:
             # The mean of the branches' updates needs all branches at once.
             return replace(plan, execution=(PACKED,) * self.tree.levels)
@@ -289,7 +290,7 @@ class PackedTree(nn.Module):
                 a dtype that the model cannot compute with.
         """
         self._input.check_shape(x)
-        first = None if _is_recorded() else next(self.parameters(), None)
+        first = None if is_recorded() else next(self.parameters(), None)
         if first is not None:
             self._input.check_dtype(x, first.dtype, partial(_error, self))
 
@@ -303,14 +304,6 @@ def _error(hne: PackedTree, x: Tensor) -> Exception | None:
     except Exception as error:  # whatever the operations of a model raise
         return error
     return None
-
-
-def _is_recorded() -> bool:
-    """Whether the forward pass is being compiled, traced or transformed, as by `torch.func`."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    is_dual = torch.autograd.forward_ad._current_level >= 0
-    return is_dual or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _shared_buffers(

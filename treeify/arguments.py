@@ -1,0 +1,143 @@
+"""Checks of what users pass: a type or a range, in one message each that names the argument.
+
+They compare and never convert: what a check lets through is used as it came. None of them reads a
+tensor, so that none waits for an accelerator.
+"""
+
+import math
+import os
+from collections.abc import Iterable
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from treeify.errors import InputError, TreeifyError, described
+
+# Of a random generator's seed.
+LARGEST_SEED = 2**63 - 1
+
+
+def require_integer(
+    name: str,
+    value: object,
+    at_least: int,
+    at_most: int | None = None,
+    *,
+    error: type[TreeifyError] = InputError,
+    next_step: str | None = None,
+) -> None:
+    """Refuse what is no integer of a range; truth values are none."""
+    is_integer = isinstance(value, int | Integral) and not isinstance(value, bool)
+    if is_integer and at_least <= value and (at_most is None or value <= at_most):  # type: ignore[operator]
+        return
+    most = "" if at_most is None else f" and at most {at_most:,}"
+    raise error(
+        f"{name} is no integer in range.",
+        expected=f"an integer of at least {at_least:,}{most}",
+        found=described(value),
+        next_step=next_step or f"Pass another {name}.",
+    )
+
+
+def require_number(
+    name: str,
+    value: object,
+    at_least: float = -math.inf,
+    at_most: float = math.inf,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    expected: str,
+    next_step: str | None = None,
+) -> None:
+    """Raise InputError unless it is a number of a range; truth values and NaN are none.
+
+    `expected` is the range in words.
+    """
+    # In this order: compiled code knows the first two types without looking further.
+    is_number = isinstance(value, int | float | Real) and not isinstance(value, bool)
+    if is_number and at_least <= value <= at_most and above < value < below:  # type: ignore[operator]
+        return
+    raise InputError(
+        f"{name} is no number in range.",
+        expected=expected,
+        found=described(value),
+        next_step=next_step or f"Pass another {name}.",
+    )
+
+
+def require_type(
+    name: str,
+    value: object,
+    types: type[Any] | tuple[type[Any], ...],
+    expected: str,
+    *,
+    error: type[TreeifyError] = InputError,
+    next_step: str | None = None,
+) -> None:
+    """Refuse what is of another type; `expected` is the right one in words."""
+    if not isinstance(value, types):
+        raise error(
+            f"{name} is of a wrong type.",
+            expected=expected,
+            found=described(value),
+            next_step=next_step or f"Pass {expected}.",
+        )
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raise InputError unless it is True or False."""
+    require_type(name, value, bool, "True or False")
+
+
+def require_callable(name: str, value: object, called_with: str) -> None:
+    """Raise InputError unless it can be called."""
+    if not callable(value):
+        raise InputError(
+            f"{name} cannot be called.",
+            expected=f"a function of {called_with}",
+            found=described(value),
+            next_step=f"Pass a function, or leave {name} out.",
+        )
+
+
+def require_path(name: str, value: object, error: type[TreeifyError]) -> None:
+    """Refuse what is no path that a file system may have."""
+    require_type(name, value, str | os.PathLike, "a path", error=error)  # type: ignore[arg-type]
+    text = os.fspath(value)  # type: ignore[call-overload]
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise error(
+            f"{name} is no path.",
+            expected="characters other than a null byte",
+            found=described(value),
+            next_step="Pass the path of a file or a directory.",
+        )
+
+
+def require_batches(value: object, example: str = "images [N, C, H, W] and classes [N]") -> None:
+    """Raise InputError unless it can be gone through."""
+    if not isinstance(value, Iterable):
+        raise InputError(
+            "there are no batches to go through.",
+            expected=f"an iterable, such as a data loader, of {example}",
+            found=described(value),
+            next_step="Pass a list of batches, or a torch.utils.data.DataLoader.",
+        )
+
+
+def is_recorded() -> bool:
+    """Whether torch is compiling, tracing or transforming: tensors may have no values then."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    is_dual = torch.autograd.forward_ad._current_level >= 0
+    return is_dual or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether its values can be read at once: on the CPU, with nothing recording what is done."""
+    if is_recorded() or tensor.device.type != "cpu":
+        return False
+    return type(tensor) is Tensor and _get_current_dispatch_mode() is None

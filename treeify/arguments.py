@@ -6,7 +6,7 @@ tensor, so that none waits for an accelerator.
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from treeify.errors import InputError, TreeifyError, described
+from treeify.errors import InputError, TreeifyError, described, nearest
 
 # Of a random generator's seed.
 LARGEST_SEED = 2**63 - 1
@@ -102,6 +102,19 @@ def require_callable(name: str, value: object, called_with: str) -> None:
             found=described(value),
             next_step=f"Pass a function, or leave {name} out.",
         )
+
+
+def require_member(name: str, value: object, choices: Collection[str], listed: str) -> None:
+    """Raise InputError unless it is one of some names; `listed` says where to find them all."""
+    if isinstance(value, str) and value in choices:
+        return
+    close = nearest(value, choices) if isinstance(value, str) else ""
+    raise InputError(
+        f"there is no such {name}.",
+        expected=f"one of {listed}" + (f" (did you mean {close}?)" if close else ""),
+        found=described(value),
+        next_step=f"List them: {listed}.",
+    )
 
 
 def require_path(name: str, value: object, error: type[TreeifyError]) -> None:

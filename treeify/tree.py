@@ -79,8 +79,7 @@ class Tree:
                 raise SplitError(
                     "there are too many leaves.",
                     expected=f"a product of the fanouts of at most {_MOST_LEAVES:,}",
-                    found=f"{len(self.fanouts):,} splits, the largest fanout"
-                    f" {described(max(self.fanouts))}",
+                    found=f"{len(self.fanouts):,} splits, one of fanout {described(fanout)}",
                     next_step="Split less often, or into fewer branches.",
                 )
 
@@ -119,7 +118,12 @@ class Tree:
         return self.leaves // self.branches[level]
 
     def span(self, level: int, leaves: Span) -> Span:
-        """The branches of `level` that a range of leaves needs."""
+        """The branches of `level` that a range of leaves needs.
+
+        Raises:
+            LeafError: there is no such level, or there are no such leaves.
+        """
+        self._check_span(leaves)
         return leaves.parents(self.leaves_below(level))
 
     def pieces(self, leaves: Span) -> list[tuple[int, Span]]:
@@ -128,7 +132,11 @@ class Tree:
         Returns:
             Per piece the first level to compute and its leaves; above that level a piece has a
             single branch, computed before, from that level on none.
+
+        Raises:
+            LeafError: there are no such leaves.
         """
+        self._check_span(leaves)
         pieces = []
         start = leaves.start
         while start < leaves.stop:
@@ -165,6 +173,18 @@ class Tree:
                 expected=f"an integer from 0 to {self.leaves - 1}",
                 next_step="Leaves are numbered depth-first from 0.",
             )
+
+    def _check_span(self, leaves: Span) -> None:
+        """Raise LeafError unless it is a range of this tree's leaves."""
+        if isinstance(leaves, Span) and all(type(end) is int for end in leaves):
+            if 0 <= leaves.start <= leaves.stop <= self.leaves:
+                return
+        raise LeafError(
+            "there are no such leaves.",
+            expected=f"a Span of integers from 0 to {self.leaves}",
+            found=", ".join(map(described, leaves)) if isinstance(leaves, Span) else described(leaves),
+            next_step="Leaves are numbered depth-first from 0, and a span ends before its stop.",
+        )
 
     def check_size(self, leaves: int) -> None:
         """Raise LeafError unless `1 <= leaves <= L`."""

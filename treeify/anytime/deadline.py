@@ -4,6 +4,7 @@ At small batches a call costs much the same however few leaves it computes, so g
 size is far cheaper than by the sizes before it. Latencies are therefore those of every transition.
 """
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from treeify.anytime.session import Answer, Session
+from treeify.arguments import require_integer, require_number
 from treeify.engine.plan import Plan, Situation
 from treeify.errors import InputError
 
@@ -180,10 +182,10 @@ def measure(
     there are `repeats`, but none begins after `budget` seconds once five are measured.
 
     Raises:
-        InputError: fewer than two rounds give no spread.
+        InputError: fewer than two rounds give no spread, or the budget is no time.
     """
-    if repeats < 2:
-        raise InputError(f"repeats={repeats} shows no spread.", expected="at least 2")
+    require_integer("repeats", repeats, 2, next_step="One round shows no spread: take 50.")
+    require_number("budget", budget, 0, expected="seconds of at least 0")
     order = random.Random(0)
     timings: list[list[tuple[Transition, float]]] = []
     begin = time.perf_counter()
@@ -289,10 +291,14 @@ def advance_until(
 
 
 def check_deadline(deadline: float) -> None:
-    """Raise InputError unless a deadline is a positive number of seconds."""
-    if not deadline > 0:
-        raise InputError(
-            f"deadline={deadline!r} has passed before it began.", expected="seconds above 0"
+    """Raise InputError unless a deadline is a positive number of seconds, perhaps infinite."""
+    if deadline != math.inf:
+        require_number(
+            "deadline",
+            deadline,
+            above=0,
+            expected="seconds above 0",
+            next_step="20 ms are deadline=0.02; leave it out to take all the time that is needed.",
         )
 
 

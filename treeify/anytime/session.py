@@ -4,7 +4,7 @@ After `n` leaves at most one branch per level is computed but not complete, sinc
 numbered depth-first. The values that its children will read are all that is kept meanwhile.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from treeify.engine import timing
 from treeify.engine.forms import Form, join
 from treeify.engine.plan import Plan
 from treeify.engine.program import PACKED, CrossingValue, Program, Walk
-from treeify.errors import InputError, LeafError
+from treeify.errors import InputError, LeafError, described
 from treeify.tree import Span
 
 
@@ -145,7 +145,7 @@ class Session:
                 expected="a model whose values between levels have one row per image",
                 next_step="Run all images and ignore those that are answered.",
             )
-        rows = _positions(torch.as_tensor(images, device=self._device), self._images)
+        rows = _positions(images, self._images, self._device)
         for level, values in self._kept.items():
             self._kept[level] = {name: value.select(rows) for name, value in values.items()}
         self._start = {name: value.select(rows) for name, value in self._start.items()}
@@ -222,19 +222,28 @@ class Session:
             self._start = self._program.needed(self._start, 1)
 
 
-def _positions(images: Tensor, batch: int) -> Tensor:
+def _positions(images: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
     """Positions in a batch, `[M]`, from such or from a mask of it."""
-    mask = images.dtype == torch.bool
-    if mask and images.shape == (batch,):
-        return images.nonzero().flatten()
-    integers = not (mask or images.is_floating_point() or images.is_complex())
-    inside = integers and bool(((images >= 0) & (images < batch)).all())
-    if images.shape == (0,) or (images.ndim == 1 and inside):
-        return images.long()
-    raise InputError(
+    try:
+        chosen = torch.as_tensor(images, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of what is no list of numbers
+        raise _no_images(described(images), batch) from None
+    mask = chosen.dtype == torch.bool
+    if mask and chosen.shape == (batch,):
+        return chosen.nonzero().flatten()
+    integers = not (mask or chosen.is_floating_point() or chosen.is_complex())
+    inside = integers and bool(((chosen >= 0) & (chosen < batch)).all())
+    if chosen.shape == (0,) or (chosen.ndim == 1 and inside):
+        return chosen.long()
+    values = chosen.flatten()[:8].tolist()
+    raise _no_images(f"{chosen.dtype} of shape {tuple(chosen.shape)}: {values}", batch)
+
+
+def _no_images(found: str, batch: int) -> InputError:
+    return InputError(
         "these are no images of this session's batch.",
         expected=f"positions from 0 to {batch - 1}, [M] integers, or [{batch}] booleans",
-        found=f"{images.dtype} of shape {tuple(images.shape)}: {images.flatten()[:8].tolist()}",
+        found=found,
         next_step="Positions count from those selected last; `leaf_logits` has as many rows.",
     )
 
@@ -257,10 +266,23 @@ def _mean(leaf_logits: Tensor) -> Tensor:
 
 
 def answers(session: Session, sizes: Sequence[int]) -> Iterator[Answer]:
-    """Advance a session through increasing sizes, one answer each."""
+    """Advance a session through increasing sizes, one answer each.
+
+    Raises:
+        LeafError: they are no sizes, or do not increase.
+    """
+    if isinstance(sizes, str | bytes) or not isinstance(sizes, Iterable):
+        raise LeafError(
+            "sizes are no numbers of leaves.",
+            expected="increasing integers, such as (1, 2, 4)",
+            found=described(sizes),
+            next_step="Leave them out for all nested sizes.",
+        )
     for size in sizes:
         if size == session.leaves:
             raise LeafError(
-                f"{size} leaves are asked for twice.", expected=f"increasing sizes, not {sizes}"
+                f"{size} leaves are asked for twice.",
+                expected="increasing sizes",
+                next_step="Name each size once.",
             )
         yield session.advance(to=size)

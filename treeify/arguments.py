@@ -6,8 +6,9 @@ tensor, so that none waits for an accelerator.
 
 import math
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,9 +54,10 @@ def require_number(
     expected: str,
     next_step: str | None = None,
 ) -> None:
-    """Raise InputError unless it is a number of a range; truth values and NaN are none.
+    """Refuse what is no number of a range; truth values and NaN are none.
 
-    `expected` is the range in words.
+    Raises:
+        InputError: it is not. `expected` is the range in words.
     """
     # In this order: compiled code knows the first two types without looking further.
     is_number = isinstance(value, int | float | Real) and not isinstance(value, bool)
@@ -93,6 +95,25 @@ def require_flag(name: str, value: object) -> None:
     require_type(name, value, bool, "True or False")
 
 
+def require_iterable(
+    name: str, value: Any, expected: str, *, error: type[TreeifyError] = InputError
+) -> None:
+    """Refuse what cannot be gone through, and text, of which that is never meant."""
+    try:
+        iter(value)
+    except TypeError:  # of a tensor without dims as well
+        is_iterable = False
+    else:
+        is_iterable = not isinstance(value, str | bytes)
+    if not is_iterable:
+        raise error(
+            f"{name} cannot be gone through.",
+            expected=expected,
+            found=described(value),
+            next_step=f"Pass {expected}.",
+        )
+
+
 def require_callable(name: str, value: object, called_with: str) -> None:
     """Raise InputError unless it can be called."""
     if not callable(value):
@@ -117,8 +138,8 @@ def require_member(name: str, value: object, choices: Collection[str], listed: s
     )
 
 
-def require_path(name: str, value: object, error: type[TreeifyError]) -> None:
-    """Refuse what is no path that a file system may have."""
+def as_path(name: str, value: object, error: type[TreeifyError]) -> Path:
+    """What a user gives for a path, as one; what no file system may have is refused."""
     require_type(name, value, str | os.PathLike, "a path", error=error)  # type: ignore[arg-type]
     text = os.fspath(value)  # type: ignore[call-overload]
     if not isinstance(text, str) or not text or "\0" in text:
@@ -128,17 +149,7 @@ def require_path(name: str, value: object, error: type[TreeifyError]) -> None:
             found=described(value),
             next_step="Pass the path of a file or a directory.",
         )
-
-
-def require_batches(value: object, example: str = "images [N, C, H, W] and classes [N]") -> None:
-    """Raise InputError unless it can be gone through."""
-    if not isinstance(value, Iterable):
-        raise InputError(
-            "there are no batches to go through.",
-            expected=f"an iterable, such as a data loader, of {example}",
-            found=described(value),
-            next_step="Pass a list of batches, or a torch.utils.data.DataLoader.",
-        )
+    return Path(text)
 
 
 def is_recorded() -> bool:

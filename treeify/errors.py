@@ -67,6 +67,9 @@ class InitWarning(UserWarning):
     """A module's own weights are passed over, and nobody said that they should be."""
 
 
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+
+
 def described(value: object) -> str:
     """What an argument is, for a message: a number or text itself, a tensor's shape, or a type."""
     name = type(value).__name__
@@ -74,9 +77,12 @@ def described(value: object) -> str:
         return f"a {name} of shape {tuple(value.shape)}, {value.dtype}"
     if isinstance(value, int) and value.bit_length() > 64:
         return f"an integer of {value.bit_length():,} bits"
-    if value is None or isinstance(value, bool | int | float | complex | str | bytes):
+    if isinstance(value, _SCALARS):
         text = repr(value)
         return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, list) and all(isinstance(element, _SCALARS) for element in value[:9]):
+        more = [f"... ({len(value):,} in all)"] if len(value) > 8 else []
+        return f"[{', '.join([*map(described, value[:8]), *more])}]"
     return f"a {name}"
 
 

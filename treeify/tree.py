@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from treeify.errors import LeafError, SplitError, described
 
-
 # Dims of tensors are counted in 64 bits, and a level has a tensor's dim of branches.
 _MOST_LEAVES = 2**31
 
@@ -176,13 +175,14 @@ class Tree:
 
     def _check_span(self, leaves: Span) -> None:
         """Raise LeafError unless it is a range of this tree's leaves."""
-        if isinstance(leaves, Span) and all(type(end) is int for end in leaves):
-            if 0 <= leaves.start <= leaves.stop <= self.leaves:
-                return
+        is_span = isinstance(leaves, Span) and all(type(end) is int for end in leaves)
+        if is_span and 0 <= leaves.start <= leaves.stop <= self.leaves:
+            return
+        ends = leaves if isinstance(leaves, Span) else (leaves,)
         raise LeafError(
             "there are no such leaves.",
             expected=f"a Span of integers from 0 to {self.leaves}",
-            found=", ".join(map(described, leaves)) if isinstance(leaves, Span) else described(leaves),
+            found=" to ".join(map(described, ends)),
             next_step="Leaves are numbered depth-first from 0, and a span ends before its stop.",
         )
 

@@ -143,17 +143,19 @@ def thresholds_for(
             )
         return limit.thresholds
     count = len(sizes) - 1
-    is_one = isinstance(limit, str | bytes) or not isinstance(limit, Sequence)
-    thresholds: tuple[Any, ...] = (limit,) * max(count, 1) if is_one else tuple(limit)  # type: ignore[arg-type]
-    if len(thresholds) != (max(count, 1) if is_one else count) or not all(map(_is_level, thresholds)):
+    is_list = isinstance(limit, Sequence) and not isinstance(limit, str | bytes)
+    thresholds: Sequence[Any] = limit if is_list else [limit] * count  # type: ignore[assignment]
+    # One that is none is refused even where there is but one size.
+    checked = thresholds if is_list else [limit]
+    if len(thresholds) != count or not all(map(_is_level, checked)):
         raise InputError(
             f"confidence={described(limit)} fits no ensemble of {sizes[-1]} leaves.",
             expected=f"a probability, or one for each of {tuple(sizes[:-1])} leaves"
             " (above 1: never stop there)",
-            found=None if is_one else ", ".join(map(described, thresholds[:8])) or "none",
+            found=", ".join(map(described, checked[:8])) or "none",
             next_step="Pass one probability, such as 0.9, for all sizes.",
         )
-    return thresholds[:count]
+    return tuple(thresholds)
 
 
 def _is_level(threshold: object) -> bool:

@@ -4,7 +4,7 @@ After `n` leaves at most one branch per level is computed but not complete, sinc
 numbered depth-first. The values that its children will read are all that is kept meanwhile.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from treeify.arguments import require_iterable
 from treeify.engine import timing
 from treeify.engine.forms import Form, join
 from treeify.engine.plan import Plan
@@ -268,16 +269,13 @@ def _mean(leaf_logits: Tensor) -> Tensor:
 def answers(session: Session, sizes: Sequence[int]) -> Iterator[Answer]:
     """Advance a session through increasing sizes, one answer each.
 
+    Yields:
+        The answer of each size.
+
     Raises:
         LeafError: they are no sizes, or do not increase.
     """
-    if isinstance(sizes, str | bytes) or not isinstance(sizes, Iterable):
-        raise LeafError(
-            "sizes are no numbers of leaves.",
-            expected="increasing integers, such as (1, 2, 4)",
-            found=described(sizes),
-            next_step="Leave them out for all nested sizes.",
-        )
+    require_iterable("sizes", sizes, "increasing numbers of leaves", error=LeafError)
     for size in sizes:
         if size == session.leaves:
             raise LeafError(

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from treeify import files
+from treeify.arguments import as_path
 from treeify.conversion.assemble import assemble, blank_image
-from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble
+from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble, require_ensemble
 from treeify.conversion.initialize import copies
 from treeify.conversion.resolve import resolve
 from treeify.data.preparation import PREPARATION, Preparation
@@ -52,9 +53,10 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
 
     Raises:
         CheckpointError: the directory is not empty, or cannot be written, or `hne.preparation` is
-            no plain data.
+            no plain data. InputError: `hne` is no ensemble.
     """
-    path = Path(path)
+    require_ensemble(hne)
+    path = as_path("path", path, CheckpointError)
     check_writable(path, overwrite=overwrite)
     identity = uuid.uuid4().hex
     is_new = not path.exists()
@@ -135,7 +137,7 @@ def load(path: str | Path, model: nn.Module | None = None) -> HierarchicalEnsemb
         CheckpointError: the directory is missing, damaged, of another format, or does not match its
             configuration.
     """
-    path = Path(path)
+    path = as_path("path", path, CheckpointError)
     config = read_config(path)
     weights, identity = _read_weights(path / WEIGHTS)
     if identity != config["identity"]:

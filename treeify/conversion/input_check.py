@@ -39,9 +39,10 @@ class InputCheck:
         )
 
     def require_images(self, x: Tensor) -> None:
-        """Raise InputError if there is no image, or they have no pixels.
+        """Refuse batches of nothing: their statistics are no numbers, and stay in a model.
 
-        The statistics of a batch of nothing are no numbers, and would stay in a model that trains.
+        Raises:
+            InputError: there is no image, or they have no pixels.
         """
         if 0 in x.shape:
             raise InputError(

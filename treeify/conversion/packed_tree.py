@@ -1,7 +1,7 @@
 """A tree of networks as one module: packed tensors, and the programs that run them."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -9,7 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from treeify.arguments import is_recorded, require_integer, require_member, require_type
+from treeify.arguments import (
+    is_recorded,
+    require_integer,
+    require_iterable,
+    require_member,
+    require_type,
+)
 from treeify.conversion import initialize
 from treeify.conversion.converted_model import ConvertedModel
 from treeify.conversion.decide import Decider, Decision, overwriting, without_in_place
@@ -58,12 +64,13 @@ class PackedTree(ConvertedModel):
         }
         uses = [use for mode_levels in node_levels.values() for use in mode_levels.items()]
         self._slots = slots(skeleton, uses)
-        require_memory(self._slots, tree, dict(named_tensors(like)))
+        tensors = dict(named_tensors(like))
+        require_memory(self._slots, tree, tensors)
         calls = [(str(node.target), level) for node, level in uses if node.op == "call_module"]
         # Modules called before the first split only have one branch: they stay what they are.
         unbranched = {path for path, level in calls if level == 0}
         unbranched -= {path for path, level in calls if level > 0}
-        packer = Packer(self._slots, tree, widen_rules(), dict(named_tensors(like)), unbranched)
+        packer = Packer(self._slots, tree, widen_rules(), tensors, unbranched)
         packer.pack_children(self, skeleton)
         self._shared_buffers = _shared_buffers(skeleton, self._slots, calls)
         base = without_in_place(skeleton)
@@ -162,7 +169,8 @@ class PackedTree(ConvertedModel):
             InputError: a path is that of no module.
         """
         modules = dict(self.named_modules(remove_duplicate=False))
-        named = [paths] if isinstance(paths, str) else list(paths)
+        require_iterable("paths", paths, "a list of paths of modules")
+        named = list(paths)
         for path in named:
             require_member("module", path, modules, "dict(hne.named_modules())")
         self._evaluating = sorted({*self._evaluating, *named})

@@ -25,12 +25,15 @@ def packed_bytes(slots: Mapping[str, Slot], tree: Tree, like: Mapping[str, Tenso
 
 
 def require_memory(slots: Mapping[str, Slot], tree: Tree, like: Mapping[str, Tensor]) -> None:
-    """Raise SplitError if the packed tensors of an ensemble do not fit; without values they do.
+    """Refuse an ensemble whose packed tensors do not fit; without values they do.
 
     Args:
         slots: where every tensor is packed.
         tree: the ensemble's shape.
         like: tensors of the base model, by their keys.
+
+    Raises:
+        SplitError: they take more memory than there is, or there are too many leaves.
     """
     devices = {tensor.device for tensor in like.values()} - {torch.device("meta")}
     needed = packed_bytes(slots, tree, like)

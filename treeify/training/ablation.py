@@ -23,6 +23,7 @@ from typing import Any
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
+from treeify.arguments import as_path
 from treeify.conversion.checkpoint import LAST
 from treeify.errors import RecipeError
 from treeify.training.events import Epoch, Reporter
@@ -66,6 +67,7 @@ def load_grid(path: Path) -> Grid:
     Raises:
         RecipeError: the file cannot be read or does not describe a grid.
     """
+    path = as_path("path", path, RecipeError)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         return Grid.model_validate(values)

@@ -20,7 +20,9 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from timm.utils.misc import natural_key
 
+from treeify.arguments import require_integer
 from treeify.data import SOURCES, Data
+from treeify.errors import RecipeError
 from treeify.losses import LOSSES
 from treeify.registry import Registry
 from treeify.training.optimization_recipe import EmaRecipe, OptimizerRecipe, ScheduleRecipe
@@ -289,6 +291,7 @@ class Recipe(Section):
 
 def longer(recipe: Recipe, epochs: int) -> Recipe:
     """A recipe of more epochs; the schedule of those it had stays what it was."""
+    require_integer("more_epochs", epochs, 0, error=RecipeError)
     if not epochs:
         return recipe
     schedule = recipe.schedule

@@ -14,7 +14,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from treeify.errors import RecipeError, nearest
+from treeify.arguments import as_path, require_type
+from treeify.errors import RecipeError, described, nearest
 from treeify.training.recipe import DataRecipe, Recipe
 from treeify.training.sections import Named, Section, section_in
 
@@ -37,7 +38,16 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file cannot be read, or something in it or in the overrides is wrong; all
             problems are listed.
     """
-    values, origins, problems = _read(Path(path), ())
+    path = as_path("path", path, RecipeError)
+    require_type("overrides", overrides, Sequence, "a list of strings", error=RecipeError)
+    if isinstance(overrides, str) or not all(isinstance(each, str) for each in overrides):
+        raise RecipeError(
+            "overrides are no list of settings.",
+            expected="strings, such as ['optimizer.lr=3e-2']",
+            found=described(overrides),
+            next_step="Put each key and its value into one string of the list.",
+        )
+    values, origins, problems = _read(path, ())
     problems += _override(values, origins, overrides)
     return _validate(Recipe, values, origins, problems, f"recipe {str(path)!r}")
 

@@ -28,6 +28,7 @@ from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 
 from treeify import files
+from treeify.arguments import as_path
 from treeify.conversion import checkpoint
 from treeify.conversion.checkpoint import EMA, LAST
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -293,7 +294,7 @@ def free_path(recipe: Recipe, out: Path | str | None, *, overwrite: bool) -> Pat
     out = out or recipe.out
     if out is None:
         return files.unused(Path("runs") / recipe.name)
-    path = Path(out)
+    path = as_path("out", out, CheckpointError)
     is_directory = path.is_dir()
     is_free = not any(path.iterdir()) if is_directory else not path.exists()
     if not is_free and not (overwrite and is_directory):

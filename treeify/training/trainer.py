@@ -16,6 +16,7 @@ import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor
 
+from treeify.arguments import as_path, require_type
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine import timing
@@ -84,6 +85,8 @@ def train(
         DivergedError: the loss became infinite or not a number.
         LostProcessError: a loader's worker or another process died.
     """
+    require_type("recipe", recipe, Recipe, "what load_recipe returns", error=RecipeError)
+    require_type("reporter", reporter, (Reporter, type(None)), "a Reporter", error=RecipeError)
     if more_epochs and resume is None:
         raise RecipeError("there is no run to make longer.", next_step="Name it: --resume RUN.")
     device = resolve_device(recipe.device)
@@ -91,7 +94,7 @@ def train(
     is_main = processes.is_main_process
     reporter = reporter if reporter is not None and is_main else Reporter()
     if resume is not None:
-        directory = RunDirectory(Path(resume))
+        directory = RunDirectory(as_path("resume", resume, CheckpointError))
         run_directory.check_same(directory, recipe)
         recipe = longer(recipe, more_epochs)
     else:

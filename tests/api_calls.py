@@ -38,7 +38,8 @@ def is_int(value: Any, least: float = -math.inf, most: float = math.inf) -> bool
 
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
-    return isinstance(value, int | float) and type(value) is not bool and least <= value <= most
+    plain = isinstance(value, int | float) and type(value) is not bool and least <= value <= most
+    return plain and (value == math.inf or abs(value) < 10**300)
 
 
 def is_tensor(value: Any, shape: tuple, *dtypes: torch.dtype) -> bool:
@@ -88,6 +89,10 @@ def is_images(value: Any, least: int = 0) -> bool:
     dense = isinstance(value, Tensor) and value.layout is torch.strided and value.ndim == 4
     right = dense and value.dtype == torch.float32 and value.shape[1] == 3
     return right and value.device.type == "cpu" and 0 not in value.shape[least == 0 :]
+
+
+def is_callback(value: Any) -> bool:
+    return value is None or callable(value)
 
 
 def is_flag(value: Any) -> bool:
@@ -162,7 +167,8 @@ def _predicted(**arguments: Any) -> Any:
 
 
 def _set(name: str) -> Callable[[Any], None]:
-    return lambda value: setattr(small_copy(), name, value)
+    # Not by assignment, which makes a module a child.
+    return lambda value: getattr(treeify.HierarchicalEnsemble, name).fset(small_copy(), value)
 
 
 @cache
@@ -263,7 +269,7 @@ def _ensembles() -> dict[str, Call]:
         ),
         "hne.predict": Call(hne.predict, {"x": x}, images | size),
         "hne.predict by observing": Call(
-            hne.predict, {"x": x, "observe": print}, images | size | {"observe": callable}
+            hne.predict, {"x": x, "observe": print}, images | size | {"observe": is_callback}
         ),
         "hne.predict by deadline": Call(
             _predicted,
@@ -309,7 +315,7 @@ def _ensembles() -> dict[str, Call]:
         "hne.count_macs": Call(hne.count_macs, {}, size),
         "hne.count_parameters": Call(hne.count_parameters, {}, size),
         "hne.example_images": Call(
-            hne.example_images, {"count": 2}, {"count": lambda value: is_int(value, 0, 1000)}
+            hne.example_images, {"count": 2}, {"count": lambda value: is_int(value, 0, 10**6)}
         ),
         "hne.plan": Call(hne.plan, {"x": x}, {"x": lambda value: _is_batch(value)}),
         "hne.run": Call(
@@ -344,7 +350,6 @@ def _ensembles() -> dict[str, Call]:
             {"x": x[:1], "repeats": 1, "budget": 0.0},
             {
                 "training": lambda value: value is None or is_flag(value),
-                "loss": lambda value: value is None,
                 "budget": lambda value: is_number(value, 0, 1e300),
             },
         ),
@@ -363,16 +368,16 @@ def _conversions() -> dict[str, Call]:
             {
                 "splits": is_splits,
                 "fanout": lambda value: is_int(value, 2, 8),
-                "init": lambda value: isinstance(value, str) and value in INITS,
+                "init": lambda value: value is None or (isinstance(value, str) and value in INITS),
                 "seed": lambda value: is_int(value, 0, 2**63 - 1),
-                "example_input": lambda value: is_images(value, 1) and value.numel() < 10**6,
+                "example_input": lambda value: value is None or is_images(value, 1),
                 "weights": lambda value: value is None,
             },
         ),
         "hierarchicalize a model": Call(
             treeify.hierarchicalize,
             {"model": small.SmallNet(), "example_input": small.EXAMPLE, "splits": 1},
-            {"model": lambda value: False},
+            {"model": lambda value: isinstance(value, small.SmallNet)},
         ),
         "pack": Call(
             treeify.pack,
@@ -413,7 +418,7 @@ def _evaluations() -> dict[str, Call]:
         "measure": Call(
             metrics.measure,
             {"hne": hne, "batches": [batch]},
-            {**is_hne, "stop": callable, "observe": lambda value: False},
+            {**is_hne, "stop": callable, "observe": callable},
         ),
         "measure batches": Call(
             lambda **arguments: metrics.measure(hne, **arguments).result(),
@@ -448,7 +453,11 @@ def _evaluations() -> dict[str, Call]:
         "compare": Call(
             comparison.compare,
             {"hne": hne, "batches": [batch]},
-            {**is_hne, **is_batches, "base": lambda value: value is None},
+            {
+                **is_hne,
+                **is_batches,
+                "base": lambda value: value is None or isinstance(value, small.SmallNet),
+            },
         ),
         "base_model_of": Call(comparison.base_model_of, {"hne": hne, "weights": None}, is_hne),
         "is_leaf": Call(
@@ -467,8 +476,8 @@ def _evaluations() -> dict[str, Call]:
             {"hne": hne, "x": small.images(1), "budget": 0.0},
             {
                 **is_hne,
-                "budget": lambda value: is_number(value, 0, 0.1),
-                "base": lambda value: value is None,
+                "budget": lambda value: is_number(value, 0, 1e300),
+                "base": lambda value: value is None or isinstance(value, MODULES),
             },
         ),
         "count_macs": Call(
@@ -501,7 +510,15 @@ def _evaluations() -> dict[str, Call]:
     }
 
 
+MODULES = (nn.Identity, small.SmallNet)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+
+
+CALLBACKS = {"observe", "stop"}
+
+
+def _quiet(*_: Any) -> None:
+    """A callback that does nothing."""
 
 
 @cache
@@ -520,7 +537,9 @@ def check(name: str, replaced: Mapping[str, Any]) -> None:
     """Make a call with some arguments replaced: it answers or refuses, as they deserve."""
     call = calls()[name]
     is_right = all(call.right[key](value) for key, value in replaced.items())
-    arguments = {**call.arguments, **replaced}
+    # What a callback does is the user's.
+    quiet = {key: _quiet for key in CALLBACKS & replaced.keys() if callable(replaced[key])}
+    arguments = {**call.arguments, **replaced, **quiet}
     try:
         call.function(**arguments)
     except TreeifyError as error:

@@ -6,6 +6,7 @@ tensor, so that none waits for an accelerator.
 
 import math
 import os
+import sys
 from collections.abc import Collection
 from numbers import Integral, Real
 from pathlib import Path
@@ -19,6 +20,8 @@ from treeify.errors import InputError, TreeifyError, described, nearest
 
 # Of a random generator's seed.
 LARGEST_SEED = 2**63 - 1
+
+_LARGEST_FLOAT = sys.float_info.max
 
 
 def require_integer(
@@ -43,6 +46,14 @@ def require_integer(
     )
 
 
+def is_number(value: object) -> bool:
+    """Whether it is a real number that a float can be; truth values and NaN are none."""
+    # In this order: compiled code knows the first two types without looking further.
+    if not isinstance(value, int | float | Real) or isinstance(value, bool):
+        return False
+    return abs(value) <= _LARGEST_FLOAT or abs(value) == math.inf
+
+
 def require_number(
     name: str,
     value: object,
@@ -50,7 +61,7 @@ def require_number(
     at_most: float = math.inf,
     *,
     above: float = -math.inf,
-    below: float = math.inf,
+    finite: bool = True,
     expected: str,
     next_step: str | None = None,
 ) -> None:
@@ -59,9 +70,8 @@ def require_number(
     Raises:
         InputError: it is not. `expected` is the range in words.
     """
-    # In this order: compiled code knows the first two types without looking further.
-    is_number = isinstance(value, int | float | Real) and not isinstance(value, bool)
-    if is_number and at_least <= value <= at_most and above < value < below:  # type: ignore[operator]
+    in_range = is_number(value) and at_least <= value <= at_most and above < value  # type: ignore[operator]
+    if in_range and (not finite or value < math.inf):  # type: ignore[operator]
         return
     raise InputError(
         f"{name} is no number in range.",

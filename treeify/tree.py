@@ -6,7 +6,7 @@ and going from `n` to `m` leaves only ever adds branches (the paper's nested sub
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -56,14 +56,16 @@ class Tree:
     fanouts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.fanouts, str) or not isinstance(self.fanouts, Iterable):
+        try:
+            fanouts = tuple(self.fanouts)
+        except TypeError as error:
             raise SplitError(
-                "the fanouts are no numbers.",
-                expected="children per split, e.g. (2, 2)",
+                "the fanouts cannot be gone through.",
+                expected="children per split, such as (2, 2)",
                 found=described(self.fanouts),
-                next_step="Give one number for each split, from the input to the output.",
-            )
-        object.__setattr__(self, "fanouts", tuple(self.fanouts))
+                next_step="Give a number for each split, from the input to the output.",
+            ) from error
+        object.__setattr__(self, "fanouts", fanouts)
         leaves = 1
         for fanout in self.fanouts:
             if isinstance(fanout, bool) or not isinstance(fanout, int) or fanout < 2:

@@ -55,7 +55,7 @@ SCALARS = st.one_of(
     st.text(max_size=8),
     st.sampled_from(["x", "2", "stage1", "nan", "auto", "cuda", "\0", "head.bias", "9" * 5000]),
     st.binary(max_size=4),
-    st.sampled_from([np.float32(0.5), np.int64(2), 1j]),
+    st.just(1j),
 )
 ANYTHING: st.SearchStrategy[Any] = st.one_of(
     SCALARS,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +15,7 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from treeify.anytime.session import Answer, Session
-from treeify.arguments import require_type
+from treeify.arguments import is_number, require_type
 from treeify.errors import InputError, described
 
 
@@ -160,8 +159,7 @@ def thresholds_for(
 
 def _is_level(threshold: object) -> bool:
     """Whether a confidence may be compared with it: a number of at least 0, no truth value."""
-    is_number = isinstance(threshold, Real) and not isinstance(threshold, bool)
-    return is_number and bool(threshold >= 0)  # type: ignore[operator]
+    return is_number(threshold) and bool(threshold >= 0)  # type: ignore[operator]
 
 
 def budget(

@@ -4,7 +4,6 @@ At small batches a call costs much the same however few leaves it computes, so g
 size is far cheaper than by the sizes before it. Latencies are therefore those of every transition.
 """
 
-import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -292,14 +291,14 @@ def advance_until(
 
 def check_deadline(deadline: float) -> None:
     """Raise InputError unless a deadline is a positive number of seconds, perhaps infinite."""
-    if deadline != math.inf:
-        require_number(
-            "deadline",
-            deadline,
-            above=0,
-            expected="seconds above 0",
-            next_step="20 ms are deadline=0.02; leave it out to take all the time that is needed.",
-        )
+    require_number(
+        "deadline",
+        deadline,
+        above=0,
+        finite=False,
+        expected="seconds above 0",
+        next_step="20 ms are deadline=0.02; leave it out to take all the time that is needed.",
+    )
 
 
 def find(measured: Mapping[Situation, Latencies], situation: Situation, plan: Plan) -> Latencies:

@@ -1,12 +1,14 @@
 """What an ensemble knows of its base model: the graphs, the architecture, the images it takes."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from treeify.arguments import require_integer
+from treeify.engine.memory import free_bytes
 from treeify.tracing.trace import Traced
 
 
@@ -50,8 +52,9 @@ class ConvertedModel(nn.Module):
         """Random images of the example's shape, `[count, C, H, W]`, on the ensemble's device.
 
         Raises:
-            InputError: the count is no integer of at least 0.
+            InputError: the count is no integer of at least 0, or there is no memory for so many.
         """
-        require_integer("count", count, 0)
         like = next(self.parameters())
+        most = free_bytes(like.device) // (prod(self.example) * like.element_size())
+        require_integer("count", count, 0, most)
         return torch.rand(count, *self.example, device=like.device, dtype=like.dtype)

@@ -37,7 +37,7 @@ def require_memory(slots: Mapping[str, Slot], tree: Tree, like: Mapping[str, Ten
     """
     devices = {tensor.device for tensor in like.values()} - {torch.device("meta")}
     needed = packed_bytes(slots, tree, like)
-    room = min(map(_available, devices), default=needed)
+    room = min(map(free_bytes, devices), default=needed)
     if needed <= room and (tree.leaves <= _MOST_LEAVES or not devices):
         return
     raise SplitError(
@@ -48,7 +48,7 @@ def require_memory(slots: Mapping[str, Slot], tree: Tree, like: Mapping[str, Ten
     )
 
 
-def _available(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
     """Bytes that a device has left; what the system can get free counts."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -183,7 +183,15 @@ class _Contest:
             self.run_plan(plan)
 
         def train() -> None:
-            self.loss(self.run_plan(plan)).backward()  # type: ignore[no-untyped-call]
+            loss = self.loss(self.run_plan(plan))
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+                raise InputError(
+                    "the loss to tune a training step with is none.",
+                    expected="one number that gradients come from",
+                    found=described(loss),
+                    next_step="Average it over the batch: a loss of treeify.losses does.",
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
             self.model.zero_grad()
 
         return train if self.model.training else infer

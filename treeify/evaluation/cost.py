@@ -23,7 +23,9 @@ from torch import Tensor, nn
 from treeify.arguments import require_integer, require_number, require_type
 from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.engine import timing
+from treeify.engine.packed_tensors import named_tensors
 from treeify.engine.preserve import preserve_modes
+from treeify.errors import InputError
 from treeify.tracing.mac_counter import MacCounter, frozen_parameters
 
 with warnings.catch_warnings():  # fvcore uses torch.jit.script, which torch 2.14 deprecates
@@ -137,14 +139,30 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     Every module's mode is put back; the shape is that of one image, `(C, H, W)`.
 
     Raises:
-        InputError: this is no module, or no shape.
+        InputError: this is no module on the meta device, or no shape that it runs on.
     """
     require_type("model", model, nn.Module, "an nn.Module")
     require_type("shape", shape, (tuple, list), "the sizes of an image, (C, H, W)")
     for size in shape:
         require_integer("a size of the image", size, 1)
+    if any(not tensor.is_meta for _, tensor in named_tensors(model)):
+        raise InputError(
+            "the model has values, which counting does not need.",
+            expected="a model on the meta device",
+            found="a tensor elsewhere",
+            next_step='Pass copy.deepcopy(model).to("meta"), or count with fvcore_macs.',
+        )
     with preserve_modes(model), frozen_parameters(model), torch.no_grad(), MacCounter() as counter:
-        model.eval()(torch.zeros(1, *shape, device="meta"))
+        model.eval()
+        try:
+            model(torch.zeros(1, *shape, device="meta"))
+        except Exception as error:  # whatever the operations of a model raise
+            raise InputError(
+                "the model does not run on such an image.",
+                expected="sizes (C, H, W) that it takes",
+                found=f"{tuple(shape)}, which raises {type(error).__name__}: {error}",
+                next_step="Pass the size that it is usually fed, such as (3, 224, 224).",
+            ) from error
     return int(counter.macs)
 
 

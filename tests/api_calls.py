@@ -252,7 +252,7 @@ def _ensembles() -> dict[str, Call]:
     size = {"leaves": is_size}
     key = {"key": lambda value: isinstance(value, str) and value in hne.state_dict()}
     rounds = {
-        "repeats": lambda value: is_int(value, 2, 5),
+        "repeats": lambda value: is_int(value, 2),
         "budget": lambda value: is_number(value, 0, 1e300),
     }
 
@@ -327,7 +327,7 @@ def _ensembles() -> dict[str, Call]:
         "hne.keep_evaluating": Call(
             lambda **arguments: small_copy().keep_evaluating(**arguments),
             {"paths": ["stem.1"]},
-            {"paths": lambda value: isinstance(value, list | tuple | dict | set) and not value},
+            {"paths": lambda value: isinstance(value, SEVERAL) and not value},
         ),
         "hne.fill": Call(hne.fill, {"source": None}, {"source": lambda value: False}),
         "hne.execution": Call(
@@ -342,7 +342,7 @@ def _ensembles() -> dict[str, Call]:
         ),
         "hne.calibrate": Call(
             lambda **arguments: small_copy().eval().calibrate(**arguments),
-            {"x": x[:1], "repeats": 2},
+            {"x": x[:1], "repeats": 2, "budget": 0.0},
             rounds,
         ),
         "hne.tune": Call(
@@ -412,7 +412,7 @@ def _conversions() -> dict[str, Call]:
 def _evaluations() -> dict[str, Call]:
     hne, batch = ensemble(), (small.images(IMAGES), _LABELS)
     is_hne = {"hne": lambda value: False}
-    is_batches = {"batches": lambda value: False}
+    is_batches = {"batches": lambda value: isinstance(value, SEVERAL) and not value}
     one = {"x": lambda value: value is None or (is_images(value, 1) and len(value) == 1)}
     return {
         "measure": Call(
@@ -424,6 +424,7 @@ def _evaluations() -> dict[str, Call]:
             lambda **arguments: metrics.measure(hne, **arguments).result(),
             {"batches": [batch]},
             is_batches,
+            "no images",
         ),
         "measure a batch": Call(
             lambda **arguments: metrics.measure(hne, [tuple(arguments.values())]),
@@ -432,7 +433,7 @@ def _evaluations() -> dict[str, Call]:
             "as many classes",
         ),
         "Scores": Call(
-            metrics.Scores, {"tree": TREE}, {"tree": lambda value: is_same(value, TREE)}
+            metrics.Scores, {"tree": TREE}, {"tree": lambda value: isinstance(value, Tree)}
         ),
         "Scores.add": Call(
             lambda **arguments: metrics.Scores(TREE).add(**arguments),
@@ -506,10 +507,12 @@ def _evaluations() -> dict[str, Call]:
             Halves,
             {"hne": hne, "batches": [batch], "seed": 0},
             {**is_hne, **is_batches, "seed": lambda value: is_int(value, 0, 2**63 - 1)},
+            "no images",
         ),
     }
 
 
+SEVERAL = (list, tuple, set, dict)
 MODULES = (nn.Identity, small.SmallNet)
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
 

@@ -277,6 +277,7 @@ def answers(session: Session, sizes: Sequence[int]) -> Iterator[Answer]:
     """
     require_iterable("sizes", sizes, "increasing numbers of leaves", error=LeafError)
     for size in sizes:
+        session._program.tree.check_size(size)  # None would be the next one
         if size == session.leaves:
             raise LeafError(
                 f"{size} leaves are asked for twice.",

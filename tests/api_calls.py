@@ -39,7 +39,7 @@ def is_int(value: Any, least: float = -math.inf, most: float = math.inf) -> bool
 
 def is_number(value: Any, least: float = -math.inf, most: float = math.inf) -> bool:
     plain = isinstance(value, int | float) and type(value) is not bool and least <= value <= most
-    return plain and (value == math.inf or abs(value) < 10**300)
+    return plain and (isinstance(value, float) or abs(value) < 2**63)
 
 
 def is_tensor(value: Any, shape: tuple, *dtypes: torch.dtype) -> bool:
@@ -118,7 +118,7 @@ def is_confidence(value: Any) -> bool:
 
 def is_chosen(value: Any) -> bool:
     """Positions of images in a batch, or a mask."""
-    if isinstance(value, list | tuple | np.ndarray):
+    if isinstance(value, list | tuple | range | np.ndarray):
         try:
             value = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -399,7 +399,7 @@ def _conversions() -> dict[str, Call]:
         "save": Call(
             treeify.save,
             {"hne": ensemble(), "path": Path("setup.cfg/below")},
-            {"hne": lambda value: False, "path": lambda value: False},
+            {"hne": lambda value: False},
         ),
         "verify": Call(
             treeify.verify,

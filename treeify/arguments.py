@@ -6,7 +6,6 @@ tensor, so that none waits for an accelerator.
 
 import math
 import os
-import sys
 from collections.abc import Collection
 from numbers import Integral, Real
 from pathlib import Path
@@ -21,7 +20,7 @@ from treeify.errors import InputError, TreeifyError, described, nearest
 # Of a random generator's seed.
 LARGEST_SEED = 2**63 - 1
 
-_LARGEST_FLOAT = sys.float_info.max
+_LARGEST_INTEGER = 2**63 - 1
 
 
 def require_integer(
@@ -47,11 +46,12 @@ def require_integer(
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a real number that a float can be; truth values and NaN are none."""
-    # In this order: compiled code knows the first two types without looking further.
-    if not isinstance(value, int | float | Real) or isinstance(value, bool):
-        return False
-    return abs(value) <= _LARGEST_FLOAT or abs(value) == math.inf
+    """Whether it is a real number that torch computes with; truth values and NaN are none."""
+    if isinstance(value, float):
+        return value == value  # NaN is not
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) <= _LARGEST_INTEGER
+    return isinstance(value, Real) and value == value
 
 
 def require_number(
@@ -159,6 +159,17 @@ def as_path(name: str, value: object, error: type[TreeifyError]) -> Path:
             found=described(value),
             next_step="Pass the path of a file or a directory.",
         )
+    try:
+        os.lstat(text)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass  # the caller says what is to be there
+    except OSError as problem:  # a name that is too long, links that go in circles
+        raise error(
+            f"{name} is no path that can be.",
+            expected="the path of a file or a directory",
+            found=f"{described(value)}: {problem.strerror}",
+            next_step="Pass a shorter path, or repair its links.",
+        ) from problem
     return Path(text)
 
 

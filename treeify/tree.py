@@ -58,13 +58,15 @@ class Tree:
     def __post_init__(self) -> None:
         try:
             fanouts = tuple(self.fanouts)
-        except TypeError as error:
+        except TypeError:  # it cannot be gone through
+            fanouts = None
+        if fanouts is None or isinstance(self.fanouts, str | bytes):
             raise SplitError(
-                "the fanouts cannot be gone through.",
+                "the fanouts are no numbers.",
                 expected="children per split, such as (2, 2)",
                 found=described(self.fanouts),
                 next_step="Give a number for each split, from the input to the output.",
-            ) from error
+            )
         object.__setattr__(self, "fanouts", fanouts)
         leaves = 1
         for fanout in self.fanouts:

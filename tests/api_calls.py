@@ -228,7 +228,9 @@ def _trees() -> dict[str, Call]:
     leaf = {"leaf": lambda value: is_int(value, 0, LEAVES - 1)}
 
     def is_fanouts(value: Any) -> bool:
-        whole = isinstance(value, list | tuple | set | dict) and all(is_int(f, 2) for f in value)
+        if isinstance(value, Tensor | np.ndarray):
+            return value.ndim > 0 and len(value) == 0
+        whole = isinstance(value, SEVERAL) and all(is_int(fanout, 2) for fanout in value)
         return whole and math.prod(value) <= 2**31
 
     return {
@@ -251,10 +253,6 @@ def _ensembles() -> dict[str, Call]:
     images = {"x": is_images}
     size = {"leaves": is_size}
     key = {"key": lambda value: isinstance(value, str) and value in hne.state_dict()}
-    rounds = {
-        "repeats": lambda value: is_int(value, 2),
-        "budget": lambda value: is_number(value, 0, 1e300),
-    }
 
     def session() -> Any:
         return hne.session(x)
@@ -340,17 +338,23 @@ def _ensembles() -> dict[str, Call]:
             {"value": Measurements()},
             {"value": lambda value: isinstance(value, Measurements)},
         ),
-        "hne.calibrate": Call(
+        # One after the other: many rounds without end would be right.
+        "hne.calibrate rounds": Call(
             lambda **arguments: small_copy().eval().calibrate(**arguments),
             {"x": x[:1], "repeats": 2, "budget": 0.0},
-            rounds,
+            {"repeats": lambda value: is_int(value, 2)},
+        ),
+        "hne.calibrate seconds": Call(
+            lambda **arguments: small_copy().eval().calibrate(**arguments),
+            {"x": x[:1], "repeats": 2},
+            {"budget": lambda value: is_number(value, 0)},
         ),
         "hne.tune": Call(
             lambda **arguments: small_copy().tune(**arguments),
             {"x": x[:1], "repeats": 1, "budget": 0.0},
             {
                 "training": lambda value: value is None or is_flag(value),
-                "budget": lambda value: is_number(value, 0, 1e300),
+                "budget": lambda value: is_number(value, 0),
             },
         ),
     }
@@ -477,14 +481,14 @@ def _evaluations() -> dict[str, Call]:
             {"hne": hne, "x": small.images(1), "budget": 0.0},
             {
                 **is_hne,
-                "budget": lambda value: is_number(value, 0, 1e300),
+                "budget": lambda value: is_number(value, 0),
                 "base": lambda value: value is None or isinstance(value, MODULES),
             },
         ),
         "count_macs": Call(
             cost.count_macs,
             {"model": small.SmallNet().to("meta"), "shape": (3, 8, 8)},
-            {"model": lambda value: False, "shape": lambda value: False},
+            {"model": lambda value: isinstance(value, nn.Identity), "shape": lambda value: False},
         ),
         "budget": Call(
             budget,

@@ -220,6 +220,7 @@ class Tree:
             raise LeafError(
                 f"the first {leaves} leaves do not form a tree with equally many children.",
                 expected=f"one of the nested sizes {self.nested_sizes}",
+                next_step="Ask for one of them, or for single leaves: hne.leaf(index).",
             )
         fanouts = [below // above for above, below in pairwise(counts)]
         dropped = sum(fanout == 1 for fanout in fanouts)

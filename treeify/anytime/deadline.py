@@ -16,9 +16,9 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from treeify.anytime.session import Answer, Session
-from treeify.arguments import require_integer, require_number
+from treeify.arguments import is_number, require_integer, require_number
 from treeify.engine.plan import Plan, Situation
-from treeify.errors import InputError
+from treeify.errors import InputError, described
 
 # From how many leaves to how many.
 Transition = tuple[int, int]
@@ -184,7 +184,7 @@ def measure(
         InputError: fewer than two rounds give no spread, or the budget is no time.
     """
     require_integer("repeats", repeats, 2, next_step="One round shows no spread: take 50.")
-    require_number("budget", budget, 0, expected="seconds of at least 0")
+    require_number("budget", budget, 0, finite=False, expected="seconds of at least 0")
     order = random.Random(0)
     timings: list[list[tuple[Transition, float]]] = []
     begin = time.perf_counter()
@@ -291,14 +291,12 @@ def advance_until(
 
 def check_deadline(deadline: float) -> None:
     """Raise InputError unless a deadline is a positive number of seconds, perhaps infinite."""
-    require_number(
-        "deadline",
-        deadline,
-        above=0,
-        finite=False,
-        expected="seconds above 0",
-        next_step="20 ms are deadline=0.02; leave it out to take all the time that is needed.",
-    )
+    if not is_number(deadline) or deadline <= 0:
+        raise InputError(
+            f"deadline={described(deadline)} has passed before it began, or is none.",
+            expected="seconds above 0",
+            next_step="20 ms are deadline=0.02; leave it out to take all the time that is needed.",
+        )
 
 
 def find(measured: Mapping[Situation, Latencies], situation: Situation, plan: Plan) -> Latencies:

@@ -54,7 +54,7 @@ def tune(
         InputError: there are no images, or the rounds or the budget are out of range.
     """
     require_integer("repeats", repeats, 1)
-    require_number("budget", budget, 0, expected="seconds of at least 0")
+    require_number("budget", budget, 0, finite=False, expected="seconds of at least 0")
     if x.numel() == 0:
         raise InputError(
             "there is nothing to measure.",

@@ -123,7 +123,7 @@ def answer_seconds(
     """
     require_ensemble(hne)
     hne.check_input(x)
-    require_number("budget", budget, 0, expected="seconds of at least 0")
+    require_number("budget", budget, 0, finite=False, expected="seconds of at least 0")
     if base is not None:
         require_type("base", base, nn.Module, "the base model, an nn.Module")
     actions = {} if base is None else {"0": partial(base, x)}

@@ -91,6 +91,13 @@ def is_images(value: Any, least: int = 0) -> bool:
     return right and value.device.type == "cpu" and 0 not in value.shape[least == 0 :]
 
 
+def is_nothing(value: Any) -> bool:
+    """Something to go through, in which there is nothing."""
+    if isinstance(value, Tensor | np.ndarray):
+        return value.ndim > 0 and len(value) == 0
+    return isinstance(value, SEVERAL) and not value
+
+
 def is_callback(value: Any) -> bool:
     return value is None or callable(value)
 
@@ -229,7 +236,7 @@ def _trees() -> dict[str, Call]:
 
     def is_fanouts(value: Any) -> bool:
         if isinstance(value, Tensor | np.ndarray):
-            return value.ndim > 0 and len(value) == 0
+            return is_nothing(value)
         whole = isinstance(value, SEVERAL) and all(is_int(fanout, 2) for fanout in value)
         return whole and math.prod(value) <= 2**31
 
@@ -325,7 +332,7 @@ def _ensembles() -> dict[str, Call]:
         "hne.keep_evaluating": Call(
             lambda **arguments: small_copy().keep_evaluating(**arguments),
             {"paths": ["stem.1"]},
-            {"paths": lambda value: isinstance(value, SEVERAL) and not value},
+            {"paths": is_nothing},
         ),
         "hne.fill": Call(hne.fill, {"source": None}, {"source": lambda value: False}),
         "hne.execution": Call(
@@ -416,7 +423,7 @@ def _conversions() -> dict[str, Call]:
 def _evaluations() -> dict[str, Call]:
     hne, batch = ensemble(), (small.images(IMAGES), _LABELS)
     is_hne = {"hne": lambda value: False}
-    is_batches = {"batches": lambda value: isinstance(value, SEVERAL) and not value}
+    is_batches = {"batches": is_nothing}
     one = {"x": lambda value: value is None or (is_images(value, 1) and len(value) == 1)}
     return {
         "measure": Call(
@@ -463,6 +470,7 @@ def _evaluations() -> dict[str, Call]:
                 **is_batches,
                 "base": lambda value: value is None or isinstance(value, small.SmallNet),
             },
+            "no images",
         ),
         "base_model_of": Call(comparison.base_model_of, {"hne": hne, "weights": None}, is_hne),
         "is_leaf": Call(

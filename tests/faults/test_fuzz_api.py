@@ -99,7 +99,7 @@ def test_a_few_hundred_mistakes(mistake: tuple[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=10_000, suppress_health_check=QUIET, print_blob=True, deadline=10_000)
+@settings(max_examples=10_000, suppress_health_check=QUIET, print_blob=True, deadline=30_000)
 @given(mistakes())
 def test_ten_thousand_mistakes(mistake: tuple[str, dict[str, Any]]) -> None:
     _fuzz(mistake)

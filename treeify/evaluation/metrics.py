@@ -193,10 +193,12 @@ def require_answers(logits: Tensor, target: Tensor, tree: Tree) -> None:
         require_type(name, tensor, Tensor, "a tensor")
     integers = target.dtype in (torch.int64, torch.uint8)
     fits = logits.ndim == 3 and logits.shape[1] == tree.leaves and target.shape == logits.shape[:1]
-    if not (fits and integers and logits.is_floating_point() and logits.numel()):
+    together = target.device == logits.device
+    if not (fits and integers and together and logits.is_floating_point() and logits.numel()):
         raise InputError(
             "the answers cannot be counted.",
-            expected=f"logits, floats of shape [N, {tree.leaves}, K], and N integer classes",
+            expected=f"logits, floats of shape [N, {tree.leaves}, K], and N integer classes, on one"
+            " device",
             found=f"{described(logits)} and {described(target)}",
             next_step="Give hne(x), and classes as target.long().",
         )

@@ -90,6 +90,25 @@ def shortened(value: object, most: int = 100) -> str:
     return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
+_SCALARS = (bool, int, float, complex, str, bytes, type(None))
+
+
+def described(value: object) -> str:
+    """What an argument is, for a message: a number or text itself, a tensor's shape, or a type."""
+    name = type(value).__name__
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"a {name} of shape {tuple(value.shape)}, {value.dtype}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length():,} bits"
+    if isinstance(value, _SCALARS):
+        text = repr(value)
+        return text if len(text) <= 80 else f"{text[:77]}..."
+    if isinstance(value, list) and all(isinstance(element, _SCALARS) for element in value[:9]):
+        more = [f"... ({len(value):,} in all)"] if len(value) > 8 else []
+        return f"[{', '.join([*map(described, value[:8]), *more])}]"
+    return f"a {name}"
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     """The choices that look most like `word`, quoted and comma-separated; empty if none does."""
     matches = difflib.get_close_matches(word, list(choices), n=count, cutoff=0.5)

@@ -14,7 +14,10 @@ from math import prod
 from operator import mul
 from typing import NamedTuple
 
-from treeify.errors import LeafError, SplitError
+from treeify.errors import LeafError, SplitError, described
+
+# Dims of tensors are counted in 64 bits, and a level has a tensor's dim of branches.
+_MOST_LEAVES = 2**31
 
 
 class Span(NamedTuple):
@@ -45,7 +48,7 @@ class Tree:
         fanouts: children per split, from the input to the output; `()` is the base model itself.
 
     Raises:
-        SplitError: a fanout is not an integer of at least 2.
+        SplitError: a fanout is not an integer of at least 2, or there are more than 2^31 leaves.
 
     Source: Ruiz & Verbeek, AAAI 2021, section 3.
     """
@@ -53,14 +56,34 @@ class Tree:
     fanouts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "fanouts", tuple(self.fanouts))
+        try:
+            fanouts = tuple(self.fanouts)
+        except TypeError:  # it cannot be gone through
+            fanouts = None
+        if fanouts is None or isinstance(self.fanouts, str | bytes):
+            raise SplitError(
+                "the fanouts are no numbers.",
+                expected="children per split, such as (2, 2)",
+                found=described(self.fanouts),
+                next_step="Give a number for each split, from the input to the output.",
+            )
+        object.__setattr__(self, "fanouts", fanouts)
+        leaves = 1
         for fanout in self.fanouts:
             if isinstance(fanout, bool) or not isinstance(fanout, int) or fanout < 2:
                 raise SplitError(
                     "a split needs at least two children.",
                     expected="an integer fanout of 2 or more",
-                    found=f"fanout {fanout!r}",
+                    found=f"fanout {described(fanout)}",
                     next_step="Leave the split out to keep that part of the model shared.",
+                )
+            leaves *= fanout
+            if leaves > _MOST_LEAVES:
+                raise SplitError(
+                    "there are too many leaves.",
+                    expected=f"a product of the fanouts of at most {_MOST_LEAVES:,}",
+                    found=f"{len(self.fanouts):,} splits, one of fanout {described(fanout)}",
+                    next_step="Split less often, or into fewer branches.",
                 )
 
     @cached_property
@@ -84,11 +107,26 @@ class Tree:
         return tuple(accumulate(reversed(self.fanouts), mul, initial=1))
 
     def leaves_below(self, level: int) -> int:
-        """Leaves below one branch of `level`."""
+        """Leaves below one branch of `level`.
+
+        Raises:
+            LeafError: there is no such level.
+        """
+        if isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < self.levels:
+            raise LeafError(
+                f"level {described(level)} does not exist.",
+                expected=f"an integer from 0 to {self.levels - 1}",
+                next_step="Levels are numbered from the input, 0, to the output.",
+            )
         return self.leaves // self.branches[level]
 
     def span(self, level: int, leaves: Span) -> Span:
-        """The branches of `level` that a range of leaves needs."""
+        """The branches of `level` that a range of leaves needs.
+
+        Raises:
+            LeafError: there is no such level, or there are no such leaves.
+        """
+        self._check_span(leaves)
         return leaves.parents(self.leaves_below(level))
 
     def pieces(self, leaves: Span) -> list[tuple[int, Span]]:
@@ -97,7 +135,11 @@ class Tree:
         Returns:
             Per piece the first level to compute and its leaves; above that level a piece has a
             single branch, computed before, from that level on none.
+
+        Raises:
+            LeafError: there are no such leaves.
         """
+        self._check_span(leaves)
         pieces = []
         start = leaves.start
         while start < leaves.stop:
@@ -118,17 +160,35 @@ class Tree:
         return tuple(leaf // self.leaves_below(level) for level in range(self.levels))
 
     def branch_count(self, leaves: int) -> tuple[int, ...]:
-        """Branches run at each level for the first `leaves` leaves."""
+        """Branches run at each level for the first `leaves` leaves.
+
+        Raises:
+            LeafError: there are not that many leaves.
+        """
+        self.check_size(leaves)
         return tuple(self.span(level, Span(0, leaves)).size for level in range(self.levels))
 
     def check_leaf(self, leaf: int) -> None:
         """Raise LeafError unless `0 <= leaf < L`."""
         if isinstance(leaf, bool) or not isinstance(leaf, int) or not 0 <= leaf < self.leaves:
             raise LeafError(
-                f"leaf {leaf!r} does not exist.",
+                f"leaf {described(leaf)} does not exist.",
                 expected=f"an integer from 0 to {self.leaves - 1}",
                 next_step="Leaves are numbered depth-first from 0.",
             )
+
+    def _check_span(self, leaves: Span) -> None:
+        """Raise LeafError unless it is a range of this tree's leaves."""
+        is_span = isinstance(leaves, Span) and all(type(end) is int for end in leaves)
+        if is_span and 0 <= leaves.start <= leaves.stop <= self.leaves:
+            return
+        ends = leaves if isinstance(leaves, Span) else (leaves,)
+        raise LeafError(
+            "there are no such leaves.",
+            expected=f"a Span of integers from 0 to {self.leaves}",
+            found=" to ".join(map(described, ends)),
+            next_step="Leaves are numbered depth-first from 0, and a span ends before its stop.",
+        )
 
     def check_size(self, leaves: int) -> None:
         """Raise LeafError unless `1 <= leaves <= L`."""
@@ -138,8 +198,9 @@ class Tree:
             or not 1 <= leaves <= self.leaves
         ):
             raise LeafError(
-                f"{leaves!r} leaves were asked for.",
+                f"{described(leaves)} leaves were asked for.",
                 expected=f"an integer from 1 to {self.leaves}, e.g. one of {self.nested_sizes}",
+                next_step="Ask for fewer, or leave the number out for all of them.",
             )
 
     def first(self, leaves: int) -> tuple[int, Tree]:
@@ -152,7 +213,6 @@ class Tree:
         Raises:
             LeafError: the first `leaves` leaves do not form a tree with equal children.
         """
-        self.check_size(leaves)
         counts = self.branch_count(leaves)
         steps = zip(pairwise(counts), self.fanouts, strict=True)
         # Every parent has all its children, or there is one parent with some of them.
@@ -160,6 +220,7 @@ class Tree:
             raise LeafError(
                 f"the first {leaves} leaves do not form a tree with equally many children.",
                 expected=f"one of the nested sizes {self.nested_sizes}",
+                next_step="Ask for one of them, or for single leaves: hne.leaf(index).",
             )
         fanouts = [below // above for above, below in pairwise(counts)]
         dropped = sum(fanout == 1 for fanout in fanouts)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field, TypeAdapter
 from torch import Tensor
 
 from treeify.anytime.session import Answer, Session
-from treeify.errors import InputError
+from treeify.arguments import is_number, require_type
+from treeify.errors import InputError, described
 
 
 @dataclass(frozen=True)
@@ -126,24 +127,39 @@ def answer(
 def thresholds_for(
     limit: float | Sequence[float] | Budget, sizes: Sequence[int]
 ) -> tuple[float, ...]:
-    """One threshold for every size but the last, each at least 0."""
+    """One threshold for every size but the last, each at least 0.
+
+    Raises:
+        InputError: the limit is none, or for another tree.
+    """
     if isinstance(limit, Budget):
         if limit.sizes != tuple(sizes):
             raise InputError(
                 "the budget was made for another tree.",
                 expected=f"thresholds for {tuple(sizes)} leaves",
                 found=f"thresholds for {limit.sizes}",
+                next_step="Choose thresholds for this ensemble: treeify calibrate, or `budget`.",
             )
         return limit.thresholds
     count = len(sizes) - 1
-    thresholds = tuple(limit) if isinstance(limit, Sequence) else (limit,) * count
-    if len(thresholds) != count or not all(threshold >= 0 for threshold in thresholds):
+    is_list = isinstance(limit, Sequence) and not isinstance(limit, str | bytes)
+    thresholds: Sequence[Any] = limit if is_list else [limit] * count  # type: ignore[assignment]
+    # One that is none is refused even where there is but one size.
+    checked = thresholds if is_list else [limit]
+    if len(thresholds) != count or not all(map(_is_level, checked)):
         raise InputError(
-            f"confidence={limit!r} fits no ensemble of {sizes[-1]} leaves.",
+            f"confidence={described(limit)} fits no ensemble of {sizes[-1]} leaves.",
             expected=f"a probability, or one for each of {tuple(sizes[:-1])} leaves"
             " (above 1: never stop there)",
+            found=", ".join(map(described, checked[:8])) or "none",
+            next_step="Pass one probability, such as 0.9, for all sizes.",
         )
-    return thresholds
+    return tuple(thresholds)
+
+
+def _is_level(threshold: object) -> bool:
+    """Whether a confidence may be compared with it: a number of at least 0, no truth value."""
+    return is_number(threshold) and bool(threshold >= 0)  # type: ignore[operator]
 
 
 def budget(
@@ -166,12 +182,13 @@ def budget(
 
     Source: Huang et al., ICLR 2018, section 3.
     """
-    if not len(labels):
-        raise InputError("there are no held-out images.", expected="at least one")
-    if not macs[0] <= target_macs <= macs[-1]:
+    _check_answers(logits, labels, len(sizes))
+    if not (_is_level(target_macs) and macs[0] <= target_macs <= macs[-1]):
+        amount = f"{target_macs:,}" if _is_level(target_macs) else described(target_macs)
         raise InputError(
-            f"a mean of {target_macs:,} MACs per image cannot be kept.",
+            f"a mean of {amount} MACs per image cannot be kept.",
             expected=f"{macs[0]:,} (1 leaf) to {macs[-1]:,} ({sizes[-1]} leaves)",
+            next_step="Choose a target between what one leaf and all leaves cost.",
         )
     cumulative = _geometric_fractions(macs, target_macs).cumsum(0)
     confidences = confidence(logits.double())
@@ -184,6 +201,27 @@ def budget(
         pending = pending[~(row[pending] >= thresholds[-1])]
     chosen = Budget(target_macs, tuple(sizes), tuple(thresholds), 0.0, 0.0, (), 0)
     return chosen.on(logits, labels, macs)
+
+
+def _check_answers(logits: Tensor, labels: Tensor, sizes: int) -> None:
+    """Raise InputError unless there are logits of every size, and a class for each image."""
+    for name, tensor in (("logits", logits), ("labels", labels)):
+        require_type(name, tensor, Tensor, "a tensor")
+    if not labels.numel():
+        raise InputError(
+            "there are no held-out images.",
+            expected="at least one",
+            next_step="Choose thresholds on images that were not trained on.",
+        )
+    fits = logits.ndim == 3 and logits.shape[:2] == (sizes, len(labels))
+    integers = not (labels.is_floating_point() or labels.is_complex())
+    if not (fits and labels.ndim == 1 and logits.is_floating_point() and integers):
+        raise InputError(
+            "the labels do not fit the logits.",
+            expected=f"floats of shape [{sizes}, N, K] and N integer classes",
+            found=f"{described(logits)} and {described(labels)}",
+            next_step="Stack the logits of every nested size: `treeify.losses.nested_logits`.",
+        )
 
 
 def _threshold(confidences: Tensor, count: int) -> float:

@@ -16,8 +16,9 @@ from typing import Annotated
 from pydantic import Field, TypeAdapter
 
 from treeify.anytime.session import Answer, Session
+from treeify.arguments import is_number, require_integer, require_number
 from treeify.engine.plan import Plan, Situation
-from treeify.errors import InputError
+from treeify.errors import InputError, described
 
 # From how many leaves to how many.
 Transition = tuple[int, int]
@@ -180,10 +181,10 @@ def measure(
     there are `repeats`, but none begins after `budget` seconds once five are measured.
 
     Raises:
-        InputError: fewer than two rounds give no spread.
+        InputError: fewer than two rounds give no spread, or the budget is no time.
     """
-    if repeats < 2:
-        raise InputError(f"repeats={repeats} shows no spread.", expected="at least 2")
+    require_integer("repeats", repeats, 2, next_step="One round shows no spread: take 50.")
+    require_number("budget", budget, 0, finite=False, expected="seconds of at least 0")
     order = random.Random(0)
     timings: list[list[tuple[Transition, float]]] = []
     begin = time.perf_counter()
@@ -289,10 +290,12 @@ def advance_until(
 
 
 def check_deadline(deadline: float) -> None:
-    """Raise InputError unless a deadline is a positive number of seconds."""
-    if not deadline > 0:
+    """Raise InputError unless a deadline is a positive number of seconds, perhaps infinite."""
+    if not is_number(deadline) or deadline <= 0:
         raise InputError(
-            f"deadline={deadline!r} has passed before it began.", expected="seconds above 0"
+            f"deadline={described(deadline)} has passed before it began, or is none.",
+            expected="seconds above 0",
+            next_step="20 ms are deadline=0.02; leave it out to take all the time that is needed.",
         )
 
 

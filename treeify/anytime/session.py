@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from treeify.arguments import require_iterable
 from treeify.engine import timing
 from treeify.engine.forms import Form, join
 from treeify.engine.plan import Plan
 from treeify.engine.program import PACKED, CrossingValue, Program, Walk
-from treeify.errors import InputError, LeafError
+from treeify.errors import InputError, LeafError, described
 from treeify.tree import Span
 
 
@@ -145,7 +146,7 @@ class Session:
                 expected="a model whose values between levels have one row per image",
                 next_step="Run all images and ignore those that are answered.",
             )
-        rows = _positions(torch.as_tensor(images, device=self._device), self._images)
+        rows = _positions(images, self._images, self._device)
         for level, values in self._kept.items():
             self._kept[level] = {name: value.select(rows) for name, value in values.items()}
         self._start = {name: value.select(rows) for name, value in self._start.items()}
@@ -222,19 +223,28 @@ class Session:
             self._start = self._program.needed(self._start, 1)
 
 
-def _positions(images: Tensor, batch: int) -> Tensor:
+def _positions(images: Tensor | Sequence[int], batch: int, device: torch.device) -> Tensor:
     """Positions in a batch, `[M]`, from such or from a mask of it."""
-    mask = images.dtype == torch.bool
-    if mask and images.shape == (batch,):
-        return images.nonzero().flatten()
-    integers = not (mask or images.is_floating_point() or images.is_complex())
-    inside = integers and bool(((images >= 0) & (images < batch)).all())
-    if images.shape == (0,) or (images.ndim == 1 and inside):
-        return images.long()
-    raise InputError(
+    try:
+        chosen = torch.as_tensor(images, device=device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # of what is no list of numbers
+        raise _no_images(described(images), batch) from None
+    mask = chosen.dtype == torch.bool
+    if mask and chosen.shape == (batch,):
+        return chosen.nonzero().flatten()
+    integers = not (mask or chosen.is_floating_point() or chosen.is_complex())
+    inside = integers and bool(((chosen >= 0) & (chosen < batch)).all())
+    if chosen.shape == (0,) or (chosen.ndim == 1 and inside):
+        return chosen.long()
+    values = chosen.flatten()[:8].tolist()
+    raise _no_images(f"{chosen.dtype} of shape {tuple(chosen.shape)}: {values}", batch)
+
+
+def _no_images(found: str, batch: int) -> InputError:
+    return InputError(
         "these are no images of this session's batch.",
         expected=f"positions from 0 to {batch - 1}, [M] integers, or [{batch}] booleans",
-        found=f"{images.dtype} of shape {tuple(images.shape)}: {images.flatten()[:8].tolist()}",
+        found=found,
         next_step="Positions count from those selected last; `leaf_logits` has as many rows.",
     )
 
@@ -257,10 +267,21 @@ def _mean(leaf_logits: Tensor) -> Tensor:
 
 
 def answers(session: Session, sizes: Sequence[int]) -> Iterator[Answer]:
-    """Advance a session through increasing sizes, one answer each."""
+    """Advance a session through increasing sizes, one answer each.
+
+    Yields:
+        The answer of each size.
+
+    Raises:
+        LeafError: they are no sizes, or do not increase.
+    """
+    require_iterable("sizes", sizes, "increasing numbers of leaves", error=LeafError)
     for size in sizes:
+        session._program.tree.check_size(size)  # None would be the next one
         if size == session.leaves:
             raise LeafError(
-                f"{size} leaves are asked for twice.", expected=f"increasing sizes, not {sizes}"
+                f"{size} leaves are asked for twice.",
+                expected="increasing sizes",
+                next_step="Name each size once.",
             )
         yield session.advance(to=size)

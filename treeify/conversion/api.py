@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from treeify.arguments import LARGEST_SEED, as_path, require_integer
 from treeify.conversion.assemble import assemble, blank_image
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import INITS, Source, initial_weights
@@ -17,7 +18,14 @@ from treeify.conversion.resolve import resolve, unwrapped
 from treeify.conversion.trained import load_trained
 from treeify.data.preparation import Preparation
 from treeify.engine.packed_tensors import named_tensors
-from treeify.errors import InitWarning, InputError, ModelError, quoted
+from treeify.errors import (
+    CheckpointError,
+    InitWarning,
+    InputError,
+    ModelError,
+    described,
+    quoted,
+)
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
 from treeify.models.recognise import recognise
@@ -74,6 +82,7 @@ def hierarchicalize(
 
     Source: Ruiz & Verbeek, AAAI 2021, section 3.
     """
+    require_integer("seed", seed, 0, LARGEST_SEED)
     scheme = choose_init(init, model, weights)
     base, architecture = resolve(model, seed)
     is_built = architecture is not None
@@ -107,12 +116,22 @@ def choose_init(
     """The scheme of `initial_weights` that `hierarchicalize` is asked for.
 
     Raises:
-        InputError: fresh weights would throw the trained ones away.
+        InputError: the scheme is unknown, or fresh weights would throw the trained ones away.
+        CheckpointError: the weights are no path.
     """
+    if init is not None and (not isinstance(init, str) or init not in INITS):
+        raise InputError(
+            f"init={described(init)} is unknown.",
+            expected=f"one of {', '.join(INITS)}",
+            next_step="Leave it out for perturb with weights, else fresh.",
+        )
+    if weights is not None:
+        as_path("weights", weights, CheckpointError)
     if weights is not None and init == "fresh":
         raise InputError(
             f"init='fresh' would throw the weights of {str(weights)!r} away.",
             expected="copy or perturb with weights, or no weights",
+            next_step="Choose init='perturb', or leave one of both out.",
         )
     if init is None and weights is None and isinstance(model, nn.Module):
         warnings.warn(
@@ -154,14 +173,20 @@ def pack(
         TraceError: the models cannot be traced.
         CheckpointError: weights cannot be read or do not fit.
     """
-    if not models:
-        raise ModelError("there are no models to pack.", expected="one model per leaf")
+    if not isinstance(models, Sequence) or isinstance(models, str | bytes) or not models:
+        raise ModelError(
+            "there are no models to pack.",
+            expected="a list of models or paths, one per leaf",
+            found=described(models),
+            next_step="Put them into a list, in the order of the leaves.",
+        )
     built, named = (None, None) if architecture is None else resolve(architecture)
     networks, notes, preparations = [], [], []
     for leaf, model in enumerate(models):
         if isinstance(model, nn.Module):
             networks.append(unwrapped(model))
             continue
+        as_path(f"model {leaf}", model, ModelError)
         if built is None:
             raise ModelError(
                 f"the weights of {str(model)!r} do not say what they are of.",

@@ -9,7 +9,7 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source
 from treeify.conversion.splits import choose
 from treeify.data.conventions import of_trained_weights
-from treeify.errors import InputError
+from treeify.errors import InputError, described
 from treeify.models.architecture import Architecture
 from treeify.models.image_size import example_shape
 from treeify.rules import leaf_types
@@ -70,11 +70,13 @@ def trace_model(
     """
     if example_input is None:
         example_input = blank_image(base, example_shape(base, architecture))
-    if example_input.ndim < 2:
+    is_tensor = isinstance(example_input, Tensor)
+    if not is_tensor or example_input.ndim < 2 or 0 in example_input.shape:
         raise InputError(
             "example_input is no batch.",
-            expected="a tensor of shape [N, C, H, W]",
-            found=f"shape {tuple(example_input.shape)}",
+            expected="a tensor of shape [N, C, H, W], of at least one image",
+            found=f"shape {tuple(example_input.shape)}" if is_tensor else described(example_input),
+            next_step="Pass an image of a size the model takes, as torch.zeros(1, 3, 224, 224).",
         )
     return trace(base, example_input, leaf_types())
 

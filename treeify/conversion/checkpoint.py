@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from treeify.arguments import as_path
 from treeify.conversion.config_values import check_dtype, check_leaves
 from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble, Measurements
 from treeify.conversion.restore import CONSTANT, architecture_in, memory_limit, restored
@@ -54,7 +55,7 @@ def load(
         CheckpointError: the directory is missing, damaged, of another format, of another model, or
             names a function that is not trusted.
     """
-    path = Path(path)
+    path = as_path("path", path, CheckpointError)
     config, weights = _read(path, trust=trust, verify=verify)
     check_leaves(path, config["splits"], weights)
     architecture = None if model is not None else architecture_in(path, config, trust=trust)

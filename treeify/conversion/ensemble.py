@@ -29,6 +29,7 @@ from treeify.anytime.session import (
     answers,
     mean_over_leaves,
 )
+from treeify.arguments import require_callable, require_flag, require_type
 from treeify.conversion.initialize import Source
 from treeify.conversion.packed_tree import PackedTree
 from treeify.conversion.splits import Splits
@@ -37,9 +38,10 @@ from treeify.engine.packed_tensors import set_memory_format
 from treeify.engine.plan import AUTO, Situation, Tuning
 from treeify.engine.preserve import preserve_modes
 from treeify.engine.tuning import tune
-from treeify.errors import InputError
+from treeify.errors import InputError, described
 from treeify.models.architecture import Architecture
 from treeify.tracing.trace import Traced
+from treeify.tree import Tree
 
 # Called with an answer on the way and the positions `[M]` in the batch of the images it is for.
 Observer = Callable[[Answer, Tensor], None]
@@ -64,6 +66,17 @@ class Measurements:
 
 # To and from JSON values.
 MEASUREMENTS = TypeAdapter(Measurements)
+
+
+def require_ensemble(hne: object) -> None:
+    """Raise InputError unless it is an ensemble, or a module around one, as of `torch.compile`."""
+    if not (isinstance(hne, nn.Module) and isinstance(getattr(hne, "tree", None), Tree)):
+        raise InputError(
+            "this is no ensemble.",
+            expected="what treeify.hierarchicalize, pack or load returns",
+            found=described(hne),
+            next_step="Convert the model: treeify.hierarchicalize(model, splits=...).",
+        )
 
 
 class HierarchicalEnsemble(PackedTree):
@@ -118,6 +131,7 @@ class HierarchicalEnsemble(PackedTree):
 
     @measurements.setter
     def measurements(self, measurements: Measurements) -> None:
+        require_type("measurements", measurements, Measurements, "what hne.measurements gives")
         self.execution = measurements.execution
         self._planner.tunings = {tuning.situation: tuning for tuning in measurements.tunings}
         self.latencies = {latencies.situation: latencies for latencies in measurements.latencies}
@@ -154,9 +168,14 @@ class HierarchicalEnsemble(PackedTree):
             The plan chosen and every measurement in seconds; prints as a table.
 
         Raises:
-            InputError: the input does not fit the model, or has no images.
+            InputError: the input does not fit the model, or has no images; or another argument is
+                of a wrong type.
         """
         self.check_input(x)
+        if training is not None:
+            require_flag("training", training)
+        if loss is not None:
+            require_callable("loss", loss, "the leaf logits")
         with preserve_modes(self):
             self.train(self.training if training is None else training)
             run = partial(self.run, x, self.leaves)
@@ -233,8 +252,12 @@ class HierarchicalEnsemble(PackedTree):
         begin = time.perf_counter()
         if sum(limit is not None for limit in (leaves, deadline, confidence)) > 1:
             raise InputError(
-                "several limits were given.", expected="leaves, deadline or confidence"
+                "several limits were given.",
+                expected="leaves, deadline or confidence",
+                next_step="Give one of them.",
             )
+        if observe is not None:
+            require_callable("observe", observe, "an answer and the positions of its images")
         observer: Observer = observe or (lambda answer, images: None)
 
         def for_all(step: Answer) -> None:

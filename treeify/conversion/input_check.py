@@ -1,4 +1,4 @@
-"""Whether images fit a model: their shape, and a dtype that it can compute with."""
+"""Whether images fit a model: their shape, and whether it can compute with them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +20,7 @@ class InputCheck:
     def __init__(self, example: tuple[int, ...], *, one_size: bool) -> None:
         self.example, self.one_size = example, one_size
         self._computable: set[tuple[torch.dtype, torch.dtype, bool]] = set()
+        self._places: set[tuple[object, ...]] = set()
 
     def check_shape(self, x: Any) -> None:
         """Raise InputError unless it is a tensor `[N, C, H, W]` with the model's channels."""
@@ -36,6 +37,53 @@ class InputCheck:
             found=f"shape {tuple(x.shape)}" if is_tensor else f"{kind.__module__}.{kind.__name__}",
             next_step=_remedy(x, len(self.example)),
         )
+
+    def require_images(self, x: Tensor) -> None:
+        """Refuse batches of nothing: their statistics are no numbers, and stay in a model.
+
+        Raises:
+            InputError: there is no image, or they have no pixels.
+        """
+        if 0 in x.shape:
+            raise InputError(
+                "there are no images.",
+                expected="at least one, of one pixel or more",
+                found=f"shape {tuple(x.shape)}",
+                next_step="Leave empty batches out.",
+            )
+
+    def check_place(
+        self, x: Tensor, device: torch.device, run: Callable[[Tensor], Exception | None]
+    ) -> None:
+        """Refuse images on a device, in a layout or of a number that the model does not take.
+
+        Hooks may move images, and many models take none: it is tried, once for each kind.
+
+        Args:
+            x: images, `[N, C, H, W]`.
+            device: of the model's parameters.
+            run: as of `check_dtype`.
+
+        Raises:
+            InputError: it does not.
+        """
+        is_empty = 0 in x.shape
+        if not is_empty and x.layout is torch.strided and x.device == device:
+            return
+        case = (x.layout, x.device, device, x.dtype, tuple(x.shape) if is_empty else ())
+        if case in self._places:
+            return
+        if (error := run(x)) is None:
+            self._places.add(case)
+            return
+        if x.layout is torch.strided and x.device == device:
+            self.require_images(x)
+        raise InputError(
+            "the images are elsewhere than the model.",
+            expected=f"a dense tensor on {device}, as its parameters",
+            found=f"{x.layout} on {x.device}",
+            next_step=f"Convert them: x.to({str(device)!r}); a sparse one first by x.to_dense().",
+        ) from error
 
     def check_dtype(
         self, x: Tensor, dtype: torch.dtype, run: Callable[[Tensor], Exception | None]

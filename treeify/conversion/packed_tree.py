@@ -1,7 +1,7 @@
 """A tree of networks as one module: packed tensors, and the programs that run them."""
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
@@ -9,7 +9,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from treeify.arguments import (
+    is_recorded,
+    require_integer,
+    require_iterable,
+    require_member,
+    require_type,
+)
 from treeify.conversion import initialize
+from treeify.conversion.converted_model import ConvertedModel
 from treeify.conversion.decide import Decider, Decision, overwriting, without_in_place
 from treeify.conversion.emit import Emitter
 from treeify.conversion.initialize import Source
@@ -17,6 +25,7 @@ from treeify.conversion.input_check import InputCheck
 from treeify.conversion.levels import levels
 from treeify.conversion.report import Conversion, notes
 from treeify.conversion.splits import Splits
+from treeify.engine.memory import require_memory
 from treeify.engine.packed_tensors import (
     Packer,
     Slot,
@@ -28,6 +37,7 @@ from treeify.engine.packed_tensors import (
 from treeify.engine.plan import Plan, Planner
 from treeify.engine.preserve import preserve_modes
 from treeify.engine.program import PACKED, Program
+from treeify.errors import InputError, described
 from treeify.fusion.fuser import FusedTwin
 from treeify.rules import widen_rules
 from treeify.tracing.side_effects import undo_side_effects
@@ -37,7 +47,7 @@ from treeify.tree import Span, Tree
 _Self = TypeVar("_Self", bound="PackedTree")
 
 
-class PackedTree(nn.Module):
+class PackedTree(ConvertedModel):
     """What an ensemble computes: `L` networks that share their early layers, without measurements.
 
     The arguments are those of `HierarchicalEnsemble`.
@@ -45,8 +55,8 @@ class PackedTree(nn.Module):
 
     def __init__(self, traced: Traced, splits: Splits, like: nn.Module) -> None:
         """Allocate the packed tensors, decide how every node runs and write both programs."""
-        super().__init__()
-        self._traced, self._splits = traced, splits
+        super().__init__(traced)
+        self._splits = splits
         self._input = InputCheck(traced.example, one_size=traced.limits.one_size)
         skeleton, tree = traced.skeleton, splits.tree
         node_levels = {
@@ -54,11 +64,13 @@ class PackedTree(nn.Module):
         }
         uses = [use for mode_levels in node_levels.values() for use in mode_levels.items()]
         self._slots = slots(skeleton, uses)
+        tensors = dict(named_tensors(like))
+        require_memory(self._slots, tree, tensors)
         calls = [(str(node.target), level) for node, level in uses if node.op == "call_module"]
         # Modules called before the first split only have one branch: they stay what they are.
         unbranched = {path for path, level in calls if level == 0}
         unbranched -= {path for path, level in calls if level > 0}
-        packer = Packer(self._slots, tree, widen_rules(), dict(named_tensors(like)), unbranched)
+        packer = Packer(self._slots, tree, widen_rules(), tensors, unbranched)
         packer.pack_children(self, skeleton)
         self._shared_buffers = _shared_buffers(skeleton, self._slots, calls)
         base = without_in_place(skeleton)
@@ -94,7 +106,12 @@ class PackedTree(nn.Module):
         _copy_modes(like, self)  # `train` knows one mode for all; parts may be in another
 
     def fill(self, source: Source) -> None:
-        """Fill the packed tensors, which the constructor leaves uninitialised."""
+        """Fill the packed tensors, which the constructor leaves uninitialised.
+
+        Raises:
+            InputError: the source is none.
+        """
+        require_type("source", source, Source, "a treeify.conversion.initialize.Source")
         slots = self._slots.values()
         initialize.fill(self, slots, self.tree, source)
         drawn = initialize.require_drawn(self, slots, self.tree) if source.drawn else []
@@ -151,18 +168,35 @@ class PackedTree(nn.Module):
         return tuple(self._evaluating)
 
     def keep_evaluating(self, paths: Iterable[str]) -> None:
-        """Leave modules in evaluation mode whenever the rest is trained, as frozen batch norms."""
-        self._evaluating = sorted({*self._evaluating, *paths})
+        """Leave modules in evaluation mode whenever the rest is trained, as frozen batch norms.
+
+        Raises:
+            InputError: a path is that of no module.
+        """
+        modules = dict(self.named_modules(remove_duplicate=False))
+        require_iterable("paths", paths, "a list of paths of modules")
+        named = list(paths)
+        for path in named:
+            require_member("module", path, modules, "dict(hne.named_modules())")
+        self._evaluating = sorted({*self._evaluating, *named})
         self.train(self.training)
 
     def run(self, x: Tensor, leaves: int, plan: Plan) -> Any:
-        """Logits of the first `leaves` leaves by a plan of one's own, as `forward` gives them."""
+        """Logits of the first `leaves` leaves by a plan of one's own, as `forward` gives them.
+
+        Raises:
+            LeafError: there are not that many leaves.
+            InputError: the plan is none, or for another number of levels.
+        """
+        self.tree.check_size(leaves)
+        require_type("plan", plan, Plan, "a treeify.engine.plan.Plan, such as hne.plan(x)")
+        require_integer("the plan's levels", len(plan.execution), *2 * [self.tree.levels])
         return self._program(plan).run(plan.arrange(x), Span(0, leaves), plan.execution)
 
     def _program(self, plan: Plan) -> Program:
         """The program that runs a plan in the present mode."""
         # Folded weights have no gradients of their own, and compiling folds by itself.
-        allowed = not (self.training or torch.is_grad_enabled() or _is_recorded())
+        allowed = not (self.training or torch.is_grad_enabled() or is_recorded())
         if plan.fuse and allowed and not any(self._hooks):
             return self._fused.usable()
         return self._programs[self.training]
@@ -182,8 +216,13 @@ class PackedTree(nn.Module):
         self._planner.set(setting)
 
     def plan(self, x: Tensor) -> Plan:
-        """How an input like `x` runs in the present mode."""
-        plan = self._planner.plan(x, training=self.training, tuned=not _is_recorded())
+        """How an input like `x` runs in the present mode.
+
+        Raises:
+            InputError: it is no batch of images with the base model's channels.
+        """
+        self._input.check_shape(x)
+        plan = self._planner.plan(x, training=self.training, tuned=not is_recorded())
         if self.training and self._shared_buffers:
             # The mean of the branches' updates needs all branches at once.
             return replace(plan, execution=(PACKED,) * self.tree.levels)
@@ -222,51 +261,43 @@ class PackedTree(nn.Module):
 
         Returns:
             A tensor of the base model's shape `[D0, ...]`.
+
+        Raises:
+            LeafError: the leaf does not exist.
+            InputError: there is no such key, or the tensor is of no such branches.
         """
-        slot = self._slots[key]
-        return slot.branch(packed, self.branches_of(key), self.tree.path(leaf)[slot.level])
+        branches, slot = self.branches_of(key), self._slots[key]
+        require_type("packed", packed, Tensor, f"a tensor like {key!r}")
+        whole = get_tensor(self, key)
+        if packed.ndim != whole.ndim or packed.shape[0] != whole.shape[0]:
+            raise InputError(
+                f"the tensor is not packed like {key!r}.",
+                expected=f"as many dims and rows as {described(whole)}",
+                found=described(packed),
+                next_step="Give the parameter, its gradient, or an optimizer's state of its shape.",
+            )
+        return slot.branch(packed, branches, self.tree.path(leaf)[slot.level])
 
     def branches_of(self, key: str) -> int:
-        """How many branches the parameter or buffer `key` is packed from."""
+        """How many branches the parameter or buffer `key` is packed from.
+
+        Raises:
+            InputError: there is no such key.
+        """
+        require_member("parameter or buffer", key, self._slots, "hne.state_dict()")
         return self.tree.branches[self._slots[key].level]
-
-    @property
-    def traced(self) -> Traced:
-        """The base model, traced."""
-        return self._traced
-
-    @property
-    def skeleton(self) -> nn.Module:
-        """The untouched base architecture on the meta device, without weights."""
-        return self._traced.skeleton
-
-    @property
-    def group_matcher(self) -> Callable[..., Any]:
-        """The base model's `group_matcher`, if it has one, for timm's layer decay."""
-        return self.skeleton.group_matcher  # type: ignore[return-value]
-
-    @property
-    def no_weight_decay(self) -> Callable[[], Any]:
-        """The base model's `no_weight_decay`, if it has one: names of parameters, for timm."""
-        return self.skeleton.no_weight_decay  # type: ignore[return-value]
 
     @property
     def shared_buffers(self) -> tuple[str, ...]:
         """Buffers of modules called at several levels: branches share the mean of their updates."""
         return self._shared_buffers
 
-    @property
-    def example(self) -> tuple[int, ...]:
-        """The shape of an image `(C, H, W)` that the ensemble was converted for."""
-        return self._traced.example
-
-    def example_images(self, count: int) -> Tensor:
-        """Random images of the example's shape, `[count, C, H, W]`, on the ensemble's device."""
-        like = next(self.parameters())
-        return torch.rand(count, *self.example, device=like.device, dtype=like.dtype)
-
     def count_parameters(self, leaves: int | None = None) -> int:
-        """Parameters in the branches that the first `leaves` leaves need; of all if not given."""
+        """Parameters in the branches that the first `leaves` leaves need; of all if not given.
+
+        Raises:
+            LeafError: there are not that many leaves.
+        """
         counts = self.tree.branch_count(self.leaves if leaves is None else leaves)
         return sum(
             parameter.numel() // self.tree.branches[level] * counts[level]
@@ -276,6 +307,9 @@ class PackedTree(nn.Module):
 
     def count_macs(self, leaves: int | None = None) -> int:
         """MACs per image for the first `leaves` leaves: each level's times its branches.
+
+        Raises:
+            LeafError: there are not that many leaves.
 
         Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
         """
@@ -291,12 +325,17 @@ class PackedTree(nn.Module):
 
         Raises:
             InputError: it is no `[N, C, H, W]` with the model's channels, or its only size, or of
-                a dtype that the model cannot compute with.
+                a dtype or on a device that the model cannot compute with; or there is none, in
+                training mode or where the model cannot compute that.
         """
         self._input.check_shape(x)
-        first = None if _is_recorded() else next(self.parameters(), None)
+        if self.training:
+            self._input.require_images(x)
+        first = None if is_recorded() else next(self.parameters(), None)
         if first is not None:
-            self._input.check_dtype(x, first.dtype, partial(_error, self))
+            run = partial(_error, self)
+            self._input.check_place(x, first.device, run)
+            self._input.check_dtype(x, first.dtype, run)
 
 
 def _error(hne: PackedTree, x: Tensor) -> Exception | None:
@@ -308,14 +347,6 @@ def _error(hne: PackedTree, x: Tensor) -> Exception | None:
     except Exception as error:  # whatever the operations of a model raise
         return error
     return None
-
-
-def _is_recorded() -> bool:
-    """Whether the forward pass is being compiled, traced or transformed, as by `torch.func`."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    is_dual = torch.autograd.forward_ad._current_level >= 0
-    return is_dual or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _shared_buffers(

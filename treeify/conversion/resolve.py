@@ -6,7 +6,7 @@ from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from treeify.conversion.initialize import branch_seed
-from treeify.errors import ModelError
+from treeify.errors import ModelError, described
 from treeify.models.architecture import Architecture
 from treeify.tracing.hooks import hooks_in
 
@@ -23,9 +23,10 @@ def resolve(
         return unwrapped(model), None
     if not isinstance(model, str | Architecture):
         raise ModelError(
-            f"{model!r} is no model.",
+            f"{described(model)} is no model.",
             expected="an nn.Module, or a name: 'resnet50' (timm), 'torchvision/resnet50',"
             " 'package.module:function'",
+            next_step="treeify list names the models that convert.",
         )
     architecture = Architecture(model) if isinstance(model, str) else model
     with torch.random.fork_rng(devices=[]):

@@ -19,8 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from treeify import checksums, files
+from treeify.arguments import as_path
 from treeify.conversion import checkpoint
-from treeify.conversion.ensemble import MEASUREMENTS, HierarchicalEnsemble, Measurements
+from treeify.conversion.ensemble import (
+    MEASUREMENTS,
+    HierarchicalEnsemble,
+    Measurements,
+    require_ensemble,
+)
 from treeify.conversion.saved_config import (
     CONFIG,
     FORMAT,
@@ -55,9 +61,10 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
 
     Raises:
         CheckpointError: the directory is not empty, or cannot be written, or `hne.preparation` is
-            no plain data.
+            no plain data. InputError: `hne` is no ensemble.
     """
-    path = Path(path)
+    require_ensemble(hne)
+    path = as_path("path", path, CheckpointError)
     check_writable(path, overwrite=overwrite)
     is_new = not path.exists()
     identity = uuid.uuid4().hex

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from treeify.conversion.level_weights import LevelWeights
 from treeify.conversion.levels import INPUT, Dependencies, enclosing
-from treeify.errors import SplitError, nearest
+from treeify.errors import SplitError, described, nearest
 from treeify.tracing.facts import facts
 from treeify.tracing.trace import Traced
 from treeify.tree import Tree, fanouts_for
@@ -122,6 +122,9 @@ def choose(
             fanout is below 2, no fanouts give as many leaves, or a level would have no weights.
     """
     specs = listed(splits)
+    if isinstance(specs, int):
+        _require_points(traced, specs)
+    Tree((fanout,))
     named = [] if isinstance(specs, int) else [parse(spec) for spec in specs]
     explicit = [None] * specs if isinstance(specs, int) else [number for _, number in named]
     if leaves is not None:
@@ -139,6 +142,22 @@ def choose(
     return Splits(points, tree)
 
 
+def _require_points(traced: Traced, count: int) -> None:
+    """Refuse impossible numbers before a tree is made of so many, and before looking for points.
+
+    Raises:
+        SplitError: the graph has fewer nodes than there are to be splits.
+    """
+    nodes = len(traced.graphs[False].nodes)
+    if count > nodes:
+        raise SplitError(
+            f"{type(traced.skeleton).__name__} has no {count} split points.",
+            expected=f"fewer splits than it has operations, {nodes:,}",
+            found=f"splits={count:,}",
+            next_step="Ask for fewer splits, or name them: treeify splits NAME lists the points.",
+        )
+
+
 def listed(splits: int | str | Sequence[str]) -> int | list[str]:
     """How many splits, or each of them: `"4"` -> `4`, `"layer2,layer3:4"` -> `["layer2", ...]`.
 
@@ -149,13 +168,18 @@ def listed(splits: int | str | Sequence[str]) -> int | list[str]:
         is_number = _NUMBER.fullmatch(splits.strip())
         splits = int(splits) if is_number else [part for part in splits.split(",") if part]
     if isinstance(splits, bool) or (isinstance(splits, int) and splits < 0):
-        raise SplitError(f"splits={splits!r} is not a number of splits.", expected="0 or more")
+        raise SplitError(
+            f"splits={described(splits)} is not a number of splits.",
+            expected="0 or more",
+            next_step="Name the points instead, or list them: treeify splits NAME",
+        )
     if isinstance(splits, int):
         return splits
     if not isinstance(splits, Sequence) or not all(isinstance(spec, str) for spec in splits):
         raise SplitError(
-            f"splits={splits!r} is neither a number nor a list of names.",
+            f"splits={described(splits)} is neither a number nor a list of names.",
             expected="a number such as 2, or names such as ['layer3', 'layer4:4']",
+            next_step="List every split point with its MACs: treeify splits NAME",
         )
     fanouts = [fanout for _, fanout in map(parse, splits)]
     Tree(tuple(fanout for fanout in fanouts if fanout is not None))

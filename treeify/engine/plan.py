@@ -13,7 +13,7 @@ from torch import Tensor
 
 from treeify.engine import timing
 from treeify.engine.program import EXECUTIONS, LOOPED, PACKED
-from treeify.errors import InputError
+from treeify.errors import InputError, described
 
 AUTO = "auto"
 
@@ -135,9 +135,11 @@ class Planner:
             level not in (AUTO, *EXECUTIONS) for level in execution
         ):
             raise InputError(
-                f"execution={setting!r} is no way to run.",
+                f"execution={described(setting)} is no way to run.",
                 expected=f"'{AUTO}', '{PACKED}' or '{LOOPED}', or one of them for each of the"
                 f" {self.levels} levels",
+                found=", ".join(map(described, execution[:8])) or described(setting),
+                next_step="Choose 'auto' for what hne.tune measured.",
             )
         self.setting = setting if isinstance(setting, str) else execution
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from treeify.arguments import require_integer, require_number
 from treeify.engine import timing
 from treeify.engine.packed_tensors import set_memory_format
 from treeify.engine.plan import Plan, Planner, Situation, Tuning
 from treeify.engine.preserve import preserve_buffers
 from treeify.engine.program import EXECUTIONS, LOOPED, PACKED
-from treeify.errors import InputError
+from treeify.errors import InputError, described
 
 _log = logging.getLogger(__name__)
 
@@ -50,10 +51,17 @@ def tune(
     is as in `HierarchicalEnsemble.tune`.
 
     Raises:
-        InputError: there are no images.
+        InputError: there are no images, or the rounds or the budget are out of range.
     """
+    require_integer("repeats", repeats, 1)
+    require_number("budget", budget, 0, finite=False, expected="seconds of at least 0")
     if x.numel() == 0:
-        raise InputError("there is nothing to measure.", expected="at least one image")
+        raise InputError(
+            "there is nothing to measure.",
+            expected="at least one image",
+            found=described(x),
+            next_step="Pass images, as many as are to be answered at once.",
+        )
     contest = _Contest(model, planner.levels, run, x, loss or _mean_square, repeats, budget)
     # Parameters that got their memory format in inference mode could never be trained again.
     gradients = _preserve_gradients(model) if model.training else torch.no_grad()
@@ -175,7 +183,15 @@ class _Contest:
             self.run_plan(plan)
 
         def train() -> None:
-            self.loss(self.run_plan(plan)).backward()  # type: ignore[no-untyped-call]
+            loss = self.loss(self.run_plan(plan))
+            if not (isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad):
+                raise InputError(
+                    "the loss to tune a training step with is none.",
+                    expected="one number that gradients come from",
+                    found=described(loss),
+                    next_step="Average it over the batch: a loss of treeify.losses does.",
+                )
+            loss.backward()  # type: ignore[no-untyped-call]
             self.model.zero_grad()
 
         return train if self.model.training else infer

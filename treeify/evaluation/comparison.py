@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.arguments import require_type
+from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.conversion.trained import load_trained
 from treeify.engine.packed_tensors import named_tensors
 from treeify.errors import DataError
-from treeify.evaluation.metrics import Batch, Score, Scores, measure
+from treeify.evaluation.metrics import Batch, Score, Scores, measure, require_answers
 from treeify.losses import nested_logits
 from treeify.tree import Tree
 
@@ -46,6 +47,7 @@ class Gains:
     """
 
     def __init__(self, tree: Tree) -> None:
+        require_type("tree", tree, Tree, "a tree, such as hne.tree")
         self.tree = tree
         self.images = 0
         self._gained = torch.zeros(tree.levels, dtype=torch.double)
@@ -53,7 +55,12 @@ class Gains:
         self._differ = torch.zeros(tree.leaves, tree.leaves, dtype=torch.double)
 
     def add(self, logits: Tensor, target: Tensor) -> None:
-        """Observe a batch of leaf logits [N, L, K] with classes [N]."""
+        """Observe a batch of leaf logits [N, L, K] with classes [N].
+
+        Raises:
+            InputError: they do not fit each other or the tree.
+        """
+        require_answers(logits, target, self.tree)
         nested = nested_logits(logits.float(), self.tree)
         correct = (nested.argmax(-1) == target[:, None]).int()
         change = correct - correct[:, :1]
@@ -71,7 +78,12 @@ class Gains:
             DataError: no image was counted.
         """
         if not self.images:
-            raise DataError("there are no images to measure accuracy on.")
+            raise DataError(
+                "there are no images to measure accuracy on.",
+                expected="at least one batch",
+                found="none",
+                next_step="Check the data's held-out part.",
+            )
         mean, square = self._gained / self.images, self._changed / self.images
         errors = ((square - mean.square()).clamp(min=0) / self.images).sqrt()
         sizes = self.tree.nested_sizes
@@ -92,7 +104,14 @@ def compare(
         hne: the ensemble; every module's mode is put back.
         batches: images [N, 3, H, W] and classes [N].
         base: the base model in evaluation mode, if it is to be measured too.
+
+    Raises:
+        DataError: as of `treeify.evaluation.metrics.measure`.
+        InputError: as there, or the base model is no module.
     """
+    require_ensemble(hne)
+    if base is not None:
+        require_type("base", base, nn.Module, "the base model, an nn.Module")
     gains, base_scores = Gains(hne.tree), Scores(Tree())
 
     def observe(x: Tensor, logits: Tensor, target: Tensor) -> None:
@@ -148,12 +167,19 @@ def base_model_of(
 
     Raises:
         CheckpointError: the weights cannot be read, or are of another model.
+        InputError: `hne` is no ensemble.
     """
+    require_ensemble(hne)
     base = hne.leaf(0)
     return (base if weights is None else load_trained(base, weights, trust=trust).model).eval()
 
 
 def is_leaf(base: nn.Module, hne: HierarchicalEnsemble, index: int = 0) -> bool:
     """Whether a base model has the very weights of a leaf."""
+    require_ensemble(hne)
+    require_type("base", base, nn.Module, "the base model, an nn.Module")
     leaf = dict(named_tensors(hne.leaf(index)))
-    return all(torch.equal(tensor, leaf[key]) for key, tensor in named_tensors(base))
+    tensors = dict(named_tensors(base))
+    return tensors.keys() == leaf.keys() and all(
+        torch.equal(tensor, leaf[key]) for key, tensor in tensors.items()
+    )

@@ -20,9 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.arguments import require_integer, require_number, require_type
+from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.engine import timing
+from treeify.engine.packed_tensors import named_tensors
 from treeify.engine.preserve import preserve_modes
+from treeify.errors import InputError
 from treeify.tracing.mac_counter import MacCounter, frozen_parameters
 
 with warnings.catch_warnings():  # fvcore uses torch.jit.script, which torch 2.14 deprecates
@@ -78,7 +81,14 @@ def costs(hne: HierarchicalEnsemble, x: Tensor | None = None) -> tuple[Cost, ...
     Args:
         hne: the ensemble.
         x: one image `[1, C, H, W]` of the size to count for; by default the conversion's size.
+
+    Raises:
+        InputError: `hne` is no ensemble, or this is no one image for it.
     """
+    require_ensemble(hne)
+    if x is not None:
+        hne.check_input(x)
+        require_integer("the number of images", len(x), 1, 1, next_step="Pass x[:1].")
     if x is None or x.shape[1:] == hne.example:
         macs = [hne.count_macs(size) for size in hne.tree.nested_sizes]
     else:
@@ -91,6 +101,7 @@ def costs(hne: HierarchicalEnsemble, x: Tensor | None = None) -> tuple[Cost, ...
 
 def base_cost(hne: HierarchicalEnsemble) -> Cost:
     """Cost of the base model; `n` independent networks cost `n` times as much."""
+    require_ensemble(hne)
     parameters = sum(parameter.numel() for parameter in hne.skeleton.parameters())
     return Cost(1, hne.count_macs(1), parameters)
 
@@ -106,7 +117,15 @@ def answer_seconds(
         x: images `[N, C, H, W]` to answer at once.
         base: the base model in evaluation mode, to time it in the same turns.
         budget: seconds after which no more rounds begin.
+
+    Raises:
+        InputError: the images do not fit, or another argument is of a wrong type.
     """
+    require_ensemble(hne)
+    hne.check_input(x)
+    require_number("budget", budget, 0, finite=False, expected="seconds of at least 0")
+    if base is not None:
+        require_type("base", base, nn.Module, "the base model, an nn.Module")
     actions = {} if base is None else {"0": partial(base, x)}
     sizes = hne.tree.nested_sizes
     actions |= {str(size): partial(hne.predict, x, leaves=size) for size in sizes}
@@ -118,14 +137,43 @@ def count_macs(model: nn.Module, shape: tuple[int, ...]) -> int:
     """MACs of a model on the meta device, in one pass: what `fvcore_macs` counts, but faster.
 
     Every module's mode is put back; the shape is that of one image, `(C, H, W)`.
+
+    Raises:
+        InputError: this is no module on the meta device, or no shape that it runs on.
     """
+    require_type("model", model, nn.Module, "an nn.Module")
+    require_type("shape", shape, (tuple, list), "the sizes of an image, (C, H, W)")
+    for size in shape:
+        require_integer("a size of the image", size, 1)
+    if any(not tensor.is_meta for _, tensor in named_tensors(model)):
+        raise InputError(
+            "the model has values, which counting does not need.",
+            expected="a model on the meta device",
+            found="a tensor elsewhere",
+            next_step='Pass copy.deepcopy(model).to("meta"), or count with fvcore_macs.',
+        )
     with preserve_modes(model), frozen_parameters(model), torch.no_grad(), MacCounter() as counter:
-        model.eval()(torch.zeros(1, *shape, device="meta"))
+        model.eval()
+        try:
+            model(torch.zeros(1, *shape, device="meta"))
+        except Exception as error:  # whatever the operations of a model raise
+            raise InputError(
+                "the model does not run on such an image.",
+                expected="sizes (C, H, W) that it takes",
+                found=f"{tuple(shape)}, which raises {type(error).__name__}: {error}",
+                next_step="Pass the size that it is usually fed, such as (3, 224, 224).",
+            ) from error
     return int(counter.macs)
 
 
 def fvcore_macs(model: nn.Module, x: Tensor) -> int:
-    """MACs of one evaluation pass, counted by fvcore; every module's mode is put back."""
+    """MACs of one evaluation pass, counted by fvcore; every module's mode is put back.
+
+    Raises:
+        InputError: this is no module, or no batch of images.
+    """
+    require_type("model", model, nn.Module, "an nn.Module")
+    require_type("x", x, Tensor, "images, a tensor [N, C, H, W]")
     analysis = FlopCountAnalysis(model, x)
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     analysis.tracer_warnings("none")

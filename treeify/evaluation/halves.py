@@ -9,9 +9,10 @@ from torch import Tensor
 
 from treeify.anytime.confidence import Budget, budget
 from treeify.anytime.deadline import Latencies
-from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.errors import InputError
-from treeify.evaluation.metrics import Batch, placed, require_labels
+from treeify.arguments import LARGEST_SEED, require_integer, require_number
+from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
+from treeify.errors import DataError, InputError
+from treeify.evaluation.metrics import Batch, pairs, placed, require_labels
 from treeify.losses import nested_logits
 
 # Budgets of a sweep, besides the nested sizes.
@@ -61,6 +62,8 @@ class Halves:
     """
 
     def __init__(self, hne: HierarchicalEnsemble, batches: Iterable[Batch], seed: int) -> None:
+        require_ensemble(hne)
+        require_integer("seed", seed, 0, LARGEST_SEED)
         self.seed = seed
         self.sizes = hne.tree.nested_sizes
         self.macs = [hne.count_macs(size) for size in self.sizes]
@@ -117,6 +120,7 @@ def cheapest(points: Sequence[OperatingPoint], accuracy: float) -> OperatingPoin
     Raises:
         InputError: none is.
     """
+    require_number("accuracy", accuracy, expected="a fraction from 0 to 1")
     right = [point for point in points if point.chosen.accuracy >= accuracy]
     if not right:
         best = max(points, key=lambda point: point.chosen.accuracy)
@@ -141,6 +145,7 @@ def most_accurate(
     Raises:
         InputError: none is.
     """
+    require_number("seconds", seconds, 0, expected="mean seconds per image, of at least 0")
     times = [point.seconds(latencies, point.chosen) for point in points]
     fast = [(point, time) for point, time in zip(points, times, strict=True) if time <= seconds]
     if not fast:
@@ -153,13 +158,26 @@ def most_accurate(
 
 @torch.no_grad()
 def nested_answers(hne: HierarchicalEnsemble, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Logits `[S, N, K]` of every nested size and classes `[N]`, of all images in the batches."""
+    """Logits `[S, N, K]` of every nested size and classes `[N]`, of all images in the batches.
+
+    Raises:
+        DataError: there are none, or a class is out of range.
+        InputError: `hne` is no ensemble, or the images do not fit it.
+    """
     logits, labels = [], []
-    for images, target, *_ in batches:
+    require_ensemble(hne)
+    for images, target in pairs(batches):
         if not len(images):  # none of them can be read
             continue
         nested = nested_logits(hne(placed(images, hne)).float(), hne.tree)
         require_labels(target, nested.shape[-1])
         logits.append(nested.transpose(0, 1).cpu())
         labels.append(target)
+    if not labels:
+        raise DataError(
+            "there are no images to choose on.",
+            expected="at least one batch",
+            found="none",
+            next_step="Check the data's held-out part.",
+        )
     return torch.cat(logits, 1), torch.cat(labels)

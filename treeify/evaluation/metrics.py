@@ -1,6 +1,6 @@
 """How well every nested sub-ensemble answers: running totals over batches, and their scores."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.arguments import require_callable, require_iterable, require_type
+from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.engine.preserve import preserve_modes
-from treeify.errors import DataError
+from treeify.errors import DataError, InputError, described
 from treeify.losses import nested_logits
 from treeify.tree import Tree
 
@@ -71,10 +72,14 @@ class Scores:
 
     Args:
         tree: the shape the leaves belong to.
+
+    Raises:
+        InputError: it is no tree.
     """
 
     def __init__(self, tree: Tree) -> None:
         """Start from no images: one vector of sums, of which the named totals are views."""
+        require_type("tree", tree, Tree, "a tree, such as hne.tree")
         self.tree = tree
         sizes = tree.levels
         shapes = {
@@ -101,7 +106,12 @@ class Scores:
         return int(self._totals["images"]) + sum(len(target) for _, target in self._uncounted)
 
     def add(self, logits: Tensor, target: Tensor) -> None:
-        """Observe a batch of leaf logits [N, L, K] with classes [N]."""
+        """Observe a batch of leaf logits [N, L, K] with classes [N].
+
+        Raises:
+            InputError: they do not fit each other or the tree.
+        """
+        require_answers(logits, target, self.tree)
         self._uncounted.append((logits.detach().float(), target))
         if sum(logits.numel() for logits, _ in self._uncounted) >= _TOGETHER:
             self._count()
@@ -154,7 +164,12 @@ class Scores:
             DataError: no image was counted.
         """
         if not self.images:
-            raise DataError("there are no images to measure accuracy on.")
+            raise DataError(
+                "there are no images to measure accuracy on.",
+                expected="at least one batch",
+                found="none",
+                next_step="Check the data's held-out part.",
+            )
         totals = self.state_dict()
         gaps = (totals["bin_confidence"] - totals["bin_correct"]).abs().sum(-1)
         sums = [100 * totals["correct"], totals["nll"], 100 * gaps, totals["std"]]
@@ -168,9 +183,38 @@ class Scores:
         return tuple((100 * self.state_dict()["leaf_correct"] / self.images).tolist())
 
 
+def require_answers(logits: Tensor, target: Tensor, tree: Tree) -> None:
+    """Refuse what are no leaf logits with classes; no value is read.
+
+    Raises:
+        InputError: they do not fit each other or the tree.
+    """
+    for name, tensor in (("logits", logits), ("target", target)):
+        require_type(name, tensor, Tensor, "a tensor")
+    integers = target.dtype in (torch.int64, torch.uint8)
+    fits = logits.ndim == 3 and logits.shape[1] == tree.leaves and target.shape == logits.shape[:1]
+    together = target.device == logits.device
+    if not (fits and integers and together and logits.is_floating_point() and logits.numel()):
+        raise InputError(
+            "the answers cannot be counted.",
+            expected=f"logits, floats of shape [N, {tree.leaves}, K], and N integer classes, on one"
+            " device",
+            found=f"{described(logits)} and {described(target)}",
+            next_step="Give hne(x), and classes as target.long().",
+        )
+
+
 def require_labels(target: Tensor, classes: int) -> None:
-    """Raise DataError unless classes [N], if they are integers, are numbered from 0 to below K."""
-    if target.is_floating_point() or not len(target):
+    """Raise DataError unless classes [N] are integers, numbered from 0 to below K."""
+    require_type("the target", target, Tensor, "a tensor of classes, [N]", error=DataError)
+    if target.ndim != 1 or target.dtype not in (torch.int64, torch.uint8):
+        raise DataError(
+            "the target holds no classes.",
+            expected="integers, shape [N] of torch.int64",
+            found=described(target),
+            next_step="Convert them: target.long().",
+        )
+    if not len(target):
         return
     # Before they go to a GPU, where a label out of range ends the process.
     smallest, largest = (int(label) for label in target.aminmax())
@@ -201,12 +245,17 @@ def measure(
             ensemble's device.
 
     Raises:
-        DataError: a class is out of range.
+        DataError: a class is out of range, or there are others than one for each image.
+        InputError: `hne` is no ensemble, the images do not fit it, or another argument is of a
+            wrong type.
     """
+    require_ensemble(hne)
+    require_callable("stop", stop, "nothing")
+    require_callable("observe", observe, "images, leaf logits and classes")
     scores = Scores(hne.tree)
     with preserve_modes(hne):
         hne.eval()
-        for images, target, *_ in batches:
+        for images, target in pairs(batches):
             if scores.images and stop():
                 break
             if len(images):
@@ -217,6 +266,37 @@ def measure(
                 scores.add(logits, classes)
                 observe(x, logits, classes)
     return scores
+
+
+def pairs(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images and the classes of batches.
+
+    Yields:
+        Images [N, C, H, W] and classes [N]; N may be 0, where no image could be read.
+
+    Raises:
+        InputError: there are no batches to go through, or one is no such pair.
+        DataError: there are more or fewer classes than images.
+    """
+    require_iterable("batches", batches, "a list of batches, or a data loader")
+    for batch in batches:
+        parts = batch[:2] if isinstance(batch, tuple | list) else ()
+        if len(parts) < 2 or not all(isinstance(part, Tensor) and part.ndim for part in parts):
+            raise InputError(
+                "there is no batch of images and classes.",
+                expected="pairs of tensors: images [N, C, H, W] and classes [N]",
+                found=described(batch),
+                next_step="Pass a list of batches, or a torch.utils.data.DataLoader.",
+            )
+        images, target = parts
+        if len(images) != len(target):
+            raise DataError(
+                "there are not as many classes as images.",
+                expected=f"{len(images)}",
+                found=f"{len(target)}",
+                next_step="Give every image of a batch one class.",
+            )
+        yield images, target
 
 
 def placed(images: Tensor, hne: HierarchicalEnsemble, *, non_blocking: bool = False) -> Tensor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import timm
 import torchvision
 
-from treeify.errors import ModelError, nearest
+from treeify.errors import ModelError, described, nearest
 from treeify.registry import import_function
 
 TORCHVISION = "torchvision/"
@@ -53,9 +53,9 @@ def find_builder(name: str, pretrained: bool = False) -> Callable[..., object]:
     same = [repr(other) for other in names if other.removeprefix(TORCHVISION) == bare]
     close = same[0] if same else nearest(name, names) or nearest(bare, names)
     raise ModelError(
-        f"there is no model {name!r}.",
+        f"there is no model {described(name)}.",
         expected=_EXPECTED,
-        next_step=f"Did you mean {close}?" if close else None,
+        next_step=f"Did you mean {close}?" if close else "List all names: treeify list.",
     )
 
 

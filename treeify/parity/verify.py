@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.errors import ParityError
 from treeify.parity.checks import LeafOf, Pass, check_outputs, check_training, run_pass
 from treeify.parity.fresh_weights import fit_statistics, idle_tensors, settle
@@ -86,6 +86,7 @@ def verify(hne: HierarchicalEnsemble, x: Tensor) -> Figures:
         ParityError: a check exceeds the tolerance in float32 and in float64; names it.
         InputError: the input does not fit the model.
     """
+    require_ensemble(hne)
     without_gradient: list[str] = []
     with torch.random.fork_rng(devices=[]):
         evaluated = [_decide(check_outputs, hne, x, training=False)]

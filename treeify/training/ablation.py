@@ -23,6 +23,7 @@ from typing import Any
 from pydantic import Field, PositiveInt, ValidationError
 
 from treeify import files
+from treeify.arguments import as_path
 from treeify.conversion.saved_config import LAST
 from treeify.errors import RecipeError
 from treeify.training.events import Epoch, Reporter
@@ -70,6 +71,7 @@ def load_grid(path: Path) -> Grid:
     Raises:
         RecipeError: the file cannot be read or does not describe a grid.
     """
+    path = as_path("path", path, RecipeError)
     try:
         values, node = parse(files.read_bytes(path, MOST_BYTES).decode())
         check_keys(node)

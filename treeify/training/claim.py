@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from treeify import files
+from treeify.arguments import as_path
 from treeify.errors import CheckpointError
 from treeify.training.recipe import Recipe
 from treeify.training.run_directory import (
@@ -38,7 +39,7 @@ def claimed(
         CheckpointError: it is taken, or cannot be made.
     """
     out = out or recipe.out
-    path = Path("runs") / recipe.name if out is None else Path(out)
+    path = Path("runs") / recipe.name if out is None else as_path("out", out, CheckpointError)
     with _making(path):
         absent = [folder for folder in path.parents if not folder.exists()]
         if out is not None:
@@ -70,9 +71,10 @@ def resumed(
     Raises:
         CheckpointError: it holds no run, one of another recipe, or one that is being trained.
     """
-    recipe_in(Path(path))
-    with locked(Path(path), warn) as lock:
-        directory = RunDirectory(Path(path), lock)
+    path = as_path("resume", path, CheckpointError)
+    recipe_in(path)
+    with locked(path, warn) as lock:
+        directory = RunDirectory(path, lock)
         check_same(directory, recipe)
         yield directory
 

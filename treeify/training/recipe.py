@@ -18,6 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from timm.utils.misc import natural_key
 
+from treeify.arguments import require_integer
 from treeify.data import SOURCES, Data
 from treeify.errors import RecipeError
 from treeify.losses import LOSSES
@@ -299,6 +300,7 @@ def longer(recipe: Recipe, epochs: int) -> Recipe:
     Raises:
         RecipeError: that is no number of epochs.
     """
+    require_integer("more_epochs", epochs, 0, error=RecipeError)
     if not epochs:
         return recipe
     schedule = recipe.schedule

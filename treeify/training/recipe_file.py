@@ -16,7 +16,8 @@ from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from treeify import files
-from treeify.errors import CheckpointError, RecipeError, nearest, shortened
+from treeify.arguments import as_path, require_type
+from treeify.errors import CheckpointError, RecipeError, described, nearest, shortened
 from treeify.training.recipe import DataRecipe, Recipe
 from treeify.training.sections import Named, Section, section_in
 from treeify.training.yaml_values import MOST_BYTES, KeyPath, check_keys, keys, parse
@@ -42,7 +43,16 @@ def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: the file cannot be read, or something in it or in the overrides is wrong; all
             problems are listed.
     """
-    values, origins, problems = _read(Path(path), ())
+    path = as_path("path", path, RecipeError)
+    require_type("overrides", overrides, Sequence, "a list of strings", error=RecipeError)
+    if isinstance(overrides, str) or not all(isinstance(each, str) for each in overrides):
+        raise RecipeError(
+            "overrides are no list of settings.",
+            expected="strings, such as ['optimizer.lr=3e-2']",
+            found=described(overrides),
+            next_step="Put each key and its value into one string of the list.",
+        )
+    values, origins, problems = _read(path, ())
     problems += _override(values, origins, overrides)
     return _validate(Recipe, values, origins, problems, f"recipe {str(path)!r}")
 

@@ -16,6 +16,7 @@ import torch
 from timm.utils import ModelEmaV3, dispatch_clip_grad
 from torch import Tensor
 
+from treeify.arguments import require_type
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine import timing
@@ -85,6 +86,8 @@ def train(
         DivergedError: the loss became infinite or not a number.
         LostProcessError: a loader's worker or another process died.
     """
+    require_type("recipe", recipe, Recipe, "what load_recipe returns", error=RecipeError)
+    require_type("reporter", reporter, (Reporter, type(None)), "a Reporter", error=RecipeError)
     if more_epochs and resume is None:
         raise RecipeError("there is no run to make longer.", next_step="Name it: --resume RUN.")
     device = resolve_device(recipe.device)

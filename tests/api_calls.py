@@ -145,7 +145,7 @@ def is_splits(value: Any) -> bool:
         return value.strip() in ("0", "1", "2") or value in ("", "stage1", "stage2:3")
     if isinstance(value, list | tuple):
         return list(value) in ([], ["stage1"], ["stage1", "stage2:3"])
-    return is_int(value, 0, 2)
+    return is_int(value, 0, 3)
 
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -279,7 +279,7 @@ def _ensembles() -> dict[str, Call]:
         "hne.predict by deadline": Call(
             _predicted,
             {"x": x, "deadline": 1.0},
-            {"deadline": lambda value: value is None or is_number(value, 1e-300)},
+            {"deadline": lambda value: value is None or is_number(value, 5e-324)},
         ),
         "hne.predict by confidence": Call(
             hne.predict, {"x": x, "confidence": 0.5}, images | {"confidence": is_confidence}
@@ -496,7 +496,12 @@ def _evaluations() -> dict[str, Call]:
         "count_macs": Call(
             cost.count_macs,
             {"model": small.SmallNet().to("meta"), "shape": (3, 8, 8)},
-            {"model": lambda value: isinstance(value, nn.Identity), "shape": lambda value: False},
+            {
+                "model": lambda value: isinstance(value, nn.Identity),
+                "shape": lambda value: (
+                    isinstance(value, tuple) and all(is_int(size, 1) for size in value)
+                ),
+            },
         ),
         "budget": Call(
             budget,

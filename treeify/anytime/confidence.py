@@ -213,7 +213,7 @@ def _check_answers(logits: Tensor, labels: Tensor, sizes: int) -> None:
             expected="at least one",
             next_step="Choose thresholds on images that were not trained on.",
         )
-    fits = logits.ndim == 3 and logits.shape[:2] == (sizes, len(labels))
+    fits = logits.ndim == 3 and logits.shape[:2] == (sizes, labels.numel())
     integers = not (labels.is_floating_point() or labels.is_complex())
     if not (fits and labels.ndim == 1 and logits.is_floating_point() and integers):
         raise InputError(

@@ -221,7 +221,7 @@ def told_apart(*arguments: Any, cwd: Path) -> list[subprocess.CompletedProcess[s
 
 def _take_part(rank: int, port: int, cwd: Path, *arguments: Any) -> None:
     os.environ |= _ranks(rank, port)
-    _train(cwd, *arguments)
+    train_in(cwd, *arguments)
 
 
 def _ranks(rank: int, port: int) -> dict[str, str]:
@@ -255,11 +255,13 @@ def _die(file: Path, owner: str, name: str, count: int, after: bool) -> None:
         return result
 
     setattr(namespace, name, dying)
-    _train(file.parent, file, "--out", "run")
+    train_in(file.parent, file, "--out", "run")
 
 
-def _train(cwd: Path, *arguments: Any) -> None:
+def train_in(cwd: Path, *arguments: Any) -> None:
     """`treeify train` in a folder, where its own modules may lie too."""
+    # As for a command. The workers that the server forks do not notice that this process is killed.
+    multiprocessing.set_start_method("fork", force=True)
     os.chdir(cwd)
     sys.path.insert(0, str(cwd))
     sys.argv = ["treeify", "train", *map(str, arguments)]

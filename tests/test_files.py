@@ -1,5 +1,6 @@
 """Files that are there whole or as they were, whatever happens; checked in the order it happens."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -177,3 +178,73 @@ def test_links_out_of_a_folder_are_refused_but_those_of_the_hubs_cache(tmp_path:
         files.require_inside(snapshot / name, snapshot)
     with pytest.raises(CheckpointError, match="weights is a link that leads out of"):
         files.require_inside(snapshot / "weights", snapshot)
+
+
+def test_a_lock_is_free_as_soon_as_it_is_left(tmp_path: Path) -> None:
+    """Whether or not what was done succeeded, and whoever was forked meanwhile."""
+    with pytest.raises(ValueError, match="no"), files.locked(tmp_path):
+        # Another descriptor of the same lock, as a forked process has it.
+        (descriptor,) = (
+            int(path.name)
+            for path in Path("/proc/self/fd").iterdir()
+            if path.exists() and path.samefile(tmp_path)
+        )
+        other = os.dup(descriptor)
+        raise ValueError("no")
+    with files.locked(tmp_path, 0):
+        pass
+    os.close(other)
+
+
+def test_a_file_system_without_locks_lets_everybody_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with files.locked(tmp_path), files.locked(tmp_path):
+        pass
+
+
+def test_threads_have_drafts_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    drafts: list[Path] = []
+
+    def write(draft: Path) -> None:
+        drafts.append(draft)
+        if len(drafts) < 3:
+            files.replace_file(path, write)
+        draft.write_text(draft.name)
+
+    files.replace_file(path, write)
+    assert len(set(drafts)) == 3
+    assert path.read_text() == drafts[0].name
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_nothing_but_files_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/zero")
+    for name, kind in (("pipe", "a pipe"), ("link", "a device"), (".", "a directory")):
+        with pytest.raises(OSError, match=f"it is {kind}, not a file"):
+            files.read_bytes(tmp_path / name, 10)
+    for name in ("nothing", "a\0b"):
+        with pytest.raises(OSError, match=r"No such file|null byte"):
+            files.check_regular(tmp_path / name)
+
+
+def test_no_more_is_read_than_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text("[1, 2]")
+    assert files.read_bytes(path, 6) == b"[1, 2]"
+    assert files.read_json(path, 6) == [1, 2]
+    with pytest.raises(OSError, match="larger than 5 bytes"):
+        files.read_json(path, 5)
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**6, b"\xff", b"{", b""])
+def test_what_is_no_json_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"\w"):
+        files.read_json(tmp_path / "a.json", 10**7)

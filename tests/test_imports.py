@@ -12,7 +12,7 @@ import treeify
 PACKAGE = Path(treeify.__file__).parent
 
 # The data flow, from plain values to the command line: single files, then rooms.
-FILES = ("errors", "registry", "files", "versions", "seeds", "tree", "losses")
+FILES = ("errors", "registry", "files", "checksums", "versions", "seeds", "tree", "losses")
 ROOMS = (
     "models",
     "data",

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from treeify import registry
 from treeify.errors import DataError, RecipeError
-from treeify.registry import Registry, import_function
+from treeify.registry import PathOrName, Registry, import_function
 
 SOURCE = """
 class Scaled:
@@ -73,6 +74,13 @@ def test_what_cannot_be_imported_is_explained(name: str, message: str) -> None:
         import_function(name, "data set", DataError, "a function")
     assert "Expected a function" in str(caught.value)
     assert sys.path == before
+
+
+@pytest.mark.usefixtures("here")
+def test_what_may_be_a_path_is_absolute_where_there_is_one() -> None:
+    adapter = TypeAdapter(PathOrName)
+    assert adapter.validate_python("users_module.py") == str(Path("users_module.py").absolute())
+    assert adapter.validate_python("resnet18") == "resnet18"
 
 
 def test_the_current_directory_is_looked_at_for_named_functions_alone(

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 
 import treeify
 from treeify.cli.saved import checkpoint_in
+from treeify.conversion.saving import save_measurements
 from treeify.engine.plan import Situation
+from treeify.errors import CheckpointError
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 
@@ -46,8 +48,24 @@ def test_measurements_are_written_as_they_were(tmp_path: Path) -> None:
         for path in (SAVED / "ensemble", tmp_path / "again")
     )
     for config in (before, after):
-        del config["identity"], config["versions"], config["treeify"]
+        for key in ("identity", "versions", "treeify", "files", "checksum"):
+            config.pop(key, None)  # what tells that files are whole came later
     assert after == before
+
+
+def test_an_ensemble_that_is_measured_again_gets_checksums(tmp_path: Path) -> None:
+    path = shutil.copytree(SAVED / "ensemble", tmp_path / "ensemble")
+    hne = treeify.load(path)
+    hne.execution = "looped"
+    save_measurements(hne, path)
+    again = treeify.load(path)
+    assert again.execution == "looped"
+    assert again.measurements == hne.measurements
+    weights = path / "model.safetensors"
+    *content, last = weights.read_bytes()
+    weights.write_bytes(bytes([*content, last ^ 1]))
+    with pytest.raises(CheckpointError, match="damaged"):
+        treeify.load(path)
 
 
 def test_a_run_goes_on_to_the_end_it_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

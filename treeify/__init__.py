@@ -27,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from treeify import losses
     from treeify.conversion.api import hierarchicalize, pack
-    from treeify.conversion.checkpoint import load, save
+    from treeify.conversion.checkpoint import load
     from treeify.conversion.ensemble import HierarchicalEnsemble
+    from treeify.conversion.saving import save
     from treeify.engine.allocator import tune_allocator
     from treeify.errors import TreeifyError
     from treeify.parity.verify import verify
@@ -57,7 +58,7 @@ _HOMES = {
     "hierarchicalize": "conversion.api",
     "load": "conversion.checkpoint",
     "pack": "conversion.api",
-    "save": "conversion.checkpoint",
+    "save": "conversion.saving",
     "tune_allocator": "engine.allocator",
     "verify": "parity.verify",
 }

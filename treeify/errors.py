@@ -1,11 +1,19 @@
 """What can go wrong, by kind: where, what was expected, what was found, what to do next."""
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
+
+# What a terminal obeys instead of showing it: control characters but for tabs and ends of lines,
+# and marks that turn the direction of writing.
+_CONTROL = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069"
+_OBEYED = re.compile(f"[{_CONTROL}]")
+# And the bytes of a file's name that are no UTF-8.
+_UNPRINTABLE = re.compile(rf"[{_CONTROL}\ud800-\udfff]")
 
 
 class TreeifyError(Exception):
-    """Base of every error treeify raises on bad input.
+    """Base of every error treeify raises on bad input; its text is `printable`.
 
     Args:
         where: what is wrong and where, one sentence.
@@ -24,7 +32,7 @@ class TreeifyError(Exception):
     ) -> None:
         details = {"Expected ": expected, "Found ": found, "": next_step}
         lines = [f"  {label}{text}" for label, text in details.items() if text is not None]
-        super().__init__("\n".join([where, *lines]))
+        super().__init__(printable("\n".join([where, *lines])))
 
 
 class ModelError(TreeifyError):
@@ -67,13 +75,33 @@ class InitWarning(UserWarning):
     """A module's own weights are passed over, and nobody said that they should be."""
 
 
+def printable(text: str, *, in_file: bool = False) -> str:
+    """Text as a terminal may show it: escapes in the place of what it would obey, or cannot show.
+
+    A file can hold the bytes of a name that are no text.
+    """
+    pattern = _OBEYED if in_file else _UNPRINTABLE
+    return pattern.sub(lambda match: ascii(match[0])[1:-1], text)
+
+
+def shortened(value: object, most: int = 100) -> str:
+    """The `repr` of a value for a message, however long it is."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
+
+
 def nearest(word: str, choices: Iterable[str], count: int = 3) -> str:
     """The choices that look most like `word`, quoted and comma-separated; empty if none does."""
     matches = difflib.get_close_matches(word, list(choices), n=count, cutoff=0.5)
     return ", ".join(repr(match) for match in matches)
 
 
-def quoted(names: Sequence[str], most: int = 8) -> str:
+def joined(names: Sequence[str], most: int = 8) -> str:
     """Names for a message: the first few, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more
+    return ", ".join(names[:most]) + more
+
+
+def quoted(names: Sequence[str], most: int = 8) -> str:
+    """The same with each name in quotes."""
+    return joined([repr(name) for name in names], most)

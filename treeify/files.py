@@ -1,17 +1,81 @@
 """Files, directories and links that are written completely or not at all, whatever happens.
 
-A writer that is killed leaves a draft behind, `.NAME.PID`, and nothing else.
+A writer that is killed leaves a draft behind, `.NAME.PID-RANDOM`, and nothing else.
 """
 
 import errno
+import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from treeify.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def check_regular(path: Path) -> None:
+    """Let nobody wait for a pipe that nothing is written to, or read a device that has no end.
+
+    Raises:
+        OSError: there is no file of this name, or something else.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except ValueError as error:  # no file system has such a name
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    if kind in _KINDS:
+        raise OSError(errno.EINVAL, f"it is {_KINDS[kind]}, not a file", str(path))
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """The content of a file.
+
+    Args:
+        path: of the file.
+        most: how many bytes are read.
+
+    Raises:
+        OSError: there is none, it cannot be read, or is larger.
+    """
+    check_regular(path)
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+    return content
+
+
+def read_json(path: Path, most: int) -> Any:
+    """The value in a JSON file of at most so many bytes.
+
+    Raises:
+        OSError: there is no such file, it cannot be read, or is larger.
+        ValueError: it is no JSON in UTF-8, or nested beyond any use.
+    """
+    try:
+        return json.loads(read_bytes(path, most).decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -20,14 +84,26 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file, as `replace_file` does."""
+    replace_file(path, lambda draft: draft.write_bytes(content))
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file.
+
+    Args:
+        path: its name.
+        write: writes an empty file of another name; what it raises is passed on.
 
     Raises:
         OSError: it cannot be written; it is as it was.
     """
     draft = _draft(path)
     try:
-        draft.write_bytes(content)
+        draft.touch()
+        mode = draft.stat().st_mode
+        write(draft)
+        draft.chmod(mode)  # safetensors lets nobody else read its files
         # A rename can reach the disk before the content: a power cut would leave an empty file.
         _bring_to_disk(draft)
         draft.replace(path)
@@ -68,7 +144,6 @@ def publish(final: Path, write: Callable[[Path], None]) -> None:
         return
     draft = _draft(final)
     try:
-        shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
         write(draft)
         for path in [*draft.rglob("*"), draft]:
@@ -88,13 +163,15 @@ def point(link: Path, target: Path) -> None:
         OSError: it cannot be written.
     """
     draft = _draft(link)
-    draft.unlink(missing_ok=True)
     # A link cannot be overwritten, but renaming one over another takes a single moment.
     draft.symlink_to(os.path.relpath(target, link.parent))
-    if link.is_dir() and not link.is_symlink():
-        link.rename(unused(link.with_name(f"copied-{link.name}")))
-    draft.replace(link)
-    _bring_to_disk(link.parent)
+    try:
+        if link.is_dir() and not link.is_symlink():
+            link.rename(unused(link.with_name(f"copied-{link.name}")))
+        draft.replace(link)
+        _bring_to_disk(link.parent)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def require_inside(path: Path, folder: Path) -> None:
@@ -122,8 +199,11 @@ def require_inside(path: Path, folder: Path) -> None:
 
 
 def drafts(folder: Path, names: str) -> list[Path]:
-    """What killed writers left in a folder, where a regular expression tells what they wrote."""
-    pattern = re.compile(rf"\.({names})\.\d+")
+    """What killed writers left in a folder, where a regular expression tells what they wrote.
+
+    Nobody else may be writing there: to others, a draft looks the same.
+    """
+    pattern = re.compile(rf"\.({names})\.\d+(-[0-9a-f]+)?")  # earlier versions: the process alone
     return [path for path in folder.glob(".*") if pattern.fullmatch(path.name)]
 
 
@@ -138,15 +218,64 @@ def remove(path: Path) -> None:
 def unused(path: Path) -> Path:
     """The path, or the first of `path-2`, `path-3`, ... that does not exist yet."""
     names = (path.name if number == 1 else f"{path.name}-{number}" for number in count(1))
-    return next(other for other in map(path.with_name, names) if not other.exists())
+    return next(other for other in map(path.with_name, names) if not os.path.lexists(other))
+
+
+@contextmanager
+def locked(directory: Path, patience: float = 60.0) -> Iterator[None]:
+    """Let one writer at a time, process or thread, change what is in a directory.
+
+    The system gives a lock up when its process ends, even if killed. Windows, and file systems that
+    have no locks, let everybody in.
+
+    Args:
+        directory: it exists.
+        patience: seconds to wait for others.
+
+    Raises:
+        TimeoutError: others were writing all the time.
+        OSError: the directory cannot be opened.
+    """
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        _lock(descriptor, directory, patience)
+        yield
+    finally:
+        # Not by closing alone: a process that was forked meanwhile has it open, too.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, directory: Path, patience: float) -> None:
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # noqa: PERF203 - it waits anyway
+            if time.monotonic() > deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "others are writing", str(directory)) from None
+            time.sleep(0.01)
+        except OSError as error:
+            if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            return  # the file system has no such locks
+        else:
+            return
 
 
 def _draft(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}")
+    """A name that no other process or thread takes."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _bring_to_disk(path: Path) -> None:
     """Wait until a file's content, or the names in a directory, would survive a power cut."""
+    if os.name == "nt":  # does so only for files that are open for writing
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

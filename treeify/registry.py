@@ -20,9 +20,16 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - of a pattern as well
 
 
+def _absolute_if_there(name: str) -> str:
+    path = _absolute(name)
+    return path if os.path.exists(path) else name  # noqa: PTH110
+
+
 # Kinds of options that recipes check. Paths become absolute: a run's recipe is read elsewhere too.
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Crop = Annotated[float, Field(gt=0, le=1)]
 FilePath = Annotated[str, AfterValidator(_absolute)]
+PathOrName = Annotated[str, AfterValidator(_absolute_if_there)]
 ImageSize = PositiveInt | Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]
 Channels = Literal[1, 3, 4]
 Numbers = Annotated[list[float], Field(min_length=1)]

@@ -1,12 +1,12 @@
 """Latencies are saved with the ensemble, and damaged ones refused."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small
+from edited import edited
 from torch.testing import assert_close
 
 import treeify
@@ -35,9 +35,8 @@ def test_latencies_that_lack_something_are_refused(
     hne.calibrate(small.images(), repeats=2)
     treeify.save(hne, tmp_path / "hne")
     file = tmp_path / "hne" / "config.json"
-    config = json.loads(file.read_text())
-    damage(config["latencies"][0])
-    file.write_text(json.dumps(config))
+    with edited(file) as config:
+        damage(config["latencies"][0])
     with pytest.raises(CheckpointError, match=r"(?s)measurements.*treeify calibrate"):
         treeify.load(tmp_path / "hne", model=small.SmallNet())
 

@@ -4,6 +4,7 @@ import random
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -19,7 +20,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import treeify
 from treeify.conversion.assemble import trace_model
 from treeify.conversion.splits import split_points
-from treeify.errors import InputError, ModelError, SplitError, TraceError
+from treeify.errors import CheckpointError, InputError, ModelError, SplitError, TraceError
 from treeify.models.architecture import Architecture
 
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -172,6 +173,16 @@ def test_hooks_that_change_what_is_computed_stay(name: str, place: str) -> None:
     kind = type(model.get_submodule(place)).__name__
     assert hne.conversion.notes[-1].startswith(f"{place} ({kind}) runs as one call, since its hook")
     assert len(model.get_submodule(place)._forward_hooks) <= 1
+
+
+def test_a_saved_ensemble_is_loaded_with_the_hooks_that_it_had(tmp_path: Path) -> None:
+    model = network()
+    model[1].register_forward_hook(lambda m, i, o: 2 * o)
+    hne = copied(model)
+    treeify.save(hne, tmp_path / "saved")
+    assert_close(treeify.load(tmp_path / "saved", model=model)(X), hne.eval()(X))
+    with pytest.raises(CheckpointError, match=r"such hooks around 1(?s:.)*around none"):
+        treeify.load(tmp_path / "saved", model=network())
 
 
 def test_hooks_that_change_gradients_stay() -> None:

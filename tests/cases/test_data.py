@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import runs
 import torch
+from edited import edited
 from pictures import images_of, labels_of
 from PIL import Image, ImageOps
 from runner import run
@@ -527,6 +528,7 @@ def test_what_is_no_preparation_is_not_saved(recipe: Path) -> None:
 
 MINE = """\
 import torch
+from edited import edited
 from treeify.data import Data, Preparation
 
 def mine(*, says: bool = False):
@@ -583,10 +585,8 @@ def test_a_preparation_that_does_not_fit_the_data_is_refused(recipe: Path, mine:
 
 def test_a_damaged_preparation_is_named(recipe: Path) -> None:
     run_directory = trained(recipe)
-    config = run_directory / "last" / "config.json"
-    values = json.loads(config.read_text())
-    values["preparation"]["std"] = [0, 0, 0]
-    config.write_text(json.dumps(values))
+    with edited(run_directory / "last" / "config.json") as values:
+        values["preparation"]["std"] = [0, 0, 0]
     with pytest.raises(CheckpointError, match="preparation of images is damaged"):
         treeify.load(run_directory / "last", trust=True)
 

@@ -223,6 +223,25 @@ def test_a_fresh_head_on_a_copied_trunk(
         assert torch.equal(ensemble(fresh).leaf(1).state_dict()["head.weight"], second)
 
 
+LOADING = """
+import small, torch
+
+def trunk():
+    model = small.build(classes=10)
+    model.load_state_dict(torch.load("trunk.pth", weights_only=True))
+    return model
+"""
+
+
+@pytest.mark.parametrize("splits", ["[stage2]", "[]"])
+def test_a_fresh_head_of_a_builder_that_loads_weights_is_refused(file: Path, splits: str) -> None:
+    (file.parent / "loading_nets.py").write_text(LOADING)
+    torch.save(small.build(classes=10).state_dict(), "trunk.pth")
+    model = f"name: 'loading_nets:trunk', splits: {splits}, init: copy, head: fresh"
+    with pytest.raises(RecipeError, match=r"loads the weights of its classifier \('head.weight"):
+        ensemble(load_recipe(file, [f"model={{{model}}}"]))
+
+
 # Going on.
 
 
@@ -289,8 +308,9 @@ def test_a_run_of_a_builder_with_trained_weights_goes_on(
         (["--data", "photos"], "--model NAME"),
         (["--model", "resnet18"], "--data FOLDER"),
         (["--data", "nothing", "--model", "resnet18"], "no such directory"),
-        (["--data", "photos/train", "--model", "resnet18"], "the folders 'dark', 'light'"),
         (["--data", "shared", "--model", "resnet18"], "Rename the folder of images held out"),
+        (["--data", "photos", "--model", "small:build"], "nothing says which size of images"),
+        (["--weights", "net.pth"], "--data FOLDER"),
         (["--data", "photos", "--model", "resnet81"], "Did you mean 'resnet18'"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 import small
 import timm
 import torch
+from edited import edited
 from runner import run
 from safetensors.torch import save_file
 from timm.utils import CheckpointSaver
@@ -21,6 +22,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import treeify
+from treeify.data import Preparation
 from treeify.errors import CheckpointError, InitWarning, InputError, ModelError, SplitError
 from treeify.models.architecture import Architecture
 from treeify.training.model import build
@@ -340,9 +342,8 @@ def test_a_saved_ensemble_names_no_weights_and_says_which_builder_is_missing() -
     assert treeify.load("saved", trust=True).architecture == Architecture(
         "test_resnet", {"num_classes": 3}
     )
-    config = json.loads(Path("saved/config.json").read_text())
-    config["architecture"] = {"name": "gone_module:net", "kwargs": {}}
-    Path("saved/config.json").write_text(json.dumps(config))
+    with edited(Path("saved/config.json")) as config:
+        config["architecture"] = {"name": "gone_module:net", "kwargs": {}}
     with pytest.raises(
         CheckpointError, match=r"'gone_module:net' cannot be built(.|\n)*PYTHONPATH"
     ):
@@ -406,3 +407,30 @@ def test_without_a_network_pretrained_weights_fail_at_once(
     for part in ("could not be downloaded", "'no route' thrown while requesting", "--weights PATH"):
         assert part in str(error.value)
     assert not caplog.records
+
+
+def test_an_ensembles_images_and_classes_go_on_with_its_weights() -> None:
+    names = ("ant", "bee", "cat", "dog", "eel")
+    size = small.EXAMPLE.shape[2:]
+    for file, classes in (("first", names), ("second", names), ("other", names[::-1])):
+        trained_before = converted(None, init="fresh")
+        trained_before.preparation = Preparation(size, (0.2,), (0.4,), classes=classes)
+        treeify.save(trained_before, file)
+    for splits in (SPLITS, ["stage2"]):  # split alike, and not
+        again = treeify.hierarchicalize(
+            "mynets:plain", splits, example_input=small.EXAMPLE, weights="first"
+        )
+        assert again.preparation == Preparation(size, (0.2,), (0.4,), classes=names)
+    fewer = converted("first", Architecture("mynets:plain", {"num_classes": 3}))
+    assert fewer.preparation.is_known
+    assert fewer.preparation.classes is None
+    options = {"splits": "head", "example_input": small.EXAMPLE, "architecture": "mynets:plain"}
+    assert treeify.pack(["first", "second"], **options).preparation.classes == names
+    with pytest.raises(ModelError, match="name other classes"):
+        treeify.pack(["first", "other"], **options)
+
+
+def test_a_plain_state_dict_with_a_modules_extra_state_is_one_state_dict() -> None:
+    state = trained().state_dict()
+    torch.save({**state, "stem._extra_state": {"scale": torch.ones(1)}}, "mine.pth")
+    assert_is(converted("mine.pth").leaf(0), trained())

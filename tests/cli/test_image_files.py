@@ -47,6 +47,12 @@ def test_links_to_folders_are_followed(photos: Path) -> None:
     assert [file.path for file in image_files(["linked"])] == expected
 
 
+def test_links_that_lead_in_circles_count_no_image_twice(photos: Path) -> None:
+    (photos / "c" / "back").symlink_to(photos)
+    (photos / "again").symlink_to(photos / "c")
+    assert len(image_files(["photos"])) == len(ALL)
+
+
 def test_files_stay_in_the_order_they_were_named_in(photos: Path) -> None:
     words = ["photos/[h].png", "photos/b.png", "missing.png", "photos/notes.txt", "photos/c"]
     *named, found = image_files(words)

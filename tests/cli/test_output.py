@@ -77,3 +77,12 @@ def test_json_may_hold_dataclasses_and_paths(capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert json.loads(text) == {"point": {"name": "ä", "sizes": [1, 2]}, "out": "a/b"}
     assert text.isascii()
+
+
+def test_nothing_is_shown_that_a_terminal_obeys() -> None:
+    word = "\x1b[31m:cat:[red]\r\udcff"
+    as_shown = "\\x1b[31m:cat:[red]\\r\\udcff"
+    assert shown(word, width=200) == f"{as_shown}\n"
+    text = shown(table([Column(word)], [(word,)], title=word, caption=word), width=200)
+    assert text.count(as_shown) == 4
+    assert not set("\x1b\r\udcff") & set(text)

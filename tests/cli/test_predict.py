@@ -125,7 +125,7 @@ def test_latencies_that_cannot_be_kept_are_used_all_the_same(
     def refuse(*arguments: object) -> None:
         raise CheckpointError("run/last cannot be written: read-only.")
 
-    monkeypatch.setattr("treeify.conversion.checkpoint.save_measurements", refuse)
+    monkeypatch.setattr("treeify.conversion.saving.save_measurements", refuse)
     found = answer(*digits[0], "--deadline", "60s")
     assert found["deadline_met"]
     assert "not kept: run/last cannot be written: read-only." in found["notes"][-1]
@@ -152,7 +152,7 @@ def test_a_budget_goes_by_the_saved_thresholds(hne: Any, digits: Any) -> None:
     files, x = digits
     sure = hne.predict(x, leaves=1).softmax(-1).amax(-1).median().item()
     hne.budgets[20_000] = Budget(20_000, SIZES, (sure, 0.9), 0.0, 0.0, (0.0,) * 3, 1)
-    treeify.conversion.checkpoint.save_measurements(hne, "run/last")
+    treeify.conversion.saving.save_measurements(hne, "run/last")
     expected = hne.predict(x, confidence=hne.budgets[20_000])
     found = answer(*files, "--budget", "20k")
     check(found, expected.logits, expected.leaves.tolist())

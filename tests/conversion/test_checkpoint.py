@@ -1,6 +1,5 @@
 """Saving and loading: equal tensors and outputs, and a clear word about what cannot be loaded."""
 
-import json
 import os
 from pathlib import Path
 
@@ -8,8 +7,10 @@ import pytest
 import safetensors.torch
 import small
 import torch
+from edited import edited
 
 import treeify
+from treeify import checksums, files
 from treeify.errors import CheckpointError
 from treeify.training.state_file import TENSORS, write_state
 
@@ -56,9 +57,8 @@ def test_frozen_parameters_stay_frozen_and_the_others_free(tmp_path: Path) -> No
     assert kept
     assert all(key.startswith("stage1.") for key in kept)
     assert kept == frozen(hne) == frozen(treeify.load(tmp_path / "hne", base))
-    config = json.loads((tmp_path / "hne" / "config.json").read_text())
-    del config["frozen"]  # as earlier versions saved it
-    (tmp_path / "hne" / "config.json").write_text(json.dumps(config))
+    with edited(tmp_path / "hne" / "config.json") as config:
+        del config["frozen"]  # as earlier versions saved it
     assert not frozen(treeify.load(tmp_path / "hne", trust=True))
 
 
@@ -120,28 +120,53 @@ def test_a_module_of_the_users_own_needs_its_model(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_not_empty(saved: Path) -> None:
     before = (saved / "model.safetensors").read_bytes()
+    other = _named(init="fresh", seed=5)
     with pytest.raises(CheckpointError, match="not empty"):
-        treeify.save(_named(seed=5), saved)
+        treeify.save(other, saved)
     assert (saved / "model.safetensors").read_bytes() == before
     (saved / "notes.txt").write_text("mine")
-    treeify.save(_named(seed=5), saved, overwrite=True)
-    assert (saved / "model.safetensors").read_bytes() != before
+    treeify.save(other, saved, overwrite=True)
+    assert torch.equal(
+        treeify.load(saved, trust=True)(small.images()), other.eval()(small.images())
+    )
     assert (saved / "notes.txt").read_text() == "mine"
 
 
-def test_a_save_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function", ["conversion.saving.save_file", "files.replace_text"])
+def test_a_save_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("treeify.conversion.checkpoint.save_file", full)
-    with pytest.raises(CheckpointError, match="No space left"):
-        treeify.save(_named(), tmp_path / "hne")
-    assert list(tmp_path.iterdir()) == []
+    first = _named()
+    treeify.save(first, tmp_path / "there")
+    before = sorted((tmp_path / "there").iterdir())
+    monkeypatch.setattr(f"treeify.{function}", full)
+    for name in ("there", "new"):
+        with pytest.raises(CheckpointError, match="No space left"):
+            treeify.save(_named(seed=5), tmp_path / name, overwrite=True)
+    assert sorted((tmp_path / "there").iterdir()) == before
+    assert torch.equal(
+        treeify.load(tmp_path / "there", trust=True)(small.images()), first(small.images())
+    )
+    assert not (tmp_path / "new").exists()
 
 
-def _edit(path: Path, **changes: object) -> None:
-    config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, **changes}))
+def test_a_disk_that_fails_when_all_is_written_leaves_the_new_one(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = files.replace_text
+
+    def late(path: Path, text: str) -> None:
+        original(path, text)
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "replace_text", late)
+    other = _named(init="perturb", seed=5)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        treeify.save(other, saved, overwrite=True)
+    assert torch.equal(treeify.load(saved, trust=True)(small.images()), other(small.images()))
 
 
 def test_damaged_directories(saved: Path, tmp_path: Path) -> None:
@@ -173,7 +198,8 @@ def test_damaged_directories(saved: Path, tmp_path: Path) -> None:
 def test_configurations_that_do_not_match(
     saved: Path, changes: dict[str, object], message: str
 ) -> None:
-    _edit(saved, **changes)
+    with edited(saved / "config.json") as config:
+        config |= changes
     with pytest.raises(CheckpointError, match=message):
         treeify.load(saved, trust=True)
 
@@ -181,8 +207,10 @@ def test_configurations_that_do_not_match(
 def test_weights_that_do_not_match(saved: Path) -> None:
     weights = saved / "model.safetensors"
     state = safetensors.torch.load_file(weights)
-    identity = json.loads((saved / "config.json").read_text())["identity"]
     del state["head.bias"]
-    safetensors.torch.save_file(state, weights, metadata={"identity": identity})
+    with edited(saved / "config.json") as config:
+        identity = {"identity": config["identity"]}
+        safetensors.torch.save_file(state, weights, metadata=identity)
+        config["files"][weights.name] = checksums.checksum(weights)
     with pytest.raises(CheckpointError, match=r"a tensor 'head.bias'"):
         treeify.load(saved, trust=True)

@@ -1,6 +1,7 @@
 """Folders of images: classes, sizes and damaged files."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_image_folder_reads_sizes_and_classes(tmp_path: Path) -> None:
     ("train", "val", "match"),
     [
         ({}, {}, "no images"),
-        ({"cat": 1}, {}, "no images.*val"),
+        ({"cat": 1}, {}, "not divided.*Rename the folder of images held out"),
         ({"cat": 1, "dog": 0}, {"cat": 1, "dog": 1}, "no images.*train"),
         (
             {"cat": 1, "dog": 1},
@@ -82,3 +83,56 @@ def test_augmentations_of_timm_are_drawn_anew(tmp_path: Path) -> None:
     assert torch.equal(one.images, two.images)
     with pytest.raises(DataError, match="no policy"):
         data.image_folder(root=str(tmp_path), auto_augment="no-such-policy")
+
+
+def test_folders_of_classes_alone_are_divided_by_class_and_seed(tmp_path: Path) -> None:
+    make_folders(tmp_path / "parts", {"cat": 10, "dog": 5, "owl": 1}, {})
+    root = (tmp_path / "parts" / "train").rename(tmp_path / "photos")
+    photos = data.image_folder(root=str(root), size=16, crop_padding=0, flip=False)
+    assert labels_of(photos.held_out) == [0, 0, 1]
+    assert len(photos.train) == 13
+    assert "the 3 of 16 images of " in photos.split
+    assert "20% of each class by split_seed=0" in photos.split
+    assert photos.split.endswith("none of 'owl'")
+
+    def held_out(folder: Path, **options: int | float) -> set[str]:
+        part = data.image_folder(root=str(folder), size=16, **options).held_out.examples
+        files = [part.dataset.samples[index][0] for index in part.indices]
+        return {str(Path(file).relative_to(folder)) for file in files}
+
+    chosen = held_out(root)
+    assert chosen < held_out(root, held_out=0.5)
+    assert any(held_out(root, split_seed=seed) != chosen for seed in (1, 2, 3))
+    elsewhere = shutil.copytree(root, tmp_path / "elsewhere" / "photos")
+    assert held_out(elsewhere) == chosen
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "match"),
+    [
+        (("train", "val"), {"held_out": 0.2}, "has images held out already"),
+        (("train", "test"), {}, "Rename the folder of images held out to 'val'"),
+        (("Training", "cat"), {}, "is not divided"),
+        (("val",), {}, "is not divided"),
+    ],
+)
+def test_folders_of_parts_are_no_classes(
+    tmp_path: Path, names: tuple[str, ...], options: dict, match: str
+) -> None:
+    for name in names:
+        make_folders(tmp_path / "made", {"a": 1}, {})
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "made" / "train").rename(tmp_path / "photos" / name)
+    with pytest.raises(DataError, match=f"(?s){match}"):
+        data.image_folder(root=str(tmp_path / "photos"), **options)
+
+
+def test_the_crop_is_an_option_and_said(tmp_path: Path) -> None:
+    make_folders(tmp_path, {"a": 1, "b": 1}, {"a": 1, "b": 1})
+    usual = data.image_folder(root=str(tmp_path), size=16).preparation
+    assert "0.875 of the sides cropped" in str(usual)
+    whole = data.image_folder(root=str(tmp_path), size=16, crop_pct=1.0).preparation
+    assert whole.crop_pct == 1
+    assert "cropped" not in str(whole)
+    with pytest.raises(DataError, match="no room"):
+        data.image_folder(root=str(tmp_path), crop_pct=0.9, crop_padding=1)

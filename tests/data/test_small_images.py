@@ -61,6 +61,8 @@ def test_digits_are_grey_where_the_model_is() -> None:
 def test_digits_can_be_resized() -> None:
     image, _ = data.digits(size=16).held_out[0]
     assert image.shape == (3, 16, 16)
+    oblong = data.digits(size=[8, 12], crop_padding=1)
+    assert oblong.train[0][0].shape == oblong.held_out[0][0].shape == (3, 8, 12)
 
 
 def test_augmentation_is_random_pads_with_black_and_spares_the_held_out() -> None:

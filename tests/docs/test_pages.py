@@ -4,9 +4,17 @@ import contextlib
 import io
 import re
 import runpy
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import runs
+import timm
+import torch
+from PIL import Image
+from runner import run
 
 from treeify.models.builders import library_names
 from treeify.parity import results
@@ -17,7 +25,13 @@ BLOCK = re.compile(r"```(python|text)\n(.*?)```", re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_blocks_run_and_print_what_the_page_says(page: Path) -> None:
+def test_blocks_run_and_print_what_the_page_says(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # pages write files
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.delitem(sys.modules, "shirts", raising=False)
+    Path("recipes").symlink_to(ROOT / "recipes")
     blocks = BLOCK.findall(page.read_text(encoding="utf-8"))
     assert any(kind == "python" for kind, _ in blocks)
     names: dict[str, object] = {}
@@ -32,6 +46,49 @@ def test_blocks_run_and_print_what_the_page_says(page: Path) -> None:
             assert printed.getvalue() == following[1]
 
 
+# What makes the commands of pages take seconds, and lets them run one after another.
+QUICK = {
+    "train": ["schedule.epochs=1", "schedule.warmup_epochs=0", "workers=0", "model.splits=1"],
+    "convert": ["--overwrite", "--no-verify"],
+    "eval": ["--no-latency"],
+    "calibrate": ["--no-tune", "--repeats", "10"],
+}
+
+
+@pytest.fixture
+def first_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory with what pages for new users name, and the ensemble and run they make first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TREEIFY_TUNE_ALLOCATOR", "0")
+    (source,) = re.findall(r"'''\n(.*?)'''", (ROOT / "docs/your_model.md").read_text(), re.DOTALL)
+    source = source.replace("num_classes=10", "num_classes=2")
+    monkeypatch.delitem(sys.modules, "shirts", raising=False)
+    Path("shirts.py").write_text(source)
+    names: dict[str, Any] = {}
+    exec(source, names)
+    torch.save(names["net"]().state_dict(), "shirts.pth")
+    torch.save(timm.create_model("test_resnet", num_classes=3).state_dict(), "resnet18.pth")
+    for folder in (Path("photos"), Path("other_photos")):
+        runs.photos(folder, each=4)
+        for part in folder.iterdir():
+            (part / "dark").rename(part / "bag")
+    Image.new("RGB", (20, 30)).save("photo.jpg")
+
+
+@pytest.mark.usefixtures("first_hours")
+@pytest.mark.parametrize("name", ["your_model", "your_data", "splits", "faq"])
+def test_commands_for_new_users_run(name: str) -> None:
+    page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^treeify (\w+) ([^#\n]*)", page, re.MULTILINE)
+    assert commands
+    for command, rest in commands:
+        rest = rest.replace("--pretrained", "--weights resnet18.pth")  # needs no network
+        arguments = shlex.split(re.sub(r"resnet18(?!\.pth)", "test_resnet", rest))
+        quick = [] if "--resume" in arguments else QUICK.get(command, [])
+        done = run(command, *arguments, *quick)
+        assert done.exit_code == 0, f"{command} {rest}\n{done.output}"
+
+
 def test_readme_names_its_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "pip install -e . && treeify train recipes/digits_hne.yaml" in text
@@ -42,6 +99,20 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} -> {target}"
+
+
+def test_what_can_go_wrong_is_tested() -> None:
+    page = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*shown by.*\|\n\|---.*\n((?:\|.*\n)+)", page, re.MULTILINE)
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = {
+        name for text in texts for name in re.findall(r"^def (test_\w+)\(", text, re.MULTILINE)
+    }
+    assert rows
+    for row in "".join(rows).splitlines():
+        named = set(re.findall(r"`(test_\w+)`", row))
+        assert named, row
+        assert named <= tests, named - tests
 
 
 def test_files_that_pages_name_are_there() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import treeify
-from treeify.conversion.checkpoint import save_measurements
+from treeify.conversion.saving import save_measurements
 from treeify.engine import timing
 from treeify.engine.plan import Plan, Situation
 from treeify.errors import InputError

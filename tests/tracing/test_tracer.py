@@ -1,5 +1,7 @@
 """What the tracer records: tensors that `forward` makes, loops, names, modules marked as leaves."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import treeify
 from treeify.conversion.assemble import trace_model
 from treeify.engine.preserve import preserve_buffers
 from treeify.errors import TraceError
+from treeify.tracing.trace import trace
 
 
 class Gated(small.SmallNet):
@@ -223,3 +226,29 @@ def test_a_module_marked_by_its_author_is_a_leaf_module() -> None:
     for graph in traced.graphs.values():
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
         assert calls == ["0", "1", "2", "3"]
+
+
+def test_threads_trace_at_once_while_others_run() -> None:
+    """fx patches `nn.Module` for all threads: nothing of it stays, and nobody else is recorded."""
+    module_call = nn.Module.__call__
+    models = [small.SmallNet() for _ in range(6)]  # here: threads draw from one generator
+    model, x = small.SmallNet().eval(), small.images()
+    expected = model(x)
+    ended = threading.Event()
+    differing: list[bool] = []
+
+    def run() -> None:
+        while not ended.is_set():
+            differing.append(not torch.equal(model(x), expected))
+
+    with ThreadPoolExecutor(4) as pool:
+        running = pool.submit(run)
+        try:
+            graphs = list(pool.map(lambda each: trace(each, small.EXAMPLE).graphs, models))
+        finally:
+            ended.set()
+        running.result()
+    assert len(differing) > 1
+    assert not any(differing)
+    assert nn.Module.__call__ is module_call
+    assert len({str(graph[False]) for graph in graphs}) == 1

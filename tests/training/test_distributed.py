@@ -100,3 +100,12 @@ def test_a_lost_process_ends_the_run_which_can_be_resumed(tmp_path: Path) -> Non
     assert runs.run_in_two(*arguments, "--resume", "run", cwd=tmp_path) == [0, 0]
     assert runs.run_in_two(*arguments, "--out", "whole", cwd=tmp_path) == [0, 0]
     runs.assert_same_bits(tmp_path / "whole", tmp_path / "run")
+
+
+def test_what_stops_the_first_process_stops_all(tmp_path: Path) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine").touch()
+    file = runs.written(tmp_path)
+    assert runs.run_in_two(file, "--out", "taken", cwd=tmp_path) == [2, 2]
+    assert runs.run_in_two("--resume", "taken", cwd=tmp_path) == [2, 2]
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine"]

@@ -1,5 +1,7 @@
 """What is frozen and where a model's classifier is."""
 
+from pathlib import Path
+
 import pytest
 import small
 import torch
@@ -7,7 +9,7 @@ from torch import nn
 
 import treeify
 from treeify.errors import RecipeError
-from treeify.training.fine_tuning import freeze, head_of, level_names, level_of
+from treeify.training.fine_tuning import freeze, frozen_at_random, head_of, level_names, level_of
 from treeify.training.recipe import ModelRecipe
 
 
@@ -27,6 +29,17 @@ def test_freezing_again_changes_nothing() -> None:
     hne.train()
     assert not hne.get_submodule("stem.1").training
     assert hne.get_submodule("stage1.1").training
+
+
+def test_frozen_norms_stay_frozen_when_saved_and_in_smaller_ensembles(tmp_path: Path) -> None:
+    hne = small.ensemble()
+    freeze(hne, ModelRecipe(name="small:build", freeze=["level 0"], freeze_norms=True))
+    treeify.save(hne, tmp_path / "saved")
+    loaded = treeify.load(tmp_path / "saved", model=small.SmallNet())
+    for ensemble in (loaded, hne.sub_ensemble(2)):
+        ensemble.train()
+        assert not ensemble.get_submodule("stem.1").training
+        assert ensemble.get_submodule("stage1.1").training
 
 
 class Functional(small.SmallNet):
@@ -54,3 +67,17 @@ def test_the_head_is_the_last_that_has_weights() -> None:
     bare = treeify.hierarchicalize(Bare(), ["input"], init="copy", example_input=small.EXAMPLE)
     with pytest.raises(RecipeError, match="Bare has no module that is its classifier"):
         head_of(bare)
+
+
+def test_frozen_weights_that_nobody_trained_are_said() -> None:
+    frozen = {"name": "resnet10t", "freeze": ["level 0"]}
+    text = frozen_at_random(ModelRecipe.model_validate(frozen))
+    assert text is not None and "keeps random weights" in text
+    for trained in (
+        {"pretrained": True},
+        {"weights": "mine.pth"},
+        {"kwargs": {"checkpoint_path": "mine.pth"}},
+        {"name": "small:build"},
+        {"freeze": []},
+    ):
+        assert frozen_at_random(ModelRecipe.model_validate({**frozen, **trained})) is None

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import small
 import torch
+from torch.utils.data import TensorDataset
 
 import treeify
-from treeify.data import Data, digits
+from treeify.data import Data, Preparation, digits
 from treeify.errors import RecipeError
-from treeify.training.model import check_classes, fewest_images
+from treeify.training.model import build, check_classes, fewest_images, other_classes
+from treeify.training.recipe import ModelRecipe
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 
@@ -23,6 +25,33 @@ def test_a_model_that_returns_more_than_logits_is_refused() -> None:
     hne = treeify.hierarchicalize(Pair(10), ["stage1"], init="fresh", example_input=small.EXAMPLE)
     with pytest.raises(RecipeError, match=r"does not return logits(?s:.)*tuple"):
         check_classes(hne, digits())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.uint8, torch.int64])
+def test_floats_of_any_precision_are_images_and_integers_are_none(
+    recipe_file: Path, dtype: torch.dtype
+) -> None:
+    model = "model={name: 'small:build', kwargs: {classes: 10}, splits: [stage1]}"
+    recipe = load_recipe(recipe_file, [model])
+    images = TensorDataset(small.images(10).to(dtype), torch.arange(10))
+    data = Data(images, images, tuple("abcdefghij"), "all held out")
+    if dtype.is_floating_point:
+        check_classes(build(recipe, data), data)
+        return
+    with pytest.raises(RecipeError, match=rf"{dtype}(?s:.)*Give floats"):
+        build(recipe, data)
+
+
+def test_a_classifier_of_other_classes_is_said() -> None:
+    hne, model = small.ensemble(), ModelRecipe(name="small:build")
+    images = TensorDataset(small.images(5), torch.arange(5))
+    data = Data(images, images, tuple("abcde"), "all held out")
+    assert other_classes(hne, data, model) is None
+    hne.preparation = Preparation((16, 16), classes=tuple("abcde"))
+    assert other_classes(hne, data, model) is None
+    hne.preparation = Preparation((16, 16), classes=tuple("edcba"))
+    assert "tell apart 'e', 'd'" in str(other_classes(hne, data, model))
+    assert other_classes(hne, data, model.model_copy(update={"head": "fresh"})) is None
 
 
 def test_counting_classes_leaves_frozen_batch_norms_frozen() -> None:

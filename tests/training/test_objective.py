@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+import yaml
 
 import treeify
 from treeify.errors import RecipeError
@@ -55,6 +56,10 @@ def test_an_ensemble_can_be_the_teacher(recipe: Recipe, recipe_file: Path) -> No
     assert taught.last.loss > plain.loss
     assert not torch.equal(
         runs.weights(Path("plain"))["head.weight"], runs.weights(Path("taught"))["head.weight"]
+    )
+    # A run is resumed from other directories than it began in.
+    assert yaml.safe_load(Path("taught/recipe.yaml").read_text())["teacher"]["name"] == str(
+        Path("old").absolute()
     )
     with pytest.raises(treeify.errors.ModelError):
         train(load_recipe(recipe_file, ["teacher={name: no_such_model}"]), out="third")

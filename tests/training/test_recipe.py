@@ -1,12 +1,15 @@
 """Recipes that are made in Python, and what their sections refuse."""
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 
+from treeify.errors import RecipeError
 from treeify.training.optimization_recipe import OptimizerRecipe
-from treeify.training.recipe import LossRecipe, ModelRecipe, Ramp, Recipe
+from treeify.training.recipe import LossRecipe, ModelRecipe, Ramp, Recipe, longer
 
 
 def test_a_recipe_made_in_python_is_checked_too() -> None:
@@ -52,3 +55,32 @@ def test_values_that_do_not_fit_one_another(
 ) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         section.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=1e300",
+        "optimizer.lr=0",
+        "optimizer.weight_decay=1e300",
+        "optimizer.level_rates=[1.0, 1e300]",
+        "schedule.warmup_lr=1e300",
+        "schedule.min_lr=1e300",
+        "schedule.epochs=100000000000",
+        "threads=1000000",
+        "threads=0",
+        "workers=1000000",
+        "batch_size=100000000000000000000",
+        "gradient_accumulation=100000000000000000000",
+        "checkpoints.keep=100000000000000000000",
+    ],
+)
+def test_slips_of_the_finger_are_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(RecipeError, match=override.partition("=")[0]):
+        runs.recipe(tmp_path, override)
+
+
+@pytest.mark.parametrize("epochs", [-1, -5, 10**12])
+def test_a_run_cannot_be_made_longer_by_any_number(tmp_path: Path, epochs: int) -> None:
+    with pytest.raises(RecipeError, match="cannot have"):
+        longer(runs.recipe(tmp_path), epochs)

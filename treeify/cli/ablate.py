@@ -16,7 +16,7 @@ from treeify.cli.options import Json
 from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.train import INTERRUPTED
 from treeify.errors import RecipeError
-from treeify.training.ablation import GridRun, ablate, expand, load_grid, results
+from treeify.training.ablation import MOST_SEEDS, GridRun, ablate, expand, load_grid, results
 from treeify.training.ablation import table as scores
 from treeify.training.distributed import leave
 from treeify.training.events import Epoch, Reporter
@@ -26,7 +26,9 @@ def run_grid(
     grid: Annotated[Path, typer.Argument(help="YAML grid.")],
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Seeds of every variant, from 0; by default the grid's."),
+        typer.Option(
+            min=1, max=MOST_SEEDS, help="Seeds of every variant, from 0; by default the grid's."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory of the runs; by default runs/NAME.")

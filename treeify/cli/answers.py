@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass as serialised
 from torch import Tensor
 
 from treeify.anytime.session import Answer
+from treeify.errors import printable
 
 ClassIndex = Annotated[int, Field(serialization_alias="class")]
 
@@ -80,8 +81,9 @@ def as_csv(images: Iterable[ImageAnswers]) -> str:
     writer.writerow(["file", "class", "label", "probability", "leaves", "macs", "elapsed_ms"])
     for image in images:
         last = image.answers[-1]
-        best = last.index, last.label, last.probability
-        writer.writerow([image.path, *best, last.leaves, last.macs, last.elapsed_ms])
+        path, label = (printable(word, in_file=True) for word in (image.path, last.label or ""))
+        best = last.index, label, last.probability
+        writer.writerow([path, *best, last.leaves, last.macs, last.elapsed_ms])
     return text.getvalue()
 
 

@@ -1,6 +1,7 @@
 """The `treeify` command: its subcommands, and what a user sees when one fails."""
 
 import importlib
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -13,7 +14,7 @@ from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
 from treeify.engine.allocator import tune_allocator
-from treeify.errors import TreeifyError
+from treeify.errors import TreeifyError, printable
 
 BAD_INPUT, BUG, INTERRUPTED = 2, 1, 130
 # What typer says about arguments in its own words; it exports one kind of such an error only.
@@ -60,8 +61,13 @@ class _Commands(TyperGroup):
             return super().resolve_command(ctx, args)
         return args[0], load_command(args[0]), args[1:]
 
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _printable_usage():
+            return super().make_context(*args, **kwargs)
+
     def invoke(self, ctx: Any) -> Any:
-        with nullcontext() if ctx.params["debug"] else _readable_errors():
+        errors = nullcontext() if ctx.params["debug"] else _readable_errors()
+        with _printable_usage(), errors:
             return super().invoke(ctx)
 
 
@@ -83,6 +89,16 @@ def load_command(name: str) -> Any:
 
 
 @contextmanager
+def _printable_usage() -> Iterator[None]:
+    """Let typer's own messages, which quote arguments, hold nothing that a terminal obeys."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = printable(error.message)
+        raise
+
+
+@contextmanager
 def _readable_errors() -> Iterator[None]:
     """Turn exceptions into a message and an exit code."""
     try:
@@ -94,13 +110,16 @@ def _readable_errors() -> Iterator[None]:
     except (typer.Exit, typer.Abort, _UsageError, BrokenPipeError):
         raise
     except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:
+            # A path that no message of ours foresaw: of a name too long, or not to be looked at.
+            raise _stop(type(error).__name__, str(error), BAD_INPUT) from error
         text = f"{str(error) or 'no message'}\n  This is a bug; run again with --debug to see"
         raise _stop(type(error).__name__, f"{text} where: treeify --debug ...", BUG) from error
 
 
 def _stop(kind: str, message: str, code: int) -> typer.Exit:
     # Text, not markup: a message may quote [brackets].
-    text = Text.assemble((f"{kind}: ", "bold red"), message)
+    text = Text.assemble((f"{kind}: ", "bold red"), printable(message))
     Console(stderr=True).print(text, soft_wrap=True, highlight=False)
     return typer.Exit(code)
 
@@ -166,4 +185,6 @@ def options(
 
 def main() -> None:
     """Run the command line; what the `treeify` script calls."""
+    as_python_does = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **kwargs: printable(as_python_does(*args, **kwargs))
     app()

@@ -12,7 +12,7 @@ from treeify.anytime.deadline import find
 from treeify.anytime.session import Prediction
 from treeify.cli.answers import Answers, ImageAnswers
 from treeify.cli.image_files import ImageFile
-from treeify.conversion import checkpoint
+from treeify.conversion import saving
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data.preparation import Preparation, read_files
 from treeify.engine.plan import Situation
@@ -140,7 +140,7 @@ def _measure_if_unknown(hne: HierarchicalEnsemble, x: Tensor, path: Path, notes:
     else:
         return False
     try:
-        checkpoint.save_measurements(hne, path)
+        saving.save_measurements(hne, path)
         outcome = f"kept in {path}"
     except CheckpointError as error:
         outcome = f"not kept: {str(error).splitlines()[0].rstrip('.')}"

@@ -14,7 +14,7 @@ from treeify.cli.choice import Choice, Targets
 from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count
 from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.saved import checkpoint_in, data_section, held_out_data, skips_damaged
-from treeify.conversion import checkpoint
+from treeify.conversion import checkpoint, saving
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine.plan import NOT_THE_FASTEST, TUNING, Tuning
@@ -129,7 +129,7 @@ def calibrate(
         report |= choice.report(images.split, skipped)
         say(console, *choice.tables(), choice.explanation(images.split, skipped))
         say(console, *choice.advice(path))
-    checkpoint.save_measurements(hne, path)
+    saving.save_measurements(hne, path)
     say(console, f"Saved in {path}")
     if as_json:
         print_json(report)

@@ -1,6 +1,7 @@
 """`treeify convert`: a base model's name in, a directory that `treeify.load` reads out."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,13 +20,15 @@ from treeify.cli.options import (
     Overwrite,
     Trust,
     Weights,
+    numbers,
 )
 from treeify.cli.output import Column, print_json, say, table
-from treeify.conversion import checkpoint
+from treeify.conversion import saving
 from treeify.conversion.api import hierarchicalize
 from treeify.conversion.assemble import assemble
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import INITS, initial_weights
+from treeify.data import Preparation
 from treeify.errors import InputError
 from treeify.evaluation.cost import Cost, base_cost, costs
 from treeify.models.architecture import Architecture
@@ -58,6 +61,13 @@ def convert(
     ] = False,
     num_classes: NumClasses = None,
     input_size: InputSize = None,
+    mean: Annotated[
+        Sequence[float] | None,
+        numbers("--mean", "Of the channels its images were trained with, pixels in 0 to 1."),
+    ] = None,
+    std: Annotated[
+        Sequence[float] | None, numbers("--std", "Their deviation; with --mean.", positive=True)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -75,11 +85,14 @@ def convert(
 
         treeify convert resnet18 --weights mine.pth --num-classes 10
 
+        treeify convert my_models:net --weights net.pth --input-size 28 --mean 0.5 --std 0.5
+
         treeify convert torchvision/resnet18 --splits layer3,layer4:4 --num-classes 10
 
         treeify convert my_package.models:tiny --splits input:4 --init copy --out four_copies
     """
     out = target(name, out, overwrite)
+    _check_statistics(mean, std)
     scheme, reason = _init(init, weights, pretrained)
     console = Console(quiet=as_json)
     with console.status("building and converting"):
@@ -105,6 +118,9 @@ def convert(
                 weights,
                 trust=trust,
             )
+    if mean is not None:
+        hne.preparation = _with_statistics(hne, mean, std)
+    say(console, *base.notes)
     if weights is None:  # else the conversion's notes say it
         say(console, f"Init {scheme}, {reason}: {INITS[scheme]}.")
     present(hne, base.architecture, console, out, overwrite, no_verify, as_json)
@@ -113,7 +129,7 @@ def convert(
 def target(name: str, out: Path | None, overwrite: bool) -> Path:
     """The directory to write, which is refused before anything is built if it is taken."""
     out = out or Path("converted") / re.sub(r"[^\w.-]+", "_", name)
-    checkpoint.check_writable(out, overwrite=overwrite)
+    saving.check_writable(out, overwrite=overwrite)
     return out
 
 
@@ -142,10 +158,31 @@ def present(
             " of the tolerance (leaves in evaluation and training mode, buffers, nested sizes,"
             " gradients).",
         )
-    checkpoint.save(hne, out, overwrite=overwrite)
+    if hne.preparation is not None:
+        say(console, f"Images: {hne.preparation}.")
+    saving.save(hne, out, overwrite=overwrite)
     say(console, f"Written to {out}; read it with treeify.load({str(out)!r}).")
     if as_json:
         print_json(_report(architecture, hne, cost, nested) | {"parity": figures, "out": out})
+
+
+def _check_statistics(mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    if (mean is None) != (std is None):
+        raise InputError("--mean or --std was given alone.", expected="both, or neither")
+
+
+def _with_statistics(
+    hne: HierarchicalEnsemble, mean: Sequence[float], std: Sequence[float] | None
+) -> Preparation:
+    """How images are prepared for an ensemble, by these numbers."""
+    if len(hne.example) != 3:
+        raise InputError(
+            f"the model takes inputs of shape {hne.example}, not images.",
+            next_step="Leave --mean and --std out.",
+        )
+    channels, height, width = hne.example
+    preparation = hne.preparation or Preparation(size=(height, width), channels=channels)
+    return preparation.with_statistics(mean, std, "--mean and --std of treeify convert")
 
 
 def _init(init: str | None, weights: Path | None, pretrained: bool) -> tuple[str, str]:

@@ -35,6 +35,7 @@ def image_files(words: Sequence[str]) -> list[ImageFile]:
 
 
 def _of_word(word: str) -> Iterator[ImageFile]:
+    """The files of one word, each once; those that a folder or pattern holds were not named."""
     if re.match(r"[a-z][a-z0-9+.-]*://", word, re.IGNORECASE):
         raise InputError(
             f"{word} is an address, not a file.",
@@ -62,10 +63,15 @@ def _of_word(word: str) -> Iterator[ImageFile]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    """The images below a folder, links to folders included."""
+    """The images below a folder, links to folders included; each folder once, whatever links it."""
     files = []
+    seen: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        if (place := os.path.realpath(root)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         files += [
             Path(root, name)
             for name in names

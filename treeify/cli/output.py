@@ -12,9 +12,10 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from treeify import files
-from treeify.errors import DataError
+from treeify.errors import DataError, printable
 
 # No table is as wide.
 _WIDE = 10**6
@@ -44,11 +45,14 @@ def table(
     caption: str | None = None,
 ) -> Table:
     """A table of some sections of rows with a line between them; text is shown as it is."""
-    result = Table(title=title, caption=caption)
+    result = Table(
+        title=None if title is None else _plain(title, "table.title"),
+        caption=None if caption is None else _plain(caption, "table.caption"),
+    )
     for column in columns:
         numbers = column.format is not None
         result.add_column(
-            column.heading,
+            _plain(column.heading),
             justify="right" if numbers else "left",
             overflow="fold",
             no_wrap=numbers or column.no_wrap,
@@ -56,15 +60,20 @@ def table(
     for rows in sections:
         for row in rows:
             cells = [
-                cell if isinstance(cell, str) else format(cell, column.format or "")
+                _plain(cell if isinstance(cell, str) else format(cell, column.format or ""))
                 for cell, column in zip(row, columns, strict=True)
             ]
             result.add_row(*cells)
             for drawn, cell in zip(result.columns, cells, strict=True):
                 if drawn.no_wrap:
-                    drawn.min_width = max(drawn.min_width or 0, cell_len(cell))
+                    drawn.min_width = max(drawn.min_width or 0, cell.cell_len)
         result.add_section()
     return result
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text that is neither markup, nor emoji, nor anything a terminal obeys."""
+    return Text(printable(text), style)
 
 
 def say(console: Console, *parts: str | Table, style: str | None = None) -> None:
@@ -78,13 +87,14 @@ def say(console: Console, *parts: str | Table, style: str | None = None) -> None
         if isinstance(part, Table):
             console.width = table_width(console, part)
         soft_wrap = isinstance(part, str)
-        console.print(part, soft_wrap=soft_wrap, highlight=False, markup=False, style=style)
+        shown = _plain(part) if isinstance(part, str) else part
+        console.print(shown, soft_wrap=soft_wrap, highlight=False, style=style)
         console.width = width
 
 
 def table_width(console: Console, table: Table) -> int:
     """How wide to draw a table; where it would not fit, headings over numbers are broken."""
-    options = console.options.update(width=_WIDE, markup=False)
+    options = console.options.update(width=_WIDE)
     natural = Measurement.get(console, options, table).maximum
     if natural <= console.width or not console.is_terminal:
         return natural
@@ -92,8 +102,9 @@ def table_width(console: Console, table: Table) -> int:
     for column in table.columns:
         least += _BORDER
         if column.no_wrap:
-            column.header = str(column.header).replace(" ", "\n")
-            least += max(column.min_width or 0, *map(cell_len, column.header.split("\n")))
+            heading = str(column.header).replace(" ", "\n")
+            column.header = _plain(heading)
+            least += max(column.min_width or 0, *map(cell_len, heading.split("\n")))
         else:
             least += _WORD
     return max(console.width, least)
@@ -107,11 +118,16 @@ def print_json(values: Any) -> None:
 def check_file(path: Path, option: str) -> None:
     """Raise DataError, before anything is computed, where a file cannot be written."""
     folder = path.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    problem = None
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problem = f"{folder} as its directory"
+    elif path.exists() and not path.is_file():
+        problem = "a directory" if path.is_dir() else "a pipe or a device"
+    if problem is not None:
         raise DataError(
             f"{option} {path} cannot be written.",
             expected="a file in a directory that exists",
-            found="a directory" if path.is_dir() else f"{folder} as its directory",
+            found=problem,
         )
 
 

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from treeify.cli.convert import present, target
 from treeify.cli.options import InputSize, Json, Name, NoVerify, NumClasses, Out, Overwrite, Trust
+from treeify.cli.output import say
 from treeify.conversion.api import pack as pack_networks
 from treeify.models.base_model import base_model
 
@@ -53,4 +54,5 @@ def pack(
     with console.status("reading and converting"):
         base = base_model(name, num_classes, input_size)
         hne = pack_networks(weights, splits, base.example, base.architecture, trust=trust)
+    say(console, *base.notes)
     present(hne, base.architecture, console, out, overwrite, no_verify, as_json)

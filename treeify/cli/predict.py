@@ -11,8 +11,8 @@ from pydantic.dataclasses import dataclass as serialised
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
-from timm.data.imagenet_info import ImageNetInfo
 
+from treeify import files
 from treeify.anytime.confidence import Budget
 from treeify.cli import quantities
 from treeify.cli.answers import Answers, ImageAnswers, as_csv
@@ -25,6 +25,9 @@ from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import DataError, InputError
 from treeify.training.distributed import resolve_device
+
+# Of class names, one a line.
+_MOST_BYTES = 2**24
 
 
 def predict(
@@ -99,7 +102,7 @@ def predict(
         treeify predict my_ensemble photo.jpg --confidence 0.9 --labels classes.txt --json
     """
     _check_single(leaves, deadline, confidence, budget)
-    files = image_files(images)
+    chosen = image_files(images)
     path = checkpoint_in(directory, trust=trust)
     if csv is not None:
         check_file(csv, "--csv")
@@ -117,11 +120,11 @@ def predict(
     label = partial(_labels, names, hne=hne, path=path, notes=notes)
     run = Run(hne, path, limits, label, top, notes)
     # Drawing would eat into a deadline, and cannot grow where nothing is redrawn.
-    drawn = console.is_terminal and deadline is None and not as_json and len(files) <= batch_size
+    drawn = console.is_terminal and deadline is None and not as_json and len(chosen) <= batch_size
     view = Live(console=console, auto_refresh=False, transient=True) if drawn else None
-    for start in range(0, len(files), batch_size):
+    for start in range(0, len(chosen), batch_size):
         with console.status("reading"):
-            run.read(files[start : start + batch_size], preparation)
+            run.read(chosen[start : start + batch_size], preparation)
         with console.status("warming up"):
             run.warm_up()
         with view or nullcontext():
@@ -211,7 +214,7 @@ def _check_single(
 
 def _read_labels(file: Path) -> Sequence[str]:
     try:
-        return file.read_text(encoding="utf-8-sig").splitlines()
+        return files.read_bytes(file, _MOST_BYTES).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"--labels {str(file)!r} cannot be read: {error}",
@@ -239,6 +242,8 @@ def _labels(
     if classes != 1000 or custom:
         return None
     notes.append("Labels: ImageNet-1k's, as the architecture has 1,000 classes (else --labels).")
+    from timm.data.imagenet_info import ImageNetInfo  # after `treeify.data.timm_utils`
+
     info = ImageNetInfo()
     return [info.index_to_description(index) for index in range(classes)]
 

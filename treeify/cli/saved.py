@@ -116,7 +116,7 @@ def skips_damaged(path: Path, *, trust: bool = False) -> bool:
 
 
 # Options of data sets that say how images are prepared, besides their size.
-_PREPARING = {"like", "mean", "std", "crop_padding"}
+_PREPARING = {"like", "mean", "std", "crop_pct", "crop_padding"}
 
 
 def held_out_data(

@@ -60,7 +60,7 @@ def score_rows(
         if train:
             row["training"] = train[index].accuracy
         if gains:
-            further = cost.macs / rows[0]["macs"] - 1 if rows else 0
+            further = cost.macs / rows[0]["macs"] - 1 if rows and rows[0]["macs"] else 0
             row["gain"], row["gain_error"] = gains[index].gain, gains[index].error
             row["gain_per_cost"] = gains[index].gain / further if further else None
             row["disagreement"] = gains[index].disagreement

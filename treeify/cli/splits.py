@@ -39,11 +39,11 @@ def splits(
         treeify splits torchvision/vit_b_16 --clean --input-size 64
     """
     base = base_model(name, num_classes, input_size)
-    notes: tuple[str, ...] = ()
+    notes = list(base.notes)
     if weights is not None:
         architecture = base.architecture.name
         trained = load_trained(base.model, weights, num_classes, name=architecture, trust=trust)
-        notes = trained.notes
+        notes += trained.notes
     traced = trace_model(base.model, base.architecture, base.example)
     points = [point for point in split_points(traced) if point.live == 1 or not clean]
     shape = base.example.shape[1:]

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from treeify.cli.options import InputSize, Weights
 from treeify.cli.output import say
 from treeify.cli.scores import score_rows, score_table
 from treeify.errors import RecipeError
@@ -46,7 +47,7 @@ def train(
         typer.Option(
             metavar="FOLDER",
             help="Instead of a recipe: images in FOLDER/train/CLASS and, held out, in"
-            " FOLDER/val/CLASS.",
+            " FOLDER/val/CLASS; or in FOLDER/CLASS, of which a fifth is held out.",
         ),
     ] = None,
     model: Annotated[
@@ -59,6 +60,8 @@ def train(
     pretrained: Annotated[
         bool, typer.Option("--pretrained", help="With --data: begin with trained weights.")
     ] = False,
+    weights: Weights = None,
+    input_size: InputSize = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="With --data: 20 by default.")] = None,
     out: Annotated[
         Path | None,
@@ -95,6 +98,8 @@ def train(
 
         treeify train --data photos --model resnet18 --pretrained
 
+        treeify train --data photos --model my_models:net --weights net.pth --input-size 64
+
         treeify train --resume runs/independent
 
         treeify train --resume runs/independent --more-epochs 10
@@ -104,7 +109,9 @@ def train(
     console = Console()
     file, overrides = _parse(arguments or [])
     _check_target(resume, out, overwrite)
-    settings = _settings(file, overrides, resume, data, model, pretrained, epochs)
+    settings = _settings(
+        file, overrides, resume, data, model, pretrained, weights, input_size, epochs
+    )
     with _Display(console) as display:
         result = run_training(
             settings,
@@ -128,15 +135,19 @@ def _settings(
     data: Path | None,
     model: str | None,
     pretrained: bool,
+    weights: Path | None,
+    input_size: tuple[int, int] | None,
     epochs: int | None,
 ) -> Recipe:
     """The recipe of a file, of the run to go on with, or for a folder of images."""
     if data is None:
-        if model is not None or pretrained or epochs is not None:
+        if pretrained or any(option is not None for option in (model, weights, input_size, epochs)):
             raise RecipeError(
-                "--model, --pretrained and --epochs say how to train on a folder of images.",
+                "--model, --pretrained, --weights, --input-size and --epochs say how to train on a"
+                " folder of images.",
                 expected="--data FOLDER with them",
-                next_step="In a recipe they are model.name, model.pretrained, schedule.epochs.",
+                next_step="In a recipe they are model.name, model.pretrained, model.weights,"
+                " data.size and schedule.epochs.",
             )
         return load_recipe(_recipe_file(file, resume), overrides)
     if model is None or file is not None or resume is not None:
@@ -145,7 +156,15 @@ def _settings(
             expected="--model NAME with it, and neither a recipe nor --resume",
             next_step="In a recipe, the folder is data.root.",
         )
-    return folder_recipe(data, model, pretrained=pretrained, epochs=epochs, overrides=overrides)
+    return folder_recipe(
+        data,
+        model,
+        pretrained=pretrained,
+        weights=weights,
+        size=input_size,
+        epochs=epochs,
+        overrides=overrides,
+    )
 
 
 def _check_target(resume: Path | None, out: Path | None, overwrite: bool) -> None:
@@ -218,6 +237,8 @@ class _Display(Reporter):
             f"{run.hne.leaves} leaves on {where}{run.device}, {images:,} training images; "
             f"{run.data.split}. Writing {run.directory}, with its recipe.yaml",
         )
+        if run.data.preparation is not None:
+            say(self.console, f"Images: {run.data.preparation}.")
         say(self.console, *run.hne.conversion.notes)
         parameters = list(run.hne.parameters())
         if frozen := sum(p.numel() for p in parameters if not p.requires_grad):
@@ -270,7 +291,8 @@ def _print_result(console: Console, result: Result) -> None:
         say(console, f"Data: {run.data.split}.")
     state = run.directory / "last"
     if result.interrupted:
-        done = f"after {last.epoch} of {run.epochs} epochs" if last else "in the first epoch"
+        epochs = last.epoch if last else run.done // run.steps  # its metrics may be lost
+        done = f"after {epochs} of {run.epochs} epochs" if epochs else "in the first epoch"
         say(
             console,
             f"Stopped {done}; the state is saved in {state}. Go on with"

@@ -13,7 +13,7 @@ from treeify.cli.options import count, duration, part
 from treeify.cli.output import say
 from treeify.cli.quantities import Part
 from treeify.conversion.splits import listed
-from treeify.errors import InputError
+from treeify.errors import InputError, printable
 from treeify.models.builders import TIMM, check_names, library_names
 from treeify.parity import results
 from treeify.parity.results import META, Row
@@ -112,7 +112,7 @@ def verify(
 def _check(console: Console, names: Sequence[str], output: Path, settings: Settings) -> None:
     """Check the models; a live line on a terminal, and everywhere a line a model."""
     with Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("ETA"),
@@ -121,10 +121,10 @@ def _check(console: Console, names: Sequence[str], output: Path, settings: Setti
         disable=not console.is_terminal,
         transient=True,
     ) as progress:
-        task = progress.add_task(names[0] if names else "", total=len(names))
+        task = progress.add_task(printable(names[0]) if names else "", total=len(names))
         for position, row in enumerate(sweep(names, output, settings), 1):
             following = names[position] if position < len(names) else ""
-            progress.update(task, advance=1, description=following)
+            progress.update(task, advance=1, description=printable(following))
             say(console, f"{position}/{len(names)} {row.name}: {_line(row)}")
 
 

@@ -3,7 +3,7 @@
 import logging
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import INITS, Source, initial_weights
 from treeify.conversion.resolve import resolve, unwrapped
 from treeify.conversion.trained import load_trained
+from treeify.data.preparation import Preparation
 from treeify.engine.packed_tensors import named_tensors
-from treeify.errors import InitWarning, InputError, ModelError
+from treeify.errors import InitWarning, InputError, ModelError, quoted
 from treeify.models.architecture import Architecture
 from treeify.models.fingerprint import fingerprint
 from treeify.models.recognise import recognise
@@ -86,6 +87,8 @@ def hierarchicalize(
     # Only fresh weights and a reload need to build the model again: look for a builder then.
     architecture = architecture or recognise(base)
     hne = assemble(base, architecture, splits, fanout=fanout, example_input=example_input)
+    if trained is not None:
+        _take_over(hne, [trained.preparation])
     _log.info("splits: %s", ", ".join(hne.conversion.splits.specs) or "none")
     source = initial_weights(base, architecture, scheme, seed, is_first=is_built)
     if trained is not None:
@@ -144,9 +147,9 @@ def pack(
         trust: as in `treeify.load`, for directories of weights.
 
     Raises:
-        ModelError: the models differ in architecture, in hooks that change what they compute, or in
-            a tensor that is neither a parameter nor a buffer; or paths came without an
-            architecture.
+        ModelError: the models differ in architecture, in hooks that change what they compute, in
+            a tensor that is neither a parameter nor a buffer, or in how the ensembles they are from
+            prepare images; or paths came without an architecture.
         SplitError: no fanouts give as many leaves as there are models, or a split is wrong.
         TraceError: the models cannot be traced.
         CheckpointError: weights cannot be read or do not fit.
@@ -154,7 +157,7 @@ def pack(
     if not models:
         raise ModelError("there are no models to pack.", expected="one model per leaf")
     built, named = (None, None) if architecture is None else resolve(architecture)
-    networks, notes = [], []
+    networks, notes, preparations = [], [], []
     for leaf, model in enumerate(models):
         if isinstance(model, nn.Module):
             networks.append(unwrapped(model))
@@ -167,6 +170,7 @@ def pack(
         name = None if named is None else named.name
         trained = load_trained(built, model, name=name, trust=trust)
         networks.append(trained.model)
+        preparations.append(trained.preparation)
         notes += [f"leaf {leaf}: {note}" for note in trained.notes]
     first = networks[0]
     _check_alike(first if built is None else built, networks)
@@ -179,6 +183,7 @@ def pack(
     )
     _check_constants(networks, plain_tensors(hne.traced))
     _check_hooks(networks, blank_image(first, hne.example, hne.traced.batch))
+    _take_over(hne, preparations)
     states = [dict(named_tensors(network)) for network in networks]
     hne.fill(Source(states.__getitem__, by_leaf=True, notes=tuple(notes)))
     return hne
@@ -207,6 +212,27 @@ def _check_constants(models: Sequence[nn.Module], constants: Mapping[str, Tensor
                     " parameter nor a buffer: leaves cannot have one each.",
                     next_step="Make it a buffer: self.register_buffer(name, tensor).",
                 )
+
+
+def _take_over(hne: HierarchicalEnsemble, preparations: Iterable[Preparation | None]) -> None:
+    """Let an ensemble prepare images as those that its weights are from, all of them alike.
+
+    Raises:
+        ModelError: they prepare images differently, or have other classes.
+    """
+    first: Preparation | None = None
+    for preparation in filter(None, preparations):
+        first = first or preparation
+        if replace(preparation, size=first.size, source=first.source) != first:
+            raise ModelError(
+                "networks of ensembles that prepare images differently, or name other classes,"
+                " cannot be leaves of one.",
+                expected=f"{first}, classes {quoted(first.classes or ())}",
+                found=f"{preparation}, classes {quoted(preparation.classes or ())}",
+                next_step="Pack networks that were trained on images prepared alike.",
+            )
+    if first is not None and len(hne.example) == 3:
+        hne.preparation = replace(first, size=hne.example[1:])
 
 
 def _check_hooks(models: Sequence[nn.Module], example: Tensor) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -97,6 +98,8 @@ class HierarchicalEnsemble(PackedTree):
         self._slowdowns: dict[Situation, Slowdown] = {}
         self.budgets: dict[int, Budget] = {}
         self.preparation: Preparation | None = None
+        # By directory, as of when it was last read or written: what differs since then is new.
+        self.saved_measurements: dict[Path, Measurements] = {}
 
     @property
     def tunings(self) -> dict[Situation, Tuning]:
@@ -334,6 +337,7 @@ class HierarchicalEnsemble(PackedTree):
         splits = Splits(self._splits.points[dropped:], tree)
         smaller = HierarchicalEnsemble(self._traced, splits, self, self._architecture)
         smaller.preparation = self.preparation
+        smaller.keep_evaluating(self.evaluating)
         smaller.fill(Source(self._branch, by_leaf=True, notes=self._notes_on_weights))
         return smaller
 

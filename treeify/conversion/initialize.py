@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from treeify.engine.packed_tensors import Slot, get_tensor, named_tensors, narrow
-from treeify.errors import InputError
+from treeify.errors import InputError, joined
 from treeify.models.architecture import Architecture
 from treeify.seeds import seed_of
 from treeify.tracing.model_copy import copy_model
@@ -224,8 +224,7 @@ def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> list[
             for key, tensor in tensors.items()
             if tensor.requires_grad and not tensor.is_meta
         }
-        # Ones and zeros, as of norms, tell nothing.
-        drawn = [key for key, (first, *_) in chunks.items() if _varies(first)]
+        drawn = [key for key, (first, *_) in chunks.items() if varies(first)]
         twins = [index for index in range(1, branches) if _are_alike(chunks.values(), index)]
         alike = [key for key in drawn if torch.equal(*chunks[key][:2])]
         if chunks and twins and drawn:
@@ -240,7 +239,7 @@ def require_drawn(root: nn.Module, slots: Collection[Slot], tree: Tree) -> list[
         elif alike:
             notes.append(
                 f"level {level}: {len(alike)} of {len(drawn)} parameters came out the same in its"
-                f" branches, as if loaded when the model is built: {', '.join(alike[:3])}, ..."
+                f" branches, as if loaded when the model is built: {joined(alike, 3)}"
             )
     return notes
 
@@ -249,7 +248,8 @@ def _are_alike(chunks: Iterable[Sequence[Tensor]], branch: int) -> bool:
     return all(torch.equal(branches[0], branches[branch]) for branches in chunks)
 
 
-def _varies(tensor: Tensor) -> bool:
+def varies(tensor: Tensor) -> bool:
+    """Whether it has several values: those of ones and zeros, as of norms, were not drawn."""
     return bool((tensor != tensor.flatten()[:1]).any())
 
 

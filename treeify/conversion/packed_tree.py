@@ -145,6 +145,11 @@ class PackedTree(nn.Module):
             self.get_submodule(path).training = False
         return self
 
+    @property
+    def evaluating(self) -> tuple[str, ...]:
+        """Paths of the modules that stay in evaluation mode when the rest is trained."""
+        return tuple(self._evaluating)
+
     def keep_evaluating(self, paths: Iterable[str]) -> None:
         """Leave modules in evaluation mode whenever the rest is trained, as frozen batch norms."""
         self._evaluating = sorted({*self._evaluating, *paths})

@@ -8,6 +8,7 @@ from types import FunctionType
 from treeify.conversion.decide import Decision
 from treeify.conversion.splits import Splits
 from treeify.engine.forms import Form
+from treeify.errors import joined
 from treeify.rules.table import rules_of
 from treeify.tracing.aliasing import is_library
 from treeify.tracing.hooks import has_hooks
@@ -89,8 +90,7 @@ def notes(traced: Traced, shared_buffers: Sequence[str]) -> Iterator[str]:
     if limits.recomputed:
         yield "keeps all activations in training: torch.utils.checkpoint is left out"
     if limits.assigned:
-        more = f" and {len(limits.assigned) - 3} more" if len(limits.assigned) > 3 else ""
-        yield "does not set the attributes " + ", ".join(limits.assigned[:3]) + more
+        yield f"does not set the attributes {joined(limits.assigned, 3)}"
     for path, reason in traced.leaf_modules.items():
         kind = type(traced.skeleton.get_submodule(path)).__name__
         stops = "" if path in traced.changed_by_hooks else "its inside cannot be traced: "

@@ -22,6 +22,7 @@ from treeify.models.memory_limit import MemoryLimit
 from treeify.models.rebuild import rebuild
 from treeify.models.recognise import recognise
 from treeify.models.saved_architecture import saved_architecture
+from treeify.tracing.hooks import require_hooks
 from treeify.versions import MODEL_LIBRARIES, versions_of
 
 # Before the names of tensors that are neither parameters nor buffers; no module's path has a space.
@@ -113,6 +114,7 @@ def restored(
             expected=f"the versions it was saved with: {', '.join(versions)}",
         ) from error
     _check_fingerprint(path, config, hne)
+    require_hooks(path, config.get("hooks", ()), hne.traced.changed_by_hooks)
     return hne
 
 

@@ -3,45 +3,34 @@
 Nothing that it names is imported, opened or called here, and no link is followed out of its folder.
 """
 
-import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from safetensors import safe_open
 
-from treeify import files
+from treeify import checksums, files
+from treeify.conversion.config_values import MOST_BYTES, MOST_VALUES, check_values
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.errors import CheckpointError, TreeifyError
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+# Names that files of weights have.
+WEIGHTS_NAME = re.compile(r"model(-[0-9a-f]{32})?\.safetensors")
 # In a run's directory its newest ensemble, and in that one the average of its weights.
 LAST, EMA = "last", "ema"
-# Far above what is ever written, far below what a machine has memory for.
-_LONGEST_TEXT, _LARGEST_INPUT = 2**26, 2**28
-
-
-class _Config(BaseModel):
-    """The keys that loading goes by, and what their values may be; there are others."""
-
-    model_config = ConfigDict(strict=True)
-
-    identity: str
-    architecture: dict[str, Any] | None
-    fingerprint: str
-    splits: Annotated[list[str], Field(max_length=64)]
-    example: Annotated[list[PositiveInt], Field(min_length=1, max_length=8)]
-    versions: dict[str, str]
-    batch: PositiveInt = 1
-    frozen: list[str] | None = None
 
 
 def scored_ensemble(path: Path, *, trust: bool = False) -> Path:
     """The directory of the ensemble that a run's last scores are of, or of an ensemble itself.
+
+    A link is followed here, once: a run that goes on may let it name another state at any time.
 
     Args:
         path: a run, one of its checkpoints, or an ensemble.
@@ -51,18 +40,20 @@ def scored_ensemble(path: Path, *, trust: bool = False) -> Path:
         CheckpointError: one does.
     """
     inner = path / LAST if (path / LAST).is_dir() else path
+    inner = inner.parent / inner.readlink() if inner.is_symlink() else inner
     inner = inner / EMA if (inner / EMA).is_dir() else inner
     if not trust:
         files.require_inside(inner, path)
     return inner
 
 
-def read_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
+def read_config(path: Path, *, trust: bool = False, verify: bool = True) -> dict[str, Any]:
     """The configuration in a checkpoint directory.
 
     Args:
         path: the directory.
         trust: whether the file may be a link that leads out of it.
+        verify: whether it must be, bit by bit, what was written.
 
     Raises:
         CheckpointError: it is missing, damaged, of another format, or out of bounds.
@@ -75,7 +66,7 @@ def read_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
             next_step="Make an ensemble of the weights of a network:"
             f" treeify convert NAME --weights {path}",
         )
-    if not file.is_file():
+    if not file.exists():
         raise CheckpointError(
             f"{path} holds no ensemble.",
             expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
@@ -83,16 +74,7 @@ def read_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
         )
     if not trust:
         files.require_inside(file, path)
-    if (size := file.stat().st_size) > _LONGEST_TEXT:
-        raise CheckpointError(
-            f"{file} is too long.",
-            expected=f"at most {_LONGEST_TEXT:,} bytes",
-            found=f"{size:,}",
-        )
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file} is damaged: {error}") from error
+    config = checksums.read_sealed(file, MOST_BYTES, verify=verify)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         name = config.get("format") if isinstance(config, dict) else type(config).__name__
         raise CheckpointError(
@@ -101,35 +83,8 @@ def read_config(path: Path, *, trust: bool = False) -> dict[str, Any]:
             found=f"format {name!s:.100}",
             next_step="Load it with the treeify version that wrote it.",
         )
-    _check(file, config)
+    check_values(file, config)
     return config
-
-
-def _check(file: Path, config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError unless a configuration is one that `treeify.save` may have written."""
-    needed = [key for key, field in _Config.model_fields.items() if field.is_required()]
-    missing = [key for key in needed if key not in config]
-    if missing:
-        raise CheckpointError(f"{file} is incomplete.", expected=f"the keys {', '.join(missing)}")
-    try:
-        checked = _Config.model_validate(config)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise CheckpointError(
-            f"{file} is damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}.",
-            found=f"{first['input']!r:.100}",
-            next_step="Copy it again from where it was saved.",
-        ) from error
-    _require_size(file, "the example input", checked.batch * prod(checked.example))
-
-
-def _require_size(file: Path, what: str, size: int) -> None:
-    if size > _LARGEST_INPUT:
-        raise CheckpointError(
-            f"{file}: {what} is too large.",
-            expected=f"at most {_LARGEST_INPUT:,} numbers",
-            found=f"{size:,}",
-        )
 
 
 def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
@@ -145,9 +100,15 @@ def preparation_in(path: Path, config: Mapping[str, Any]) -> Preparation | None:
     except (ValueError, TreeifyError) as error:
         raise CheckpointError(
             f"{path / CONFIG}: the preparation of images is damaged: {error}",
-            next_step="Remove the key preparation; treeify predict then takes --mean and --std.",
+            next_step="Remove the key preparation, and save what treeify.load(path, verify=False)"
+            " gives; treeify predict then takes --mean and --std.",
         ) from error
-    _require_size(path / CONFIG, "the size of images", prod(preparation.shape))
+    if prod(preparation.shape) > MOST_VALUES:
+        raise CheckpointError(
+            f"{path / CONFIG}: the size of images is too large.",
+            expected=f"at most {MOST_VALUES:,} numbers",
+            found=f"{preparation.shape}",
+        )
     return preparation
 
 
@@ -175,3 +136,62 @@ def _memory() -> int:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # Windows
         return 2**63
+
+
+def weights_in(path: Path, config: Mapping[str, Any]) -> tuple[Path, str | None]:
+    """Where a checkpoint's weights are, and their checksum; earlier versions wrote none.
+
+    Raises:
+        CheckpointError: the configuration does not say it as `treeify.save` does.
+    """
+    if checksums.FILES not in config:
+        return path / WEIGHTS, None
+    named = config[checksums.FILES]
+    if isinstance(named, dict) and len(named) == 1:
+        ((name, checksum),) = named.items()
+        # No other names: the file is in the directory, whoever wrote the configuration.
+        if WEIGHTS_NAME.fullmatch(name) and isinstance(checksum, str):
+            return path / name, checksum
+    raise CheckpointError(
+        f"{path / CONFIG} does not name the weights.",
+        expected=f"one file such as {WEIGHTS}, and its checksum",
+        found=repr(named)[:200],
+    )
+
+
+@contextmanager
+def opened(
+    path: Path, config: Mapping[str, Any], *, verify: bool, trust: bool = True
+) -> Iterator[Any]:
+    """Open a checkpoint's weights, which must be those that its configuration is of.
+
+    Yields:
+        A reader of safetensors.
+
+    Raises:
+        CheckpointError: they are others, or not what was written.
+        OSError, SafetensorError: they are missing, truncated, or cannot be read.
+    """
+    file, checksum = weights_in(path, config)
+    check_weights_file(file, trust=trust)
+    if verify and checksum is not None:
+        checksums.check_file(file, checksum)
+    # Opening compares the file's length with what its header says.
+    with safe_open(file, framework="pt") as reader:
+        if (reader.metadata() or {}).get("identity") != config["identity"]:
+            raise CheckpointError(
+                f"{path}: {file.name} and {CONFIG} come from different saves.",
+                next_step="Save the ensemble again.",
+            )
+        yield reader
+
+
+def check_files(path: Path) -> None:
+    """Look whether the files of a checkpoint are what was written.
+
+    Raises:
+        CheckpointError, SafetensorError, FileNotFoundError: they are not.
+        OSError: they cannot be read.
+    """
+    with opened(path, read_config(path, trust=True), verify=True):
+        pass

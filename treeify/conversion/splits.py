@@ -15,6 +15,7 @@ from treeify.tree import Tree, fanouts_for
 # Cost of choosing a split one module deeper, in units of squared relative unevenness of one level:
 # stage starts (shallow names) win unless a deeper point evens the levels out markedly.
 _DEPTH_COST = 0.1
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def listed(splits: int | str | Sequence[str]) -> int | list[str]:
         SplitError: the number is negative, or a fanout is no number of 2 or more.
     """
     if isinstance(splits, str):
-        is_number = re.fullmatch(r"-?\d+", splits.strip())
+        is_number = _NUMBER.fullmatch(splits.strip())
         splits = int(splits) if is_number else [part for part in splits.split(",") if part]
     if isinstance(splits, bool) or (isinstance(splits, int) and splits < 0):
         raise SplitError(f"splits={splits!r} is not a number of splits.", expected="0 or more")
@@ -164,7 +165,7 @@ def listed(splits: int | str | Sequence[str]) -> int | list[str]:
 def parse(spec: str) -> tuple[str, int | None]:
     """`"layer3:16"` -> `("layer3", 16)`, `"layer3"` -> `("layer3", None)`."""
     name, colon, fanout = spec.strip().partition(":")
-    if colon and not re.fullmatch(r"-?\d+", fanout):
+    if colon and not _NUMBER.fullmatch(fanout):
         raise SplitError(
             f"split {spec!r} has a fanout that is not a number.",
             expected="name or name:fanout, e.g. 'layer3' or 'layer3:16'",
@@ -293,7 +294,8 @@ def _even_points(
     candidates = _candidates(modes)
     behind = {point: weights.behind(point.name) for point in candidates}
     candidates = {point: mask for point, mask in candidates.items() if behind[point]}
-    for live in sorted({point.live for point in candidates}):
+    enough = count <= len(candidates)
+    for live in sorted({point.live for point in candidates} if enough else ()):
         masks = {point: mask for point, mask in candidates.items() if point.live <= live}
         if (points := _most_even(masks, behind, count)) is not None:
             return points

@@ -1,6 +1,6 @@
 """Weights that were trained before, from a file or from an ensemble's directory."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,7 @@ from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source, State
 from treeify.conversion.saved_config import read_config, scored_ensemble
+from treeify.data.preparation import Preparation
 from treeify.engine.packed_tensors import get_parent, named_tensors
 from treeify.models.fingerprint import fingerprint
 from treeify.models.load_weights import load_into
@@ -57,6 +58,19 @@ class Trained:
     model: nn.Module
     notes: tuple[str, ...]
     leaves: _Leaves | None = None
+
+    @property
+    def preparation(self) -> Preparation | None:
+        """What the ensemble that the weights are of says of images, if they are one's.
+
+        Classes have no names if the head is for another number of them.
+        """
+        if self.leaves is None or (preparation := self.leaves.ensemble.preparation) is None:
+            return None
+        classes = preparation.classes
+        if classes is not None and self.leaves.num_classes not in (None, len(classes)):
+            classes = None
+        return replace(preparation, classes=classes)
 
     def branches(self, hne: HierarchicalEnsemble) -> Source | None:
         """The weights of every branch, where they are those of an ensemble that splits alike."""

@@ -4,11 +4,12 @@ Every data set is a function of keyword options that returns a `Data`; a recipe 
 and sets its options. Adding one:
 
     @treeify.data.register("my_images")
-    def my_images(*, root: str) -> treeify.data.Data: ...
+    def my_images(*, root: treeify.registry.FilePath) -> treeify.data.Data: ...
 
 or name it in the recipe as `package.module:my_images`.
 """
 
+from treeify.data import timm_utils  # noqa: F401 - before any other module imports timm's
 from treeify.data.conventions import (
     CIFAR10,
     CIFAR100,

@@ -83,6 +83,7 @@ def of_files(
     channels: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
+    crop_pct: float | None = None,
     squash: bool = False,
     source: str,
 ) -> Preparation:
@@ -94,6 +95,7 @@ def of_files(
         channels: by default 3.
         mean: of each channel, or of all, instead of the model's or ImageNet's.
         std: the same.
+        crop_pct: the fraction of the resized image that is cropped, instead of the model's.
         squash: resize both sides, whatever the proportions were, and crop nothing.
         source: where all this comes from, one phrase.
 
@@ -102,6 +104,8 @@ def of_files(
         InputError: the numbers do not fit each other.
     """
     options = transform_options(like)
+    if crop_pct is not None:
+        options["crop_pct"] = crop_pct
     if squash:
         options |= {"crop_mode": "squash", "crop_pct": 1.0}
     if mean is not None or std is not None:
@@ -192,5 +196,5 @@ def of_data_set(
         channels=shape[0],
         squash=options.get("crop_padding") is not None,
         source=source,
-        **{key: options.get(key) for key in ("like", "mean", "std")},
+        **{key: options.get(key) for key in ("like", "mean", "std", "crop_pct")},
     )

@@ -6,6 +6,7 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from treeify import files
 from treeify.errors import DataError
 
 # How Pillow names pixels with so many channels.
@@ -71,12 +72,21 @@ def open_image(file: str | Path | IO[bytes], name: str | None = None) -> Image.I
             32 bits, whose range nobody knows.
     """
     try:
+        if isinstance(file, str | Path):
+            files.check_regular(Path(file))
         with Image.open(file) as opened:
+            _check_is_data(opened)
             opened.load()
             image = upright(opened)
             return image.copy() if image is opened else image  # which is closed now
     except Exception as error:  # a damaged file makes decoders raise anything
         raise UnreadableImageError(str(file) if name is None else name, error) from error
+
+
+def _check_is_data(image: Image.Image) -> None:
+    """Raise ValueError for an image that decoding would run: EPS, which goes to Ghostscript."""
+    if image.format == "EPS":
+        raise ValueError("it is a program for printers, not a picture")
 
 
 def upright(image: Image.Image) -> Image.Image:

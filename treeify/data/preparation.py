@@ -28,6 +28,7 @@ from treeify.data.image_files import (
 from treeify.errors import DataError, InputError
 
 CropMode = Literal["center", "squash", "border"]
+_LARGEST = 2**15
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -67,11 +68,12 @@ class Preparation:
             alone = "mean" if self.std is None else "std"
             raise InputError(f"{alone} was given alone.", expected="mean and std, or neither")
         size = tuple(map(int, self.size))
-        if len(size) != 2 or min(size) < 1 or self.channels < 1 or not self.crop_pct > 0:
+        in_range = len(size) == 2 and min(size) >= 1 and max(size) <= _LARGEST
+        if not in_range or self.channels < 1 or not 0 < self.crop_pct < math.inf:
             raise InputError(
                 f"no image has this shape: size {self.size}, channels {self.channels}, crop_pct"
                 f" {self.crop_pct}.",
-                expected="size (H, W), channels 1, 3 or 4, and a crop_pct above 0",
+                expected=f"size (H, W) up to {_LARGEST:,}, channels 1, 3 or 4, a crop_pct above 0",
             )
         for key, values in (("crop_mode", CropMode), ("interpolation", Interpolation)):
             if getattr(self, key) not in get_args(values):
@@ -104,7 +106,8 @@ class Preparation:
         if self.mean is None or self.std is None:
             return f"{shape}, mean and std unknown ({self.source})"
         mean, std = (" ".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
-        return f"{shape}, mean {mean}, std {std} ({self.source})"
+        crop = f", {self.crop_pct:.4g} of the sides cropped" if self.crop_pct != 1 else ""
+        return f"{shape}{crop}, mean {mean}, std {std} ({self.source})"
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An image of Pillow's as floats `[C, H, W]`.
@@ -147,9 +150,9 @@ class Preparation:
                 f"it is not known how images are prepared for this ensemble ({self.source}).",
                 expected="mean and std of the channels, pixels in 0 to 1",
                 next_step="On the command line: --mean 0.5 --std 0.25 (--mean 0 --std 1 for pixels"
-                " in 0 to 1). For good: hne.preparation = treeify.data.Preparation(size=(H, W),"
-                " mean=..., std=...) before treeify.save, or treeify.data.Data(...,"
-                " preparation=...) where a data set of your own is trained on.",
+                " in 0 to 1). For good: the same of treeify convert, or hne.preparation ="
+                " treeify.data.Preparation(size=(H, W), mean=..., std=...) before treeify.save, or"
+                " treeify.data.Data(..., preparation=...) where you train on data of your own.",
             )
 
     def with_statistics(
@@ -230,6 +233,6 @@ def read_files(files: Sequence[Path], preparation: Preparation) -> Tensor:
         raise DataError(
             "\n  ".join([f"{count} of {len(files)} cannot be read.", *problems]),
             expected="files in a format that Pillow decodes, 8 or 16 bits per channel",
-            next_step="Nothing was computed. Correct or remove these.",
+            next_step="Correct or remove these.",
         )
     return torch.stack(images)

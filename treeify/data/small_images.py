@@ -14,13 +14,13 @@ from treeify.data.conventions import of_small_images
 from treeify.data.data_set import Data, Transformed, in_parts, register
 from treeify.data.preparation import Preparation
 from treeify.errors import DataError
-from treeify.registry import Channels, FilePath
+from treeify.registry import Channels, FilePath, ImageSize
 
 
 @register("digits")
 def digits(
     *,
-    size: PositiveInt = 8,
+    size: ImageSize = 8,
     channels: Channels | None = None,
     crop_padding: NonNegativeInt = 0,
     flip: bool = False,
@@ -30,7 +30,8 @@ def digits(
     """The 1,797 handwritten digits that scikit-learn ships; nothing is downloaded.
 
     Args:
-        size: height and width in pixels; the scans are 8 x 8 and resized bilinearly.
+        size: height and width in pixels, `[H, W]` if they differ; the scans are 8 x 8 and resized
+            bilinearly.
         channels: 1, or grey repeated to 3; null is as many as the model takes.
         crop_padding: pixels of black border that random training crops may reach into.
         flip: mirror half of the training images.

@@ -2,17 +2,20 @@
 
 import io
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
+from treeify import files
 from treeify.data.image_files import UnreadableImageError, is_visible, open_image
 from treeify.data.image_folders import check_numbered
 from treeify.errors import DataError
 
+MOST_BYTES = 2**30  # of one image
 IMAGES = ("jpg", "jpeg", "png", "webp", "ppm")
 
 
@@ -47,6 +50,48 @@ class TarImages(Dataset[Any]):
         return open_image(content, name), entry.label
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[tarfile.TarFile]:
+    """A tar file, to be read; where that fails, a DataError says which one is damaged."""
+    try:
+        files.check_regular(path)
+        # Not compressed: images are read by their place in the file.
+        with tarfile.open(path, "r:") as tar:
+            yield tar
+    # A header can say anything; what comes of it are errors of any kind.
+    except (OSError, ValueError, OverflowError, RecursionError, tarfile.TarError) as error:
+        raise DataError(
+            f"{str(path)!r} is damaged, or no tar file.",
+            expected="a tar file that is not compressed",
+            found=str(error),
+        ) from error
+
+
+def whole_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The visible files in an opened tar file.
+
+    Yields:
+        Each of them, in its order.
+
+    Raises:
+        tarfile.ReadError: one is stored with holes, or is larger than the tar file.
+    """
+    end = Path(str(tar.name)).stat().st_size
+    for member in tar:
+        if member.size < 0:  # the next one would be before it, for ever
+            raise tarfile.ReadError(f"{member.name!r} says that it has {member.size:,} bytes")
+        if not member.isfile() or not is_visible(member.name):
+            continue
+        if member.issparse():
+            raise tarfile.ReadError(f"{member.name!r} is stored with holes: write it in full")
+        if member.size > min(MOST_BYTES, end - member.offset_data):
+            raise tarfile.ReadError(
+                f"{member.name!r} says that it has {member.size:,} bytes: the tar file has fewer,"
+                f" or they are too many for an image"
+            )
+        yield member
+
+
 def folders_in_tar(
     path: Path, numbered: Sequence[str] | None = None
 ) -> tuple[TarImages, tuple[str, ...]]:
@@ -57,11 +102,8 @@ def folders_in_tar(
     Raises:
         DataError: the file is damaged, has no images, or classes that are not trained on.
     """
-    try:
-        with tarfile.open(path) as tar:
-            members = [info for info in tar if info.isfile() and _is_image(info.name)]
-    except (OSError, tarfile.TarError) as error:
-        raise DataError(f"{str(path)!r} is damaged.", found=str(error)) from error
+    with opened(path) as tar:
+        members = [info for info in whole_members(tar) if _is_image(info.name)]
     members.sort(key=lambda member: natural_key(member.name))  # type: ignore[no-untyped-call]
     labels = [Path(member.name).parent.name for member in members]
     names = sorted(set(labels))
@@ -81,4 +123,4 @@ def folders_in_tar(
 
 
 def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGES and is_visible(name)
+    return name.rpartition(".")[2].lower() in IMAGES

@@ -9,6 +9,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
+from treeify import files
 from treeify.data.augmentation import ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
@@ -16,7 +17,7 @@ from treeify.data.image_files import UnreadableImageError, is_visible, open_imag
 from treeify.data.image_folders import check_numbered
 from treeify.data.tar_images import TarImages, folders_in_tar
 from treeify.errors import DataError, quoted
-from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers
+from treeify.registry import Channels, Crop, FilePath, Fraction, ImageSize, Numbers, PathOrName
 
 
 @register("timm")
@@ -26,13 +27,14 @@ def timm_dataset(
     root: FilePath = "data",
     train_split: str = "train",
     held_out_split: str = "validation",
-    class_map: str | None = None,
+    class_map: PathOrName | None = None,
     download: bool = False,
     size: ImageSize = 224,
     like: str | None = None,
     channels: Channels | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    crop_pct: Crop | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
     random_erasing: Fraction = 0.0,
@@ -54,6 +56,8 @@ def timm_dataset(
         channels: 1 for grey, 3 for colour, 4 with opacity; null is as many as the model takes.
         mean: of each channel, pixels in 0 to 1, or one for all; instead of those of `like`.
         std: the same; with `mean`.
+        crop_pct: fraction of the resized image that the held-out images' centre crop keeps, 1.0 to
+            crop nothing of a square; instead of that of `like`, or 0.875.
         flip: mirror half of the training images.
         auto_augment: one of timm's policies, e.g. `rand-m9-mstd0.5`.
         random_erasing: probability of blanking a rectangle.
@@ -83,7 +87,13 @@ def timm_dataset(
             next_step="Give a class_map.",
         )
     preparation = of_files(
-        size, like=like, channels=channels, mean=mean, std=std, source="held-out images of timm"
+        size,
+        like=like,
+        channels=channels,
+        mean=mean,
+        std=std,
+        crop_pct=crop_pct,
+        source="held-out images of timm",
     )
     augment = ResizedCrop(preparation, flip, auto_augment, random_erasing)
     what = f"images of {held_out_split!r}"
@@ -108,6 +118,9 @@ class _TimmImages(Dataset[Any]):
                 return upright(image), int(label)
             except Exception as error:  # a damaged image makes decoders raise anything
                 raise UnreadableImageError(f"image {index}", error) from error
+        if isinstance(self.reader, ReaderImageFolder):
+            path, label = self.reader.samples[index]
+            return open_image(path), int(label)
         try:
             file, label, *_ = self.reader[index]
             with file:
@@ -122,8 +135,12 @@ class _TimmImages(Dataset[Any]):
 
 def _class_map(file: str, root: str) -> list[str]:
     """The classes that a file names, in the order of their numbers."""
+    path = Path(file) if Path(file).exists() else Path(root, file)
     try:
-        numbers = load_class_map(file, root)  # type: ignore[no-untyped-call]
+        files.check_regular(path)
+        if path.suffix == ".pkl":  # timm would run what is in it
+            raise ValueError("it is a pickle, which may hold code")
+        numbers = load_class_map(str(path))  # type: ignore[no-untyped-call]
     except (AssertionError, OSError, ValueError) as error:
         raise DataError(
             f"class_map {file!r} cannot be read.",

@@ -1,21 +1,25 @@
 """WebDataset shards read by index, so that a run can find its place in them again."""
 
+import math
 import re
 import tarfile
 from collections import defaultdict
 from glob import glob
+from itertools import chain, product, zip_longest
+from pathlib import Path
 
 from pydantic import PositiveInt
 
 from treeify.data.augmentation import ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
-from treeify.data.image_files import is_visible
-from treeify.data.tar_images import IMAGES, Entry, TarImages
+from treeify.data.tar_images import IMAGES, Entry, TarImages, opened, whole_members
 from treeify.errors import DataError
-from treeify.registry import Channels, FilePath, Fraction, ImageSize, Numbers
+from treeify.registry import Channels, Crop, FilePath, Fraction, ImageSize, Numbers
 
 _LABEL = "cls"
+_DIGITS = 100  # of a label's number, with spaces around it
+_MOST_SHARDS = 100_000
 
 
 @register("webdataset")
@@ -29,6 +33,7 @@ def webdataset(
     channels: Channels | None = None,
     mean: Numbers | None = None,
     std: Numbers | None = None,
+    crop_pct: Crop | None = None,
     flip: bool = True,
     auto_augment: str | None = None,
     random_erasing: Fraction = 0.0,
@@ -47,6 +52,8 @@ def webdataset(
         channels: 1 for grey, 3 for colour, 4 with opacity; null is as many as the model takes.
         mean: of each channel, pixels in 0 to 1, or one for all; instead of those of `like`.
         std: the same; with `mean`.
+        crop_pct: fraction of the resized image that the held-out images' centre crop keeps, 1.0 to
+            crop nothing of a square; instead of that of `like`, or 0.875.
         flip: mirror half of the training images.
         auto_augment: one of timm's policies, e.g. `rand-m9-mstd0.5`.
         random_erasing: probability of blanking a rectangle.
@@ -65,6 +72,7 @@ def webdataset(
         channels=channels,
         mean=mean,
         std=std,
+        crop_pct=crop_pct,
         source="held-out images of webdataset",
     )
     augment = ResizedCrop(preparation, flip, auto_augment, random_erasing)
@@ -84,14 +92,24 @@ def _entries(pattern: str, classes: int) -> list[Entry]:
 
 
 def expanded(pattern: str) -> list[str]:
-    """`a-{08..10}.tar` as three names."""
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if braces is None:
-        return [pattern]
-    begin, end = braces.groups()
-    head, tail = pattern[: braces.start()], pattern[braces.end() :]
-    numbers = (f"{number:0{len(begin)}d}" for number in range(int(begin), int(end) + 1))
-    return [name for number in numbers for name in expanded(head + number + tail)]
+    """`a-{08..10}.tar` as three names; DataError if they are more than anybody has."""
+    parts = re.split(r"\{([0-9]{1,18})\.\.([0-9]{1,18})\}", pattern)
+    ranges = [
+        (len(begin), range(int(begin), int(end) + 1))
+        for begin, end in zip(parts[1::3], parts[2::3], strict=True)
+    ]
+    count = math.prod(len(numbers) for _, numbers in ranges)
+    if count > _MOST_SHARDS:
+        raise DataError(
+            f"{pattern!r} names {count:,} shards.",
+            expected=f"{_MOST_SHARDS:,} at most",
+            next_step="Name those that exist, or use a pattern: data/train-*.tar",
+        )
+    choices = ([f"{number:0{width}d}" for number in numbers] for width, numbers in ranges)
+    return [
+        "".join(chain.from_iterable(zip_longest(parts[::3], numbers, fillvalue="")))
+        for numbers in product(*choices)
+    ]
 
 
 def _index(path: str, classes: int) -> list[Entry]:
@@ -99,19 +117,16 @@ def _index(path: str, classes: int) -> list[Entry]:
     images: dict[str, tarfile.TarInfo] = {}
     labels: dict[str, int] = {}
     problems: dict[str, list[str]] = defaultdict(list)
-    try:
-        with tarfile.open(path) as tar:
-            for member in filter(lambda member: is_visible(member.name), tar):
-                folder, _, name = member.name.rpartition("/")
-                stem, _, extension = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if extension.lower() in IMAGES:
-                    images[key] = member
-                elif extension.lower() == _LABEL:
-                    file = tar.extractfile(member)
-                    labels[key] = -1 if file is None else int(file.read())
-    except (OSError, tarfile.TarError, ValueError) as error:
-        raise DataError(f"shard {path!r} is damaged.", found=str(error)) from error
+    with opened(Path(path)) as tar:
+        for member in whole_members(tar):
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            key = f"{folder}/{stem}" if folder else stem
+            if extension.lower() in IMAGES:
+                images[key] = member
+            elif extension.lower() == _LABEL:
+                file = tar.extractfile(member)
+                labels[key] = -1 if file is None else int(file.read(_DIGITS))
     for key in sorted(images.keys() | labels.keys()):
         if key not in images:
             problems[f"no image ({', '.join(IMAGES)})"].append(key)

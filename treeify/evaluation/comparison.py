@@ -107,8 +107,8 @@ def compare(
 def verdict(gain: Gain, cost: float, wrong: float, images: int) -> str | None:
     """A sentence where leaves agree too much to be worth their cost; None where they do not.
 
-    That is, their gain is less than twice its standard error, or two of them differ on less than a
-    quarter as many images as one leaf errs on.
+    That is, they are worse than one, their gain is less than twice its standard error, or two of
+    them differ on less than a quarter as many images as one leaf errs on.
 
     Args:
         gain: of the size in question.
@@ -119,7 +119,9 @@ def verdict(gain: Gain, cost: float, wrong: float, images: int) -> str | None:
     if gain.leaves == 1:
         return None
     agree = gain.disagreement < _FRACTION * wrong
-    if gain.gain <= _ERRORS * gain.error:
+    if gain.gain < -_ERRORS * gain.error:
+        reason = f", which {images:,} images tell from chance (standard error {gain.error:.2f})"
+    elif gain.gain <= _ERRORS * gain.error:
         reason = f", within the noise of {images:,} images (standard error {gain.error:.2f})"
     elif agree:
         reason = ", as they agree"

@@ -219,7 +219,8 @@ def measure(
     return scores
 
 
-def placed(images: Tensor, hne: HierarchicalEnsemble) -> Tensor:
+def placed(images: Tensor, hne: HierarchicalEnsemble, *, non_blocking: bool = False) -> Tensor:
     """Images on the ensemble's device, in its dtype if they are floats: integers are no images."""
     like = next(hne.parameters())
-    return images.to(like.device, like.dtype if images.is_floating_point() else images.dtype)
+    dtype = like.dtype if images.is_floating_point() else images.dtype
+    return images.to(like.device, dtype, non_blocking=non_blocking)

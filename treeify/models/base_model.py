@@ -7,17 +7,27 @@ import torch
 from torch import Tensor, nn
 
 from treeify.models.architecture import Architecture
-from treeify.models.image_size import Size, example_shape, height_and_width, resized
+from treeify.models.image_size import (
+    Size,
+    example_shape,
+    height_and_width,
+    is_size_known,
+    resized,
+)
 from treeify.models.recognise import recognise
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A base model, how to build it again, and one blank image `[1, C, H, W]` as it is fed."""
+    """A base model, how to build it again, and one blank image `[1, C, H, W]` as it is fed.
+
+    `notes` says where the size of that image is anyone's guess.
+    """
 
     model: nn.Module
     architecture: Architecture
     example: Tensor
+    notes: tuple[str, ...] = ()
 
 
 def base_model(
@@ -53,9 +63,13 @@ def base_model(
         # Some builders set more than weights, e.g. how googlenet scales its input.
         architecture = recognise(model) or architecture
     channels, *size = example_shape(model, architecture)
+    notes: tuple[str, ...] = ()
     if input_size is not None:
         size = list(height_and_width(input_size))
-    return BaseModel(model, architecture, torch.zeros(1, channels, *size))
+    elif not is_size_known(model, architecture):
+        shape = " x ".join(map(str, size))
+        notes = (f"{name} does not say which size of images it takes: {shape}, or --input-size",)
+    return BaseModel(model, architecture, torch.zeros(1, channels, *size), notes)
 
 
 def _build(architecture: Architecture, pretrained: bool, seed: int) -> nn.Module:

@@ -35,6 +35,13 @@ def example_shape(model: nn.Module, architecture: Architecture | None = None) ->
     return (input_channels(model, default=timm_shape[0] if timm_shape else 3), *size)
 
 
+def is_size_known(model: nn.Module, architecture: Architecture) -> bool:
+    """Whether a model of the user's own says the size of its images; libraries' models do."""
+    argument = architecture.kwargs.get(_IMAGE_SIZE)
+    known = image_size(model) or timm_config(model).get("input_size") or argument
+    return ":" not in architecture.name or known is not None
+
+
 def height_and_width(size: Size) -> tuple[int, int]:
     """Both sides of an image, which is a square where there is one number."""
     height, width = (size, size) if isinstance(size, int) else size

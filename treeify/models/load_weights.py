@@ -4,10 +4,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from treeify.errors import CheckpointError
-from treeify.models.weights import Weights, listed
+from treeify.errors import CheckpointError, joined
+from treeify.models.weights import Weights
 
 # What wrappers put anywhere into keys: torch.compile, and two of torch's for large models.
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -82,18 +83,33 @@ class _Fit:
         return [key for key, differs in shapes if differs and key not in self.head]
 
     @property
+    def incomparable(self) -> list[str]:
+        """Keys of floats whose weights are none: quantised, say, or sparse."""
+        return [
+            key
+            for key, tensor in self.state.items()
+            if self.expected[key].is_floating_point()
+            and not (tensor.is_floating_point() and tensor.layout == torch.strided)
+        ]
+
+    @property
     def problems(self) -> list[str]:
         """One line for each kind of what does not fit."""
         shapes = [
             f"{key} {list(self.state[key].shape)} instead of {list(self.expected[key].shape)}"
             for key in self.misshapen
         ]
+        numbers = [
+            f"{key} {self.state[key].dtype} instead of {self.expected[key].dtype}"
+            for key in self.incomparable
+        ]
         kinds = {
             "missing": self.missing,
             "of another shape": shapes,
+            "of other numbers": numbers,
             "unexpected": self.unexpected,
         }
-        return [f"{len(keys)} {kind}: {listed(keys)}" for kind, keys in kinds.items() if keys]
+        return [f"{len(keys)} {kind}: {joined(keys)}" for kind, keys in kinds.items() if keys]
 
 
 def _compare(model: nn.Module, weights: Weights, num_classes: int | None) -> _Fit:
@@ -144,18 +160,23 @@ def _endings(key: str) -> Iterator[str]:
 
 
 def head_paths(model: nn.Module) -> list[str]:
-    """Where a model's classifier is: timm's `get_classifier`, else its last layer with weights.
+    """Where a model's classifier is: as timm says, else its last layer; none without layers."""
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+    return classifier_paths(model) or layers[-1:]
 
-    Several where timm has several, as in distilled transformers; none in a model without layers.
+
+def classifier_paths(model: nn.Module) -> list[str]:
+    """Where a model's classifier is by timm's `get_classifier`; empty for other models.
+
+    Several where timm has several, as in distilled transformers; all of them have weights.
     """
+    classifier = getattr(model, "get_classifier", None)
+    modules = classifier() if callable(classifier) else []
+    modules = modules if isinstance(modules, tuple | list) else [modules]
     names = {module: name for name, module in model.named_modules()}
-    if callable(classifier := getattr(model, "get_classifier", None)):
-        modules = classifier()
-        modules = modules if isinstance(modules, tuple | list) else [modules]
-        if paths := [names[module] for module in modules if names.get(module)]:
-            return paths
-    layers = [name for module, name in names.items() if isinstance(module, nn.Linear | nn.Conv2d)]
-    return layers[-1:]
+    return [names[module] for module in modules if names.get(module) and [*module.parameters()]]
 
 
 def _head(
@@ -194,11 +215,11 @@ def _notes(fit: _Fit) -> Iterator[str]:
     if fit.prefix:
         yield f"weights: keys without {fit.prefix!r}"
     if fit.outside:
-        yield f"weights left out, as they are not under {fit.prefix!r}: {listed(fit.outside)}"
+        yield f"weights left out, as they are not under {fit.prefix!r}: {joined(fit.outside)}"
     if fit.head:
         sizes = {len(fit.state[key]) for key in fit.head & fit.state.keys()}
         trained = f"for {max(sizes)} classes" if sizes else "without one"
-        yield f"a fresh head, as the weights are {trained}: {listed(sorted(fit.head))}"
+        yield f"a fresh head, as the weights are {trained}: {joined(sorted(fit.head))}"
     casts = {
         f"{tensor.dtype} to {fit.expected[key].dtype}".replace("torch.", "")
         for key, tensor in fit.state.items()

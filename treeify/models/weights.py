@@ -8,7 +8,7 @@ import argparse
 import pathlib
 import pickle
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 
-from treeify.errors import CheckpointError
+from treeify.errors import CheckpointError, joined, quoted
 
 # Under which keys checkpoints hold a state dict, the likeliest first: averaged weights are what
 # training measured.
@@ -31,7 +32,6 @@ _HARMLESS: list[Any] = [
     *{type(np.dtype(kind)) for kind in np.typecodes["AllInteger"] + np.typecodes["Float"] + "?"},
     *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
 ]
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,20 @@ def read_weights(path: str | pathlib.Path) -> Weights:
         raise CheckpointError(
             f"there is no file of weights {str(path)!r}.",
             expected="a state dict: .pth, .pt, .ckpt, .safetensors",
-            found="a directory" if path.is_dir() else f"nothing there, from {pathlib.Path.cwd()}",
+            found="a directory"
+            if path.is_dir()
+            else "a pipe or a device"
+            if path.exists()
+            else f"nothing there, from {pathlib.Path.cwd()}",
         )
     content = _read(path)
     states = {}
     if isinstance(content, Mapping):
-        states = {str(key): value for key, value in content.items() if _is_state(value)}
+        states = {
+            str(key): value
+            for key, value in content.items()
+            if _is_state(value) and not str(key).endswith(_EXTRA_STATE_KEY_SUFFIX)
+        }
     usual = [name for name in (*_AVERAGED, *_CURRENT) if name in states]
     if len(states) > 1 and not usual:
         raise CheckpointError(
@@ -84,7 +92,7 @@ def read_weights(path: str | pathlib.Path) -> Weights:
         source = f"{path}, {name!r}" + (f" and not {' or '.join(others)}" if others else "")
         return Weights(_tensors(states[name]), source)
     if not _is_state(content):
-        keys = listed([repr(key) for key in content]) if isinstance(content, Mapping) else ""
+        keys = quoted([*content]) if isinstance(content, Mapping) else ""
         raise CheckpointError(
             f"{path} holds no state dict.",
             expected="tensors by name, or a checkpoint with them under 'state_dict', 'model', ...",
@@ -133,7 +141,7 @@ def _not_weights_only(path: pathlib.Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f"{path} holds Python objects and not weights alone; to read them would run their code.",
         expected="a state dict, as torch.save(model.state_dict(), 'weights.pth') writes it",
-        found=listed(names) if names else "a TorchScript module",
+        found=joined(names) if names else "a TorchScript module",
         next_step="If you trust the file, open it in Python (torch.load(..., weights_only=False) or"
         " torch.jit.load), then save the state_dict() of the model in it, or pass that model to"
         " treeify.hierarchicalize.",
@@ -154,9 +162,3 @@ def _tensors(state: Mapping[Any, Any]) -> dict[str, Tensor]:
         for key, value in state.items()
         if isinstance(key, str) and isinstance(value, Tensor)
     }
-
-
-def listed(names: Sequence[str]) -> str:
-    """Names in a row, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -154,6 +154,7 @@ def read(path: Path) -> Coverage:
         DataError: the file is missing, cannot be read, or holds something else.
     """
     try:
+        files.check_regular(path)
         data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
     except (OSError, lzma.LZMAError) as error:
         raise DataError(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from treeify.conversion import checkpoint
+from treeify.conversion import checkpoint, saving
 from treeify.conversion.assemble import assemble, trace_model
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.initialize import Source, initial_weights
@@ -147,7 +147,7 @@ def round_trip(hne: HierarchicalEnsemble, x: Tensor) -> float:
         ParityError: a tensor is not what was saved, or the logits deviate by more than 1.
     """
     with tempfile.TemporaryDirectory(prefix="treeify-") as directory:
-        checkpoint.save(hne, directory)
+        saving.save(hne, directory)
         loaded = checkpoint.load(directory, trust=True)  # it was written just now
     saved_state, state = hne.state_dict(), loaded.state_dict()
     changed = sorted(saved_state.keys() ^ state.keys()) or [

@@ -4,7 +4,7 @@ Which ones do is known by running them alone.
 """
 
 import random
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils._pytree import tree_leaves
 
-from treeify.errors import InputError, TraceError
+from treeify.errors import CheckpointError, InputError, TraceError
 from treeify.tracing.side_effects import version
 
 _FORWARD = ("_forward_pre_hooks", "_forward_hooks")
@@ -151,6 +151,28 @@ def changing_hooks(
                 next_step="Do in forward what it does, or remove it first: handle.remove().",
             )
     return list(dict.fromkeys(changing))
+
+
+def require_hooks(path: Path, saved: Sequence[str], changed: Sequence[str]) -> None:
+    """Refuse a model for a saved ensemble if its hooks change other modules than they did then.
+
+    Files hold no hooks, and a fingerprint does not cover them.
+
+    Args:
+        path: the ensemble's.
+        saved: the modules when it was saved.
+        changed: the modules now.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if list(saved) != list(changed):
+        raise CheckpointError(
+            f"{path}: hooks change what the base model computes otherwise than when it was saved.",
+            expected=f"such hooks around {', '.join(saved) or 'none of its modules'}",
+            found=f"around {', '.join(changed) or 'none'}",
+            next_step="Register the same before treeify.load(path, model=...).",
+        )
 
 
 def _kind(model: nn.Module) -> str:

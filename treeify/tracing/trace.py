@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,9 @@ from treeify.tracing.hooks import changing_hooks, hooks_in, leave_hooks, without
 from treeify.tracing.meta_interpreter import GraphRunner
 from treeify.tracing.model_copy import copy_model, meta_copy, private_copy, require_copyable
 from treeify.tracing.sizes import BATCHES, Sizes
+
+# fx patches `nn.Module` itself: of two that trace at once, one would leave its patches behind.
+_ALONE = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def trace(
     """
     require_copyable(model)
     image = tuple(example.shape[1:])
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with _ALONE, torch.random.fork_rng(devices=[]), torch.enable_grad():
         private = private_copy(model)
         changing = changing_hooks(private, example, copy_model)
         leave_hooks(private, changing)

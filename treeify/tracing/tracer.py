@@ -1,5 +1,6 @@
 """The fx tracer: it goes into all but leaf modules, and stops at what no graph shows."""
 
+import threading
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any, TypeVar
@@ -52,8 +53,9 @@ class Tracer(fx.Tracer):
         marked = {kind for kind in timm_fx.get_notrace_modules() if kind.__module__[:5] != "timm."}
         self._leaf_types, self._leaf_modules = leaf_types | marked, leaf_modules
         self._sizes, self._known_sizes, self._fixed_buffers = sizes, known_sizes, fixed_buffers
-        # While `sizes` runs the model's modules, fx's patches of `nn.Module` are to record nothing.
-        self._computing_sizes = False
+        # While `sizes` runs the model's modules, fx's patches of `nn.Module` are to record nothing;
+        # nor what modules do in other threads, which the patches reach too.
+        self._computing_sizes, self._thread = False, threading.get_ident()
         self._contexts, self._had_hooks = gradient_and_autocast(), has_saved_tensor_hooks()
         # Tensors made while tracing, and how often each had been changed when it was first used.
         self._constants: dict[int, tuple[Tensor, int | None]] = {}
@@ -102,9 +104,12 @@ class Tracer(fx.Tracer):
         finally:
             self._computing_sizes = before
 
+    def _is_recording(self) -> bool:
+        return not self._computing_sizes and threading.get_ident() == self._thread
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         """What `module.attr` gives: a proxy where it is a parameter or buffer of the model."""
-        if self._computing_sizes or id(attr_val) in self._fixed_buffers:
+        if not self._is_recording() or id(attr_val) in self._fixed_buffers:
             return attr_val
         name = self._names.get(id(attr_val))
         if name is None or not isinstance(attr_val, Tensor):  # or made while tracing
@@ -164,7 +169,7 @@ class Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
         """Record the call of a leaf module, or what any other module computes."""
-        if self._computing_sizes:
+        if not self._is_recording():
             return forward(*args, **kwargs)
         if isinstance(m, OptimizedModule):
             return m._orig_mod(*args, **kwargs)

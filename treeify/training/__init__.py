@@ -2,3 +2,5 @@
 
 Call `train`; what a run writes is read through `RunDirectory` alone.
 """
+
+from treeify.data import timm_utils  # noqa: F401 - before any other module imports timm's

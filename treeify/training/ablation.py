@@ -20,9 +20,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import yaml
 from pydantic import Field, PositiveInt, ValidationError
 
+from treeify import files
 from treeify.conversion.saved_config import LAST
 from treeify.errors import RecipeError
 from treeify.training.events import Epoch, Reporter
@@ -31,6 +31,10 @@ from treeify.training.recipe_file import load_recipe
 from treeify.training.run_directory import RunDirectory, check_same, is_run, state_name
 from treeify.training.sections import Section
 from treeify.training.trainer import train
+from treeify.training.yaml_values import MOST_BYTES, check_keys, parse
+
+# Each is read and checked before the first begins.
+MOST_SEEDS = 1_000
 
 
 class Variant(Section):
@@ -46,7 +50,7 @@ class Grid(Section):
     name: str = Field(pattern=r"^\w[\w.-]*$")
     recipe: str
     overrides: list[str] = Field(default=[])
-    seeds: PositiveInt = 1
+    seeds: PositiveInt = Field(default=1, le=MOST_SEEDS)
     variants: dict[str, list[str] | Variant] = Field(min_length=1)
 
 
@@ -67,19 +71,20 @@ def load_grid(path: Path) -> Grid:
         RecipeError: the file cannot be read or does not describe a grid.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values, node = parse(files.read_bytes(path, MOST_BYTES).decode())
+        check_keys(node)
         return Grid.model_validate(values)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"grid {str(path)!r} cannot be read.", found=str(error)) from error
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, detail['loc'])) or 'the grid'}: {detail['msg']}"
-            for detail in error.errors()
+            for detail in error.errors()[:20]
         ]
         raise RecipeError(
             "\n  ".join([f"grid {str(path)!r} is not one.", *problems]),
             expected="name, recipe, variants (name: [overrides]), and perhaps overrides and seeds",
         ) from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"grid {str(path)!r} cannot be read.", found=str(error)) from error
 
 
 def expand(path: Path, out: Path, seeds: int | None = None) -> list[GridRun]:

@@ -48,6 +48,20 @@ def broadcast(value: T) -> T:
     return values[0]
 
 
+def from_first(compute: Callable[[], T]) -> T:
+    """What a function returns, or the error it raises, in the first process; in every process."""
+    value: T | TreeifyError | None = None
+    if PartialState().is_main_process:
+        try:
+            value = compute()
+        except TreeifyError as error:
+            value = error
+    value = broadcast(value)
+    if isinstance(value, TreeifyError):
+        raise value
+    return value  # type: ignore[return-value]
+
+
 def resolve_device(name: str) -> torch.device:
     """The device a recipe names; `auto` is CUDA, then MPS, then the CPU.
 

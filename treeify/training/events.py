@@ -2,9 +2,10 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
@@ -46,13 +47,13 @@ class Epoch:
         skipped: images that could not be read, so far.
     """
 
-    epoch: int
+    epoch: Annotated[int, Field(ge=1)]
     step: int
     seconds: float
     waiting: float
     loss: float
-    train: tuple[Score, ...]
-    held_out: tuple[Score, ...]
+    train: Annotated[tuple[Score, ...], Field(min_length=1)]
+    held_out: Annotated[tuple[Score, ...], Field(min_length=1)]
     skipped: int
 
 

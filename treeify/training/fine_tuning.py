@@ -9,11 +9,12 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.initialize import built
+from treeify.conversion.initialize import State, built, varies
 from treeify.engine.packed_tensors import get_tensor, named_tensors
 from treeify.errors import RecipeError, nearest
 from treeify.models.architecture import Architecture
-from treeify.models.image_size import timm_config
+from treeify.models.load_weights import classifier_paths
+from treeify.models.saved_architecture import without_weights
 from treeify.training.recipe import ModelRecipe
 
 _LEVEL = re.compile(r"level (\d+)")
@@ -61,7 +62,8 @@ def initialise(
                 f"model.freeze keeps {min(both)!r}, which model.head=fresh draws anew.",
                 next_step="Leave the classifier out of model.freeze, or head: fresh out.",
             )
-        _draw(hne, keys, Architecture(model.name, model.kwargs), seed)
+        if model.init != "fresh":  # which has drawn it already
+            _draw(hne, keys, Architecture(model.name, model.kwargs), seed)
 
 
 def freeze(hne: HierarchicalEnsemble, model: ModelRecipe) -> set[str]:
@@ -88,6 +90,18 @@ def freeze(hne: HierarchicalEnsemble, model: ModelRecipe) -> set[str]:
         parts = (key.rpartition(".") for key in frozen)
         hne.keep_evaluating(path for path, _, name in parts if name == "running_mean")
     return frozen
+
+
+def frozen_at_random(model: ModelRecipe) -> str | None:
+    """Says so where what a recipe freezes was never trained, as far as the recipe tells."""
+    architecture = Architecture(model.name, model.kwargs)
+    is_fresh = not (model.pretrained or model.weights or ":" in model.name)
+    if not model.freeze or not is_fresh or without_weights(architecture) != architecture:
+        return None
+    return (
+        f"model.freeze keeps random weights: nothing says where those of {model.name} come from."
+        " Set model.pretrained=true or model.weights."
+    )
 
 
 def _check_norms(hne: HierarchicalEnsemble, frozen: Set[str]) -> None:
@@ -134,21 +148,17 @@ def _is_below(key: str, paths: Iterable[str]) -> bool:
 
 
 def head_of(hne: HierarchicalEnsemble) -> list[str]:
-    """Paths of the classifier's modules: those timm names, else the last that has weights.
+    """Paths of the classifier's modules: those timm names, else the last called with weights.
 
     Raises:
         RecipeError: the last weights are the model's own, not a module's.
     """
     skeleton = hne.skeleton
-    modules = dict(skeleton.named_modules())
-    names = timm_config(skeleton).get("classifier") or ()
-    paths = [names] if isinstance(names, str) else list(names)
-    paths = [path for path in paths if path in modules and _has_weights(modules[path])]
-    if paths:
+    if paths := classifier_paths(skeleton):
         return paths
     for node in reversed(hne.traced.graphs[False].nodes):
         target = str(node.target)
-        if node.op == "call_module" and _has_weights(modules[target]):
+        if node.op == "call_module" and [*skeleton.get_submodule(target).parameters()]:
             return [target]
         if node.op == "get_attr" and "." in target and target in dict(skeleton.named_parameters()):
             return [target.rpartition(".")[0]]
@@ -159,19 +169,31 @@ def head_of(hne: HierarchicalEnsemble) -> list[str]:
     )
 
 
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
-
-
 def _draw(
     hne: HierarchicalEnsemble, keys: Iterable[str], architecture: Architecture, seed: int
 ) -> None:
-    """Fill tensors as `init: fresh` does: branch `i` from network `i`, built anew."""
+    """Fill tensors as `init: fresh` does: branch `i` from network `i`, built anew.
+
+    Raises:
+        RecipeError: the builder loads them, so that they are the same in every network.
+    """
     by_branches: dict[int, list[str]] = {}
     for key in keys:
         by_branches.setdefault(hne.branches_of(key), []).append(key)
-    for network in range(max(by_branches, default=0)):
+    architecture = without_weights(architecture)
+    first: State = {}
+    # Two at least, to compare: one alone does not show whether it was drawn.
+    for network in range(max(2, *by_branches)):
         state = built(architecture, seed, network)
+        first = first or {key: state[key] for names in by_branches.values() for key in names}
+        drawn = [key for key, tensor in first.items() if varies(tensor)]
+        if network == 1 and drawn and all(torch.equal(first[key], state[key]) for key in drawn):
+            raise RecipeError(
+                f"model.head=fresh: {str(architecture)!r} loads the weights of its classifier"
+                f" ({drawn[0]!r}) as it is built.",
+                expected="a builder that draws them",
+                next_step="Let it build the network alone, and give the file as model.weights.",
+            )
         for branches, names in by_branches.items():
             if network < branches:
                 leaf = network * (hne.leaves // branches)

@@ -1,13 +1,15 @@
 """A recipe without a file: from a folder of images and the name of a model."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from treeify.errors import DataError
+from treeify.data.image_folders import is_divided
+from treeify.errors import RecipeError
 from treeify.models.architecture import Architecture
-from treeify.models.image_size import example_shape
+from treeify.models.image_size import example_shape, height_and_width, is_size_known
 from treeify.models.skeleton import skeleton
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import recipe_from
@@ -28,9 +30,9 @@ FINE_TUNING: Mapping[str, Any] = {
     "ema": {"decay": 0.999, "warmup": True},
     "batch_size": 64,
     "channels_last": True,
-    "workers": 4,
     "skip_corrupt": 10,
 }
+_SMALL = 64  # pixels; as CIFAR's and Fashion-MNIST's recipes augment
 
 
 def folder_recipe(
@@ -38,61 +40,65 @@ def folder_recipe(
     model: str,
     *,
     pretrained: bool = False,
+    weights: Path | None = None,
+    size: tuple[int, int] | None = None,
     epochs: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Recipe:
     """The recipe that trains a model on a folder of images, with as many classes as it has.
 
     Args:
-        folder: images in `folder/train/CLASS/*` and, held out, `folder/val/CLASS/*`.
+        folder: images in `folder/train/CLASS/*` and, held out, `folder/val/CLASS/*`; of
+            `folder/CLASS/*` a fifth is held out.
         model: name of the base model.
         pretrained: begin with its trained weights, in every branch with noise (`init: perturb`).
+        weights: begin with trained weights of your own, likewise: a file, or the directory of an
+            ensemble or a run.
+        size: height and width of the images; by default what the model is usually fed. Images of at
+            most 64 pixels are cropped at random within a border, and not augmented otherwise.
         epochs: how many; a tenth of them warms up.
         overrides: `key.path=value`, as for a recipe's file.
 
     Raises:
         DataError: the folders are not there.
         ModelError: the model is unknown.
-        RecipeError: an override is wrong.
+        RecipeError: an override is wrong, or nothing says which size a model of your own takes.
     """
-    _check_parts(folder)
+    is_divided(folder)  # what is no folder of images is refused before the model is built
     name = re.sub(r"[^\w.-]+", "_", f"{folder.resolve().name}_{model}").lstrip(".-")
     architecture = Architecture(model)
-    height = example_shape(skeleton(architecture), architecture)[1]
+    network = skeleton(architecture)
+    if size is None and not any(override.startswith("data.size=") for override in overrides):
+        if not is_size_known(network, architecture):
+            raise RecipeError(
+                f"nothing says which size of images {model} takes.",
+                expected="--input-size, e.g. --input-size 224 or 96x160",
+                next_step="It is the size that its weights were trained with.",
+            )
+        size = height_and_width(example_shape(network, architecture)[1:])
+    data: dict[str, Any] = {**FINE_TUNING["data"], "root": str(folder)}
+    if size is not None:
+        data["size"] = list(size)
+        if max(size) <= _SMALL:
+            data = {"name": data["name"], "root": data["root"], "size": data["size"]}
+            data["crop_padding"] = max(size) // 8
     values: dict[str, Any] = {
         **FINE_TUNING,
         "name": name or "folder",
         "model": {**FINE_TUNING["model"], "name": model},
-        "data": {**FINE_TUNING["data"], "root": str(folder), "size": height},
+        "data": data,
+        # A core is left to train on.
+        "workers": min(4, (os.cpu_count() or 1) - 1),
     }
+    if weights is not None:
+        values["model"] |= {"weights": str(weights)}
     if pretrained:
         values["model"] |= {"pretrained": True, "init": "perturb"}
-        if ":" not in model:
-            values["data"]["like"] = model
+        if ":" not in model and "crop_padding" not in data:
+            data["like"] = model
     if epochs is not None:
         values["schedule"] = {"epochs": epochs, "warmup_epochs": min(2.0, epochs / 10)}
     subject = f"the recipe for {str(folder)!r}"
     recipe = recipe_from(values, overrides, subject)
     values["model"]["kwargs"] = {"num_classes": len(recipe.data.load().classes)}
     return recipe_from(values, overrides, subject)
-
-
-def _check_parts(folder: Path) -> None:
-    """Raise DataError unless a folder has one of images to train on and one of those held out."""
-    if all((folder / part).is_dir() for part in ("train", "val")):
-        return
-    names = sorted(path.name for path in folder.glob("[!.]*/"))
-    inside = "no such directory" if not folder.is_dir() else "no folders in it"
-    if names:
-        inside = f"the folders {', '.join(map(repr, names[:5]))}{', ...' * (len(names) > 5)}"
-    some = "one in five of each class, say"
-    next_step = f"Move all classes into 'train', and then images into 'val': {some}."
-    if "train" in names:
-        next_step = f"Rename the folder of images held out to 'val', or make one: {some}."
-    raise DataError(
-        f"{str(folder)!r} is not divided into images to train on and images held out.",
-        expected=f"folders {str(folder / 'train' / 'CLASS')!r} and"
-        f" {str(folder / 'val' / 'CLASS')!r} for each class",
-        found=inside,
-        next_step=next_step if names else None,
-    )

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from treeify.data import Data, Examples, UnreadableImageError
-from treeify.errors import DataError
+from treeify.errors import DataError, joined
 from treeify.seeds import seed_of
 
 
@@ -228,11 +228,10 @@ def noting(batches: Iterable[Batch], skipped: set[str]) -> Iterator[Batch]:
 def check_skipped(skipped: Collection[str], allowed: int) -> None:
     """Raise DataError if more images could not be read than a recipe allows."""
     if len(skipped) > allowed:
-        paths = sorted(skipped)[:5]
         raise DataError(
             f"{len(skipped)} image{'s'[: len(skipped) > 1]} cannot be read.",
             expected=f"at most {allowed} (skip_corrupt)",
-            found=", ".join(paths) + (", ..." if len(skipped) > len(paths) else ""),
+            found=joined(sorted(skipped), 5),
             next_step="Replace or remove them, or allow more: skip_corrupt=100.",
         )
 

@@ -12,6 +12,7 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data, Preparation
 from treeify.engine.preserve import preserve_buffers, preserve_modes
 from treeify.errors import CheckpointError, DataError, InputError, ModelError, RecipeError, quoted
+from treeify.evaluation.metrics import placed
 from treeify.models.architecture import Architecture
 from treeify.models.image_size import input_channels
 from treeify.models.skeleton import skeleton
@@ -56,13 +57,16 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
             torch.manual_seed(recipe.seed)
             base = architecture.build(pretrained=True)
     image = data.example()
+    is_float = image.is_floating_point()
+    # Floats become what the model computes with, also in training; integers are no images.
+    example = image[None].to(torch.get_default_dtype() if is_float else image.dtype)
     convert = partial(
         hierarchicalize,
         base,
         splits=model.splits,
         fanout=model.fanout,
         seed=recipe.seed,
-        example_input=image[None],
+        example_input=example,
         weights=model.weights,
         trust=model.trust,
     )
@@ -70,11 +74,14 @@ def build(recipe: Recipe, data: Data) -> HierarchicalEnsemble:
         hne = convert(init=model.init)
     except InputError as error:
         raise RecipeError(
-            f"the model does not run on the data's images, of shape {tuple(image.shape)}.",
-            expected="channels and a size that the model takes",
+            f"the model does not run on the data's images, of shape {tuple(image.shape)} and"
+            f" {image.dtype}.",
+            expected="channels, a size and a type of numbers that the model takes",
             found=str(error).splitlines()[0],
             next_step="Set data.channels and data.size, or the model's arguments, e.g."
-            f" model.kwargs.in_chans={len(image)}.",
+            f" model.kwargs.in_chans={len(image)}."
+            if is_float
+            else "Give floats: image.float() / 255, normalised.",
         ) from error
     fine_tuning.initialise(hne, model, recipe.seed, partial(convert, init="copy"))
     return hne
@@ -103,6 +110,17 @@ def as_saved(hne: HierarchicalEnsemble, section: DataRecipe, data: Data) -> Data
             next_step="Name the classes, or their folders, as they were.",
         )
     return data
+
+
+def other_classes(hne: HierarchicalEnsemble, data: Data, model: ModelRecipe) -> str | None:
+    """Says so where a new run begins with a classifier of other classes than the data's."""
+    classes = None if hne.preparation is None else hne.preparation.classes
+    if classes is None or classes == data.classes or model.head == "fresh":
+        return None
+    return (
+        f"The weights tell apart {quoted(classes)}, and the data have {quoted(data.classes)}:"
+        " to draw the classifier anew, set model.head=fresh."
+    )
 
 
 def remember_preparation(hne: HierarchicalEnsemble, data: Data) -> None:
@@ -137,6 +155,7 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
 
     Raises:
         DataError: there is one class only.
+        InputError: the images are integers, which the model cannot compute with.
         RecipeError: there is not one logit for each class.
     """
     if len(data.classes) < 2:
@@ -146,10 +165,9 @@ def check_classes(hne: HierarchicalEnsemble, data: Data) -> None:
             found=", ".join(data.classes) or "none",
             next_step="Add a class of images of anything else.",
         )
-    image = data.example()
-    first = next(hne.parameters())
+    x = placed(data.example()[None], hne)
     with preserve_modes(hne):
-        output = hne.eval()(image[None].to(first.device, first.dtype), leaves=1)
+        output = hne.eval()(x, leaves=1)
     if not isinstance(output, Tensor):
         raise RecipeError(
             "the model does not return logits.",
@@ -173,8 +191,7 @@ def fewest_images(hne: HierarchicalEnsemble, data: Data) -> int:
 
     Batch norms do whose features are of one pixel: one value has no variance.
     """
-    image, first = data.example(), next(hne.parameters())
-    x = image[None].to(first.device, first.dtype)
+    x = placed(data.example()[None], hne)
     with preserve_modes(hne), preserve_buffers(hne), torch.random.fork_rng(devices=[]):
         hne.train()
         try:
@@ -220,8 +237,8 @@ def choose_execution(
     hne.execution = recipe.execution
     if recipe.tune and not hne.tunings:
         _set_memory_format(hne, recipe)  # what tuning compares other plans with
-        image, first = data.example(), next(hne.parameters())
-        x = image[None].expand(images, *image.shape).to(first.device, first.dtype)
+        image = data.example()
+        x = placed(image[None].expand(images, *image.shape), hne)
         if team.index == 0:
             for training in (True, False):
                 hne.tune(x, training=training)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import (
     Field,
     JsonValue,
     NonNegativeFloat,
     PositiveFloat,
-    PositiveInt,
     field_validator,
     model_validator,
 )
@@ -17,7 +16,7 @@ from pydantic_core import PydanticCustomError
 from timm.optim import get_optimizer_info, list_optimizers
 
 from treeify.errors import nearest
-from treeify.training.sections import Section
+from treeify.training.sections import Count, Rate, Section
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -45,12 +44,12 @@ class OptimizerRecipe(Section):
     """
 
     name: str = "momentum"
-    lr: PositiveFloat = 0.1
+    lr: Annotated[Rate, Field(gt=0)] = 0.1
     momentum: float = Field(default=0.9, ge=0, lt=1)
-    weight_decay: NonNegativeFloat = 5e-4
+    weight_decay: Rate = 5e-4
     filter_bias_and_bn: bool = False
     layer_decay: float | None = Field(default=None, gt=0, le=1)
-    level_rates: list[PositiveFloat] | None = None
+    level_rates: list[Annotated[Rate, Field(gt=0)]] | None = None
     options: dict[str, JsonValue] = Field(default={})
     clip_grad: PositiveFloat | None = None
     clip_mode: Literal["norm", "value", "agc"] = "norm"
@@ -92,11 +91,11 @@ class ScheduleRecipe(Section):
     name: Literal["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant"] = (
         "cosine"
     )
-    epochs: PositiveInt
+    epochs: Count
     warmup_epochs: NonNegativeFloat = 0.0
-    warmup_lr: NonNegativeFloat = 1e-5
-    min_lr: NonNegativeFloat = 0.0
-    extended: list[PositiveInt] = Field(default=[])
+    warmup_lr: Rate = 1e-5
+    min_lr: Rate = 0.0
+    extended: list[Count] = Field(default=[])
     options: dict[str, JsonValue] = Field(default={})
 
     @model_validator(mode="after")

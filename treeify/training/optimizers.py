@@ -12,7 +12,7 @@ from torch import Tensor
 
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.errors import RecipeError
-from treeify.training.fine_tuning import level_names, level_of
+from treeify.training.fine_tuning import frozen_at_random, level_names, level_of
 from treeify.training.optimization_recipe import OptimizerRecipe, ScheduleRecipe
 from treeify.training.recipe import Recipe
 
@@ -139,6 +139,8 @@ def doubts(recipe: Recipe, steps_per_epoch: int) -> Iterator[str]:
     if text := cliff(schedule, recipe.optimizer.lr, steps_per_epoch):
         yield text
     if recipe.ema and (text := recipe.ema.outlasts(schedule.epochs * steps_per_epoch)):
+        yield text
+    if text := frozen_at_random(recipe.model):
         yield text
 
 

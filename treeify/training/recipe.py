@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import (
     Field,
@@ -12,19 +11,18 @@ from pydantic import (
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
-    PositiveInt,
     ValidationError,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 from timm.utils.misc import natural_key
 
 from treeify.data import SOURCES, Data
+from treeify.errors import RecipeError
 from treeify.losses import LOSSES
-from treeify.registry import Registry
+from treeify.registry import FilePath, PathOrName, Registry
 from treeify.training.optimization_recipe import EmaRecipe, OptimizerRecipe, ScheduleRecipe
-from treeify.training.sections import Named, Section, options_of
+from treeify.training.sections import Count, Cpus, Named, Section, options_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -142,7 +140,7 @@ class ModelRecipe(Section):
     name: str
     kwargs: dict[str, JsonValue] = Field(default={})
     pretrained: bool = False
-    weights: str | None = None
+    weights: FilePath | None = None
     trust: bool = False
     splits: NonNegativeInt | list[str] = 4
     fanout: int = Field(default=2, ge=2)
@@ -150,12 +148,6 @@ class ModelRecipe(Section):
     head: Literal["keep", "fresh"] = "keep"
     freeze: list[str] = Field(default=[])
     freeze_norms: bool = False
-
-    @field_validator("weights")
-    @classmethod
-    def _from_anywhere(cls, weights: str | None) -> str | None:
-        # The run's own recipe is read from other directories than this one.
-        return None if weights is None else str(Path(weights).expanduser().absolute())
 
     @model_validator(mode="after")
     def _freezes_norms_of_something(self) -> Self:
@@ -210,7 +202,7 @@ class TeacherRecipe(Section):
         temperature: `T`, dividing the logits of teacher and students.
     """
 
-    name: str
+    name: PathOrName
     kwargs: dict[str, JsonValue] = Field(default={})
     trust: bool = False
     weight: PositiveFloat = 1.0
@@ -226,7 +218,7 @@ class CheckpointsRecipe(Section):
     """
 
     minutes: PositiveFloat = 10.0
-    keep: PositiveInt = 2
+    keep: Count = 2
 
 
 class Recipe(Section):
@@ -270,8 +262,8 @@ class Recipe(Section):
     loss: LossRecipe
     optimizer: OptimizerRecipe = OptimizerRecipe()
     schedule: ScheduleRecipe
-    batch_size: PositiveInt = 128
-    gradient_accumulation: PositiveInt = 1
+    batch_size: Count = 128
+    gradient_accumulation: Count = 1
     mix: MixRecipe | None = None
     ema: EmaRecipe | None = None
     teacher: TeacherRecipe | None = None
@@ -284,15 +276,19 @@ class Recipe(Section):
     skip_corrupt: NonNegativeInt = 0
     trackers: list[str] = Field(default=[])
     seed: NonNegativeInt = 0
-    workers: NonNegativeInt = 0
+    workers: Cpus = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     channels_last: bool = False
-    threads: PositiveInt | None = None
+    threads: Annotated[Cpus, Field(gt=0)] | None = None
     out: str | None = None
 
 
 def longer(recipe: Recipe, epochs: int) -> Recipe:
-    """A recipe of more epochs; the schedule of those it had stays what it was."""
+    """A recipe of more epochs; the schedule of those it had stays what it was.
+
+    Raises:
+        RecipeError: that is no number of epochs.
+    """
     if not epochs:
         return recipe
     schedule = recipe.schedule
@@ -300,4 +296,11 @@ def longer(recipe: Recipe, epochs: int) -> Recipe:
         "epochs": schedule.epochs + epochs,
         "extended": [*schedule.extended, schedule.epochs],
     }
-    return recipe.model_copy(update={"schedule": schedule.model_copy(update=changes)})
+    try:
+        schedule = ScheduleRecipe.model_validate({**schedule.model_dump(), **changes})
+    except ValidationError as error:
+        raise RecipeError(
+            f"a run of {schedule.epochs} epochs cannot have {epochs} more.",
+            expected="a positive number, and at most 1,000,000,000 epochs in all",
+        ) from error
+    return recipe.model_copy(update={"schedule": schedule})

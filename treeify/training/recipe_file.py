@@ -7,6 +7,7 @@ the nearest valid key.
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -14,11 +15,15 @@ import yaml
 from pydantic import ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from treeify.errors import CheckpointError, RecipeError, nearest
+from treeify import files
+from treeify.errors import CheckpointError, RecipeError, nearest, shortened
 from treeify.training.recipe import DataRecipe, Recipe
 from treeify.training.sections import Named, Section, section_in
+from treeify.training.yaml_values import MOST_BYTES, KeyPath, check_keys, keys, parse
 
-KeyPath = tuple[str, ...]
+# How many keys a message lists, and how many recipes one may extend, one the other.
+_SHOWN = 20
+_LONGEST = 20
 
 
 def load_recipe(path: Path | str, overrides: Sequence[str] = ()) -> Recipe:
@@ -131,17 +136,23 @@ def _read(
         RecipeError: it cannot be read, is no YAML, or extends itself.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = files.read_bytes(path, MOST_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
             f"recipe {str(path)!r} cannot be read.",
             expected="a YAML file",
             found=f"{error}" + (f", extended by {str(below[-1])!r}" if below else ""),
         ) from error
+    if len(below) == _LONGEST or any(path.samefile(file) for file in below):
+        chain = " extends ".join(map(str, (*below[-3:], path)))
+        raise RecipeError(
+            f"recipe {str(path)!r} extends itself, or {_LONGEST} others, one the other.",
+            found=("" if len(below) < 4 else "... ") + chain,
+        )
     values, node = _parse(text, str(path))
     origins: dict[KeyPath, str] = {}
     problems = []
-    for key, line in _keys(node):
+    for key, line in keys(node):
         first = origins.get(key)
         origins[key] = f"line {line} of {path.name}" if below else f"line {line}"
         if first is not None:
@@ -150,16 +161,9 @@ def _read(
     if not isinstance(extended, str) or alone:
         if extended is not None:
             expected = "left out of a run's recipe" if alone else "the path of a recipe"
-            problems.append(f"extends should be {expected}; found {extended!r}")
+            problems.append(f"extends should be {expected}; found {shortened(extended)}")
         return values, origins, problems
-    other = path.parent / extended
-    chain = (*below, path)
-    if any(other.resolve() == file.resolve() for file in chain):
-        raise RecipeError(
-            f"recipe {str(other)!r} extends itself.",
-            found=" extends ".join(str(file) for file in (*chain, other)),
-        )
-    base, base_origins, base_problems = _read(other, chain)
+    base, base_origins, base_problems = _read(path.parent / extended, (*below, path))
     return _on_top(base, values), base_origins | origins, base_problems + problems
 
 
@@ -182,24 +186,11 @@ def _is_named(key: str) -> bool:
     return section is not None and issubclass(section, Named)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without surprises in numbers: `1e-4` is one, as in YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$"),
-    list("-+.0123456789"),
-)
-
-
 def _parse(text: str, path: str) -> tuple[dict[str, Any], yaml.Node]:
-    """A YAML mapping and its node, which knows the line of every key."""
-    loader = _Loader(text)
+    """A YAML mapping and its node."""
     try:
-        node = loader.get_single_node()
-        values = None if node is None else loader.construct_document(node)
-    except yaml.YAMLError as error:
+        values, node = parse(text)
+    except ValueError as error:
         raise RecipeError(
             f"recipe {path!r} is not valid YAML.", found=str(error).replace("\n", "\n  ")
         ) from error
@@ -207,24 +198,9 @@ def _parse(text: str, path: str) -> tuple[dict[str, Any], yaml.Node]:
         raise RecipeError(
             f"recipe {path!r} holds no keys.",
             expected="a YAML mapping, e.g. 'name: digits'",
-            found=f"{values!r}",
+            found=shortened(values),
         )
     return values, node
-
-
-def _keys(root: yaml.Node) -> Iterator[tuple[KeyPath, int]]:
-    """Path and line of every key below a node; aliases are followed once."""
-    waiting: list[tuple[yaml.Node, KeyPath]] = [(root, ())]
-    seen: set[int] = set()
-    while waiting:
-        node, path = waiting.pop(0)
-        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        for key, value in node.value:
-            inner = (*path, str(key.value))
-            yield inner, key.start_mark.line + 1
-            waiting.append((value, inner))
 
 
 def _override(
@@ -237,13 +213,15 @@ def _override(
         key, equals, text = override.partition("=")
         path = tuple(key.strip().split("."))
         if not equals or not all(path):
-            problems.append(f"{override!r} is not of the form key.path=value")
+            problems.append(f"{shortened(override)} is not of the form key.path=value")
             continue
         try:
-            parsed.append((path, yaml.load(text, _Loader)))
-        except yaml.YAMLError as error:
-            problems.append(f"the value of {override!r} is not valid YAML: {error}")
+            value, node = parse(text)
+            check_keys(node)
+        except ValueError as error:
+            problems.append(f"the value of {shortened(override)} is not valid YAML: {error}")
             continue
+        parsed.append((path, value))
         for depth in range(1, len(path)):
             origins.setdefault(path[:depth], "command line")
         origins[path] = "command line"
@@ -261,7 +239,8 @@ def _set(values: dict[str, Any], path: KeyPath, value: object) -> list[str]:
     for depth, part in enumerate(path[:-1], start=1):
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
-            return [f"{'.'.join(path)} cannot be set: {'.'.join(path[:depth])} is {values!r}"]
+            above = ".".join(path[:depth])
+            return [f"{'.'.join(path)} cannot be set: {above} is {shortened(values)}"]
     values[path[-1]] = value
     return []
 
@@ -304,7 +283,7 @@ def _problems(
     for error in errors:
         by_key.setdefault(_key_path(error, values), []).append(error)
     lines = []
-    for key, alternatives in by_key.items():
+    for key, alternatives in islice(by_key.items(), _SHOWN):
         first = alternatives[0]
         kind = first["type"]
         if kind == "extra_forbidden":
@@ -314,8 +293,10 @@ def _problems(
         else:
             # pydantic's messages begin "Input should be ...", "String should match ...".
             rules = [re.sub(r"^\w+ should ", "", error["msg"]) for error in alternatives]
-            text = f"should {' or '.join(dict.fromkeys(rules))}; found {first['input']!r}"
+            text = f"should {' or '.join(dict.fromkeys(rules))}; found {shortened(first['input'])}"
         lines.append(f"{_shown(key, origins)}: {text}")
+    if (more := len(by_key) - _SHOWN) > 0:
+        lines.append(f"and {more:,} more keys")
     return lines
 
 

@@ -3,6 +3,7 @@
     recipe.yaml                   the recipe with every default filled in
     environment.json              versions, machine and commit
     metrics.jsonl                 one line per finished epoch
+    treeify.lock                  while a process trains here
     checkpoints/
       step-00000360-epoch-0015/   an ensemble, as `treeify.load` reads it
         trainer.json              how far the run is, see `run_state`, ...
@@ -24,24 +25,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter
-from safetensors import SafetensorError, safe_open
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 
 from treeify import files
-from treeify.conversion import checkpoint
+from treeify.conversion import checkpoint, saving
 from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.conversion.saved_config import CONFIG, EMA, LAST, WEIGHTS, read_config
+from treeify.conversion.saved_config import EMA, LAST, check_files, read_config
 from treeify.errors import CheckpointError
-from treeify.training import state_file
+from treeify.training import metrics_file, run_lock, state_file
 from treeify.training.environment import Environment
-from treeify.training.events import EPOCH, Epoch
+from treeify.training.events import Epoch
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import dump_recipe, load_recipe
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from treeify.training.run_lock import Lock
 
 RECIPE, ENVIRONMENT, METRICS = "recipe.yaml", "environment.json", "metrics.jsonl"
 STATES, BEST = "checkpoints", "best"
@@ -63,14 +60,24 @@ class SavedState:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Writes and reads the files of one run, in a directory that exists."""
+    """Writes and reads the files of one run, in a directory that exists.
+
+    Args:
+        path: of the directory.
+        lock: of the process that trains there; without it, nothing may be written.
+    """
 
     path: Path
+    lock: Lock | None = None
 
     def describe(self, recipe: Recipe, device: torch.device) -> None:
-        """Write what is run and where."""
+        """Write what is run and where, in the place of an earlier run; other files stay."""
         text = json.dumps(asdict(Environment.of(device)), indent=2) + "\n"
         with self._writing():
+            if is_run(self.path):
+                # The two files below are replaced: killed on the way, this is still a run.
+                for name in (*CHECKPOINTS, STATES, METRICS):
+                    files.remove(self.path / name)
             files.replace_text(self.path / RECIPE, dump_recipe(recipe))
             files.replace_text(self.path / ENVIRONMENT, text)
 
@@ -80,9 +87,12 @@ class RunDirectory:
             files.replace_text(self.path / RECIPE, dump_recipe(recipe))
 
     def environment(self) -> Environment:
-        """What `describe` wrote."""
-        text = (self.path / ENVIRONMENT).read_text(encoding="utf-8")
-        return TypeAdapter(Environment).validate_json(text)
+        """What `describe` wrote; CheckpointError if it is damaged."""
+        file = self.path / ENVIRONMENT
+        try:
+            return TypeAdapter(Environment).validate_json(file.read_bytes())
+        except (OSError, ValidationError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
 
     def append_metrics(self, epoch: Epoch) -> None:
         """Add a line to `metrics.jsonl`."""
@@ -90,13 +100,14 @@ class RunDirectory:
             files.append_line(self.path / METRICS, json.dumps(asdict(epoch)))
 
     def metrics(self) -> list[Epoch]:
-        """The lines of `metrics.jsonl`; one that was cut off is not among them."""
-        file = self.path / METRICS
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-        epochs: list[Epoch] = []
-        with contextlib.suppress(json.JSONDecodeError):
-            epochs.extend(EPOCH.validate_python(json.loads(line)) for line in lines)
-        return epochs
+        """The epochs in `metrics.jsonl` that can be read."""
+        return [row.epoch for row in metrics_file.read_rows(self.path / METRICS)[0]]
+
+    def epoch(self, number: int, levels: int) -> Epoch | None:
+        """One epoch of a tree of so many levels; None if its line is lost."""
+        epochs = [epoch for epoch in self.metrics() if epoch.epoch == number]
+        fitting = [row for row in epochs if len(row.train) == len(row.held_out) == levels]
+        return fitting[0] if fitting else None
 
     def save(
         self,
@@ -114,10 +125,10 @@ class RunDirectory:
         """
 
         def write(draft: Path) -> None:
-            checkpoint.save(hne, draft, overwrite=True)
-            state_file.write_state(draft, state)
+            saving.save(hne, draft)
             if ema is not None:
-                checkpoint.save(ema, draft / EMA)
+                saving.save(ema, draft / EMA)
+            state_file.write_state(draft, state)  # last: it has the checksums of all the others
 
         final = self.path / STATES / state_name(state["step"], state["epochs"])
         with self._writing():
@@ -126,7 +137,9 @@ class RunDirectory:
         # Last: until now the links named one of these.
         for old in self._states()[:-keep]:
             if old.name != state["best"]:
-                shutil.rmtree(old)
+                # What cannot be removed, as a network file system keeps what others read, is
+                # removed another time.
+                shutil.rmtree(old, ignore_errors=True)
 
     def _point(self, path: Path, state: Mapping[str, Any]) -> None:
         files.point(self.path / LAST, path)
@@ -136,6 +149,13 @@ class RunDirectory:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Turn what keeps a file from being written into one message."""
+        if self.lock is None or not self.lock.is_in_place():
+            raise CheckpointError(
+                f"run directory {str(self.path)!r} is not this run's any more.",
+                expected=f"the directory, with {run_lock.LOCK}, in its place until the run ends",
+                found="another one, or none: it was removed, renamed or replaced",
+                next_step="If it is elsewhere now, go on with treeify train --resume DIRECTORY.",
+            )
         try:
             yield
         except (OSError, SafetensorError, CheckpointError) as error:
@@ -152,13 +172,14 @@ class RunDirectory:
     def newest(self, warn: Callable[[str], None]) -> Path | None:
         """The newest undamaged state; None if nothing was saved yet. For one process only.
 
-        Metrics written after it and what killed writers left behind are removed; damaged states are
-        renamed, and `warn` hears about them.
+        Metrics written after it and what killed writers left behind are removed; what is damaged is
+        renamed, and `warn` hears about it.
 
         Raises:
             CheckpointError: every state is damaged, or one cannot be read.
         """
         states = self._states()
+        has_ema = load_recipe(self.path / RECIPE).ema is not None
         for folder, names in (
             (self.path, "|".join(map(re.escape, RUN_FILES))),
             (self.path / STATES, r"step-\d+-epoch-\d+"),
@@ -167,7 +188,7 @@ class RunDirectory:
                 files.remove(draft)
         for path in reversed(states):
             try:
-                state = _undamaged(path)
+                state = _undamaged(path, has_ema=has_ema)
             except _DAMAGE as problem:  # noqa: PERF203 - a few states at most
                 damaged = files.unused(path.with_name(f"damaged-{path.name}"))
                 path.rename(damaged)
@@ -178,7 +199,7 @@ class RunDirectory:
                 # A process that was killed may have written it without pointing to it.
                 with self._writing():
                     self._point(path, state)
-                self._forget_after(state["epochs"])
+                self._mend_metrics(state["epochs"], warn)
                 return path
         if states:
             raise CheckpointError(
@@ -186,14 +207,12 @@ class RunDirectory:
                 found=", ".join(path.name for path in states),
                 next_step="Begin another run: leave --resume out, or copy a state back.",
             )
-        self._forget_after(0)
+        self._mend_metrics(0, warn)
         return None
 
-    def _forget_after(self, epochs: int) -> None:
-        """Remove metrics of epochs that the state to go on from has not finished."""
-        rows = [json.dumps(asdict(row)) + "\n" for row in self.metrics() if row.epoch <= epochs]
+    def _mend_metrics(self, epochs: int, warn: Callable[[str], None]) -> None:
         with self._writing():
-            files.replace_text(self.path / METRICS, "".join(rows))
+            metrics_file.mend(self.path / METRICS, epochs, warn)
 
     def describe_last(self) -> str:
         """Where the run can go on from, for messages."""
@@ -230,32 +249,11 @@ def load_state(path: Path, recipe: Recipe) -> SavedState:
 _DAMAGE = (CheckpointError, FileNotFoundError, ValueError, SafetensorError)
 
 
-def _undamaged(path: Path) -> dict[str, Any]:
+def _undamaged(path: Path, *, has_ema: bool) -> dict[str, Any]:
     """The run's part of a checkpoint; raises one of `_DAMAGE` if any of its files is damaged."""
-    for ensemble in [path, *([path / EMA] if (path / EMA).is_dir() else [])]:
-        json.loads((ensemble / CONFIG).read_text(encoding="utf-8"))
-        # Opening compares the length with the header's; nothing is read that loading reads again.
-        with safe_open(ensemble / WEIGHTS, "pt"):
-            pass
+    for ensemble in (path, path / EMA) if has_ema else (path,):
+        check_files(ensemble)
     return state_file.read_state(path)
-
-
-@contextlib.contextmanager
-def locked(directory: RunDirectory) -> Iterator[None]:
-    """Keep other processes from training in the same directory; CheckpointError if one does."""
-    if fcntl is None:  # Windows locks files by other means: nothing is checked
-        yield
-        return
-    # The system gives up a lock when its process ends, even if killed: no run is locked for ever.
-    with (directory.path / RECIPE).open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise CheckpointError(
-                f"another process trains in {str(directory.path)!r}.",
-                next_step="Wait for it or stop it, then try again.",
-            ) from error
-        yield
 
 
 def recipe_in(path: Path) -> Path:
@@ -298,49 +296,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def free_path(recipe: Recipe, out: Path | str | None, *, overwrite: bool) -> Path:
-    """Where a new run goes: `out`, else the recipe's, else `runs/NAME`, `runs/NAME-2`, ..."""
-    out = out or recipe.out
-    if out is None:
-        return files.unused(Path("runs") / recipe.name)
-    path = Path(out)
-    is_directory = path.is_dir()
-    is_free = not any(path.iterdir()) if is_directory else not path.exists()
-    if not is_free and not (overwrite and is_directory):
-        raise CheckpointError(
-            f"run directory {str(path)!r} is taken.",
-            expected="a directory that is new or empty",
-            next_step="Give another --out, or --overwrite to replace the run in it.",
-        )
-    clashes = [name for name in RUN_FILES if (path / name).exists()]
-    if clashes and not is_run(path):
-        raise CheckpointError(
-            f"{str(path)!r} holds no run, but files that a run would replace.",
-            found=", ".join(clashes),
-            next_step="Give another --out.",
-        )
-    return path
-
-
 def is_run(path: Path) -> bool:
     """Whether a directory holds a run."""
     return all((path / name).is_file() for name in (RECIPE, ENVIRONMENT))
-
-
-def create(path: Path) -> RunDirectory:
-    """Create a run's directory, or remove an earlier run's files from it; other files stay.
-
-    Raises:
-        CheckpointError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"run directory {str(path)!r} cannot be made: {error}",
-            next_step="Give another --out, or run elsewhere.",
-        ) from error
-    if is_run(path):
-        for name in RUN_FILES:
-            files.remove(path / name)
-    return RunDirectory(path)

@@ -6,7 +6,16 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import UnionType
-from typing import TYPE_CHECKING, Any, ClassVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import BaseModel, ConfigDict, Field, create_model, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -16,6 +25,12 @@ from treeify.registry import Registry
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+# A number beyond these is a slip of the finger; the machine might hang over it.
+Count = Annotated[int, Field(gt=0, le=10**9)]
+Cpus = Annotated[int, Field(ge=0, le=1024)]
+Rate = Annotated[float, Field(ge=0, le=1e4)]
 
 
 class Section(BaseModel):

@@ -2,9 +2,11 @@
 
 JSON has neither tensors, nor tuples, nor keys that are numbers: each is written as an object with
 one key that says what it stands for. Optimizers have all three.
+
+The JSON has the checksums of all tensors of a state, those of its ensembles too, and its own: a
+state of which a part is missing, damaged or of another state is found out.
 """
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,18 +16,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from treeify import checksums, files
 from treeify.errors import CheckpointError
 
 VALUES, TENSORS = "trainer.json", "trainer.safetensors"
+_MOST_BYTES = 2**26
 _TENSOR, _PAIRS, _TUPLE = "tensor", "pairs", "tuple"
+# What reading raises where a file is not what `write_state` wrote.
+_DAMAGE = (
+    *(FileNotFoundError, AttributeError, ValueError, KeyError, TypeError, RecursionError),
+    SafetensorError,
+)
 
 
 def write_state(directory: Path, state: Mapping[str, Any]) -> None:
-    """Write nested dicts, lists, numbers, strings and tensors; TypeError for anything else."""
+    """Write a state beside its ensembles, which are there already.
+
+    Args:
+        directory: of the state.
+        state: nested dicts, lists, numbers, strings and tensors.
+
+    Raises:
+        TypeError: there is anything else in it.
+    """
     tensors: dict[str, Tensor] = {}
     plain = _plain(state, tensors)
     save_file(tensors, directory / TENSORS)
-    text = json.dumps(plain, indent=1, allow_nan=True) + "\n"
+    parts = checksums.checksums(directory.rglob("*.safetensors"), directory)
+    text = checksums.seal({**plain, checksums.FILES: parts})
     (directory / VALUES).write_text(text, encoding="utf-8")
     shutil.copymode(directory / VALUES, directory / TENSORS)  # safetensors lets nobody else read it
 
@@ -33,9 +51,12 @@ def write_state(directory: Path, state: Mapping[str, Any]) -> None:
 def read_state(directory: Path) -> dict[str, Any]:
     """What `write_state` wrote, tensors on the CPU; CheckpointError if it is missing or damaged."""
     try:
-        plain = json.loads((directory / VALUES).read_text(encoding="utf-8"))
+        plain = checksums.read_sealed(directory / VALUES, _MOST_BYTES)
+        files.check_regular(directory / TENSORS)
+        for name, checksum in plain.get(checksums.FILES, {}).items():
+            checksums.check_file(directory / name, checksum)
         state: dict[str, Any] = _nested(plain, load_file(directory / TENSORS))
-    except (FileNotFoundError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except _DAMAGE as error:
         raise CheckpointError(
             f"{directory} holds no whole trainer's state: {error}",
             expected=f"{VALUES} and {TENSORS} as treeify train wrote them",

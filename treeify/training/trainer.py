@@ -21,9 +21,9 @@ from treeify.data import Data
 from treeify.engine import timing
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import CheckpointError, RecipeError, TreeifyError
-from treeify.evaluation.metrics import Scores, measure, require_labels
+from treeify.evaluation.metrics import Scores, measure, placed, require_labels
 from treeify.seeds import seed_of
-from treeify.training import distributed, fine_tuning, loaders, optimizers, run_directory
+from treeify.training import claim, distributed, fine_tuning, loaders, optimizers, run_directory
 from treeify.training.distributed import Team, resolve_device
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step, flat
 from treeify.training.interrupt import Interrupt
@@ -34,6 +34,7 @@ from treeify.training.model import (
     choose_execution,
     keep_together,
     load_data,
+    other_classes,
     remember_preparation,
 )
 from treeify.training.objective import Objective, mixed, mixing
@@ -77,8 +78,8 @@ def train(
     Raises:
         RecipeError: the data and the model have different numbers of classes, the device is not
             there, what is frozen is not either, or there is no run to make longer.
-        CheckpointError: the run directory is not empty, the run to resume has another recipe, or a
-            state cannot be written.
+        CheckpointError: the run directory is not empty or another process trains in it, the run to
+            resume has another recipe, or a state cannot be written.
         DataError: the data set cannot be read, too many images cannot, there is one class only, or
             a label is of none.
         DivergedError: the loss became infinite or not a number.
@@ -90,40 +91,37 @@ def train(
     processes = distributed.join(device)
     is_main = processes.is_main_process
     reporter = reporter if reporter is not None and is_main else Reporter()
-    if resume is not None:
-        directory = RunDirectory(Path(resume))
-        run_directory.check_same(directory, recipe)
-        recipe = longer(recipe, more_epochs)
-    else:
-        path = run_directory.free_path(recipe, out, overwrite=overwrite) if is_main else Path()
-        directory = RunDirectory(distributed.broadcast(path))
     with timing.threads(recipe.threads), ExitStack() as stack:
-        # Before `newest` tidies up, which would remove drafts that another process is writing.
-        if resume is not None and is_main:
-            stack.enter_context(run_directory.locked(directory))
+        # Locked before `newest` tidies up, which would remove drafts that another process writes.
+        opened = (
+            claim.claimed(recipe, out, overwrite=overwrite, warn=reporter.warned)
+            if resume is None
+            else claim.resumed(resume, recipe, reporter.warned)
+        )
+        directory = distributed.from_first(lambda: stack.enter_context(opened))
+        recipe = longer(recipe, more_epochs)
         with processes.local_main_process_first():
             data = load_data(recipe)
         saved = None
         if resume is not None:
-            newest = directory.newest(reporter.warned) if is_main else None
-            newest = distributed.broadcast(newest)
+            newest = distributed.from_first(lambda: directory.newest(reporter.warned))
             saved = None if newest is None else run_directory.load_state(newest, recipe)
         if saved is not None:
             data = as_saved(saved.hne, recipe.data, data)
         hne = build(recipe, data) if saved is None else saved.hne
-        fine_tuning.freeze(hne, recipe.model)  # a saved one forgets which norms are in which mode
+        fine_tuning.freeze(hne, recipe.model)  # earlier versions did not save the norms' modes
         check_classes(hne, data)
+        if text := other_classes(hne, data, recipe.model):
+            reporter.warned(text)
         remember_preparation(hne, data)
         trainer = Trainer(recipe, data, hne, device, directory, reporter)
         if saved is not None:
             trainer.load(saved)
         # Only now, when nothing of the recipe can be wrong any more, is an earlier run replaced.
         if is_main and resume is None:
-            run_directory.create(directory.path).describe(recipe, device)
-            stack.enter_context(run_directory.locked(directory))
+            directory.describe(recipe, device)
         elif is_main and more_epochs:
             directory.write_recipe(recipe)
-            stack.enter_context(run_directory.locked(directory))  # it is another file now
             reporter.warned(optimizers.extension(recipe.schedule, trainer.state.optimizer))
         with distributed.explained(directory.describe_last):
             return trainer.fit()
@@ -204,7 +202,7 @@ class Trainer:
     def fit(self) -> Result:
         """Train what is left of the epochs, or until Ctrl-C."""
         distributed.open_trackers(self.accelerator, self.recipe)
-        epoch = self.directory.metrics()[-1] if self.state.epochs else None
+        epoch = self.directory.epoch(self.state.epochs, self.hne.tree.levels)
         self.reporter.started(self._size())
         if not self.state.step:
             for doubt in optimizers.doubts(self.recipe, self.order.steps):
@@ -319,9 +317,8 @@ class Trainer:
         # Dropout and mixing depend on nothing but this, so a resumed step draws the same numbers.
         seed = seed_of("step", self.recipe.seed, self.state.step, part, self.team.index)
         loaders.seed_everything(seed)
-        dtype = next(self.hne.parameters()).dtype
         require_labels(batch.target, len(self.data.classes))
-        images = batch.images.to(self.team.device, dtype, non_blocking=True)
+        images = placed(batch.images, self.hne, non_blocking=True)
         target = batch.target.to(self.team.device, non_blocking=True)
         labels = target
         if self.mix is not None:

@@ -25,6 +25,7 @@ from runner import run
 from safetensors.torch import load_file, save_file
 
 import treeify
+from treeify import checksums
 from treeify.errors import TreeifyError
 from treeify.training.objective import load_teacher
 from treeify.training.recipe import TeacherRecipe
@@ -101,6 +102,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
 class _Evil:
     def __reduce__(self) -> Any:
         return exec, (MODULE,)
+
+
+def unseal(directory: Path) -> None:
+    """Write a saved ensemble as earlier versions did, without checksums: whoever likes, may."""
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    weights, *_ = config.pop(checksums.FILES)
+    config.pop(checksums.SEAL)
+    file.write_text(json.dumps(config))
+    (directory / weights).rename(directory / "model.safetensors")
 
 
 def _changed(directory: Path, **changes: Any) -> None:

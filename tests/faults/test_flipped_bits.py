@@ -13,7 +13,7 @@ from edited import edited
 
 import treeify
 from treeify import checksums
-from treeify.conversion.checkpoint import check_files
+from treeify.conversion.saved_config import check_files
 from treeify.errors import CheckpointError
 from treeify.training.run_directory import RunDirectory
 from treeify.training.state_file import read_state

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import treeify
-from treeify.conversion.checkpoint import CONFIG
+from treeify.conversion.saved_config import CONFIG
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 # What may stand in other places than it should.

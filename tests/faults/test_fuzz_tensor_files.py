@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 import treeify
-from treeify.conversion.checkpoint import WEIGHTS
+from treeify.conversion.saved_config import WEIGHTS
 from treeify.models.load_weights import load_into
 from treeify.models.weights import Weights, read_weights
 

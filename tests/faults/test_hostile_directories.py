@@ -36,6 +36,7 @@ def report(folder: Path) -> dict[tuple[str, str], Any]:
         example_input=torch.zeros(1, 3, 32, 32),
     )
     treeify.save(hne, folder / "harmless")
+    hostile.unseal(folder / "harmless")
     names = hostile.write(folder, folder / "harmless", TESTS / "saved/run")
     Image.new("RGB", (32, 32)).save(folder / "image.png")
     process = subprocess.run(

@@ -24,7 +24,7 @@ from torch import nn
 import treeify
 from treeify.cli.app import main
 from treeify.cli.image_files import image_files
-from treeify.conversion.checkpoint import CONFIG, WEIGHTS
+from treeify.conversion.saved_config import CONFIG, WEIGHTS
 from treeify.data.image_files import UnreadableImageError, open_image
 from treeify.data.tar_images import folders_in_tar
 from treeify.data.webdataset_shards import expanded, webdataset

@@ -17,7 +17,7 @@ import torch
 
 import treeify
 from treeify.anytime.confidence import Budget
-from treeify.conversion.checkpoint import check_files
+from treeify.conversion.saved_config import check_files
 from treeify.conversion.saving import save_measurements
 from treeify.training import run_directory
 from treeify.training.recipe_file import load_recipe

@@ -35,32 +35,32 @@ def test_sealed_values_come_back_and_may_be_sealed_again(tmp_path: Path) -> None
     file = tmp_path / "values.json"
     values = {"files": {}, "text": '"checksum": ', "checksum": "of before", "last": float("inf")}
     file.write_text(checksums.seal(values))
-    read = checksums.read_sealed(file)
+    read = checksums.read_sealed(file, 2**20)
     assert list(read) == ["files", "text", "last", "checksum"]
     assert read["text"] == values["text"]
     file.write_text(checksums.seal(read))
-    assert checksums.read_sealed(file) == read
+    assert checksums.read_sealed(file, 2**20) == read
     file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))  # as some tools copy text
-    assert checksums.read_sealed(file) == read
+    assert checksums.read_sealed(file, 2**20) == read
 
 
 @pytest.mark.parametrize("key", ["files", "checksum"])
 def test_a_sealed_file_without_one_of_its_keys_is_damaged(tmp_path: Path, key: str) -> None:
     file = tmp_path / "values.json"
     file.write_text(checksums.seal({"files": {}, "value": 1}))
-    values = checksums.read_sealed(file)
+    values = checksums.read_sealed(file, 2**20)
     del values[key]
     file.write_text(json.dumps(values, indent=2) + "\n")
     with pytest.raises(CheckpointError, match="not what was written"):
-        checksums.read_sealed(file)
-    assert checksums.read_sealed(file, verify=False) == values
+        checksums.read_sealed(file, 2**20)
+    assert checksums.read_sealed(file, 2**20, verify=False) == values
 
 
 @pytest.mark.parametrize("values", [{"value": 1}, [1], None])
 def test_what_earlier_versions_wrote_is_taken_as_it_is(tmp_path: Path, values: object) -> None:
     file = tmp_path / "values.json"
     file.write_text(json.dumps(values))
-    assert checksums.read_sealed(file) == values
+    assert checksums.read_sealed(file, 2**20) == values
     file.write_text(json.dumps(values)[:-1] + "\x00")
     with pytest.raises(CheckpointError, match="is damaged"):
-        checksums.read_sealed(file)
+        checksums.read_sealed(file, 2**20)

@@ -16,6 +16,7 @@ from treeify import checksums
 from treeify.conversion.saved_config import check_files
 from treeify.errors import CheckpointError
 from treeify.training.run_directory import RunDirectory
+from treeify.training.run_lock import locked
 from treeify.training.state_file import read_state
 from treeify.training.trainer import train
 
@@ -84,9 +85,9 @@ def test_every_bit_of_a_configuration(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     values = {"format": 1, "seconds": [1e-05, 2.5], "name": "caf\u00e9", "files": {"a": "b"}}
     file.write_text(checksums.seal(values))
-    read = checksums.read_sealed(file)
+    read = checksums.read_sealed(file, 2**20)
     assert {key: read[key] for key in values} == values
-    assert not unnoticed(file, lambda: checksums.read_sealed(file), every=True)
+    assert not unnoticed(file, lambda: checksums.read_sealed(file, 2**20), every=True)
 
 
 def test_of_a_state(run: Path) -> None:
@@ -108,6 +109,11 @@ def test_of_a_state(run: Path) -> None:
 
     for name in names:
         assert not unnoticed(newest / name, check), name
+
+
+def newest_of(path: Path, warn: Callable[[str], Any]) -> Path | None:
+    with locked(path, warn) as lock:
+        return RunDirectory(path, lock).newest(warn)
 
 
 def _flip(file: Path) -> None:
@@ -150,7 +156,7 @@ def test_the_state_before_a_damaged_one_is_taken(
     before, newest = sorted((copy / "checkpoints").iterdir())[-2:]
     damage(newest / name)
     warned: list[str] = []
-    assert RunDirectory(copy).newest(warned.append) == before
+    assert newest_of(copy, warned.append) == before
     assert str(newest) in warned[0]
     assert (newest.parent / f"damaged-{newest.name}").is_dir()
     assert (copy / "last").resolve() == before
@@ -163,7 +169,7 @@ def test_a_link_that_names_nothing_is_put_right(run: Path, tmp_path: Path) -> No
     (copy / "last").symlink_to("checkpoints/step-00000000-epoch-0000")
     with pytest.raises(CheckpointError, match="no such directory"):
         treeify.load(copy / "last")
-    assert RunDirectory(copy).newest(pytest.fail) == newest
+    assert newest_of(copy, pytest.fail) == newest
     assert (copy / "last").resolve() == newest
 
 
@@ -177,7 +183,7 @@ def test_a_state_of_an_earlier_version_without_its_average_is_damaged(
             with edited(state / file) as values:
                 del values["files"], values["checksum"]
     shutil.rmtree(newest / "ema")
-    assert RunDirectory(copy).newest(lambda text: None) == before
+    assert newest_of(copy, lambda text: None) == before
 
 
 def test_what_was_changed_on_purpose_is_loaded_without_looking(

@@ -10,6 +10,7 @@ import pytest
 import small
 import torch
 from faults.fuzzing import MANY, edited, edits, fuzzed, outcome
+from hostile import unseal
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
@@ -54,6 +55,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     treeify.save(hne, path / "whole")
     shutil.copytree(path / "whole", path / "damaged")
+    unseal(path / "damaged")  # checksums would refuse every change
     return path
 
 

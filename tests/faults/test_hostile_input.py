@@ -16,12 +16,14 @@ import small
 import torch
 from faults import ensembles
 from faults.fuzzing import assert_readable, limited
+from hostile import unseal
 from PIL import Image
 from runner import run
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import treeify
+from treeify import checksums
 from treeify.cli.app import main
 from treeify.cli.image_files import image_files
 from treeify.conversion.saved_config import CONFIG, WEIGHTS
@@ -269,7 +271,8 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_configuration_that_cannot_be(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
     treeify.save(small.ensemble(), tmp_path / "hne")
     config = json.loads((tmp_path / "hne" / CONFIG).read_text())
-    (tmp_path / "hne" / CONFIG).write_text(json.dumps({**config, **changes}))
+    # Whoever writes such a configuration can write its checksum, too.
+    (tmp_path / "hne" / CONFIG).write_text(checksums.seal({**config, **changes}))
     with limited(), pytest.raises(CheckpointError, match=re.escape(part)) as caught:
         treeify.load(tmp_path / "hne", model=small.build())
     assert_readable(str(caught.value))
@@ -289,6 +292,7 @@ def test_a_configuration_that_is_no_json(tmp_path: Path, text: str) -> None:
 def test_a_tensor_of_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     hne = small.ensemble()
     treeify.save(hne, tmp_path / "hne")
+    unseal(tmp_path / "hne")
     file = tmp_path / "hne" / WEIGHTS
     identity = json.loads((tmp_path / "hne" / CONFIG).read_text())["identity"]
     tensors = load_file(file)

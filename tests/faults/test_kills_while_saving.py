@@ -19,9 +19,10 @@ import treeify
 from treeify.anytime.confidence import Budget
 from treeify.conversion.saved_config import check_files
 from treeify.conversion.saving import save_measurements
-from treeify.training import run_directory
+from treeify.training.claim import claimed
 from treeify.training.recipe_file import load_recipe
 from treeify.training.run_directory import RunDirectory
+from treeify.training.run_lock import locked
 from treeify.training.state_file import read_state
 
 HERE = Path(__file__).parent
@@ -51,6 +52,10 @@ def _measuring(path: Path, ready: Any) -> None:
         save_measurements(hne, path / "hne")
 
 
+def warn(text: str) -> None:
+    """Nobody listens."""
+
+
 def state_of(step: int) -> dict[str, Any]:
     return {"step": step, "epochs": step, "best": None, "momentum": torch.ones(100)}
 
@@ -58,12 +63,13 @@ def state_of(step: int) -> dict[str, Any]:
 def _training(path: Path, ready: Any) -> None:
     """Saves one state after the other, of which two are kept."""
     hne, ema = ensembles()
-    directory = RunDirectory(path / "run")
-    newest = directory.newest(lambda text: None)
-    first = 1 if newest is None else read_state(newest)["step"] + 1
-    ready.set()
-    for number in count(first):
-        directory.save(hne, ema, state_of(number), keep=2)
+    with locked(path / "run", warn) as lock:
+        directory = RunDirectory(path / "run", lock)
+        newest = directory.newest(warn)
+        first = 1 if newest is None else read_state(newest)["step"] + 1
+        ready.set()
+        for number in count(first):
+            directory.save(hne, ema, state_of(number), keep=2)
 
 
 @pytest.fixture
@@ -72,7 +78,8 @@ def place(tmp_path: Path) -> Iterator[Path]:
     treeify.save(ensembles()[0], tmp_path / "hne")
     (tmp_path / "hne" / "notes.txt").write_text("mine")
     recipe = load_recipe(HERE / "kills.yaml")
-    run_directory.create(tmp_path / "run").describe(recipe, torch.device("cpu"))
+    with claimed(recipe, tmp_path / "run", overwrite=False, warn=warn) as directory:
+        directory.describe(recipe, torch.device("cpu"))
     (tmp_path / "run" / "notes.txt").write_text("mine")
     yield tmp_path
     for name in ("hne", "run"):
@@ -112,13 +119,13 @@ def check_measuring(path: Path, seen: list[Any]) -> None:
 
 
 def check_training(path: Path, seen: list[Any]) -> None:
-    directory = RunDirectory(path / "run")
     states = sorted((path / "run" / "checkpoints").glob("step-*"))
     for state in states:  # whatever has its final name is whole
         check_files(state)
         check_files(state / "ema")
         read_state(state)
-    newest = directory.newest(pytest.fail)
+    with locked(path / "run", pytest.fail) as lock:
+        newest = RunDirectory(path / "run", lock).newest(pytest.fail)
     assert newest == (states[-1] if states else None)
     assert newest is None or (path / "run" / "last").resolve() == newest
     seen.append(0 if newest is None else read_state(newest)["step"])
@@ -148,8 +155,9 @@ def test_what_is_left_is_whole(place: Path, kind: str, kills: int) -> None:
     # What the dead left is cleared by the next that saves.
     treeify.save(ensembles()[0], place / "hne", overwrite=True)
     hne, ema = ensembles()
-    for step in (10_000, 10_001):
-        RunDirectory(place / "run").save(hne, ema, state_of(step), keep=2)
+    with locked(place / "run", warn) as lock:
+        for step in (10_000, 10_001):
+            RunDirectory(place / "run", lock).save(hne, ema, state_of(step), keep=2)
     assert len(_names(place / "run" / "checkpoints")) == 2
     names = _names(place / "hne")
     assert names[0] == "config.json"

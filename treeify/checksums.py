@@ -84,7 +84,7 @@ def read_sealed(file: Path, most: int, *, verify: bool = True) -> Any:
         FileNotFoundError: there is no such file.
     """
     try:
-        text = files.read_bytes(file, most).decode()
+        text = files.read_bytes(file, most).decode().replace("\r\n", "\n")
         values = json.loads(text)
     except FileNotFoundError:
         raise

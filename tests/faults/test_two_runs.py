@@ -219,7 +219,7 @@ def test_a_file_system_without_locks_is_warned_of(
 def test_a_place_that_cannot_be_written_to(recipe: Recipe) -> None:
     before = {*Path("/proc/self").iterdir()}
     for out in ("/proc/self/run", "/dev/null/run", "null\0byte", "long" * 100):
-        with pytest.raises(CheckpointError, match="cannot be made|is no path"):
+        with pytest.raises(CheckpointError, match=r"cannot be made|is no path"):
             train(recipe, out=out)
     assert {*Path("/proc/self").iterdir()} == before
 

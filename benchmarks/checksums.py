@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 
 import treeify
-from treeify import checksums
+from treeify.conversion import checksums
 from treeify.training.recipe_file import load_recipe
 from treeify.training.trainer import train
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from treeify import checksums
+from treeify.conversion import checksums
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from runner import run
 from safetensors.torch import load_file, save_file
 
 import treeify
-from treeify import checksums
+from treeify.conversion import checksums
 from treeify.errors import TreeifyError
 from treeify.training.objective import load_teacher
 from treeify.training.recipe import TeacherRecipe

@@ -12,10 +12,7 @@ import treeify
 PACKAGE = Path(treeify.__file__).parent
 
 # The data flow, from plain values to the command line: single files, then rooms.
-FILES = (
-    *("errors", "arguments", "registry", "files", "checksums", "versions", "seeds", "tree"),
-    "losses",
-)
+FILES = ("errors", "arguments", "registry", "files", "seeds", "tree", "losses")
 ROOMS = (
     "models",
     "data",

@@ -110,22 +110,35 @@ def test_a_users_afternoon_from_nothing(tmp_path: Path) -> None:
     )
     assert "Parity with the base architecture holds" in converted
     data = ("--data", "name=image_folder", "--data", "root=photos")
-    before = json.loads(treeify("eval", "converted/shirts_Net", "--json", *data))
+    before = json.loads(treeify("eval", "converted/shirts_Net", "--trust", "--json", *data))
     assert before["scores"][0]["accuracy"] == pytest.approx(original, abs=0.011)
 
     tuning = ("model.splits=[middle,late]", "data.mean=[0.5]", "data.std=[0.5]", "--epochs", "1")
     arguments = ("--data", "photos", "--model", *network, *tuning, "--out", "runs/shirts")
     trained = treeify("train", *arguments)
     assert "Images: 1 x 28 x 28, mean 0.5, std 0.5" in trained
-    after = json.loads(treeify("eval", "runs/shirts", "--weights", "shirts.pth", "--json"))
+    after = json.loads(
+        treeify("eval", "runs/shirts", "--trust", "--weights", "shirts.pth", "--json")
+    )
     assert after["base"]["accuracy"] == pytest.approx(original, abs=0.011)
     assert all(score["accuracy"] > original for score in after["scores"])
 
-    treeify("calibrate", "runs/shirts", "--target-ms", "5")
-    answered = treeify("predict", "runs/shirts", "photos/val/bag/00018.png", "--deadline", "20ms")
+    treeify("calibrate", "runs/shirts", "--trust", "--target-ms", "5")
+    answered = treeify(
+        "predict", "runs/shirts", "--trust", "photos/val/bag/00018.png", "--deadline", "20ms"
+    )
     assert "bag" in answered
     assert "Deadline of 20 ms" in answered
-    treeify("predict", "runs/shirts", "photos/val/boot", "--deadline", "1s", "--csv", "boots.csv")
+    treeify(
+        "predict",
+        "runs/shirts",
+        "--trust",
+        "photos/val/boot",
+        "--deadline",
+        "1s",
+        "--csv",
+        "boots.csv",
+    )
     with (tmp_path / "boots.csv").open() as file:
         labels = [row["label"] for row in csv.DictReader(file)]
     assert labels.count("boot") > 800

@@ -264,7 +264,7 @@ def test_a_class_without_held_out_images_is_said(recipe: Path) -> None:
 def test_a_class_without_training_images_is_named_once() -> None:
     with pytest.raises(DataError) as caught:
         data.image_folder(root="nowhere")
-    assert f"{Path.cwd() / 'nowhere' / 'train'}" in str(caught.value)
+    assert f"{Path.cwd() / 'nowhere'}" in str(caught.value)
     assert "Found no such directory" in str(caught.value)
 
 
@@ -611,7 +611,7 @@ def test_a_run_finds_its_data_from_anywhere(
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert eval_scores(str(directory))["scores"]
     shown = run("eval", str(directory), "--trust", "--data", "root=tiny")
-    assert f"no images to be found in '{tmp_path / 'elsewhere' / 'tiny' / 'train'}'" in shown.output
+    assert f"no images to be found in '{tmp_path / 'elsewhere' / 'tiny'}'" in shown.output
 
 
 def test_a_run_of_an_earlier_version_goes_on_from_where_it_began(recipe: Path) -> None:

@@ -51,7 +51,8 @@ def test_a_folder_of_classes_and_a_pth_are_trained_on_without_a_recipe(here: Pat
     recipe = load_recipe("runs/photos_grey_net_net/recipe.yaml")
     assert recipe.model.init == "perturb"
     assert recipe.data.options["crop_padding"] == 1
-    shown = json.loads(run("eval", "runs/photos_grey_net_net", "--no-latency", "--json").stdout)
+    mine = ("runs/photos_grey_net_net", "--trust")
+    shown = json.loads(run("eval", *mine, "--no-latency", "--json").stdout)
     assert shown["base"]["weights"] == str(here / "net.pth")
     assert shown["split"].startswith("the 4 of 16 images of")
 
@@ -60,10 +61,10 @@ def test_convert_keeps_how_images_of_an_own_model_are_prepared(here: Path) -> No
     arguments = ("grey_net:net", "--weights", "net.pth", "--input-size", "12", "--splits", "1")
     done = run("convert", *arguments, "--mean", "0.5", "--std", "0.25", "--no-verify")
     assert done.exit_code == 0, done.output
-    hne = treeify.load("converted/grey_net_net")
+    hne = treeify.load("converted/grey_net_net", trust=True)
     assert hne.preparation is not None
     assert (hne.preparation.mean, hne.preparation.std) == ((0.5,), (0.25,))
-    shown = run("predict", "converted/grey_net_net", "photos/dark/0.png")
+    shown = run("predict", "converted/grey_net_net", "photos/dark/0.png", "--trust")
     assert shown.exit_code == 0, shown.output
     assert "Images: 1 x 12 x 12, mean 0.5, std 0.25" in shown.output
     alone = run("convert", *arguments, "--mean", "0.5", "--out", "other")

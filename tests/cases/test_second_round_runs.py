@@ -98,7 +98,7 @@ def test_a_warm_up_that_ends_in_a_cliff_is_said(here: Path) -> None:
 
 
 def test_a_loss_that_is_no_number_stops_the_run(here: Path) -> None:
-    options = ("optimizer.lr=1e12", "schedule.epochs=5", "checkpoints.minutes=1e-9")
+    options = ("optimizer.lr=1e4", "schedule.epochs=5", "checkpoints.minutes=1e-9")
     with pytest.raises(DivergedError, match="step"):
         trained(here, *options)
     last = here / "runs/tiny/last"

@@ -10,7 +10,8 @@ import torch
 from edited import edited
 
 import treeify
-from treeify import checksums, files
+from treeify import files
+from treeify.conversion import checksums
 from treeify.errors import CheckpointError
 from treeify.training.state_file import TENSORS, write_state
 

@@ -13,7 +13,7 @@ import torch
 from edited import edited
 
 import treeify
-from treeify import checksums
+from treeify.conversion import checksums
 from treeify.conversion.saved_config import check_files
 from treeify.errors import CheckpointError
 from treeify.training.run_directory import RunDirectory

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import treeify
-from treeify import checksums
+from treeify.conversion import checksums
 from treeify.conversion.saved_config import CONFIG
 
 IMAGES = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))

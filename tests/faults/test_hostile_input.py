@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import treeify
-from treeify import checksums
 from treeify.cli.app import main
 from treeify.cli.image_files import image_files
+from treeify.conversion import checksums
 from treeify.conversion.saved_config import CONFIG, WEIGHTS
 from treeify.data.image_files import UnreadableImageError, open_image
 from treeify.data.tar_images import folders_in_tar

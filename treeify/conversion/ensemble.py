@@ -250,12 +250,7 @@ class HierarchicalEnsemble(PackedTree):
         Source: Ruiz & Verbeek, AAAI 2021, section 3.1.
         """
         begin = time.perf_counter()
-        if sum(limit is not None for limit in (leaves, deadline, confidence)) > 1:
-            raise InputError(
-                "several limits were given.",
-                expected="leaves, deadline or confidence",
-                next_step="Give one of them.",
-            )
+        _require_one_limit(leaves, deadline, confidence)
         if observe is not None:
             require_callable("observe", observe, "an answer and the positions of its images")
         observer: Observer = observe or (lambda answer, images: None)
@@ -297,12 +292,7 @@ class HierarchicalEnsemble(PackedTree):
             InputError: the input does not fit, or the ensemble is in training mode.
         """
         self.check_input(x)
-        if self.training:
-            raise InputError(
-                "anytime inference needs running statistics, not those of the batch.",
-                expected="an ensemble in evaluation mode",
-                next_step="Call hne.eval() first.",
-            )
+        _require_evaluation(self)
         with torch.no_grad():
             plan = self.plan(x)
             return Session(self._program(plan), plan, x, self.count_macs)
@@ -368,3 +358,21 @@ class HierarchicalEnsemble(PackedTree):
     def architecture(self) -> Architecture | None:
         """How to build the base model again; None for a module of the user's own."""
         return self._architecture
+
+
+def _require_one_limit(*limits: object) -> None:
+    if sum(limit is not None for limit in limits) > 1:
+        raise InputError(
+            "several limits were given.",
+            expected="leaves, deadline or confidence",
+            next_step="Give one of them.",
+        )
+
+
+def _require_evaluation(hne: HierarchicalEnsemble) -> None:
+    if hne.training:
+        raise InputError(
+            "anytime inference needs running statistics, not those of the batch.",
+            expected="an ensemble in evaluation mode",
+            next_step="Call hne.eval() first.",
+        )

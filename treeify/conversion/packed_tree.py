@@ -84,24 +84,12 @@ class PackedTree(ConvertedModel):
             storage = get_submodule(self, path)
             if hasattr(storage, "inplace"):
                 storage.inplace = True  # type: ignore[assignment]
-        # Without modules: who keeps a report does not want to keep the weights.
-        self._nodes = {
-            training: tuple(
-                replace(decision, module=None)
-                for node, decision in mode.items()
-                if node.op != "placeholder"
-            )
-            for training, mode in decisions.items()
-        }
+        self._nodes = {training: _reported(mode) for training, mode in decisions.items()}
         self._fused = FusedTwin(self._programs[False])
         self._hooks = _hook_tables(self)
         self._planner = Planner(tree.levels)
         self._notes_on_weights: tuple[str, ...] = ()
-        # What the base model's own `train` leaves in evaluation mode, such as frozen batch norms.
-        with undo_side_effects(skeleton):
-            skeleton.train()
-            modules = skeleton.named_modules(remove_duplicate=False)
-            self._evaluating = [path for path, module in modules if not module.training]
+        self._evaluating = _left_evaluating(skeleton)
         self.train(like.training)
         _copy_modes(like, self)  # `train` knows one mode for all; parts may be in another
 
@@ -336,6 +324,23 @@ class PackedTree(ConvertedModel):
             run = partial(_error, self)
             self._input.check_place(x, first.device, run)
             self._input.check_dtype(x, first.dtype, run)
+
+
+def _reported(decisions: Mapping[fx.Node, Decision]) -> tuple[Decision, ...]:
+    """Decisions without modules: who keeps a report does not want to keep the weights."""
+    return tuple(
+        replace(decision, module=None)
+        for node, decision in decisions.items()
+        if node.op != "placeholder"
+    )
+
+
+def _left_evaluating(skeleton: nn.Module) -> list[str]:
+    """What the base model's own `train` leaves in evaluation mode, such as frozen batch norms."""
+    with undo_side_effects(skeleton):
+        skeleton.train()
+        modules = skeleton.named_modules(remove_duplicate=False)
+        return [path for path, module in modules if not module.training]
 
 
 def _error(hne: PackedTree, x: Tensor) -> Exception | None:

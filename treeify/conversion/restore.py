@@ -22,8 +22,8 @@ from treeify.models.memory_limit import MemoryLimit
 from treeify.models.rebuild import rebuild
 from treeify.models.recognise import recognise
 from treeify.models.saved_architecture import saved_architecture
+from treeify.models.versions import MODEL_LIBRARIES, versions_of
 from treeify.tracing.hooks import require_hooks
-from treeify.versions import MODEL_LIBRARIES, versions_of
 
 # Before the names of tensors that are neither parameters nor buffers; no module's path has a space.
 CONSTANT = "constant "

@@ -14,7 +14,8 @@ from typing import Any
 
 from safetensors import safe_open
 
-from treeify import checksums, files
+from treeify import files
+from treeify.conversion import checksums
 from treeify.conversion.config_values import MOST_BYTES, MOST_VALUES, check_values
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.errors import CheckpointError, TreeifyError

@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from treeify import checksums, files
+from treeify import files
 from treeify.arguments import as_path
-from treeify.conversion import checkpoint
+from treeify.conversion import checkpoint, checksums
 from treeify.conversion.ensemble import (
     MEASUREMENTS,
     HierarchicalEnsemble,
@@ -40,7 +40,7 @@ from treeify.data.preparation import PREPARATION, Preparation
 from treeify.errors import CheckpointError
 from treeify.models.fingerprint import fingerprint
 from treeify.models.saved_architecture import without_weights
-from treeify.versions import MODEL_LIBRARIES, versions_of
+from treeify.models.versions import MODEL_LIBRARIES, versions_of
 
 # What killed writers of earlier versions left.
 _OLD_DRAFT = re.compile(rf"({re.escape(WEIGHTS)}|{re.escape(CONFIG)})\.[0-9a-f]{{32}}")

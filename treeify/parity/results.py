@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from treeify import files
 from treeify.errors import DataError
-from treeify.versions import MODEL_LIBRARIES, versions_of
+from treeify.models.versions import MODEL_LIBRARIES, versions_of
 
 SHIPPED = Path(__file__).with_name("coverage.jsonl.xz")
 FULL, REDUCED, META = "full", "reduced", "meta"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from treeify.versions import MODEL_LIBRARIES, versions_of
+from treeify.models.versions import MODEL_LIBRARIES, versions_of
 
 PACKAGES = ("treeify", *MODEL_LIBRARIES, "accelerate", "numpy", "safetensors")
 

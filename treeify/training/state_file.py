@@ -16,7 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from treeify import checksums, files
+from treeify import files
+from treeify.conversion import checksums
 from treeify.errors import CheckpointError
 
 VALUES, TENSORS = "trainer.json", "trainer.safetensors"

@@ -3,7 +3,7 @@
 import torch
 
 import treeify
-from treeify.versions import MODEL_LIBRARIES, versions_of
+from treeify.models.versions import MODEL_LIBRARIES, versions_of
 
 
 def test_versions_are_those_installed_in_the_order_asked_for() -> None:

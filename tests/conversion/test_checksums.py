@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from treeify import checksums
+from treeify.conversion import checksums
 from treeify.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ import io
 import json
 import os
 import pickle
-import resource
+import re
 import shutil
 import sys
 import time
@@ -336,7 +336,9 @@ def main(folder: Path, names: list[str], image: str, ways: list[str]) -> None:
                     "seconds": time.monotonic() - begin,
                 }
             )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which a process has from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    peak = int(re.search(r"VmHWM:\s+(\d+) kB", status)[1])  # type: ignore[index]
     print(json.dumps({"report": report, "peak": peak}))
 
 

@@ -53,7 +53,8 @@ def test_many_runs_of_one_name_get_a_directory_each(recipe: Recipe) -> None:
         thread.join()
     names = {"tiny", *(f"tiny-{number}" for number in range(2, 9))}
     assert {path.name for path in paths} == names
-    assert not Path("runs").exists()  # none of them began
+    # None of them began. Who made `runs` may not be the last to leave it.
+    assert not Path("runs").exists() or not any(Path("runs").iterdir())
 
 
 def test_two_runs_begun_together_are_two_runs(tmp_path: Path) -> None:

@@ -27,4 +27,4 @@ def test_images_are_as_the_model_takes_them(
         folder_recipe(Path("photos"), model).data.options["size"]
         for model in ("oblong_nets:oblong", "test_resnet")
     ]
-    assert sizes == [[16, 24], 160]
+    assert sizes == [[16, 24], [160, 160]]

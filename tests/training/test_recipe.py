@@ -82,5 +82,5 @@ def test_slips_of_the_finger_are_refused(tmp_path: Path, override: str) -> None:
 
 @pytest.mark.parametrize("epochs", [-1, -5, 10**12])
 def test_a_run_cannot_be_made_longer_by_any_number(tmp_path: Path, epochs: int) -> None:
-    with pytest.raises(RecipeError, match="cannot have"):
+    with pytest.raises(RecipeError, match=r"cannot have|no integer in range"):
         longer(runs.recipe(tmp_path), epochs)

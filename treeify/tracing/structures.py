@@ -44,7 +44,7 @@ def construction(value: Mapping[Any, Any]) -> tuple[Callable[..., Any], tuple[An
     A dataclass that is a dict as well, as the outputs of `transformers` are, takes its fields.
     """
     kind: Any = type(value)
-    if is_dataclass(kind):
+    if is_dataclass(type(value)):
         return kind, (), dict(value)
     if isinstance(value, defaultdict):
         factory = value.default_factory

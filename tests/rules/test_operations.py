@@ -10,6 +10,8 @@ from oracle import assert_equals_networks
 from torch import nn
 
 import treeify
+from treeify.conversion.assemble import assemble
+from treeify.conversion.initialize import initial_weights
 from treeify.engine.forms import Form
 
 # Parts of `Around` that every branch has of its own, by where it is split.
@@ -34,9 +36,10 @@ def test_packed_equals_mapped_over_branches(
     torch.manual_seed(seed)
     model = Around(CASES[name]).double()
     example = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
-    hne = treeify.hierarchicalize(
-        model, splits=[f"{where}:{fanout}"], init="perturb", seed=seed, example_input=example
-    )
+    # As saved, since a level of its own needs no weights here.
+    source = initial_weights(model, None, "perturb", seed)
+    splits = [f"{where}:{fanout}"]
+    hne = assemble(model, None, splits, source, example_input=example, saved=True)
     count = data.draw(st.integers(1, fanout))
     x = torch.randn(3, 3, 6, 6, dtype=torch.float64)
     assert_equals_networks(hne, x, count, BRANCHED[where])

@@ -130,7 +130,7 @@ def test_folders_of_parts_are_no_classes(
 def test_the_crop_is_an_option_and_said(tmp_path: Path) -> None:
     make_folders(tmp_path, {"a": 1, "b": 1}, {"a": 1, "b": 1})
     usual = data.image_folder(root=str(tmp_path), size=16).preparation
-    assert "0.875 of the sides cropped" in str(usual)
+    assert "0.875 of the sides kept" in str(usual)
     whole = data.image_folder(root=str(tmp_path), size=16, crop_pct=1.0).preparation
     assert whole.crop_pct == 1
     assert "cropped" not in str(whole)

@@ -106,7 +106,7 @@ class Preparation:
         if self.mean is None or self.std is None:
             return f"{shape}, mean and std unknown ({self.source})"
         mean, std = (" ".join(f"{value:g}" for value in part) for part in (self.mean, self.std))
-        crop = f", {self.crop_pct:.4g} of the sides cropped" if self.crop_pct != 1 else ""
+        crop = f", {self.crop_pct:.4g} of the sides kept" if self.crop_pct != 1 else ""
         return f"{shape}, mean {mean}, std {std}{crop} ({self.source})"
 
     def __call__(self, image: Image.Image) -> Tensor:

@@ -56,6 +56,7 @@ class Tree:
     fanouts: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        """Take any sequence of integers as fanouts, and refuse what makes no tree."""
         try:
             fanouts = tuple(self.fanouts)
         except TypeError:  # it cannot be gone through

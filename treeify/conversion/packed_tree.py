@@ -256,11 +256,11 @@ class PackedTree(ConvertedModel):
         """
         branches, slot = self.branches_of(key), self._slots[key]
         require_type("packed", packed, Tensor, f"a tensor like {key!r}")
-        whole = get_tensor(self, key)
-        if packed.ndim != whole.ndim or packed.shape[0] != whole.shape[0]:
+        like = get_tensor(self, key)
+        if packed.ndim != like.ndim or packed.shape[0] != like.shape[0]:
             raise InputError(
                 f"the tensor is not packed like {key!r}.",
-                expected=f"as many dims and rows as {described(whole)}",
+                expected=f"as many dims and rows as {described(like)}",
                 found=described(packed),
                 next_step="Give the parameter, its gradient, or an optimizer's state of its shape.",
             )

@@ -92,6 +92,7 @@ class Architecture:
         return f"{self.name}({arguments})" if arguments else self.name
 
     def _failed(self, error: Exception, pretrained: bool) -> ModelError:
+        """What to say where the builder raised something."""
         reason = f"{type(error).__name__}: {error}"
         # urllib's, the operating system's and the model hub's connection errors are all OSErrors.
         if pretrained and isinstance(error, OSError):

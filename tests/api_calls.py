@@ -502,6 +502,7 @@ def _evaluations() -> dict[str, Call]:
                     isinstance(value, tuple) and all(is_int(size, 1) for size in value)
                 ),
             },
+            allowed="does not run on such an image",
         ),
         "budget": Call(
             budget,

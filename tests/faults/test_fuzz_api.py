@@ -92,7 +92,7 @@ def _fuzz(mistake: tuple[str, dict[str, Any]]) -> None:
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
 
-@settings(max_examples=400, suppress_health_check=QUIET, print_blob=True)
+@settings(max_examples=400, suppress_health_check=QUIET, print_blob=True, derandomize=True)
 @given(mistakes())
 def test_a_few_hundred_mistakes(mistake: tuple[str, dict[str, Any]]) -> None:
     _fuzz(mistake)

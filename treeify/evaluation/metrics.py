@@ -300,7 +300,18 @@ def pairs(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def placed(images: Tensor, hne: HierarchicalEnsemble, *, non_blocking: bool = False) -> Tensor:
-    """Images on the ensemble's device, in its dtype if they are floats: integers are no images."""
+    """Images on the ensemble's device, in its dtype if they are floats: integers are no images.
+
+    Raises:
+        InputError: they have no values.
+    """
     like = next(hne.parameters())
+    if images.is_meta and not like.is_meta:
+        raise InputError(
+            "there are no images, only shapes.",
+            expected=f"images, with values, for an ensemble on {like.device}",
+            found=described(images),
+            next_step="Give images that are not on the meta device.",
+        )
     dtype = like.dtype if images.is_floating_point() else images.dtype
     return images.to(like.device, dtype, non_blocking=non_blocking)

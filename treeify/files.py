@@ -4,7 +4,6 @@ A writer that is killed leaves a draft behind, `.NAME.PID-RANDOM`, and nothing e
 """
 
 import errno
-import json
 import os
 import re
 import secrets
@@ -15,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from treeify.errors import CheckpointError
 
@@ -63,19 +61,6 @@ def read_bytes(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
     return content
-
-
-def read_json(path: Path, most: int) -> Any:
-    """The value in a JSON file of at most so many bytes.
-
-    Raises:
-        OSError: there is no such file, it cannot be read, or is larger.
-        ValueError: it is no JSON in UTF-8, or nested beyond any use.
-    """
-    try:
-        return json.loads(read_bytes(path, most).decode())
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
 
 
 def replace_text(path: Path, text: str) -> None:

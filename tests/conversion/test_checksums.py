@@ -64,3 +64,17 @@ def test_what_earlier_versions_wrote_is_taken_as_it_is(tmp_path: Path, values: o
     file.write_text(json.dumps(values)[:-1] + "\x00")
     with pytest.raises(CheckpointError, match="is damaged"):
         checksums.read_sealed(file, 2**20)
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**6, b"\xff", b"{", b""])
+def test_what_is_no_json_is_damaged(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        checksums.read_sealed(tmp_path / "a.json", 10**7)
+
+
+def test_no_more_is_read_than_is_said(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1, 2]")
+    assert checksums.read_sealed(tmp_path / "a.json", 6) == [1, 2]
+    with pytest.raises(CheckpointError, match="larger than 5 bytes"):
+        checksums.read_sealed(tmp_path / "a.json", 5)

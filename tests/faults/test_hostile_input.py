@@ -284,7 +284,7 @@ def test_a_configuration_that_is_no_json(tmp_path: Path, text: str) -> None:
     with limited(), pytest.raises(CheckpointError, match="is damaged"):
         treeify.load(tmp_path)
     (tmp_path / "trainer.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"no whole trainer's state|is damaged"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         read_state(tmp_path)
 
 

@@ -80,7 +80,12 @@ def test_slips_of_the_finger_are_refused(tmp_path: Path, override: str) -> None:
         runs.recipe(tmp_path, override)
 
 
-@pytest.mark.parametrize("epochs", [-1, -5, 10**12])
-def test_a_run_cannot_be_made_longer_by_any_number(tmp_path: Path, epochs: int) -> None:
-    with pytest.raises(RecipeError, match=r"cannot have|no integer in range"):
+@pytest.mark.parametrize(
+    ("epochs", "reason"),
+    [(-1, "no integer in range"), (-5, "no integer in range"), (10**12, "cannot have")],
+)
+def test_a_run_cannot_be_made_longer_by_any_number(
+    tmp_path: Path, epochs: int, reason: str
+) -> None:
+    with pytest.raises(RecipeError, match=reason):
         longer(runs.recipe(tmp_path), epochs)

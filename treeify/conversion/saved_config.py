@@ -3,7 +3,6 @@
 Nothing that it names is imported, opened or called here, and no link is followed out of its folder.
 """
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import safe_open
 
 from treeify import files
@@ -123,20 +123,13 @@ def check_weights_file(file: Path, *, trust: bool = False) -> None:
     if not trust:
         files.require_inside(file, file.parent)
     # A file with holes may say that it is as large as it likes.
-    memory = _memory()
+    memory = psutil.virtual_memory().total
     if (size := file.stat().st_size) > memory:
         raise CheckpointError(
             f"{file} does not fit into memory.",
             expected=f"at most the {memory:,} bytes of this machine",
             found=f"{size:,} bytes",
         )
-
-
-def _memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):  # Windows
-        return 2**63
 
 
 def weights_in(path: Path, config: Mapping[str, Any]) -> tuple[Path, str | None]:

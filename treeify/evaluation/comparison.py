@@ -11,8 +11,7 @@ from treeify.arguments import require_type
 from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.conversion.trained import load_trained
 from treeify.engine.packed_tensors import named_tensors
-from treeify.errors import DataError
-from treeify.evaluation.metrics import Batch, Score, Scores, measure, require_answers
+from treeify.evaluation.metrics import Batch, Score, Scores, measure, require_answers, require_some
 from treeify.losses import nested_logits
 from treeify.tree import Tree
 
@@ -77,13 +76,7 @@ class Gains:
         Raises:
             DataError: no image was counted.
         """
-        if not self.images:
-            raise DataError(
-                "there are no images to measure accuracy on.",
-                expected="at least one batch",
-                found="none",
-                next_step="Check the data's held-out part.",
-            )
+        require_some(self.images)
         mean, square = self._gained / self.images, self._changed / self.images
         errors = ((square - mean.square()).clamp(min=0) / self.images).sqrt()
         sizes = self.tree.nested_sizes

@@ -163,13 +163,7 @@ class Scores:
         Raises:
             DataError: no image was counted.
         """
-        if not self.images:
-            raise DataError(
-                "there are no images to measure accuracy on.",
-                expected="at least one batch",
-                found="none",
-                next_step="Check the data's held-out part.",
-            )
+        require_some(self.images)
         totals = self.state_dict()
         gaps = (totals["bin_confidence"] - totals["bin_correct"]).abs().sum(-1)
         sums = [100 * totals["correct"], totals["nll"], 100 * gaps, totals["std"]]
@@ -181,6 +175,17 @@ class Scores:
     def leaf_accuracy(self) -> tuple[float, ...]:
         """Of every single leaf by itself, in percent."""
         return tuple((100 * self.state_dict()["leaf_correct"] / self.images).tolist())
+
+
+def require_some(images: int) -> None:
+    """Raise DataError where no image was counted."""
+    if not images:
+        raise DataError(
+            "there are no images to measure accuracy on.",
+            expected="at least one batch",
+            found="none",
+            next_step="Check the data's held-out part.",
+        )
 
 
 def require_answers(logits: Tensor, target: Tensor, tree: Tree) -> None:

@@ -199,3 +199,9 @@ def test_a_label_of_no_class_is_refused(label: int) -> None:
     hne = small.ensemble()
     with pytest.raises(DataError, match="5 classes"):
         measure(hne, [(small.images(), torch.tensor([0, 5]))])
+
+
+def test_shapes_without_values_are_no_images() -> None:
+    hne, target = small.ensemble(), torch.tensor([0, 1, 2])
+    with pytest.raises(InputError, match="only shapes"):
+        measure(hne, [(small.images(3).to("meta"), target)])

@@ -23,7 +23,7 @@ from treeify.cli.options import (
     whole_numbers,
 )
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import checkpoint_in, recipe_of
+from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.conversion import checkpoint
 from treeify.deploy.exported import looks_exported
 from treeify.deploy.exporter import Progress, check_writable, require_packages
@@ -107,6 +107,8 @@ def export(
     console = Console(quiet=as_json)
     with console.status("loading"):
         hne = checkpoint.load(path, trust=trust).eval()
+        if hne.preparation is None and len(hne.example) == 3:  # an earlier version saved it
+            hne.preparation = preparation_in(path, trust=trust)
     with _shown(quiet=as_json) as observe:
         exported = write(
             hne,

@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from treeify import files
 from treeify.conversion import saved_config
 from treeify.conversion.saved_config import EMA, read_config, scored_ensemble
-from treeify.data import Data, Preparation
+from treeify.data import Data, Preparation, UnreadableImageError
 from treeify.data.conventions import of_data_set, of_trained_weights
 from treeify.deploy.exported import ExportedEnsemble, looks_exported
-from treeify.errors import CheckpointError, InputError, RecipeError
+from treeify.errors import CheckpointError, DataError, InputError, RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_of_run, data_recipe, values_of_run
@@ -190,6 +193,24 @@ def held_out_data(
             run_section = data_of_run(recipe, trust=trust)
             classes = run_section.classes_of_earlier_runs(data.classes)
     return data if classes is None else data.numbered_by(classes)
+
+
+def training_images(data: Data, count: int) -> Tensor:
+    """Some training images, always the same ones, prepared as in evaluation: `[count, C, H, W]`.
+
+    Those that cannot be read are left out.
+    """
+    total = len(data.train)  # type: ignore[arg-type]
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    images: list[Tensor] = []
+    for index in order.tolist():
+        if len(images) == count:
+            break
+        with suppress(UnreadableImageError):
+            images.append(data.unaugmented(index))
+    if not images:
+        raise DataError("none of the training images can be read.", expected="at least one")
+    return torch.stack(images)
 
 
 def data_for_export(

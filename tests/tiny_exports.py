@@ -216,8 +216,9 @@ def _save(
         "leaf": np.array([1]),
     }
     made = [helper.make_node(kind, reads, [name]) for kind, reads, name in nodes]
-    for leaf in leaves:
-        made.append(helper.make_node("Unsqueeze", [f"scores{leaf}", "leaf"], [f"leaf{leaf}"]))
+    made += [
+        helper.make_node("Unsqueeze", [f"scores{leaf}", "leaf"], [f"leaf{leaf}"]) for leaf in leaves
+    ]
     made.append(helper.make_node("Concat", [f"leaf{leaf}" for leaf in leaves], ["logits"], axis=1))
     made.append(helper.make_node("ArgMax", ["logits"], ["classes"], axis=2, keepdims=0))
     read = {name for node in made for name in node.input}

@@ -1,15 +1,19 @@
 """The runtime's answers are those of the leaves that an export holds."""
 
+import hashlib
 import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import tiny_exports
+import torch
 from numpy.testing import assert_allclose, assert_array_equal
 from tiny_exports import MACS, SIZES, Tiny
 
+from treeify.anytime.session import mean_over_leaves
 from treeify.deploy.runtime import Answer, Anytime, Prediction, _mean
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -174,10 +178,6 @@ def test_outputs_keep_their_structure(tmp_path: Path) -> None:
 
 
 def test_means_are_those_of_pytorch() -> None:
-    import torch
-
-    from treeify.anytime.session import mean_over_leaves
-
     generator = np.random.default_rng(0)
     for shape in ((3, 4, 5), (3, 4), (4,)):
         for dtype in (np.float32, np.float64, np.float16, np.int64, bool):
@@ -194,9 +194,8 @@ def test_threads_share_a_model(model: Anytime, tiny: Tiny) -> None:
     problems: list[object] = []
 
     def work(index: int) -> None:
-        for _ in range(50):
-            if not np.array_equal(model.predict(images[index]), expected[index]):
-                problems.append(index)
+        answers = [model.predict(images[index]) for _ in range(50)]
+        problems.extend(answer for answer in answers if not np.array_equal(answer, expected[index]))
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(8)]
     for thread in threads:
@@ -249,20 +248,19 @@ def test_a_batch_of_one_size(tmp_path: Path) -> None:
 
 
 def test_weights_in_a_file_of_their_own(tiny: Tiny) -> None:
-    import hashlib
-
-    import onnx
-
     images, expected = tiny.images(2), Anytime(tiny.path).predict(tiny.images(2))
     file, data = tiny.path / "step-01.onnx", tiny.path / "step-01.onnx.data"
     step = onnx.load(file)
     onnx.save(step, file, save_as_external_data=True, location=data.name, size_threshold=0)
     manifest = tiny.manifest()
-    for entry, path in ((manifest["steps"][0], file), (manifest["steps"][0] | {}, data)):
-        content = path.read_bytes()
-        entry |= {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
-    manifest["steps"][0]["data"] = {"file": data.name} | {
-        key: entry[key] for key in ("sha256", "bytes")
-    }
+    entries = [
+        {
+            "file": path.name,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "bytes": path.stat().st_size,
+        }
+        for path in (file, data)
+    ]
+    manifest["steps"][0] |= entries[0] | {"data": entries[1]}
     tiny.rewrite(steps=manifest["steps"])
     assert_allclose(Anytime(tiny.path).predict(images), expected, **TOLERANCE)

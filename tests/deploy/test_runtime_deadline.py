@@ -262,7 +262,7 @@ def test_damaged_rows(model: Anytime, tiny: Tiny, key: str, value: object) -> No
     row = values["latencies"][0]
     (row if key in row else row["transitions"][0])[key] = value
     file.write_text(json.dumps(values))
-    with pytest.raises(ExportError, match="latencies.json is damaged"):
+    with pytest.raises(ExportError, match=r"latencies.json is damaged"):
         Anytime(tiny.path, threads=1).predict(IMAGES, deadline=1)
 
 

@@ -62,7 +62,7 @@ def test_files_that_are_not_there(tiny: Tiny, name: str, damage: str) -> None:
         file.mkdir()
     elif damage == "pipe":
         os.mkfifo(file)
-    with pytest.raises(ExportError, match=f"{name} is missing, truncated or exchanged"):
+    with pytest.raises(ExportError, match=rf"{name} is missing, truncated or exchanged"):
         Anytime(tiny.path)
 
 
@@ -95,9 +95,9 @@ def test_links_out_of_the_directory(tiny: Tiny, tmp_path: Path) -> None:
     file = tiny.path / "step-02.onnx"
     file.rename(tmp_path / "elsewhere.onnx")
     file.symlink_to(tmp_path / "elsewhere.onnx")
-    with pytest.raises(ExportError, match="a link that leads to .*elsewhere"):
+    with pytest.raises(ExportError, match=r"a link that leads to .*elsewhere"):
         Anytime(tiny.path)
-    with pytest.raises(ExportError, match="a link that leads to .*elsewhere"):
+    with pytest.raises(ExportError, match=r"a link that leads to .*elsewhere"):
         Anytime(tiny.path, verify=False)
 
 

@@ -1481,9 +1481,7 @@ _SCHEMA = {
         "dtype": _one_of("float16", "float32", "float64", "uint8", "int64"),
     },
     "droppable": _is_flag,
-    "budgets": [
-        {"target_macs": _counts(0), "sizes": [_counts(1)], "thresholds": [_reals(0)]},
-    ],
+    "budgets": [{"target_macs": _counts(0), "sizes": [_counts(1)], "thresholds": [_reals(0)]}],
     "steps": [
         {
             **_FILE,

@@ -84,7 +84,7 @@ def test_an_exchanged_file_is_named_when_it_is_needed(tiny: Tiny, preload: str) 
 
 def test_an_exchanged_file_that_nobody_verifies(tiny: Tiny) -> None:
     (tiny.path / "step-01.onnx").write_bytes(b"no graph at all")
-    with pytest.raises(ExportError, match="step-01.onnx cannot be opened by onnxruntime"):
+    with pytest.raises(ExportError, match=r"step-01.onnx cannot be opened by onnxruntime"):
         Anytime(tiny.path, verify=False)
     (tiny.path / "step-01.onnx").write_bytes((tiny.path / "step-02.onnx").read_bytes())
     with pytest.raises(ExportError, match=r"is not the step that.*\n.*images.*\n.*kept_first"):

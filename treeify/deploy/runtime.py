@@ -21,6 +21,7 @@ import errno
 import hashlib
 import json
 import math
+import mmap
 import os
 import platform
 import re
@@ -201,6 +202,9 @@ class Anytime:
         self._graph(0)
         if preload == "all":
             self._open_ahead(range(count))
+        cores = "all cores" if threads is None else f"{threads} threads"
+        version = f"{engine} {ENGINES[engine].version()}"
+        self._setting = f"{_machine()}, {version}, {cores}{'' if spinning else ', not spinning'}"
 
     def session(self, images: Array) -> "Session":
         """Anytime inference on a batch, to be advanced, stopped and resumed as you like.
@@ -435,11 +439,7 @@ class Anytime:
 
     def _situation(self, images: Array) -> str:
         """What latencies are of: the images' shape, the machine, the engine and its threads."""
-        threads = "all cores" if self.threads is None else f"{self.threads} threads"
-        engine = f"{self.engine} {ENGINES[self.engine].version()}"
-        shape = f"{'x'.join(map(str, images.shape))} {images.dtype}"
-        waiting = [] if self.spinning else ["not spinning"]
-        return ", ".join([shape, _machine(), engine, threads, *waiting])
+        return f"{'x'.join(map(str, images.shape))} {images.dtype}, {self._setting}"
 
     def _advance_until(
         self, session: "Session", deadline: float, begin: float, observe: Observer | None
@@ -1103,9 +1103,9 @@ class OpenVinoGraph:
         except IndexError:
             request = self._compiled.create_infer_request()
         results = request.infer(arrays, share_inputs=True)
-        arrays_out = [results[name] for name in outputs]
+        values = [results[name] for name in outputs]
         self._idle.append(request)
-        return arrays_out
+        return values
 
 
 ENGINES: dict[str, type[Graph]] = {"onnxruntime": OnnxRuntimeGraph, "openvino": OpenVinoGraph}
@@ -1137,13 +1137,13 @@ def _open_graph(model: Anytime, step: Step) -> Graph:
     """Open a step; ExportError where its files are not what was exported."""
     paths = [_check_file(model.path, entry, verify=model.verify) for entry in step.files]
     content: bytes | str = str(paths[0])
-    for entry, path in reversed(list(zip(step.files, paths, strict=True)) if model.verify else []):
-        content = path.read_bytes()
-        found = hashlib.sha256(content).hexdigest()
-        if found != entry["sha256"]:
-            raise _damaged(path, f"SHA-256 {entry['sha256']}", found)
-    if len(paths) > 1:  # which are found by the first one's path
-        content = str(paths[0])
+    for entry, path in zip(step.files, paths, strict=True) if model.verify else ():
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as part:
+            found = hashlib.sha256(part).hexdigest()
+            if found != entry["sha256"]:
+                raise _damaged(path, f"SHA-256 {entry['sha256']}", found)
+            if len(paths) == 1:  # else the weights are found by the graph's path
+                content = bytes(part)
     again = "Copy it again from where it was exported, or export again."
     try:
         graph = ENGINES[model.engine](content, model.threads, spinning=model.spinning)
@@ -1253,7 +1253,7 @@ def _steps_of(manifest: Mapping[str, Any]) -> tuple[list[Step], dict[str, int | 
             batch_dims[entry["name"]] = entry.get("batch_dim")
         files = (row, row["data"]) if row.get("data") else (row,)
         needed = [name for name in names if last_reader.get(name, -1) > index]
-        gone = tuple(name for name in batch_dims if last_reader.get(name, -1) <= index)
+        gone = tuple(name for name in batch_dims if last_reader.get(name) == index)
         leaves, fetched = row["leaves"], (*logits, *needed)
         steps.append(Step(files, leaves, logits, reads[index], fetched, gone))
     if not steps or [step.leaves for step in steps] != manifest["sizes"]:

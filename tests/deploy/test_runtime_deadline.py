@@ -60,7 +60,7 @@ def _know(model: Anytime, *seconds: float, margin: float = 1.0, opening: float =
     typical |= {(0, 2): sum(seconds[:2]), (0, 4): sum(seconds)}
     margins = dict.fromkeys(typical, margin)
     situation, openings = model._situation(IMAGES), 3 * (opening,)
-    model.__dict__["latencies"] = {
+    model._measured = {
         situation: Latencies(
             situation, model._checksum, SIZES, openings, 50, typical, typical, margins
         )

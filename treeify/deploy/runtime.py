@@ -34,7 +34,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from itertools import accumulate, pairwise
 from numbers import Real
 from pathlib import Path
@@ -191,6 +191,7 @@ class Anytime:
         digests = " ".join(step.files[0]["sha256"] for step in self._steps)
         self._checksum = hashlib.sha256(digests.encode()).hexdigest()
         self._lock = threading.Lock()
+        self._measured: dict[str, Latencies] | None = None  # as long as nobody has read the file
         self._slowdowns: dict[str, deque[float]] = {}
         self._open_next, count = preload == "next", len(self._steps)
         self._locks = [threading.Lock() for _ in range(count)]
@@ -332,14 +333,16 @@ class Anytime:
         self._slowdowns.pop(situation, None)
         return latencies
 
-    @cached_property
+    @property
     def latencies(self) -> "dict[str, Latencies]":
         """What was measured, here or by earlier processes, by situation.
 
         Raises:
             ExportError: the file that keeps it is damaged.
         """
-        return _read_latencies(self.path)
+        if self._measured is None:
+            self._measured = _read_latencies(self.path)
+        return self._measured
 
     def open(self, file: str | os.PathLike[str] | IO[bytes]) -> NDArray[np.float32]:
         """An image file as a batch of one, `[1, C, H, W]`, prepared as in evaluation.
@@ -391,7 +394,7 @@ class Anytime:
 
     def _check_size(self, leaves: object) -> None:
         """Raise LeafError unless a step ends there."""
-        if leaves in self.sizes and _counts(1)(leaves):
+        if _counts(1)(leaves) and leaves in self.sizes:
             return
         inside = _counts(1)(leaves) and leaves < self.leaves  # type: ignore[operator]
         raise LeafError(
@@ -498,8 +501,8 @@ class Anytime:
         except ExportError as error:
             warnings.warn(f"{error}\n  It is written anew.", stacklevel=3)
             measured = {}
-        measured |= self.__dict__.get("latencies", {}) | {latencies.situation: latencies}
-        self.__dict__["latencies"] = measured
+        measured |= (self._measured or {}) | {latencies.situation: latencies}
+        self._measured = measured
         try:
             _write_latencies(self.path, measured)
         except OSError as error:
@@ -1139,11 +1142,12 @@ def _open_graph(model: Anytime, step: Step) -> Graph:
     content: bytes | str = str(paths[0])
     for entry, path in zip(step.files, paths, strict=True) if model.verify else ():
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as part:
-            found = hashlib.sha256(part).hexdigest()
-            if found != entry["sha256"]:
-                raise _damaged(path, f"SHA-256 {entry['sha256']}", found)
-            if len(paths) == 1:  # else the weights are found by the graph's path
-                content = bytes(part)
+            read: bytes | mmap.mmap = bytes(part) if len(paths) == 1 else part
+            found = hashlib.sha256(read).hexdigest()
+        if found != entry["sha256"]:
+            raise _damaged(path, f"SHA-256 {entry['sha256']}", found)
+        if isinstance(read, bytes):  # else the graph's path leads to its weights
+            content = read
     again = "Copy it again from where it was exported, or export again."
     try:
         graph = ENGINES[model.engine](content, model.threads, spinning=model.spinning)

@@ -5,7 +5,7 @@ is a graph of its own. Run on other branches' weights, it gives the same graph f
 """
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import Parameter, signature
 from typing import Any
@@ -78,30 +78,31 @@ def template(call: LevelCall, *, dynamic: bool) -> Template:
     Raises:
         ExportError: `torch.export` cannot follow the model, or only for one size of batches.
     """
-    program = exported(call, call.examples(), call.batch_dims(), dynamic=dynamic)
+    # A call for each attempt: what was tried in vain leaves traces.
+    program = exported(call.again, call.examples(), call.batch_dims(), dynamic=dynamic)
     graph, sources = _functional(program, call)
     _fold_norms(graph)
     return _separate(graph, sources, dynamic)
 
 
 def exported(
-    module: nn.Module,
+    make: Callable[[], nn.Module],
     examples: list[Tensor],
     batch_dims: list[tuple[int, int] | None],
     *,
     dynamic: bool,
 ) -> ExportedProgram:
-    """Export a module whose inputs grow with the batch in the dims given.
+    """Export a new module whose inputs grow with the batch in the dims given.
 
     Raises:
         ExportError: it cannot be, or only for the examples' batch.
     """
     error: Exception | None = None
-    for shapes in _dynamic_shapes(module, batch_dims) if dynamic else (None,):
+    for shapes in _dynamic_shapes(make(), batch_dims) if dynamic else (None,):
         try:
             # Copies: tensors that share memory would be taken for one another's views.
             program = torch.export.export(
-                module, tuple(tensor.clone() for tensor in examples), dynamic_shapes=shapes, strict=False
+                make(), tuple(tensor.clone() for tensor in examples), dynamic_shapes=shapes, strict=False
             )
         except Exception as raised:  # noqa: BLE001, PERF203 - whatever the model's own code raises
             error = raised

@@ -1,6 +1,7 @@
 """One call of a level's segment as a module of its own: tensors in, tensors out."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ class LevelCall(nn.Module):
     ) -> None:
         super().__init__()
         self.span = span
+        self.again = partial(LevelCall, segment, span, tree, layouts, tensors)
         # In a tuple: the segment's modules are the ensemble's, of all branches.
         self._segment = (segment,)
         self.inputs = [(layouts[name], self._branches(tree, layouts[name])) for name in segment.inputs]

@@ -61,7 +61,7 @@ class Translator:
         call = self.plans.level_call(key)
         dense = self.plans.dense(*key)
         dynamic = self.plans.dynamic
-        program = exported(dense, call.examples(), call.batch_dims(), dynamic=dynamic)
+        program = exported(lambda: fx.GraphModule(dense, dense.graph), call.examples(), call.batch_dims(), dynamic=dynamic)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own exporter, about itself
             onnx: Any = torch.onnx.export(

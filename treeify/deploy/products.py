@@ -54,8 +54,8 @@ def _replace(graph: ir.Graph, node: ir.Node) -> None:
     nodes.append(_node("Reshape", [nodes[-1].outputs[0], back]))
     result, old = nodes[-1].outputs[0], node.outputs[0]
     for number, new in enumerate(nodes):
-        new.name = f"{node.name}_{number}"
-        new.outputs[0].name = f"{old.name}_{number}"
+        new.name = f"{node.name}~{number}"
+        new.outputs[0].name = f"{old.name}~{number}"
     result.shape, result.type = old.shape, old.type
     graph.insert_before(node, nodes)
     ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
@@ -67,7 +67,7 @@ def _node(operation: str, inputs: list[ir.Value]) -> ir.Node:
 
 
 def _numbers(graph: ir.Graph, node: ir.Node, what: str, numbers: list[int]) -> ir.Value:
-    name = f"{node.name}_{what}"
+    name = f"{node.name}~{what}"
     value = ir.Value(
         name=name, shape=ir.Shape([len(numbers)]), type=ir.TensorType(ir.DataType.INT64)
     )

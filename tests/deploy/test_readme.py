@@ -78,7 +78,9 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
     net = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 3))
     x = torch.rand(2, 4)
     hne = treeify.hierarchicalize(net, ["2"], init="fresh", example_input=x).eval()
-    page = (export(hne, tmp_path / "out", batch=2, tune=False).path / "README.md").read_text("utf-8")
+    page = (export(hne, tmp_path / "out", batch=2, tune=False).path / "README.md").read_text(
+        "utf-8"
+    )
     assert "not known" in page
     assert "Exactly 2 images" in page
     assert "numpy.zeros((2, 4)" in page

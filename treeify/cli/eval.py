@@ -214,12 +214,17 @@ def _of_export(exported: ExportedEnsemble, options: _Options) -> _Found:
         seconds=seconds,
         gains=[differences[index] for index in kept],
     )
-    cost = rows[-1]["macs"] / rows[0]["macs"] if rows[0]["macs"] else 1.0
+    worth = None
+    if exported.sizes[0] == 1:
+        cost = rows[-1]["macs"] / rows[0]["macs"] if rows[0]["macs"] else 1.0
+        worth = verdict(differences[-1], cost, 100 - rows[0]["accuracy"], gains.images)
+    else:  # what one leaf costs is not known
+        rows = [{**row, "gain_per_cost": None} for row in rows]
     return _Found(
         data,
         rows,
         scores.leaf_accuracy(),
-        verdict(differences[-1], cost, 100 - results[0].accuracy, gains.images),
+        worth,
         ["An export: its runtime answered, without PyTorch."],
         skipped,
         exported.machine if options.latency else None,

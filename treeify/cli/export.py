@@ -36,7 +36,8 @@ DYNAMIC: Literal["dynamic"] = "dynamic"
 def export(
     directory: SavedEnsemble,
     out: Annotated[
-        Path | None, typer.Option(help="Directory to write, new or empty; by default exported/NAME.")
+        Path | None,
+        typer.Option(help="Directory to write, new or empty; by default exported/NAME."),
     ] = None,
     sizes: Annotated[
         Sequence[int] | None,

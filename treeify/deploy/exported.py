@@ -264,5 +264,7 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except runtime.AnytimeError as error:
-        kind = next((here for there, here in _ERRORS.items() if isinstance(error, there)), InputError)
+        kind = next(
+            (here for there, here in _ERRORS.items() if isinstance(error, there)), InputError
+        )
         raise kind(str(error)) from error

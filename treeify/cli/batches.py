@@ -20,7 +20,6 @@ from treeify.engine.plan import Situation
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.evaluation.metrics import placed
 
-
 # What answers: an ensemble, or an export of one.
 Ensemble = HierarchicalEnsemble | ExportedEnsemble
 

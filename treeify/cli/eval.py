@@ -69,6 +69,7 @@ def evaluate(
     The base model comes first, then what every nested size gains over one leaf, and whether that is
     worth its cost: accuracy beside MACs, parameters and the time an answer takes here; negative
     log-likelihood, calibration error and how much the leaves differ; every leaf's own accuracy.
+    An exported ensemble is measured by its own runtime, without a base model.
 
     For example:
 
@@ -81,11 +82,8 @@ def evaluate(
         treeify eval runs/my_run --weights my_model.pth
     """
     exported = exported_in(directory, device)
-    if exported is not None and weights is not None:
-        raise InputError(
-            f"--weights was given, and {directory} is an export, which has no base model.",
-            expected="--weights with the run or the ensemble that was exported",
-        )
+    if exported is not None:
+        _check_no_weights(weights, directory)
     path = checkpoint_in(directory, trust=trust) if exported is None else directory
     if csv is not None:
         check_file(csv, "--csv")
@@ -112,6 +110,14 @@ def evaluate(
         }
         print_json(report)
     _show(Console(quiet=as_json), path, found)
+
+
+def _check_no_weights(weights: Path | None, directory: Path) -> None:
+    if weights is not None:
+        raise InputError(
+            f"--weights was given, and {directory} is an export, which has no base model.",
+            expected="--weights with the run or the ensemble that was exported",
+        )
 
 
 class _Options(NamedTuple):

@@ -93,14 +93,7 @@ def export(
     """
     require_packages()
     count = _images(batch)
-    if calibrate and not int8:
-        raise InputError("--calibrate was given without --int8.", expected="both, or neither")
-    if looks_exported(directory):
-        raise InputError(
-            f"{directory} is an export already.",
-            expected="a run, one of its checkpoints, or a converted ensemble",
-            next_step="Export what it was made from again; its files are as any others to copy.",
-        )
+    _check(directory, calibrate, int8)
     path = checkpoint_in(directory, trust=trust)
     name = _name(path, directory, trust=trust)
     out = out or Path("exported") / name
@@ -127,6 +120,17 @@ def export(
     if as_json:
         print_json(manifest)
     say(console, _steps_table(manifest), *_parities(manifest), *_summary(manifest, out))
+
+
+def _check(directory: Path, calibrate: Sequence[str] | None, int8: bool) -> None:
+    if calibrate and not int8:
+        raise InputError("--calibrate was given without --int8.", expected="both, or neither")
+    if looks_exported(directory):
+        raise InputError(
+            f"{directory} is an export already.",
+            expected="a run, one of its checkpoints, or a converted ensemble",
+            next_step="Export what it was made from again, or copy its files.",
+        )
 
 
 def _images(batch: str) -> int | Literal["dynamic"]:
@@ -213,10 +217,8 @@ def _summary(manifest: Mapping[str, Any], out: Path) -> Iterator[str]:
     total = sum(step["bytes"] for step in steps) / 1e6
     first = manifest["images"]["shape"][0]
     images = "any number of images" if first == "batch" else f"{first} at a time"
-    yield (
-        f"Written to {out}: {len(steps)} steps, {total:,.2f} MB, the first {steps[0]['bytes'] / 1e6:,.2f}"
-        f" MB; for {images}."
-    )
+    megabytes = f"{total:,.2f} MB, the first {steps[0]['bytes'] / 1e6:,.2f} MB"
+    yield f"Written to {out}: {len(steps)} steps, {megabytes}; for {images}."
     yield f"Classify with it: treeify predict {out} image.jpg"
     yield (
         f"Elsewhere, after pip install numpy onnxruntime pillow, beside {out / 'anytime.py'} (C++"

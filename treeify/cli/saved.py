@@ -199,6 +199,9 @@ def training_images(data: Data, count: int) -> Tensor:
     """Some training images, always the same ones, prepared as in evaluation: `[count, C, H, W]`.
 
     Those that cannot be read are left out.
+
+    Raises:
+        DataError: none can be read.
     """
     total = len(data.train)  # type: ignore[arg-type]
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))

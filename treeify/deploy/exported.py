@@ -192,7 +192,7 @@ class ExportedEnsemble:
             CheckpointError: a file is damaged.
         """
         parts = []
-        for part in x.split(self.images or len(x)):
+        for part in torch.split(x, self.images or len(x)):
             with _translated():
                 session = self.model.session(self._array(part))
                 session.advance(to=self.model.leaves)

@@ -14,12 +14,14 @@ def readme(manifest: Mapping[str, Any]) -> str:
     Args:
         manifest: what `ensemble.json` holds.
     """
-    steps = manifest["steps"]
+    steps, dtype = manifest["steps"], manifest["images"]["dtype"]
     shape = [_ONE if size == _ANY else size for size in manifest["images"]["shape"]]
     # The answer, or its first part: of a structure, `ensemble.json` says where each part belongs.
     (logits, *_) = [out["name"] for out in steps[0]["outputs"] if out["kind"] == "leaves"]
     total = sum(step["bytes"] for step in steps)
+    opens = shape[0] == _ONE and _is_known(manifest["preparation"])
     values = {
+        "numpy": "" if opens else "import numpy\n",
         "name": manifest["name"],
         "treeify": manifest["versions"]["treeify"],
         "opset": manifest["versions"]["opset"],
@@ -30,12 +32,14 @@ def readme(manifest: Mapping[str, Any]) -> str:
         "shape": ", ".join(map(str, shape)),
         "cpp_steps": "\n".join(map(_cpp_step, steps)),
         "count": " * ".join(map(str, shape)),
-        "dtype": manifest["images"]["dtype"],
+        "dtype": dtype,
         "preparation": _preparation(manifest["preparation"]),
         "classes": _classes(manifest["classes"]),
         "quantised": _quantised(manifest["quantised"]),
         "logits": logits,
-        "images": _images_in_python(manifest, shape),
+        "images": 'model.open("photo.jpg")  # float32 [1, C, H, W]; needs Pillow'
+        if opens
+        else f"numpy.zeros({tuple(shape)}, dtype={dtype!r})  # your images, prepared",
     }
     return _TEMPLATE.substitute(values)
 
@@ -59,8 +63,12 @@ def _batch(images: int | str) -> str:
     return f"Exactly {images} {'image is' if images == 1 else 'images are'} answered together."
 
 
+def _is_known(preparation: Mapping[str, Any] | None) -> bool:
+    return preparation is not None and preparation["mean"] is not None
+
+
 def _preparation(preparation: Mapping[str, Any] | None) -> str:
-    if preparation is None or preparation["mean"] is None:
+    if preparation is None or not _is_known(preparation):
         return (
             "How images were prepared in training is not known: `model.open` refuses files, and"
             " arrays have to be prepared as whoever trained the network did."
@@ -88,41 +96,35 @@ def _quantised(quantised: Mapping[str, Any] | None) -> str:
     return f"\nThe files are quantised to 8 bits: {quantised['scheme']}.\n"
 
 
-def _images_in_python(manifest: Mapping[str, Any], shape: list[int]) -> str:
-    preparation = manifest["preparation"]
-    if preparation is not None and preparation["mean"] is not None and shape[0] == _ONE:
-        return 'model.open("photo.jpg")  # float32 [1, C, H, W]; needs Pillow'
-    dtype = manifest["images"]["dtype"]
-    return f"numpy.zeros({tuple(shape)}, dtype={dtype!r})  # your images, prepared"
-
-
 _TEMPLATE = Template("""\
 # $name
 
-An ensemble of $leaves leaves that answers at once, and better with every further step. Written by treeify $treeify;
-running it needs neither treeify nor PyTorch.
+An ensemble of $leaves leaves that answers at once, and better with every further step. Written by
+treeify $treeify; running it needs neither treeify nor PyTorch.
 
 | file | leaves | MB | MACs per image | parameters |
 |---|---|---:|---:|---:|
 $table
 
-Each step computes only the leaves that the steps before it have not, from values that those kept: the files share no weights, and are
-$megabytes MB together. Stop after any of them: the answer is the mean of the logits so far. $batch
-ONNX, opset $opset. Input `images`: $dtype, [$shape].
+Each step computes only the leaves that the steps before it have not, from values that those kept:
+the files share no weights, and are $megabytes MB together. Stop after any of them: the answer is
+the mean of the logits so far. $batch
+Input `images`: $dtype, [$shape]. ONNX, opset $opset.
 $quantised
 $preparation
 $classes
 
-`ensemble.json` has all of this for programs: per step the inputs (`images`, or values that earlier steps kept), the outputs
-(`$logits`: logits of the new leaves, [N, new leaves, K]; all others: values to keep), MACs, parameters and checksums.
+`ensemble.json` has all of this for programs: per step the inputs (`images`, or values that earlier
+steps kept), the outputs (`$logits`: of the new leaves, [N, new leaves, K]; all others: values
+to keep), MACs, parameters and checksums.
 
 ## Python
 
-`pip install numpy onnxruntime`, and `pillow` to open files of images. `anytime.py` is all there is to the runtime.
+`pip install numpy onnxruntime`, and `pillow` to open files of images. `anytime.py` is all there is
+to the runtime.
 
 ```python
-import numpy
-from anytime import Anytime
+${numpy}from anytime import Anytime
 
 model = Anytime(".", threads=2)  # the directory with ensemble.json
 images = $images

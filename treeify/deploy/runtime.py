@@ -677,7 +677,8 @@ def _mean(leaf_logits: Array) -> Array:
         dtype = leaf_logits.dtype
         wide = np.dtype(np.float32) if dtype == np.float16 else dtype
         total: Array = np.add.reduce(leaf_logits, axis=axis, dtype=wide)
-        return (total / wide.type(leaf_logits.shape[axis])).astype(dtype, copy=False)
+        mean: Array = total / wide.type(leaf_logits.shape[axis])
+        return mean.astype(dtype, copy=False)
     ranked = np.moveaxis(np.sort(leaf_logits, axis=axis), axis, -1)
     votes = (ranked[..., None] == ranked[..., None, :]).sum(-1)
     best: Array = np.take_along_axis(ranked, votes.argmax(-1)[..., None], axis=-1)[..., 0]
@@ -1060,8 +1061,8 @@ class OnnxRuntimeGraph:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._run = session.run
-        self.inputs = [value.name for value in session.get_inputs()]
-        self.outputs = [value.name for value in session.get_outputs()]
+        self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
+        self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
 
     @staticmethod
     def version() -> str:
@@ -1089,8 +1090,8 @@ class OpenVinoGraph:
         core = openvino.Core()
         self._compiled = core.compile_model(core.read_model(model), "CPU", options)
         self._idle: list[Any] = []  # requests, each of which runs one call at a time
-        self.inputs = [port.any_name for port in self._compiled.inputs]
-        self.outputs = [port.any_name for port in self._compiled.outputs]
+        self.inputs: Sequence[str] = [port.any_name for port in self._compiled.inputs]
+        self.outputs: Sequence[str] = [port.any_name for port in self._compiled.outputs]
 
     @staticmethod
     def version() -> str:
@@ -1175,7 +1176,7 @@ def _open_graph(model: Anytime, step: Step) -> Graph:
 
 def _check_file(directory: Path, entry: Mapping[str, Any], *, verify: bool) -> Path:
     """The path of a step's file, which is there and in the directory itself."""
-    path = directory / entry["file"]
+    path = directory / str(entry["file"])
     expected = f"{entry['bytes']:,} bytes"
     try:
         size = _check_regular(path)
@@ -1339,7 +1340,8 @@ def _open_image(
         ) from error
     pixels = np.asarray(image).reshape(*size, channels).transpose(2, 0, 1)
     mean, std = (np.array(preparation[key], np.float32)[:, None, None] for key in ("mean", "std"))
-    return (pixels.astype(np.float32, order="C") / np.float32(255) - mean) / std
+    prepared: NDArray[np.float32] = pixels.astype(np.float32, order="C") / np.float32(255)
+    return (prepared - mean) / std
 
 
 def _upright(image: Any) -> Any:

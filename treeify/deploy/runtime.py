@@ -203,7 +203,7 @@ class Anytime:
         self._graph(0)
         if preload == "all":
             self._open_ahead(range(count))
-        cores = "all cores" if threads is None else f"{threads} threads"
+        cores = "all cores" if threads is None else f"threads: {threads}"
         version = f"{engine} {ENGINES[engine].version()}"
         self._setting = f"{_machine()}, {version}, {cores}{'' if spinning else ', not spinning'}"
 
@@ -1088,17 +1088,19 @@ class OpenVinoGraph:
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
         core = openvino.Core()
-        self._compiled = core.compile_model(core.read_model(model), "CPU", options)
+        graph = core.read_model(model)
+        # As they were written: where compiling removes operations, outputs have several names.
+        self.inputs: Sequence[str] = [port.any_name for port in graph.inputs]
+        self.outputs: Sequence[str] = [port.any_name for port in graph.outputs]
+        self._compiled = core.compile_model(graph, "CPU", options)
         self._idle: list[Any] = []  # requests, each of which runs one call at a time
-        self.inputs: Sequence[str] = [port.any_name for port in self._compiled.inputs]
-        self.outputs: Sequence[str] = [port.any_name for port in self._compiled.outputs]
 
     @staticmethod
     def version() -> str:
         """Of the package."""
         import openvino
 
-        return str(openvino.__version__)
+        return str(openvino.__version__).partition("-")[0]
 
     def run(self, arrays: dict[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
         """Some outputs, from the arrays of all inputs."""
@@ -1107,7 +1109,7 @@ class OpenVinoGraph:
         except IndexError:
             request = self._compiled.create_infer_request()
         results = request.infer(arrays, share_inputs=True)
-        values = [results[name] for name in outputs]
+        values = [results[self.outputs.index(name)] for name in outputs]
         self._idle.append(request)
         return values
 

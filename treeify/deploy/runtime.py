@@ -14,7 +14,8 @@ This one file needs numpy and onnxruntime (image files: Pillow) and lies beside 
     model.predict(images, confidence=0.9).leaves  # as many as each image needs
 
 Steps run one after the other: each computes its new leaves from values that earlier ones kept.
-Whatever is wrong with a call or a file raises an `AnytimeError`.
+Whatever is wrong with a call or a file raises an `AnytimeError`. Below are, in this order: errors
+and answers, `Anytime`, `Session`, confidence, deadlines, engines, the files, and images.
 """
 
 import errno
@@ -27,6 +28,7 @@ import platform
 import re
 import secrets
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -164,6 +166,8 @@ class Anytime:
         verify: bool = True,
         spinning: bool = True,
     ) -> None:
+        is_path = isinstance(directory, str | os.PathLike)
+        _require(is_path, "directory", "the path of an exported directory", directory)
         _require(threads is None or _counts(1)(threads), "threads", "1 or more, or None", threads)
         _require(preload in ("all", "next", "none"), "preload", "'all', 'next' or 'none'", preload)
         if engine not in ENGINES:
@@ -204,8 +208,9 @@ class Anytime:
         if preload == "all":
             self._open_ahead(range(count))
         cores = "all cores" if threads is None else f"threads: {threads}"
-        version = f"{engine} {ENGINES[engine].version()}"
-        self._setting = f"{_machine()}, {version}, {cores}{'' if spinning else ', not spinning'}"
+        version = str(sys.modules[engine].__version__).partition("-")[0]
+        spins = "" if spinning else ", not spinning"
+        self._setting = f"{_machine()}, {engine} {version}, {cores}{spins}"
 
     def session(self, images: Array) -> "Session":
         """Anytime inference on a batch, to be advanced, stopped and resumed as you like.
@@ -367,45 +372,43 @@ class Anytime:
 
     def _checked(self, images: Any) -> Array:
         """The images as the steps take them, contiguous; those that do not fit are refused."""
+        is_array = isinstance(images, np.ndarray) and images.ndim == len(self.shape)
+        has_shape = is_array and images.shape[1:] == self.shape[1:]
+        if not has_shape or self.shape[0] not in ("batch", len(images)):
+            raise self._misfit("the input does not fit the model.", images)
+        if images.dtype != self._dtype:
+            raise self._misfit("the images' dtype does not fit the model.", images)
+        if not len(images):
+            raise _no_images(f"shape {images.shape}")
+        return np.require(images, requirements=("C", "A"))
+
+    def _misfit(self, what: str, images: Any) -> InputError:
         dims = ", ".join("N" if dim == "batch" else str(dim) for dim in self.shape)
         expected, next_step = f"images of shape [{dims}], {self._dtype}", None
-        shape = getattr(images, "shape", None)
         if not isinstance(images, np.ndarray):
-            what, expected = "the input does not fit the model.", f"a numpy array, {expected}"
+            expected, found = f"a numpy array, {expected}", _described(images)
             next_step = "Convert it: numpy.asarray(x), or x.numpy() of a tensor."
-        elif images.ndim != len(self.shape) or shape != (
-            len(images) if self.shape[0] == "batch" else self.shape[0],
-            *self.shape[1:],
-        ):
-            what = "the input does not fit the model."
-            if shape == self.shape[1:]:
-                next_step = "A single image becomes a batch by images[None]."
-        elif images.dtype != self._dtype:
-            what = "the images' dtype does not fit the model."
-            next_step = f"Convert them: images.astype({self._dtype.name!r})"
-            next_step += " / 255, normalised as in training." if images.dtype == np.uint8 else "."
-        elif not len(images):
-            raise _no_images(f"shape {shape}")
         else:
-            return np.require(images, requirements=("C", "A"))
-        is_array = isinstance(images, np.ndarray)
-        found = f"shape {shape}, {images.dtype}" if is_array else _described(images)
-        raise InputError(what, expected=expected, found=found, next_step=next_step)
+            found = f"shape {images.shape}, {images.dtype}"
+            if images.shape == self.shape[1:]:
+                next_step = "A single image becomes a batch by images[None]."
+            elif images.dtype == np.uint8:
+                next_step = f"Convert them: images.astype({self._dtype.name!r}) / 255, normalised"
+                next_step += " as in training."
+            elif images.dtype != self._dtype:
+                next_step = f"Convert them: images.astype({self._dtype.name!r})."
+        return InputError(what, expected=expected, found=found, next_step=next_step)
 
     def _check_size(self, leaves: object) -> None:
         """Raise LeafError unless a step ends there."""
         if _counts(1)(leaves) and leaves in self.sizes:
             return
-        inside = _counts(1)(leaves) and leaves < self.leaves  # type: ignore[operator]
-        raise LeafError(
-            f"no step ends at {leaves} leaves."
-            if inside
-            else f"{_described(leaves)} leaves were asked for.",
-            expected=f"one of {self.sizes}",
-            next_step="Ask for one of them, or export that size: treeify export --sizes."
-            if inside
-            else "Ask for fewer, or leave the number out for all of them.",
-        )
+        where = f"{_described(leaves)} leaves were asked for."
+        next_step = "Ask for fewer, or leave the number out for all of them."
+        if _counts(1, self.leaves)(leaves):
+            where = f"no step ends at {leaves} leaves."
+            next_step = "Ask for one of them, or export that size: treeify export --sizes."
+        raise LeafError(where, expected=f"one of {self.sizes}", next_step=next_step)
 
     def _graph(self, index: int) -> "Graph":
         """A step, opened; with `preload="next"` a thread opens the one after it meanwhile."""
@@ -700,7 +703,7 @@ def _fill(structure: Any, arrays: Mapping[str, Array]) -> Any:
 
 def _rows(value: Array, rows: Array, batch: int, axis: int | None) -> Array:
     """Some images' part of a value, along whose axis one image's entries follow another's."""
-    if axis is None:
+    if axis is None or not batch:
         return value
     before, after = value.shape[:axis], value.shape[axis + 1 :]
     by_image = value.reshape(*before, batch, value.shape[axis] // batch, *after)
@@ -848,6 +851,9 @@ class Latencies:
         return "\n".join([title, "leaves; ms, and the 99th percentile", *lines])
 
 
+_TABLES = ("typical", "slow", "margins")
+
+
 @dataclass
 class Forecast:
     """How long a session's next step is likely to take, by what was observed so far.
@@ -969,16 +975,13 @@ def _read_latencies(directory: Path) -> dict[str, Latencies]:
         values = _read_json(path)
         _check(values, {"latencies": [_MEASURED]})
         for row in values["latencies"]:
-            keys = [(entry["from"], entry["to"]) for entry in row["transitions"]]
-            tables = (
-                {key: entry[name] for key, entry in zip(keys, row["transitions"], strict=True)}
-                for name in ("typical", "slow", "margin")
-            )
-            sizes, opening, repeats = tuple(row["sizes"]), tuple(row["opening"]), row["repeats"]
+            keys, sizes, opening = (tuple(row[key]) for key in ("transitions", "sizes", "opening"))
+            keys = tuple(map(tuple, keys))
             needed = {(0, size) for size in sizes} | set(pairwise((0, *sizes)))
             if set(keys) != needed or len(opening) != len(sizes):
                 raise ValueError("there are transitions too few or too many")
-            situation, checksum = row["situation"], row["checksum"]
+            tables = (dict(zip(keys, row[name], strict=True)) for name in _TABLES)
+            situation, checksum, repeats = row["situation"], row["checksum"], row["repeats"]
             measured[situation] = Latencies(situation, checksum, sizes, opening, repeats, *tables)
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(
@@ -991,18 +994,9 @@ def _read_latencies(directory: Path) -> dict[str, Latencies]:
 def _write_latencies(directory: Path, measured: Mapping[str, Latencies]) -> None:
     """Replace latencies.json, completely or not at all."""
     rows = [
-        {
-            "situation": row.situation,
-            "checksum": row.checksum,
-            "sizes": row.sizes,
-            "opening": row.opening,
-            "repeats": row.repeats,
-            "transitions": [
-                {"from": key[0], "to": key[1], "typical": typical}
-                | {"slow": row.slow[key], "margin": row.margins[key]}
-                for key, typical in row.typical.items()
-            ],
-        }
+        vars(row)
+        | {"transitions": list(row.typical)}
+        | {name: list(getattr(row, name).values()) for name in _TABLES}
         for row in measured.values()
     ]
     path = directory / _LATENCIES
@@ -1039,10 +1033,6 @@ class Graph(Protocol):
 
     def __init__(self, model: bytes | str, threads: int | None, *, spinning: bool) -> None: ...
 
-    @staticmethod
-    def version() -> str:
-        """Of the engine; ImportError if it is not installed."""
-
     def run(self, arrays: dict[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
         """Some outputs, from the arrays of all inputs."""
 
@@ -1063,13 +1053,6 @@ class OnnxRuntimeGraph:
         self._run = session.run
         self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
         self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
-
-    @staticmethod
-    def version() -> str:
-        """Of the package."""
-        import onnxruntime
-
-        return str(onnxruntime.__version__)
 
     def run(self, arrays: dict[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
         """Some outputs, from the arrays of all inputs."""
@@ -1094,13 +1077,6 @@ class OpenVinoGraph:
         self.outputs: Sequence[str] = [port.any_name for port in graph.outputs]
         self._compiled = core.compile_model(graph, "CPU", options)
         self._idle: list[Any] = []  # requests, each of which runs one call at a time
-
-    @staticmethod
-    def version() -> str:
-        """Of the package."""
-        import openvino
-
-        return str(openvino.__version__).partition("-")[0]
 
     def run(self, arrays: dict[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
         """Some outputs, from the arrays of all inputs."""
@@ -1507,10 +1483,8 @@ _MEASURED = {
     "sizes": [_counts(1)],
     "opening": [_reals(0)],
     "repeats": _counts(1),
-    "transitions": [
-        {"from": _counts(0), "to": _counts(1)}
-        | {key: _reals(0) for key in ("typical", "slow", "margin")}
-    ],
+    "transitions": [[_counts(0)]],
+    **{name: [_reals(0)] for name in _TABLES},
 }
 
 

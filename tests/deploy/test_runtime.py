@@ -251,7 +251,7 @@ def test_weights_in_a_file_of_their_own(tiny: Tiny) -> None:
     images, expected = tiny.images(2), Anytime(tiny.path).predict(tiny.images(2))
     file, data = tiny.path / "step-01.onnx", tiny.path / "step-01.onnx.data"
     step = onnx.load(file)
-    onnx.save(step, file, save_as_external_data=True, location=data.name, size_threshold=0)
+    onnx.save(step, file, save_as_external_data=True, location=data.name, size_threshold=100)
     manifest = tiny.manifest()
     entries = [
         {
@@ -264,3 +264,24 @@ def test_weights_in_a_file_of_their_own(tiny: Tiny) -> None:
     manifest["steps"][0] |= entries[0] | {"data": entries[1]}
     tiny.rewrite(steps=manifest["steps"])
     assert_allclose(Anytime(tiny.path).predict(images), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("options", [{}, {"by_window": True}, {"output": "pair"}], ids=str)
+def test_openvino_reads_the_same_files(tmp_path: Path, options: dict[str, Any]) -> None:
+    pytest.importorskip("openvino")
+    tiny = tiny_exports.write(tmp_path / "tiny", **options)
+    model, images = Anytime(tiny.path, threads=1, engine="openvino"), tiny.images(3)
+    session = model.session(images)
+    before = session.advance().logits
+    kept = [value.copy() for value in session._values.values()]
+    model.predict(tiny.images(2, seed=1))  # whose values are others
+    for value, copy in zip(session._values.values(), kept, strict=True):
+        assert_array_equal(value, copy)
+    session.keep([2, 0])
+    session.advance(to=4)
+    if "output" in options:
+        before, logits = before[0], session.leaf_logits[0]
+    else:
+        logits = session.leaf_logits
+    assert_allclose(before, tiny.logits(images, 1), **TOLERANCE)
+    assert_allclose(logits, tiny.leaf_logits(images[[2, 0]]), **TOLERANCE)

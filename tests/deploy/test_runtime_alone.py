@@ -59,7 +59,6 @@ def _run(code: str, blocked: tuple[str, ...], where: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
 
 
 def test_the_copied_file_answers_without_torch_and_treeify(tmp_path: Path) -> None:

@@ -253,14 +253,21 @@ def test_a_damaged_file_is_refused_and_written_anew(tiny: Tiny, text: str) -> No
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("opening", [1]), ("typical", -1), ("from", 3), ("sizes", [1]), ("repeats", "many")],
+    [
+        ("opening", [1]),
+        ("typical", [1, 2]),
+        ("typical", [-1, 1, 1, 1, 1]),
+        ("transitions", [[0, 1]]),
+        ("transitions", [[0], [], [1, 2, 3], [0, 4], [0, 2]]),
+        ("sizes", [1]),
+        ("repeats", "many"),
+    ],
 )
 def test_damaged_rows(model: Anytime, tiny: Tiny, key: str, value: object) -> None:
     model.calibrate(IMAGES, repeats=2)
     file = tiny.path / "latencies.json"
     values = json.loads(file.read_text())
-    row = values["latencies"][0]
-    (row if key in row else row["transitions"][0])[key] = value
+    values["latencies"][0][key] = value
     file.write_text(json.dumps(values))
     with pytest.raises(ExportError, match=r"latencies.json is damaged"):
         Anytime(tiny.path, threads=1).predict(IMAGES, deadline=1)

@@ -132,6 +132,7 @@ def test_orientations(tmp_path: Path, orientation: int, mode: str) -> None:
     _assert_equal(gray, _preparation(size=(20, 33)))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # as Pillow says
 def test_damaged_exif(tmp_path: Path) -> None:
     file = tmp_path / "picture.jpeg"
     _picture(np.random.default_rng(1), 30, 60, "RGB").save(

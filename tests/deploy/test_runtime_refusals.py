@@ -35,6 +35,10 @@ def test_no_export(tmp_path: Path) -> None:
         ExportError, match=r"is no exported ensemble.\n.*ensemble.json\n.*no such f"
     ):
         Anytime(tmp_path)
+    with pytest.raises(InputError, match="directory is no value it may have"):
+        Anytime(None)  # type: ignore[arg-type]
+    with pytest.raises(ExportError, match="no such directory"):
+        Anytime("nul\0")
     with pytest.raises(ExportError, match="no such directory"):
         Anytime(tmp_path / "nowhere")
     (tmp_path / "ensemble.json").write_text("{}")
@@ -316,6 +320,7 @@ def test_images_that_are_not_in_the_batch(model: Anytime, images: Any) -> None:
 def test_a_session_that_all_images_have_left(model: Anytime) -> None:
     session = model.session(IMAGES)
     session.advance()
+    session.select([])
     session.select([])
     assert session.logits.shape == (0, 5)
     with pytest.raises(InputError, match="there are no images"):

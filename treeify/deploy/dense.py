@@ -82,6 +82,7 @@ def template(call: LevelCall, *, dynamic: bool) -> Template:
     program = exported(call.again, call.examples(), call.batch_dims(), dynamic=dynamic)
     graph, sources = _functional(program, call)
     _fold_norms(graph)
+    _write_repeats(graph)
     return _separate(graph, sources, dynamic)
 
 
@@ -209,6 +210,26 @@ def _fold_norms(graph: fx.Graph) -> None:
         graph.erase_node(node)
         graph.erase_node(conv)
     graph.lint()
+
+
+def _write_repeats(graph: fx.Graph) -> None:
+    """Write repeated rows as expanding a dim: the translation of the former to ONNX is wrong."""
+    for node in list(graph.nodes):
+        if node.target is not _aten.repeat_interleave.self_int or len(node.args) < 3:
+            continue
+        x, times, dim = node.args[:3]
+        shape = list(x.meta["val"].shape)
+        dim %= len(shape)
+        with graph.inserting_before(node):
+            apart = graph.call_function(_aten.unsqueeze.default, (x, dim + 1))
+            sizes = [-1] * (dim + 1) + [times] + [-1] * (len(shape) - dim - 1)
+            wide = graph.call_function(_aten.expand.default, (apart, sizes))
+            merged = graph.call_function(
+                _aten.reshape.default, (wide, [*shape[:dim], -1, *shape[dim + 1 :]])
+            )
+        if all(isinstance(size, int) for size in (*shape[:dim], *shape[dim + 1 :])):
+            node.replace_all_uses_with(merged)
+    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
 
 
 def _separate(graph: fx.Graph, sources: Mapping[fx.Node, Any], dynamic: bool) -> Template:

@@ -391,7 +391,8 @@ class _Draft:
     def keep(self, name: str, branch: int) -> None:
         """Give a value to later steps."""
         described = self.plans_kept(name, branch)
-        if any(described[0].name == kept.name for kept, _ in self.kept):
+        names = {kept.name for kept, _ in self.kept}
+        if all(kept.name in names for kept in described):
             return
         nodes = self.values[name].slice(Span(branch, branch + 1))
         self.kept += zip(described, nodes, strict=True)

@@ -22,10 +22,13 @@ from treeify.conversion.initialize import Source
 from treeify.data.preparation import PREPARATION
 from treeify.deploy import runtime
 from treeify.deploy.dense_steps import Step, StepPlans, output_names
+from treeify.deploy.readme import readme
 from treeify.errors import ExportError
 
 MANIFEST, RUNTIME, README = "ensemble.json", "anytime.py", "README.md"
 FORMAT, VERSION = "treeify-export", 1
+# The first whose Split can be told a number of parts; every runtime in use reads it.
+OPSET = 18
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Measuring forms and writing files take about as long as tracing.
 _TRACED, _WRITTEN = 0.7, 0.9
@@ -287,6 +290,7 @@ class _Writer:
             "versions": {
                 "treeify": version("treeify"),
                 **{package: version(package) for package in ("torch", *_PACKAGES)},
+                "opset": OPSET,
             },
             "classes": None if preparation is None else preparation["classes"],
             "preparation": preparation,

@@ -68,7 +68,7 @@ class LevelCall(nn.Module):
         values = []
         for layout, count in self.inputs:
             width = len(layout.example) * (count if layout.form is Form.BRANCHES else 1)
-            values.append(layout.value(remaining[:width], images))
+            values.append(layout.value(remaining[:width], count, images))
             del remaining[:width]
         results = self._run(values)
         flat = []

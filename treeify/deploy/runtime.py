@@ -14,7 +14,8 @@ This one file needs numpy and onnxruntime (image files: Pillow) and lies beside 
     model.predict(images, confidence=0.9).leaves  # as many as each image needs
 
 Steps run one after the other: each computes its new leaves from values that earlier ones kept.
-Whatever is wrong with a call or a file raises an `AnytimeError`.
+Whatever is wrong with a call or a file raises an `AnytimeError`. Below are, in this order: errors
+and answers, `Anytime`, `Session`, confidence, deadlines, engines, the files, and images.
 """
 
 import errno
@@ -27,6 +28,7 @@ import platform
 import re
 import secrets
 import stat
+import sys
 import threading
 import time
 import warnings
@@ -164,6 +166,8 @@ class Anytime:
         verify: bool = True,
         spinning: bool = True,
     ) -> None:
+        is_path = isinstance(directory, str | os.PathLike)
+        _require(is_path, "directory", "the path of an exported directory", directory)
         _require(threads is None or _counts(1)(threads), "threads", "1 or more, or None", threads)
         _require(preload in ("all", "next", "none"), "preload", "'all', 'next' or 'none'", preload)
         if engine not in ENGINES:
@@ -203,9 +207,10 @@ class Anytime:
         self._graph(0)
         if preload == "all":
             self._open_ahead(range(count))
-        cores = "all cores" if threads is None else f"{threads} threads"
-        version = f"{engine} {ENGINES[engine].version()}"
-        self._setting = f"{_machine()}, {version}, {cores}{'' if spinning else ', not spinning'}"
+        cores = "all cores" if threads is None else f"threads: {threads}"
+        version = str(sys.modules[engine].__version__).partition("-")[0]
+        spins = "" if spinning else ", not spinning"
+        self._setting = f"{_machine()}, {engine} {version}, {cores}{spins}"
 
     def session(self, images: Array) -> "Session":
         """Anytime inference on a batch, to be advanced, stopped and resumed as you like.
@@ -367,45 +372,43 @@ class Anytime:
 
     def _checked(self, images: Any) -> Array:
         """The images as the steps take them, contiguous; those that do not fit are refused."""
+        is_array = isinstance(images, np.ndarray) and images.ndim == len(self.shape)
+        has_shape = is_array and images.shape[1:] == self.shape[1:]
+        if not has_shape or self.shape[0] not in ("batch", len(images)):
+            raise self._misfit("the input does not fit the model.", images)
+        if images.dtype != self._dtype:
+            raise self._misfit("the images' dtype does not fit the model.", images)
+        if not len(images):
+            raise _no_images(f"shape {images.shape}")
+        return np.require(images, requirements=("C", "A"))
+
+    def _misfit(self, what: str, images: Any) -> InputError:
         dims = ", ".join("N" if dim == "batch" else str(dim) for dim in self.shape)
         expected, next_step = f"images of shape [{dims}], {self._dtype}", None
-        shape = getattr(images, "shape", None)
         if not isinstance(images, np.ndarray):
-            what, expected = "the input does not fit the model.", f"a numpy array, {expected}"
+            expected, found = f"a numpy array, {expected}", _described(images)
             next_step = "Convert it: numpy.asarray(x), or x.numpy() of a tensor."
-        elif images.ndim != len(self.shape) or shape != (
-            len(images) if self.shape[0] == "batch" else self.shape[0],
-            *self.shape[1:],
-        ):
-            what = "the input does not fit the model."
-            if shape == self.shape[1:]:
-                next_step = "A single image becomes a batch by images[None]."
-        elif images.dtype != self._dtype:
-            what = "the images' dtype does not fit the model."
-            next_step = f"Convert them: images.astype({self._dtype.name!r})"
-            next_step += " / 255, normalised as in training." if images.dtype == np.uint8 else "."
-        elif not len(images):
-            raise _no_images(f"shape {shape}")
         else:
-            return np.require(images, requirements=("C", "A"))
-        is_array = isinstance(images, np.ndarray)
-        found = f"shape {shape}, {images.dtype}" if is_array else _described(images)
-        raise InputError(what, expected=expected, found=found, next_step=next_step)
+            found = f"shape {images.shape}, {images.dtype}"
+            if images.shape == self.shape[1:]:
+                next_step = "A single image becomes a batch by images[None]."
+            elif images.dtype == np.uint8:
+                next_step = f"Convert them: images.astype({self._dtype.name!r}) / 255, normalised"
+                next_step += " as in training."
+            elif images.dtype != self._dtype:
+                next_step = f"Convert them: images.astype({self._dtype.name!r})."
+        return InputError(what, expected=expected, found=found, next_step=next_step)
 
     def _check_size(self, leaves: object) -> None:
         """Raise LeafError unless a step ends there."""
         if _counts(1)(leaves) and leaves in self.sizes:
             return
-        inside = _counts(1)(leaves) and leaves < self.leaves  # type: ignore[operator]
-        raise LeafError(
-            f"no step ends at {leaves} leaves."
-            if inside
-            else f"{_described(leaves)} leaves were asked for.",
-            expected=f"one of {self.sizes}",
-            next_step="Ask for one of them, or export that size: treeify export --sizes."
-            if inside
-            else "Ask for fewer, or leave the number out for all of them.",
-        )
+        where = f"{_described(leaves)} leaves were asked for."
+        next_step = "Ask for fewer, or leave the number out for all of them."
+        if _counts(1, self.leaves)(leaves):
+            where = f"no step ends at {leaves} leaves."
+            next_step = "Ask for one of them, or export that size: treeify export --sizes."
+        raise LeafError(where, expected=f"one of {self.sizes}", next_step=next_step)
 
     def _graph(self, index: int) -> "Graph":
         """A step, opened; with `preload="next"` a thread opens the one after it meanwhile."""
@@ -677,7 +680,8 @@ def _mean(leaf_logits: Array) -> Array:
         dtype = leaf_logits.dtype
         wide = np.dtype(np.float32) if dtype == np.float16 else dtype
         total: Array = np.add.reduce(leaf_logits, axis=axis, dtype=wide)
-        return (total / wide.type(leaf_logits.shape[axis])).astype(dtype, copy=False)
+        mean: Array = total / wide.type(leaf_logits.shape[axis])
+        return mean.astype(dtype, copy=False)
     ranked = np.moveaxis(np.sort(leaf_logits, axis=axis), axis, -1)
     votes = (ranked[..., None] == ranked[..., None, :]).sum(-1)
     best: Array = np.take_along_axis(ranked, votes.argmax(-1)[..., None], axis=-1)[..., 0]
@@ -699,7 +703,7 @@ def _fill(structure: Any, arrays: Mapping[str, Array]) -> Any:
 
 def _rows(value: Array, rows: Array, batch: int, axis: int | None) -> Array:
     """Some images' part of a value, along whose axis one image's entries follow another's."""
-    if axis is None:
+    if axis is None or not batch:
         return value
     before, after = value.shape[:axis], value.shape[axis + 1 :]
     by_image = value.reshape(*before, batch, value.shape[axis] // batch, *after)
@@ -847,6 +851,9 @@ class Latencies:
         return "\n".join([title, "leaves; ms, and the 99th percentile", *lines])
 
 
+_TABLES = ("typical", "slow", "margins")
+
+
 @dataclass
 class Forecast:
     """How long a session's next step is likely to take, by what was observed so far.
@@ -968,16 +975,13 @@ def _read_latencies(directory: Path) -> dict[str, Latencies]:
         values = _read_json(path)
         _check(values, {"latencies": [_MEASURED]})
         for row in values["latencies"]:
-            keys = [(entry["from"], entry["to"]) for entry in row["transitions"]]
-            tables = (
-                {key: entry[name] for key, entry in zip(keys, row["transitions"], strict=True)}
-                for name in ("typical", "slow", "margin")
-            )
-            sizes, opening, repeats = tuple(row["sizes"]), tuple(row["opening"]), row["repeats"]
+            keys, sizes, opening = (tuple(row[key]) for key in ("transitions", "sizes", "opening"))
+            keys = tuple(map(tuple, keys))
             needed = {(0, size) for size in sizes} | set(pairwise((0, *sizes)))
             if set(keys) != needed or len(opening) != len(sizes):
                 raise ValueError("there are transitions too few or too many")
-            situation, checksum = row["situation"], row["checksum"]
+            tables = (dict(zip(keys, row[name], strict=True)) for name in _TABLES)
+            situation, checksum, repeats = row["situation"], row["checksum"], row["repeats"]
             measured[situation] = Latencies(situation, checksum, sizes, opening, repeats, *tables)
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(
@@ -990,18 +994,9 @@ def _read_latencies(directory: Path) -> dict[str, Latencies]:
 def _write_latencies(directory: Path, measured: Mapping[str, Latencies]) -> None:
     """Replace latencies.json, completely or not at all."""
     rows = [
-        {
-            "situation": row.situation,
-            "checksum": row.checksum,
-            "sizes": row.sizes,
-            "opening": row.opening,
-            "repeats": row.repeats,
-            "transitions": [
-                {"from": key[0], "to": key[1], "typical": typical}
-                | {"slow": row.slow[key], "margin": row.margins[key]}
-                for key, typical in row.typical.items()
-            ],
-        }
+        vars(row)
+        | {"transitions": list(row.typical)}
+        | {name: list(getattr(row, name).values()) for name in _TABLES}
         for row in measured.values()
     ]
     path = directory / _LATENCIES
@@ -1038,10 +1033,6 @@ class Graph(Protocol):
 
     def __init__(self, model: bytes | str, threads: int | None, *, spinning: bool) -> None: ...
 
-    @staticmethod
-    def version() -> str:
-        """Of the engine; ImportError if it is not installed."""
-
     def run(self, arrays: dict[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
         """Some outputs, from the arrays of all inputs."""
 
@@ -1060,15 +1051,8 @@ class OnnxRuntimeGraph:
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._run = session.run
-        self.inputs = [value.name for value in session.get_inputs()]
-        self.outputs = [value.name for value in session.get_outputs()]
-
-    @staticmethod
-    def version() -> str:
-        """Of the package."""
-        import onnxruntime
-
-        return str(onnxruntime.__version__)
+        self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
+        self.outputs: Sequence[str] = [value.name for value in session.get_outputs()]
 
     def run(self, arrays: dict[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
         """Some outputs, from the arrays of all inputs."""
@@ -1087,17 +1071,12 @@ class OpenVinoGraph:
         if threads is not None:
             options["INFERENCE_NUM_THREADS"] = str(threads)
         core = openvino.Core()
-        self._compiled = core.compile_model(core.read_model(model), "CPU", options)
+        graph = core.read_model(model)
+        # As they were written: where compiling removes operations, outputs have several names.
+        self.inputs: Sequence[str] = [port.any_name for port in graph.inputs]
+        self.outputs: Sequence[str] = [port.any_name for port in graph.outputs]
+        self._compiled = core.compile_model(graph, "CPU", options)
         self._idle: list[Any] = []  # requests, each of which runs one call at a time
-        self.inputs = [port.any_name for port in self._compiled.inputs]
-        self.outputs = [port.any_name for port in self._compiled.outputs]
-
-    @staticmethod
-    def version() -> str:
-        """Of the package."""
-        import openvino
-
-        return str(openvino.__version__)
 
     def run(self, arrays: dict[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
         """Some outputs, from the arrays of all inputs."""
@@ -1106,7 +1085,7 @@ class OpenVinoGraph:
         except IndexError:
             request = self._compiled.create_infer_request()
         results = request.infer(arrays, share_inputs=True)
-        values = [results[name] for name in outputs]
+        values = [results[self.outputs.index(name)] for name in outputs]
         self._idle.append(request)
         return values
 
@@ -1175,7 +1154,7 @@ def _open_graph(model: Anytime, step: Step) -> Graph:
 
 def _check_file(directory: Path, entry: Mapping[str, Any], *, verify: bool) -> Path:
     """The path of a step's file, which is there and in the directory itself."""
-    path = directory / entry["file"]
+    path = directory / str(entry["file"])
     expected = f"{entry['bytes']:,} bytes"
     try:
         size = _check_regular(path)
@@ -1339,7 +1318,8 @@ def _open_image(
         ) from error
     pixels = np.asarray(image).reshape(*size, channels).transpose(2, 0, 1)
     mean, std = (np.array(preparation[key], np.float32)[:, None, None] for key in ("mean", "std"))
-    return (pixels.astype(np.float32, order="C") / np.float32(255) - mean) / std
+    prepared: NDArray[np.float32] = pixels.astype(np.float32, order="C") / np.float32(255)
+    return (prepared - mean) / std
 
 
 def _upright(image: Any) -> Any:
@@ -1503,10 +1483,8 @@ _MEASURED = {
     "sizes": [_counts(1)],
     "opening": [_reals(0)],
     "repeats": _counts(1),
-    "transitions": [
-        {"from": _counts(0), "to": _counts(1)}
-        | {key: _reals(0) for key in ("typical", "slow", "margin")}
-    ],
+    "transitions": [[_counts(0)]],
+    **{name: [_reals(0)] for name in _TABLES},
 }
 
 

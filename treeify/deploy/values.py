@@ -61,16 +61,17 @@ class Layout:
         return [
             leaf
             for part in parts
-            for leaf, rest in zip(self.structure.flatten_up_to(part), self.rest, strict=True)
+            for leaf, rest in zip(
+                self.structure.flatten_up_to(_without_sizes(part)), self.rest, strict=True
+            )
             if rest is None
         ]
 
-    def value(self, tensors: Sequence[Tensor], images: Any) -> Any:
-        """The value of such tensors, for so many images."""
+    def value(self, tensors: Sequence[Tensor], branches: int, images: Any) -> Any:
+        """The value of such tensors, of so many branches and for so many images."""
         remaining = iter(tensors)
-        count = len(tensors) // max(len(self.example), 1)
         if self.form is Form.BRANCHES:
-            return Branches(self._structured(remaining, images) for _ in range(count))
+            return Branches(self._structured(remaining, images) for _ in range(branches))
         return self._structured(remaining, images)
 
     def _structured(self, tensors: Iterator[Tensor], images: Any) -> Any:
@@ -117,7 +118,8 @@ def layout_of(crossing: Crossing, small: Any, large: Any, images: int) -> Layout
     if crossing.form is Form.BRANCHES:
         ((small,), (large,)) = small, large
     facts, structure = tree_flatten(crossing.facts)
-    rows = list(zip(facts, structure.flatten_up_to(small), structure.flatten_up_to(large)))
+    values = (structure.flatten_up_to(_without_sizes(value)) for value in (small, large))
+    rows = list(zip(facts, *values, strict=True))
     tensors = [(fact, value) for fact, value, _ in rows if fact is not None]
     return Layout(
         crossing,
@@ -127,6 +129,11 @@ def layout_of(crossing: Crossing, small: Any, large: Any, images: int) -> Layout
         tuple(None if fact is not None else _rest(one, other, images) for fact, one, other in rows),
         images,
     )
+
+
+def _without_sizes(value: Any) -> Any:
+    """The value with sizes of tensors as plain tuples, which their facts are."""
+    return tuple(value) if isinstance(value, torch.Size) else value
 
 
 def _rest(small: Any, large: Any, images: int) -> Any:

@@ -1049,6 +1049,8 @@ class OnnxRuntimeGraph:
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3  # errors only
         options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+        # Every step has threads of its own: those of one must not spin while the next one computes.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._run = session.run
         self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]

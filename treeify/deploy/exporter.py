@@ -21,18 +21,17 @@ from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.conversion.initialize import Source
 from treeify.data.preparation import PREPARATION
 from treeify.deploy import runtime
-from treeify.deploy.dense_steps import Step, StepPlans, output_names
+from treeify.deploy.dense_steps import StepPlans
+from treeify.deploy.formats import FORMAT, MANIFEST, OPSET, README, RUNTIME, VERSION
 from treeify.deploy.readme import readme
+from treeify.deploy.step import Step, output_names
+from treeify.deploy.values import BatchDim
 from treeify.errors import ExportError, InputError
 
 if TYPE_CHECKING:  # they need packages of an extra
     from treeify.deploy.quantisation_report import Comparison, QuantisationReport
     from treeify.deploy.runtime import Array
 
-MANIFEST, RUNTIME, README = "ensemble.json", "anytime.py", "README.md"
-FORMAT, VERSION = "treeify-export", 1
-# The first whose Split can be told a number of parts; every runtime in use reads it.
-OPSET = 18
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Measuring forms and writing files take about as long as tracing.
 _TRACED, _WRITTEN, _COMPARED = 0.7, 0.9, 0.95
@@ -113,8 +112,8 @@ def export(
         sizes: increasing nested sizes at which a step ends; all of them if not given.
         batch: how many images there will be; "dynamic" for any number.
         input_size: height and width of images, instead of those it was converted for.
-        int8: training images, prepared as in evaluation, `[N, C, H, W]` or batches of them, to write
-            files in 8 bits whose numbers have the ranges seen there. Some hundred are enough.
+        int8: training images, prepared as in evaluation, `[N, C, H, W]` or batches of them, to
+            write files in 8 bits for the ranges of values seen there. Some hundred are enough.
         int8_labels: their classes, `[N]`, to report the accuracy of both.
         int8_held_out: other images and their classes, to report the accuracy on those instead.
         tune: measure on this machine how each level runs fastest; else all are grouped.
@@ -162,7 +161,7 @@ def _calibration(
                 expected="int8=images",
             )
         return None
-    from treeify.deploy.quantise import calibration_images, comparison  # noqa: PLC0415
+    from treeify.deploy.quantise import calibration_images, comparison
 
     images = calibration_images("int8", int8, shape)
     return images, comparison(images, labels, held_out, shape)
@@ -264,7 +263,7 @@ class _Writer:
 
     def _write_quantised(self, folder: Path, images: "Array", data: "Comparison") -> dict[str, Any]:
         """Write it in float first, compared with PyTorch, then quantise that."""
-        from treeify.deploy.quantise import quantise  # noqa: PLC0415
+        from treeify.deploy.quantise import quantise
 
         whole = folder / "float32"
         whole.mkdir()
@@ -278,8 +277,8 @@ class _Writer:
 
     def _write_float(self, folder: Path) -> dict[str, Any]:
         """Fill a directory with files in float32; what its manifest says."""
-        from treeify.deploy.forms import Forms  # noqa: PLC0415 - needs packages of an extra
-        from treeify.deploy.onnx_graph import Translator  # noqa: PLC0415
+        from treeify.deploy.forms import Forms
+        from treeify.deploy.onnx_graph import Translator
 
         translator = Translator(self.plans)
         forms = Forms(translator, measure=self.tune, quantised=self.calibration is not None)
@@ -380,13 +379,13 @@ class _Writer:
 
     def _parity(self, folder: Path) -> list[dict[str, Any]]:
         """Compare the files with the ensemble; the largest differences of each step."""
-        from treeify.deploy.compare import compare  # noqa: PLC0415
+        from treeify.deploy.compare import compare
 
         batches = (1, 3) if self.plans.dynamic else (self.plans.images,)
         return compare(self.plans.hne, folder, batches)
 
 
-def shape_of(example: Tensor, batch_dim: tuple[int, int] | None) -> list[int | str]:
+def shape_of(example: Tensor, batch_dim: BatchDim) -> list[int | str]:
     """A tensor's shape with its batch by name."""
     shape: list[int | str] = list(example.shape)
     if batch_dim is not None:
@@ -415,6 +414,6 @@ def structure_of(output: Any) -> dict[str, Any]:
 
 def save_model(model: Any, file: Path) -> None:
     """Write a model, whole."""
-    import onnx_ir as ir  # noqa: PLC0415 - of an extra
+    import onnx_ir as ir
 
     ir.save(model, file)

@@ -17,7 +17,6 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from treeify.deploy.dense_steps import Step, StepPlans
 from treeify.deploy.onnx_graph import Translator
 from treeify.deploy.quantised_graph import (
     batched_weights,
@@ -27,6 +26,7 @@ from treeify.deploy.quantised_graph import (
     name_nodes,
     quantise_graph,
 )
+from treeify.deploy.step import Step
 from treeify.engine.program import LOOPED, PACKED
 from treeify.tree import Span
 
@@ -45,8 +45,8 @@ class Forms:
         translator: of the steps.
         threads: of the runtime while measuring.
         measure: whether to; else every level is grouped.
-        quantised: whether files will be in 8 bits. Then no level has batched products, which stay in
-            float; those of linear layers run branch by branch.
+        quantised: whether files will be in 8 bits. Then no level has batched products, which would
+            stay in float: those of linear layers run branch by branch.
     """
 
     translator: Translator

@@ -11,6 +11,7 @@ import onnx
 from torch import Tensor
 
 from treeify.arguments import require_iterable
+from treeify.deploy.formats import MANIFEST
 from treeify.deploy.quantisation_report import (
     Comparison,
     QuantisationReport,
@@ -51,7 +52,7 @@ def quantise(
     reduced = not vnni if reduced_range is None else reduced_range
     scheme = "QDQ U8S8 per channel" + (", reduced range" if reduced else "")
     before = Anytime(source, threads=1, preload="none")
-    manifest = json.loads((source / "ensemble.json").read_text(encoding="utf-8"))
+    manifest = json.loads((source / MANIFEST).read_text(encoding="utf-8"))
     for number, row in enumerate(manifest["steps"]):
         model = quantise_graph(
             onnx.load(source / row["file"]),
@@ -82,13 +83,16 @@ def quantise(
 
 def _write(folder: Path, manifest: dict[str, Any]) -> None:
     text = json.dumps(manifest, indent=2) + "\n"
-    (folder / "ensemble.json").write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def calibration_feeds(model: Anytime, number: int, images: Array) -> Iterator[dict[str, Array]]:
     """The inputs of a step, from what the steps before it keep of images.
 
     Computed anew for each step: what is kept of all images may not fit into memory.
+
+    Yields:
+        Arrays by the names of the step's inputs, of one batch.
     """
     rows = model.manifest["steps"]
     graphs = [

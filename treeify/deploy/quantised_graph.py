@@ -137,7 +137,7 @@ def last_products(graph: onnx.GraphProto, answers: Sequence[str]) -> set[str]:
         if node is None or node.name in names:
             continue
         names.add(node.name)
-        if node.op_type not in _PRODUCTS:
+        if node.op_type not in (*_PRODUCTS, "Shape"):  # a shape is no way that numbers take
             wanted += node.input
     return names
 

@@ -81,6 +81,7 @@ def quantise_graph(
         )
         quantised = onnx.load(result)
     _remove_leftovers(quantised)
+    share_equal(quantised.graph)
     return quantised
 
 
@@ -161,6 +162,21 @@ def batched_weights(graph: onnx.GraphProto) -> set[str]:
     batches = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 2}
     products = (node for node in graph.node if node.op_type == "MatMul")
     return {node.name for node in products if not batches.isdisjoint(node.input)}
+
+
+def share_equal(graph: onnx.GraphProto) -> None:
+    """Store equal constants once: each quantised tensor brings zeros of its own."""
+    names: dict[str, str] = {}
+    first: dict[bytes, str] = {}
+    for tensor in list(graph.initializer):
+        content = onnx.TensorProto()
+        content.CopyFrom(tensor)
+        content.name = ""
+        names[tensor.name] = first.setdefault(content.SerializeToString(), tensor.name)
+        if names[tensor.name] != tensor.name:
+            graph.initializer.remove(tensor)
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
 
 
 def _remove_leftovers(model: onnx.ModelProto) -> None:

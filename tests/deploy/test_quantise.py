@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import small
 import torch
 from torch import Tensor, nn
 
-import small
 import treeify
 from treeify.deploy import export
 from treeify.deploy.exporter import Exported

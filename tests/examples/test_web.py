@@ -1,0 +1,242 @@
+"""The page of examples/web prepares pictures and answers as Python does, file by file."""
+
+import base64
+import itertools
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+import torch
+from examples.web_server import PAGE, Server, serving
+from PIL import Image
+from treeify.deploy.runtime import Anytime
+
+import treeify
+from treeify.data import Preparation, digits
+from treeify.data.preparation import PREPARATION
+from treeify.models import cifar_resnet50
+
+HERE = Path(__file__).parent
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth colours with noise on them, opaque."""
+    generator = np.random.default_rng(width * height)
+    rows, columns = np.mgrid[:height, :width]
+    ramps = np.stack([rows / height, columns / width, (rows + columns) / (width + height)], axis=2)
+    noise = generator.normal(0, 0.15, ramps.shape)
+    return Image.fromarray(((ramps + noise) * 255).clip(0, 255).astype(np.uint8))
+
+
+@needs_node
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_pictures_are_prepared_bit_for_bit_as_in_python(crop_mode: Any) -> None:
+    resizings: Any = itertools.product(
+        ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
+        [(8, 8), (15, 22), (64, 64)],
+        [1.0, 0.875, 1.25],
+        [(8, 8), (61, 44), (20, 33)],
+    )
+    cases = []
+    for index, (interpolation, size, crop_pct, picture) in enumerate(resizings):
+        preparation = Preparation(
+            size=size,
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+            channels=(1, 3)[index % 2],
+            crop_mode=crop_mode,
+            crop_pct=crop_pct,
+            interpolation=interpolation,
+        )
+        cases.append((photo(*picture), preparation))
+    asked = [
+        {
+            "rgba": base64.b64encode(image.convert("RGBA").tobytes()).decode(),
+            "width": image.width,
+            "height": image.height,
+            "preparation": PREPARATION.dump_python(preparation, mode="json"),
+        }
+        for image, preparation in cases
+    ]
+    done = subprocess.run(
+        ["node", HERE / "web_prepare.mjs", PAGE / "prepare.js"],
+        input=json.dumps(asked),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for (image, preparation), line in zip(cases, done.stdout.split(), strict=True):
+        values = np.frombuffer(base64.b64decode(line), np.float32).reshape(preparation.shape)
+        assert torch.equal(torch.from_numpy(values.copy()), preparation(image)), preparation
+
+
+def test_the_readmes_pictures_are_the_ones_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (PAGE / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    exec(compile(block, "README.md", "exec"), {})
+    shipped = sorted((PAGE / "pictures").iterdir())
+    assert [file.name for file in shipped] == [f"{digit}.png" for digit in range(10)]
+    for file in shipped:
+        with Image.open(file) as expected, Image.open(Path("pictures") / file.name) as made:
+            assert made.mode == expected.mode
+            assert made.tobytes() == expected.tobytes()
+
+
+def test_the_page_names_no_other_server() -> None:
+    files = [*PAGE.glob("*.js"), *PAGE.glob("*.html"), *PAGE.glob("*.css"), *PAGE.glob("*.json")]
+    assert len(files) >= 8
+    for file in files:
+        assert not re.findall(r"(?:https?:)?//[a-z][\w-]*\.\w", file.read_text(encoding="utf-8"))
+
+
+def _lacking() -> str | None:
+    """What a browser test lacks here."""
+    if shutil.which("chromium") is None:
+        return "chromium is not installed"
+    for package in ("onnxruntime-web", "playwright-core"):
+        if not (PAGE / "node_modules" / package).is_dir():
+            return f"{package} is not installed: npm ci in examples/web"
+    return None
+
+
+needs_browser = pytest.mark.skipif(_lacking() is not None, reason=str(_lacking()))
+
+
+def browse(server: Server, profile: Path, scenario: str, **options: Any) -> dict[str, Any]:
+    """What a browser reports of the page, see web_page.mjs."""
+    asked = {
+        "scenario": scenario,
+        "page": str(PAGE),
+        "chromium": shutil.which("chromium"),
+        "profile": str(profile),
+        "address": server.address,
+        "export": "exported/digits",
+        **options,
+    }
+    command = ["node", str(HERE / "web_page.mjs"), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert "failed" not in report, report
+    hosts = {urlsplit(url).netloc for url in report["requests"] if not url.startswith("blob:")}
+    assert hosts == {urlsplit(server.address).netloc}
+    return report
+
+
+@pytest.fixture(scope="module")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with an export of a network like the recipe's, with random weights."""
+    pytest.importorskip("onnxruntime")
+    data = digits()
+    torch.manual_seed(0)
+    base = cifar_resnet50(num_classes=10, width=0.25, layers=[1, 1, 1, 1])
+    hne = treeify.hierarchicalize(
+        base, splits=["block3", "block4"], init="fresh", example_input=data.example()[None]
+    )
+    hne.preparation = data.preparation
+    root = tmp_path_factory.mktemp("exports")
+    treeify.deploy.export(hne.eval(), root / "digits", tune=False)
+    return root
+
+
+@needs_browser
+def test_the_first_answer_is_there_before_the_other_files(exports: Path, tmp_path: Path) -> None:
+    waiting = frozenset(file.name for file in (exports / "digits").glob("step-*.onnx"))
+    waiting -= {"step-01.onnx"}
+    with serving(exports, waiting) as server:
+        seen = browse(server, tmp_path, "first")
+    assert not seen["errors"]
+    before, after = seen["before"], seen["after"]
+    assert [row["state"] for row in before["rows"]] == ["answered", "waiting", "waiting"]
+    assert "by 1 of 4 leaves" in before["answer"]
+    assert re.fullmatch(r"\d+ kB of \d+ kB fetched", before["fetched"])
+    assert [row["state"] for row in after["rows"]] == ["answered"] * 3
+    assert "by all 4 leaves" in after["answer"]
+    assert after["fetched"].startswith("All ")
+
+
+@needs_browser
+def test_answers_equal_pythons(exports: Path, tmp_path: Path) -> None:
+    with serving(exports) as server:
+        seen = browse(server, tmp_path, "logits")
+    assert not seen["errors"]
+    model = Anytime(exports / "digits", threads=1)
+    expected = list(model.anytime(model.open(PAGE / "pictures" / "3.png")))
+    assert [step["leaves"] for step in seen["steps"]] == [1, 2, 4]
+    for step, answer in zip(seen["steps"], expected, strict=True):
+        np.testing.assert_allclose(step["logits"], answer.logits[0], rtol=1e-4, atol=1e-4)
+    probabilities = torch.from_numpy(expected[-1].logits[0]).softmax(0)
+    best = int(probabilities.argmax())
+    assert seen["answer"].split()[:2] == [str(best), f"{100 * probabilities[best]:.1f}"]
+    files = [row["bytes"] for row in model.manifest["steps"]]
+    assert [step["bytes"] for step in seen["steps"]] == list(itertools.accumulate(files))
+
+
+@needs_browser
+def test_everything_can_be_done_from_the_keyboard(exports: Path, tmp_path: Path) -> None:
+    with serving(exports) as server:
+        seen = browse(server, tmp_path, "keyboard")
+    assert not seen["errors"]
+    assert seen["drawing"]["what"] == "board"
+    assert seen["drawn"]["pen"] == "Pen down"
+    assert seen["drawn"]["changed"]
+    assert "by all 4 leaves" in seen["drawn"]["answer"]
+    assert seen["cleared"] == "None yet."
+    assert seen["pressed"] == "A scanned 1"
+    assert all(stop["outlined"] and stop["name"] for stop in seen["stops"]), seen["stops"]
+
+
+@needs_browser
+def test_a_small_screen_scrolls_in_one_direction_only(exports: Path, tmp_path: Path) -> None:
+    with serving(exports) as server:
+        seen = browse(server, tmp_path, "narrow", width=375, height=667)
+    assert not seen["errors"]
+    assert seen["overflows"] == {"shipped": 0, "drawing": 0, "file": 0}
+    assert not seen["small"]
+
+
+@needs_browser
+def test_a_file_is_resized_for_the_network(exports: Path, tmp_path: Path) -> None:
+    photo(61, 44).save(tmp_path / "photo.png")
+    with serving(exports) as server:
+        file = str(tmp_path / "photo.png")
+        seen = browse(server, tmp_path / "profile", "file", file=file, size="8 x 8 pixels")
+    assert not seen["errors"]
+    assert not seen["pressed"]
+    model = Anytime(exports / "digits", threads=1)
+    probabilities = torch.from_numpy(model.predict(model.open(file))[0]).softmax(0)
+    best = int(probabilities.argmax())
+    assert seen["answer"].split()[:2] == [str(best), f"{100 * probabilities[best]:.1f}"]
+
+
+@needs_browser
+def test_a_damaged_file_is_named_and_answers_before_it_stay(exports: Path, tmp_path: Path) -> None:
+    shutil.copytree(exports / "digits", tmp_path / "exports" / "digits")
+    damaged = tmp_path / "exports" / "digits" / "step-02.onnx"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    with serving(tmp_path / "exports") as server:
+        seen = browse(server, tmp_path / "profile", "problem")
+    assert not seen["errors"]
+    assert "step-02.onnx is damaged or of another export" in seen["problem"]
+    assert [row["state"] for row in seen["rows"]][:2] == ["answered", "fetched"]
+
+
+@needs_browser
+def test_an_export_that_is_not_there_is_explained(exports: Path, tmp_path: Path) -> None:
+    with serving(exports) as server:
+        seen = browse(server, tmp_path, "problem", export="exported/other")
+    assert all("404" in error for error in seen["errors"])
+    assert "exported/other/ensemble.json cannot be fetched" in seen["problem"]
+    assert "treeify export" in seen["problem"]

@@ -1,0 +1,173 @@
+// What a browser does with the page of examples/web: node web_page.mjs '{"scenario": ..., "page": ..., ...}' prints JSON.
+//
+// page: the directory of the example, whose node_modules has playwright-core; chromium: its path; profile: a directory
+// for this run alone; address: of the server; screenshot: a file to write, or null.
+
+import { createRequire } from "node:module";
+
+const asked = JSON.parse(process.argv[2]);
+const { chromium } = createRequire(`${asked.page}/package.json`)("playwright-core");
+
+const FLAGS = [
+  "--no-sandbox",
+  "--disable-gpu",
+  "--disable-quic",
+  "--no-first-run",
+  "--disable-background-networking",
+  "--disable-component-update",
+  "--disable-sync",
+];
+const rows = (page) =>
+  page.$$eval("#steps li", (all) => all.map((row) => ({ leaves: Number(row.dataset.leaves), state: row.dataset.state, text: row.innerText })));
+const allAnswered = (page) =>
+  page.waitForFunction(() => {
+    const states = Array.from(document.querySelectorAll("#steps li"), (row) => row.dataset.state);
+    return states.length && states.every((state) => state === "answered");
+  });
+const answer = (page) => page.locator("#answer").innerText();
+const overflow = (page) => page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+const focused = (page) =>
+  page.evaluate(() => {
+    const at = document.activeElement;
+    const shown = at.type === "radio" ? at.nextElementSibling : at;
+    const { outlineStyle, outlineWidth } = getComputedStyle(shown);
+    const name = at.getAttribute("aria-label") ?? at.labels?.[0]?.innerText ?? at.querySelector("img")?.alt ?? at.innerText;
+    return { what: at.id || at.value || at.tagName.toLowerCase(), name, outlined: outlineStyle !== "none" && parseFloat(outlineWidth) >= 2 };
+  });
+
+const scenarios = {
+  /** Before and after the files that wait are released. */
+  async first(page) {
+    await page.waitForSelector("#steps li[data-state=answered]");
+    await page.waitForTimeout(300);
+    const before = { rows: await rows(page), answer: await answer(page), fetched: await page.locator("#fetched").innerText() };
+    await fetch(`${asked.address}/release`, { method: "POST" });
+    await allAnswered(page);
+    return { before, after: { rows: await rows(page), answer: await answer(page), fetched: await page.locator("#fetched").innerText() } };
+  },
+
+  /** The logits of every step, of a picture of the network's own size. */
+  async logits(page) {
+    await allAnswered(page);
+    const steps = await page.evaluate(
+      async ([directory, picture]) => {
+        const [ort, { Anytime }, { decode, fit, normalise }] = await Promise.all(
+          ["/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs", "/anytime.js", "/prepare.js"].map((path) => import(path)),
+        );
+        const model = await Anytime.open(directory, ort);
+        const decoded = await decode(await (await fetch(picture)).blob());
+        const { preparation } = model.manifest;
+        const values = normalise(fit(decoded, preparation), preparation);
+        const steps = [];
+        for await (const { logits, ...rest } of model.anytime(values)) steps.push({ ...rest, logits: Array.from(logits) });
+        return steps;
+      },
+      [`/${asked.export}`, "/pictures/3.png"],
+    );
+    await page.click("img[alt='A scanned 3']");
+    await page.waitForTimeout(300);
+    await allAnswered(page);
+    return { steps, answer: await answer(page), rows: await rows(page) };
+  },
+
+  /** Every stop of the tab key, and a digit drawn and a scan chosen without a pointer. */
+  async keyboard(page) {
+    await allAnswered(page);
+    const stops = [];
+    const tab = async () => {
+      await page.keyboard.press("Tab");
+      const stop = await focused(page);
+      stops.push(stop);
+      return stop;
+    };
+    await tab();
+    await page.keyboard.press("ArrowRight"); // the second way to get a picture: a drawing
+    const drawing = await tab();
+    const blank = await page.locator("#seen").evaluate((canvas) => canvas.toDataURL());
+    await page.keyboard.press("Space");
+    for (let step = 0; step < 8; step++) await page.keyboard.press("ArrowDown");
+    const pen = await page.locator("#pen").innerText();
+    await page.keyboard.press("Space");
+    await page.waitForTimeout(300);
+    await allAnswered(page);
+    const drawn = { pen, changed: blank !== (await page.locator("#seen").evaluate((canvas) => canvas.toDataURL())), answer: await answer(page) };
+    await page.keyboard.press("Delete");
+    const cleared = await answer(page);
+    for (let stop = {}; stop.what !== "again" && stop.name !== "Fetch again" && stops.length < 20; ) stop = await tab();
+    await page.keyboard.press("Shift+Tab");
+    while ((await focused(page)).what !== "drawing") await page.keyboard.press("Shift+Tab");
+    await page.keyboard.press("ArrowLeft");
+    await tab();
+    await tab();
+    await page.keyboard.press("Enter");
+    await allAnswered(page);
+    const pressed = await page.locator("#shipped [aria-pressed=true] img").getAttribute("alt");
+    return { stops, drawing, drawn, cleared, pressed };
+  },
+
+  /** Whether a small screen needs to scroll sideways, with every kind of picture. */
+  async narrow(page) {
+    await allAnswered(page);
+    const overflows = { shipped: await overflow(page) };
+    const small = await page.$$eval("button, select, .kinds label", (all) =>
+      all.filter((one) => one.offsetParent && Math.min(one.offsetWidth, one.offsetHeight) < 32).map((one) => one.innerText || one.id),
+    );
+    for (const kind of ["drawing", "file"]) {
+      await page.check(`[name=kind][value=${kind}]`, { force: true });
+      overflows[kind] = await overflow(page);
+    }
+    return { overflows, small };
+  },
+
+  /** A file of this device, larger than the network's pictures. */
+  async file(page) {
+    await allAnswered(page);
+    await page.check("[name=kind][value=file]", { force: true });
+    await page.setInputFiles("#chosen", asked.file);
+    await page.waitForFunction((size) => document.querySelector("#seen-size").innerText === size, asked.size);
+    await allAnswered(page);
+    return { answer: await answer(page), pressed: await page.locator("#shipped [aria-pressed=true]").count() };
+  },
+
+  /** What is said of an export that is not right. */
+  async problem(page) {
+    await page.waitForSelector("#problem:not([hidden])");
+    return { problem: await page.locator("#problem").innerText(), rows: await rows(page) };
+  },
+
+  /** A picture of the page for its documentation. */
+  async screenshot(page) {
+    await page.click(`img[alt='A scanned ${asked.digit ?? 3}']`);
+    await page.waitForTimeout(500);
+    await allAnswered(page);
+    await page.waitForTimeout(500);
+    return {};
+  },
+};
+
+const { width = 1000, height = 720, dark = false } = asked;
+const context = await chromium.launchPersistentContext(asked.profile, {
+  executablePath: asked.chromium,
+  headless: true,
+  args: FLAGS,
+  viewport: { width, height },
+  colorScheme: dark ? "dark" : "light",
+  deviceScaleFactor: asked.scale ?? 1,
+});
+const page = context.pages()[0] ?? (await context.newPage());
+page.setDefaultTimeout(20_000);
+const errors = [];
+const requests = [];
+page.on("console", (message) => ["error", "warning"].includes(message.type()) && errors.push(message.text()));
+page.on("pageerror", (error) => errors.push(String(error)));
+page.on("request", (request) => requests.push(request.url()));
+try {
+  await page.goto(`${asked.address}/?export=${asked.export}`);
+  const report = await scenarios[asked.scenario](page);
+  if (asked.screenshot) await page.screenshot({ path: asked.screenshot, fullPage: true });
+  console.log(JSON.stringify({ ...report, errors, requests }));
+} catch (error) {
+  console.log(JSON.stringify({ failed: String(error), answer: await answer(page), rows: await rows(page), errors, requests }));
+} finally {
+  await context.close();
+}

@@ -1,7 +1,8 @@
 // Resizing 8-bit pixels as Pillow does, bit for bit: a browser's own smoothing differs from it by several levels.
 //
 // Each output pixel is a weighted mean of the input pixels under its filter, which widens as images shrink; first along
-// rows, then along columns, each rounded to 8 bits; weights are rounded to 22 binary digits.
+// rows, then along columns, each rounded to 8 bits; weights are rounded to 22 binary digits. (Pillow 13 begins with the
+// columns where heights shrink much more than widths, which older ones do not: most pixels then differ by 0 or 1 of 255.)
 
 const ONE = 2 ** 22;
 
@@ -10,7 +11,7 @@ const FILTERS = {
   bilinear: { support: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },
   hamming: {
     support: 1,
-    weight: (x) => (x === 0 ? 1 : Math.abs(x) >= 1 ? 0 : sinc(x) * (0.54 + 0.46 * Math.cos(Math.PI * Math.abs(x)))),
+    weight: (x) => (x === 0 ? 1 : Math.abs(x) >= 1 ? 0 : sinc(x) * (Math.fround(0.54) + Math.fround(0.46) * Math.cos(Math.PI * Math.abs(x)))),
   },
   bicubic: {
     support: 2,

@@ -121,12 +121,13 @@ const scenarios = {
 
   /** A file of this device, larger than the network's pictures. */
   async file(page) {
-    await allAnswered(page);
-    await page.check("[name=kind][value=file]", { force: true });
+    await page.waitForSelector("#steps li");
+    const kinds = await page.isVisible("#kinds");
+    if (kinds) await page.check("[name=kind][value=file]", { force: true });
     await page.setInputFiles("#chosen", asked.file);
     await page.waitForFunction((size) => document.querySelector("#seen-size").innerText === size, asked.size);
     await allAnswered(page);
-    return { answer: await answer(page), pressed: await page.locator("#shipped [aria-pressed=true]").count() };
+    return { answer: await answer(page), kinds, pressed: await page.locator("#shipped [aria-pressed=true]").count() };
   },
 
   /** What is said of an export that is not right. */
@@ -135,13 +136,16 @@ const scenarios = {
     return { problem: await page.locator("#problem").innerText(), rows: await rows(page) };
   },
 
-  /** A picture of the page for its documentation. */
-  async screenshot(page) {
-    await page.click(`img[alt='A scanned ${asked.digit ?? 3}']`);
-    await page.waitForTimeout(500);
+  /** The page while the last file is on its way, over a slow connection. */
+  async underway(page) {
     await allAnswered(page);
-    await page.waitForTimeout(500);
-    return {};
+    await page.selectOption("#connection", { label: "1 Mbit/s" });
+    await page.click("#again button");
+    const { length } = await rows(page);
+    await page.waitForSelector(`#steps li:nth-child(${length - 1})[data-state=answered]`);
+    await page.waitForSelector(`#steps li:nth-child(${length})[data-state=fetching]`);
+    await page.waitForTimeout(asked.pause ?? 0);
+    return { rows: await rows(page), answer: await answer(page) };
   },
 };
 

@@ -25,6 +25,7 @@ ROOMS = (
     "evaluation",
     "parity",
     "training",
+    "deploy",
     "cli",
 )
 ORDER = (*FILES, *ROOMS)

@@ -71,6 +71,10 @@ class ParityError(TreeifyError):
     """A converted model differs from the untouched base architecture."""
 
 
+class ExportError(TreeifyError):
+    """An ensemble cannot be exported, or what was exported differs from it."""
+
+
 class InitWarning(UserWarning):
     """A module's own weights are passed over, and nobody said that they should be."""
 

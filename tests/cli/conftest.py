@@ -33,6 +33,21 @@ def directories(saved_ensemble: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     return tmp_path
 
 
+@pytest.fixture(scope="session")
+def saved_export(saved_ensemble: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory to copy: the same ensemble, exported."""
+    path = tmp_path_factory.mktemp("exported") / "digits"
+    saved.export(saved_ensemble, path)
+    return path
+
+
+@pytest.fixture
+def exported(saved_export: Path, directories: Path) -> Path:
+    """The export beside the ensembles it was made from, as the user names it."""
+    shutil.copytree(saved_export, directories / "exported" / "run")
+    return Path("exported/run")
+
+
 @pytest.fixture
 def hne(directories: Path) -> treeify.HierarchicalEnsemble:
     """The ensemble in both."""

@@ -8,7 +8,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import treeify
-from treeify.data import Preparation
+from treeify.anytime.confidence import Budget
+from treeify.data import DIGITS, Preparation
+from treeify.deploy.exporter import export as write
 from treeify.models.architecture import Architecture
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "digits_hne.yaml"
@@ -26,6 +28,19 @@ def save(path: Path, preparation: Preparation | None = None) -> None:
         hne.head.weight *= 10
     hne.preparation = preparation
     treeify.save(hne, path)
+
+
+def export(
+    source: Path, path: Path, sizes: tuple[int, ...] | None = None, batch: int | str = "dynamic"
+) -> None:
+    """Export an ensemble for images prepared as digits are."""
+    hne = treeify.load(source, trust=True).eval()
+    mean, std = DIGITS
+    hne.preparation = Preparation((8, 8), mean, std)
+    least, most = hne.count_macs(1), hne.count_macs()
+    target = (least + most) // 2
+    hne.budgets[target] = Budget(target, (1, 3, 6), (0.5, 0.9), 0.0, 0.0, (0.0,) * 3, 1)
+    write(hne, path, sizes=sizes, batch=batch, tune=False)
 
 
 def write_digits(directory: Path, count: int) -> tuple[list[str], Tensor]:

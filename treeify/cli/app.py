@@ -37,6 +37,10 @@ COMMANDS = {
         "calibrate",
         "Measure how fast an ensemble answers here, and choose when images need no more leaves.",
     ),
+    "export": (
+        "export",
+        "Write an ensemble as files that answer without PyTorch, the first answer first.",
+    ),
     "verify": (
         "verify",
         "Convert models and prove that every leaf equals the untouched architecture.",
@@ -176,6 +180,10 @@ def options(
         treeify calibrate runs/digits_hne
 
         treeify predict runs/digits_hne digit.png --deadline 20ms
+
+    And to files that answer without PyTorch:
+
+        treeify export runs/digits_hne
     """
     # `package.module:function` may name a module beside the user, as it would under `python -m`.
     registry: Any = importlib.import_module("treeify.registry")

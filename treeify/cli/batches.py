@@ -15,9 +15,13 @@ from treeify.cli.image_files import ImageFile
 from treeify.conversion import saving
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data.preparation import Preparation, read_files
+from treeify.deploy.exported import ExportedEnsemble
 from treeify.engine.plan import Situation
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.evaluation.metrics import placed
+
+# What answers: an ensemble, or an export of one.
+Ensemble = HierarchicalEnsemble | ExportedEnsemble
 
 
 class Limits(NamedTuple):
@@ -33,7 +37,7 @@ class Run:
 
     Args:
         hne: the ensemble.
-        path: its checkpoint, where latencies are kept.
+        path: its directory, where latencies are kept.
         limits: what ends an answer.
         label: the names, if they are known, of so many classes.
         top: how many classes to end with.
@@ -42,7 +46,7 @@ class Run:
 
     def __init__(
         self,
-        hne: HierarchicalEnsemble,
+        hne: Ensemble,
         path: Path,
         limits: Limits,
         label: Callable[[int], Sequence[str] | None],
@@ -78,7 +82,8 @@ class Run:
             readable = [(file.path, image) for file, image in single if image is not None]
             self._files = [path for path, _ in readable]
             images = torch.cat([torch.empty(0), *(image for _, image in readable)])
-        self._x = placed(images, self.hne)
+        hne = self.hne
+        self._x = images if isinstance(hne, ExportedEnsemble) else placed(images, hne)
 
     def warm_up(self) -> None:
         """Answer blank images of a new shape, and know how long answers take for a deadline."""
@@ -130,8 +135,12 @@ def _read_one(file: Path, preparation: Preparation) -> Tensor | None:
         return None
 
 
-def _measure_if_unknown(hne: HierarchicalEnsemble, x: Tensor, path: Path, notes: list[str]) -> bool:
+def _measure_if_unknown(hne: Ensemble, x: Tensor, path: Path, notes: list[str]) -> bool:
     """Measure how long steps take for this batch unless that is known; whether it was done."""
+    if isinstance(hne, ExportedEnsemble):
+        note = hne.measure_if_unknown(x)
+        notes += [] if note is None else [note]
+        return note is not None
     situation = Situation.of(x, training=False)
     try:
         find(hne.latencies, situation, hne.plan(x))
@@ -150,7 +159,7 @@ def _measure_if_unknown(hne: HierarchicalEnsemble, x: Tensor, path: Path, notes:
     return True
 
 
-def _count_classes(hne: HierarchicalEnsemble, x: Tensor, leaves: int | None) -> int:
+def _count_classes(hne: Ensemble, x: Tensor, leaves: int | None) -> int:
     """Answer blank images, and return the number of classes `K`."""
     # The first calls of a process set up kernels and take longer than any later one.
     logits = hne.predict(torch.zeros_like(x), leaves, observe=lambda answer, images: None)

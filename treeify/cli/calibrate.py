@@ -13,10 +13,19 @@ from treeify.anytime.deadline import LATENCIES, Latencies
 from treeify.cli.choice import Choice, Targets
 from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import checkpoint_in, data_section, held_out_data, skips_damaged
+from treeify.cli.saved import (
+    checkpoint_in,
+    data_section,
+    exported_in,
+    held_out_data,
+    skips_damaged,
+)
 from treeify.conversion import checkpoint, saving
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
+from treeify.deploy import runtime
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.engine import timing
 from treeify.engine.plan import NOT_THE_FASTEST, TUNING, Tuning
 from treeify.errors import CheckpointError, DataError, InputError
 from treeify.evaluation.halves import Halves
@@ -77,7 +86,8 @@ def calibrate(
 
     What is found is saved with the ensemble, all at the end: `treeify predict` goes by the
     latencies to keep a `--deadline`, and by the thresholds to keep a `--budget`. Thresholds are
-    chosen on one half of the held-out images; accuracy is reported on the other.
+    chosen on one half of the held-out images; accuracy is reported on the other. Of an exported
+    ensemble, latencies are measured and kept beside it.
 
     For example:
 
@@ -91,6 +101,11 @@ def calibrate(
     """
     targets = Targets(target_macs or [], target_ms, target_accuracy, sweep)
     targets.check(data or (), batch_size)
+    if (exported := exported_in(directory, device)) is not None:
+        _check_no_targets(targets, directory)
+        _check_writable(directory)
+        _calibrate_export(exported, batch_size, repeats, as_json=as_json)
+        return
     path = checkpoint_in(directory, trust=trust)
     section = data_section(path, data or (), trust=trust) if targets else None
     _check_writable(path)
@@ -133,6 +148,55 @@ def calibrate(
     say(console, f"Saved in {path}")
     if as_json:
         print_json(report)
+
+
+def _check_no_targets(targets: Targets, directory: Path) -> None:
+    if targets:
+        raise InputError(
+            f"thresholds cannot be chosen for {directory}, which is an export: its files say how"
+            " images are answered for each budget.",
+            expected="what it was exported from, for --target-macs, --target-ms, --target-accuracy"
+            " and --sweep",
+            next_step="Choose them there with treeify calibrate, and export again: budgets go with"
+            " it.",
+        )
+
+
+def _calibrate_export(
+    exported: ExportedEnsemble, batch_size: int, repeats: int, *, as_json: bool
+) -> None:
+    """Measure how long an export's steps take, and keep it beside them."""
+    console = Console(quiet=as_json)
+    x = exported.example_images(batch_size)
+    # Two pools of threads that spin in one process, the export's and PyTorch's, slow each other.
+    with console.status("measuring latencies"), timing.threads(1):
+        latencies, kept = exported.calibrate(x, repeats=repeats)
+    margins = latencies.margins
+    rows = [
+        {
+            "from": start,
+            "to": stop,
+            "typical": seconds,
+            "slow": latencies.slow[start, stop],
+            "margin": margins[start, stop],
+        }
+        for (start, stop), seconds in latencies.typical.items()
+    ]
+    say(
+        console,
+        _latency_table(exported, latencies),
+        f"{latencies.situation}: medians of {latencies.repeats} rounds; deadlines are kept with"
+        f" margins {min(margins.values()):.2f} to {max(margins.values()):.2f}.",
+        f"{kept[0].upper()}{kept[1:]}",
+    )
+    if as_json:
+        measured = {
+            "situation": latencies.situation,
+            "sizes": latencies.sizes,
+            "transitions": rows,
+            "repeats": latencies.repeats,
+        }
+        print_json({"ensemble": exported.path, "latencies": measured})
 
 
 def _check_writable(path: Path) -> None:
@@ -182,7 +246,9 @@ def _tuning_table(tuning: Tuning) -> Table:
     return table(columns, rows, caption=caption)
 
 
-def _latency_table(hne: HierarchicalEnsemble, latencies: Latencies) -> Table:
+def _latency_table(
+    hne: HierarchicalEnsemble | ExportedEnsemble, latencies: Latencies | runtime.Latencies
+) -> Table:
     headings, *rows = latencies.rows()
     macs = ["MACs", *(hne.count_macs(size) for size in latencies.sizes)]
     caption = "ms from some leaves straight to more, and the 99th percentile"

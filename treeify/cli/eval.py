@@ -1,8 +1,8 @@
 """`treeify eval`: the accuracy of a trained ensemble on held-out images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -12,22 +12,28 @@ from treeify.cli.options import Device, Json, Trust, Weights
 from treeify.cli.output import check_file, print_json, say, write_text
 from treeify.cli.saved import (
     checkpoint_in,
+    data_for_export,
     data_section,
+    exported_in,
     held_out_data,
     origin_of,
     skips_damaged,
 )
-from treeify.cli.scores import as_csv, base_row, score_rows, score_tables
+from treeify.cli.scores import as_csv, base_row, rows_of, score_rows, score_tables
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.data import Data
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.deploy.exported_scores import exported_scores, exported_seconds
 from treeify.engine import timing
-from treeify.errors import CheckpointError
+from treeify.errors import CheckpointError, InputError
 from treeify.evaluation.comparison import base_model_of, compare, is_leaf, verdict
-from treeify.evaluation.cost import answer_seconds
+from treeify.evaluation.cost import Cost, answer_seconds
 from treeify.evaluation.metrics import placed
 from treeify.training.distributed import resolve_device
-from treeify.training.loaders import held_out_loader, noting
+from treeify.training.loaders import Batch, held_out_loader, noting
 from treeify.training.model import check_classes
+from treeify.training.recipe import DataRecipe
 
 
 def evaluate(
@@ -63,6 +69,7 @@ def evaluate(
     The base model comes first, then what every nested size gains over one leaf, and whether that is
     worth its cost: accuracy beside MACs, parameters and the time an answer takes here; negative
     log-likelihood, calibration error and how much the leaves differ; every leaf's own accuracy.
+    An exported ensemble is measured by its own runtime, without a base model.
 
     For example:
 
@@ -74,56 +81,161 @@ def evaluate(
 
         treeify eval runs/my_run --weights my_model.pth
     """
-    path = checkpoint_in(directory, trust=trust)
+    exported = exported_in(directory, device)
+    if exported is not None:
+        _check_no_weights(weights, directory)
+    path = checkpoint_in(directory, trust=trust) if exported is None else directory
     if csv is not None:
         check_file(csv, "--csv")
     section = data_section(path, data or (), trust=trust)
-    hne = checkpoint.load(path, trust=trust).to(resolve_device(device)).eval()
-    base, weights, unfit = _base_model(hne, weights, path, trust=trust)
-    images = held_out_data(path, section, data or (), hne.example[0], trust=trust)
-    check_classes(hne, images)
-    skip = skips_damaged(path, trust=trust)
-    batches = held_out_loader(images.held_out, batch_size, workers=workers, skip=skip)
-    skipped: set[str] = set()
-    measured = base if weights is not None else None
-    scores, gains, base_score = compare(hne, noting(batches, skipped), measured)
-    x = placed(images.example()[None], hne)
-    machine = timing.describe(x.device) if latency else None
-    seconds = answer_seconds(hne, x, base=base) if latency else None
-    differences = gains.result()
-    rows = score_rows(hne, scores.result(), seconds=seconds, x=x, gains=differences)
-    single = scores.leaf_accuracy()
-    first = base_row(hne, rows[0]["macs"], base_score, seconds)
-    cost = rows[-1]["macs"] / rows[0]["macs"] if rows[0]["macs"] else 1.0
-    worth = verdict(differences[-1], cost, 100 - rows[0]["accuracy"], gains.images)
+    options = _Options(section, data or (), batch_size, workers, latency)
+    if exported is None:
+        found = _of_checkpoint(path, options, weights, device, trust=trust)
+    else:
+        found = _of_export(exported, options)
     if csv is not None:
-        write_text(csv, as_csv(rows, single, first), "--csv")
-    notes = [*unfit, *_base_notes(base, hne, weights), *_size_notes(hne, x)]
+        write_text(csv, as_csv(found.rows, found.single, found.base), "--csv")
     if as_json:
+        base = None if found.base is None else {**found.base, "leaves": None}
         report = {
             "ensemble": path,
-            "split": images.split,
-            "skipped": sorted(skipped),
-            "base": {**first, "leaves": None, "weights": weights},
-            "scores": rows,
-            "leaf_accuracy": single,
-            "verdict": worth,
-            "notes": notes,
-            "machine": machine,
+            "split": found.data.split,
+            "skipped": sorted(found.skipped),
+            "base": base and {**base, "weights": found.weights},
+            "scores": found.rows,
+            "leaf_accuracy": found.single,
+            "verdict": found.verdict,
+            "notes": found.notes,
+            "machine": found.machine,
         }
         print_json(report)
-    accuracies = ", ".join(f"{accuracy:.2f}" for accuracy in single)
-    console = Console(quiet=as_json)
-    say(console, *score_tables([first, *rows]), f"Each leaf by itself, %: {accuracies}")
-    say(console, *([worth] if worth else []), *notes, f"{path}; {images.split}.")
-    if images.preparation is not None:
-        say(console, f"Images: {images.preparation}.")
-    if hne.preparation is None or hne.preparation.classes is None:
+    _show(Console(quiet=as_json), path, found)
+
+
+def _check_no_weights(weights: Path | None, directory: Path) -> None:
+    if weights is not None:
+        raise InputError(
+            f"--weights was given, and {directory} is an export, which has no base model.",
+            expected="--weights with the run or the ensemble that was exported",
+        )
+
+
+class _Options(NamedTuple):
+    """What is measured on which images."""
+
+    section: DataRecipe
+    data: Sequence[str]
+    batch_size: int
+    workers: int
+    latency: bool
+
+    def batches(self, data: Data, skipped: set[str], *, skip: bool) -> Iterator[Batch]:
+        """Its held-out images; those that could not be read are added to a set."""
+        batches = held_out_loader(data.held_out, self.batch_size, workers=self.workers, skip=skip)
+        return noting(batches, skipped)
+
+
+class _Found(NamedTuple):
+    """What was measured: rows of `score_rows`, with the base model's where there is one."""
+
+    data: Data
+    rows: list[dict[str, Any]]
+    single: Sequence[float]
+    verdict: str | None
+    notes: list[str]
+    skipped: set[str]
+    machine: str | None
+    base: dict[str, Any] | None = None
+    weights: Path | None = None
+    has_names: bool = True
+
+
+def _show(console: Console, path: Path, found: _Found) -> None:
+    accuracies = ", ".join(f"{accuracy:.2f}" for accuracy in found.single)
+    rows = found.rows if found.base is None else [found.base, *found.rows]
+    say(console, *score_tables(rows), f"Each leaf by itself, %: {accuracies}")
+    verdict = [] if found.verdict is None else [found.verdict]
+    say(console, *verdict, *found.notes, f"{path}; {found.data.split}.")
+    if found.data.preparation is not None:
+        say(console, f"Images: {found.data.preparation}.")
+    if not found.has_names:
         say(console, "Classes go by their numbers: the ensemble does not know their names.")
-    if skipped:
-        say(console, f"Not read, and left out: {', '.join(sorted(skipped))}", style="yellow")
-    if machine is not None:
-        say(console, f"ms: one image, {machine}.")
+    if found.skipped:
+        skipped = ", ".join(sorted(found.skipped))
+        say(console, f"Not read, and left out: {skipped}", style="yellow")
+    if found.machine is not None:
+        say(console, f"ms: one image, {found.machine}.")
+
+
+def _of_checkpoint(
+    path: Path, options: _Options, weights: Path | None, device: str, *, trust: bool
+) -> _Found:
+    hne = checkpoint.load(path, trust=trust).to(resolve_device(device)).eval()
+    base, weights, unfit = _base_model(hne, weights, path, trust=trust)
+    data = held_out_data(path, options.section, options.data, hne.example[0], trust=trust)
+    check_classes(hne, data)
+    skipped: set[str] = set()
+    batches = options.batches(data, skipped, skip=skips_damaged(path, trust=trust))
+    measured = base if weights is not None else None
+    scores, gains, base_score = compare(hne, batches, measured)
+    x = placed(data.example()[None], hne)
+    machine = timing.describe(x.device) if options.latency else None
+    seconds = answer_seconds(hne, x, base=base) if options.latency else None
+    differences = gains.result()
+    rows = score_rows(hne, scores.result(), seconds=seconds, x=x, gains=differences)
+    cost = rows[-1]["macs"] / rows[0]["macs"] if rows[0]["macs"] else 1.0
+    return _Found(
+        data,
+        rows,
+        scores.leaf_accuracy(),
+        verdict(differences[-1], cost, 100 - rows[0]["accuracy"], gains.images),
+        [*unfit, *_base_notes(base, hne, weights), *_size_notes(hne, x)],
+        skipped,
+        machine,
+        base_row(hne, rows[0]["macs"], base_score, seconds),
+        weights,
+        hne.preparation is not None and hne.preparation.classes is not None,
+    )
+
+
+def _of_export(exported: ExportedEnsemble, options: _Options) -> _Found:
+    """The same of an export, for the sizes at which its steps end."""
+    data = data_for_export(exported, options.section, options.data)
+    skipped: set[str] = set()
+    batches = options.batches(data, skipped, skip=False)
+    # Two pools of threads that spin in one process, the export's and PyTorch's, slow each other.
+    with timing.threads(1):
+        scores, gains = exported_scores(exported, batches, data.classes)
+        x = data.example()[None]
+        seconds = exported_seconds(exported, x) if options.latency else None
+    kept = [scores.tree.nested_sizes.index(size) for size in exported.sizes]
+    costs = [
+        Cost(size, exported.count_macs(size), exported.count_parameters(size))
+        for size in exported.sizes
+    ]
+    results, differences = scores.result(), gains.result()
+    rows = rows_of(
+        [results[index] for index in kept],
+        costs,
+        seconds=seconds,
+        gains=[differences[index] for index in kept],
+    )
+    worth = None
+    if exported.sizes[0] == 1:
+        cost = rows[-1]["macs"] / rows[0]["macs"] if rows[0]["macs"] else 1.0
+        worth = verdict(differences[-1], cost, 100 - rows[0]["accuracy"], gains.images)
+    else:  # what one leaf costs is not known
+        rows = [{**row, "gain_per_cost": None} for row in rows]
+    return _Found(
+        data,
+        rows,
+        scores.leaf_accuracy(),
+        worth,
+        ["An export: its runtime answered, without PyTorch."],
+        skipped,
+        exported.machine if options.latency else None,
+        has_names=exported.classes is not None,
+    )
 
 
 def _base_model(

@@ -64,6 +64,11 @@ def numbers(name: str, help: str, *, positive: bool = False) -> Any:
     return _parsed(name, partial(quantities.numbers, positive=positive), "NUMBERS", help)
 
 
+def whole_numbers(name: str, help: str) -> Any:
+    """An option such as `--sizes 1,4,16`."""
+    return _parsed(name, quantities.whole_numbers, "NUMBERS", help)
+
+
 def size(name: str, help: str) -> Any:
     """An option such as `--input-size 96x160`."""
     return _parsed(name, quantities.size, "SIZE", help)

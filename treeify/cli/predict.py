@@ -16,13 +16,20 @@ from treeify import files
 from treeify.anytime.confidence import Budget
 from treeify.cli import quantities
 from treeify.cli.answers import Answers, ImageAnswers, as_csv
-from treeify.cli.batches import Limits, Run
+from treeify.cli.batches import Ensemble, Limits, Run
 from treeify.cli.image_files import image_files
 from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count, duration, numbers, size
 from treeify.cli.output import Column, check_file, print_json, say, table, table_width, write_text
-from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
+from treeify.cli.saved import (
+    checkpoint_in,
+    exported_in,
+    preparation_in,
+    preparation_of_export,
+    recipe_of,
+)
 from treeify.conversion import checkpoint
-from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.engine import timing
 from treeify.errors import DataError, InputError
 from treeify.training.distributed import resolve_device
 
@@ -103,18 +110,23 @@ def predict(
     """
     _check_single(leaves, deadline, confidence, budget)
     chosen = image_files(images)
-    path = checkpoint_in(directory, trust=trust)
+    exported = exported_in(directory, device)
+    path = checkpoint_in(directory, trust=trust) if exported is None else directory
     if csv is not None:
         check_file(csv, "--csv")
     console = Console(quiet=as_json)
-    preparation = preparation_in(path, mean, std, input_size, trust=trust)
+    if exported is None:
+        preparation = preparation_in(path, mean, std, input_size, trust=trust)
+    else:
+        preparation = preparation_of_export(exported, mean, std, input_size)
+        batch_size = exported.images or batch_size
     preparation.check()
     notes = [f"Images: {preparation}."]
     if input_size is not None:
         notes.append("MACs are those of the size that the ensemble was converted for.")
     with console.status("loading"):
         names = preparation.classes if labels is None else _read_labels(labels)
-        hne = checkpoint.load(path, trust=trust).to(resolve_device(device))
+        hne = exported or checkpoint.load(path, trust=trust).to(resolve_device(device))
     sufficient = confidence if budget is None else _saved_budget(hne, budget, path)
     limits = Limits(leaves, deadline, sufficient)
     label = partial(_labels, names, hne=hne, path=path, notes=notes)
@@ -122,17 +134,19 @@ def predict(
     # Drawing would eat into a deadline, and cannot grow where nothing is redrawn.
     drawn = console.is_terminal and deadline is None and not as_json and len(chosen) <= batch_size
     view = Live(console=console, auto_refresh=False, transient=True) if drawn else None
-    for start in range(0, len(chosen), batch_size):
-        with console.status("reading"):
-            run.read(chosen[start : start + batch_size], preparation)
-        with console.status("warming up"):
-            run.warm_up()
-        with view or nullcontext():
-            run.answer(partial(_redraw, view))
+    # Two pools of threads that spin in one process, the export's and PyTorch's, slow each other.
+    with timing.threads(None if exported is None else 1):
+        for start in range(0, len(chosen), batch_size):
+            with console.status("reading"):
+                run.read(chosen[start : start + batch_size], preparation)
+            with console.status("warming up"):
+                run.warm_up()
+            with view or nullcontext():
+                run.answer(partial(_redraw, view))
     answered = run.finish()
     report = Report(
         ensemble=str(path),
-        device=str(next(hne.parameters()).device),
+        device="cpu" if isinstance(hne, ExportedEnsemble) else str(next(hne.parameters()).device),
         input=preparation.shape,
         mean=preparation.mean or (),
         std=preparation.std or (),
@@ -225,7 +239,7 @@ def _read_labels(file: Path) -> Sequence[str]:
 def _labels(
     labels: Sequence[str] | None,
     classes: int,
-    hne: HierarchicalEnsemble,
+    hne: Ensemble,
     path: Path,
     notes: list[str],
 ) -> Sequence[str] | None:
@@ -238,6 +252,8 @@ def _labels(
                 found=f"{len(labels)}",
             )
         return labels
+    if isinstance(hne, ExportedEnsemble):
+        return None
     custom = hne.architecture is None or ":" in hne.architecture.name or recipe_of(path)
     if classes != 1000 or custom:
         return None
@@ -248,16 +264,19 @@ def _labels(
     return [info.index_to_description(index) for index in range(classes)]
 
 
-def _saved_budget(hne: HierarchicalEnsemble, target: int, path: Path) -> Budget:
+def _saved_budget(hne: Ensemble, target: int, path: Path) -> Budget:
     """The thresholds that were chosen for a number of MACs per image."""
     if target in hne.budgets:
         return hne.budgets[target]
     saved = ", ".join(f"{macs:,}" for macs in sorted(hne.budgets))
+    choose = f"Choose them: treeify calibrate {path} --target-macs {target}"
+    if isinstance(hne, ExportedEnsemble):
+        choose = "Choose them with treeify calibrate --target-macs before treeify export."
     raise InputError(
         f"no thresholds are saved for a budget of {target:,} MACs per image.",
         expected=f"one of {saved}" if saved else "a budget that was calibrated",
         found=None if saved else "none, no budget has been calibrated",
-        next_step=f"Choose them: treeify calibrate {path} --target-macs {target}",
+        next_step=choose,
     )
 
 

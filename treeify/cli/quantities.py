@@ -76,6 +76,16 @@ def numbers(text: str, option: str, *, positive: bool = False) -> tuple[float, .
     return values
 
 
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Comma-separated numbers above 0, such as `1,4,16`."""
+    if not re.fullmatch(r"[1-9]\d{0,8}(,\s*[1-9]\d{0,8})*", text.strip()):
+        raise InputError(
+            f"{option} {text!r} is no list of whole numbers above 0.",
+            expected=f"numbers with commas between them: {option} 1,4,16",
+        )
+    return tuple(map(int, text.split(",")))
+
+
 def size(text: str, option: str) -> Size:
     """Height and width in pixels, such as `96x160`, or `96` for both."""
     match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text.strip())

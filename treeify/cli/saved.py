@@ -1,4 +1,4 @@
-"""What a directory on the command line holds: a run, or an ensemble by itself."""
+"""What a directory on the command line holds: a run, an ensemble by itself, or an export."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -6,16 +6,38 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from treeify import files
 from treeify.conversion import saved_config
 from treeify.conversion.saved_config import EMA, read_config, scored_ensemble
-from treeify.data import Data, Preparation
+from treeify.data import Data, Preparation, UnreadableImageError
 from treeify.data.conventions import of_data_set, of_trained_weights
-from treeify.errors import CheckpointError, InputError, RecipeError
+from treeify.deploy.exported import ExportedEnsemble, looks_exported
+from treeify.errors import CheckpointError, DataError, InputError, RecipeError
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_of_run, data_recipe, values_of_run
 from treeify.training.run_directory import CHECKPOINTS, RECIPE, STATES
+
+
+def exported_in(directory: Path, device: str = "auto") -> ExportedEnsemble | None:
+    """The export that a directory is; None if it is none.
+
+    Raises:
+        CheckpointError: it is damaged.
+        InputError: a device was asked for that it does not run on.
+    """
+    if not looks_exported(directory):
+        return None
+    if device not in ("auto", "cpu"):
+        raise InputError(
+            f"--device {device} was given, and {directory} is an export.",
+            expected="auto or cpu: its runtime computes on the CPU",
+            next_step="Answer with what it was exported from.",
+        )
+    return ExportedEnsemble(directory)
 
 
 def checkpoint_in(directory: Path, *, trust: bool = False) -> Path:
@@ -83,6 +105,28 @@ def preparation_in(
     return preparation.with_statistics(mean, std, "--mean and --std")
 
 
+def preparation_of_export(
+    exported: ExportedEnsemble,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    size: tuple[int, int] | None,
+) -> Preparation:
+    """What images go through before an export sees them; statistics as in `preparation_in`.
+
+    Raises:
+        InputError: it takes another size, or no images, or the numbers do not fit.
+    """
+    preparation = exported.preparation
+    if size is not None and tuple(size) != preparation.size:
+        asked, own = ("x".join(map(str, each)) for each in (size, preparation.size))
+        raise InputError(
+            f"--input-size {asked} was given, and {exported.path} is an export.",
+            expected=f"{own}, the size that its files take",
+            next_step=f"Export for that size: treeify export DIR --input-size {asked}",
+        )
+    return preparation.with_statistics(mean, std, "--mean and --std")
+
+
 def _of_earlier_version(
     path: Path, config: Mapping[str, Any], shape: tuple[int, int, int], *, trust: bool
 ) -> Preparation:
@@ -141,11 +185,7 @@ def held_out_data(
     if len(read_config(path, trust=trust)["example"]) != 3:
         return data
     preparation = preparation_in(path, trust=trust)
-    changed = {option.partition("=")[0].strip() for option in options}
-    if data.preparation is not None:
-        is_known = preparation.is_known and not _PREPARING & changed
-        size = (data.preparation if "size" in changed else preparation).size
-        data = data.prepared_by(replace(preparation if is_known else data.preparation, size=size))
+    data = _prepared(data, preparation, options)
     classes = preparation.classes
     if classes is None and (recipe := recipe_of(path, trust=trust)):
         # A data set that is not trusted is none of those whose classes earlier runs sorted.
@@ -153,6 +193,63 @@ def held_out_data(
             run_section = data_of_run(recipe, trust=trust)
             classes = run_section.classes_of_earlier_runs(data.classes)
     return data if classes is None else data.numbered_by(classes)
+
+
+def training_images(data: Data, count: int) -> Tensor:
+    """Some training images, always the same ones, prepared as in evaluation: `[count, C, H, W]`.
+
+    Those that cannot be read are left out.
+
+    Raises:
+        DataError: none can be read.
+    """
+    total = len(data.train)  # type: ignore[arg-type]
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
+    images: list[Tensor] = []
+    for index in order.tolist():
+        if len(images) == count:
+            break
+        with suppress(UnreadableImageError):
+            images.append(data.unaugmented(index))
+    if not images:
+        raise DataError("none of the training images can be read.", expected="at least one")
+    return torch.stack(images)
+
+
+def data_for_export(
+    exported: ExportedEnsemble, section: DataRecipe, options: Sequence[str]
+) -> Data:
+    """The same for an export, whose files take one size of images.
+
+    Raises:
+        DataError: as there.
+        InputError: the images have another shape.
+    """
+    data = section.load(exported.shape[0])
+    if len(exported.shape) == 3:
+        preparation = exported.preparation
+        data = _prepared(data, preparation, options)
+        if preparation.classes is not None:
+            data = data.numbered_by(preparation.classes)
+    if (shape := tuple(data.example().shape)) != exported.shape:
+        raise InputError(
+            "the images have another shape than those that the export takes.",
+            expected=f"{exported.shape}",
+            found=f"{shape}",
+            next_step="Leave their size to the export, or export for that size: treeify export"
+            " --input-size.",
+        )
+    return data
+
+
+def _prepared(data: Data, preparation: Preparation, options: Sequence[str]) -> Data:
+    """Data whose images are prepared as an ensemble's, unless options say otherwise."""
+    if data.preparation is None:
+        return data
+    changed = {option.partition("=")[0].strip() for option in options}
+    is_known = preparation.is_known and not _PREPARING & changed
+    size = (data.preparation if "size" in changed else preparation).size
+    return data.prepared_by(replace(preparation if is_known else data.preparation, size=size))
 
 
 def data_section(path: Path, options: Sequence[str], *, trust: bool = False) -> DataRecipe:

@@ -12,7 +12,7 @@ from torch import Tensor
 from treeify.cli.output import Column, table
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.evaluation.comparison import Gain
-from treeify.evaluation.cost import base_cost, costs
+from treeify.evaluation.cost import Cost, base_cost, costs
 from treeify.evaluation.metrics import Score
 
 # By the keys of a row.
@@ -54,8 +54,19 @@ def score_rows(
         x: one image `[1, C, H, W]` of the size that was scored; by default the conversion's size.
         gains: over one leaf, if known.
     """
+    return rows_of(scores, costs(hne, x), train, seconds, gains)
+
+
+def rows_of(
+    scores: Sequence[Score],
+    costs: Sequence[Cost],
+    train: Sequence[Score] = (),
+    seconds: Mapping[int, float] | None = None,
+    gains: Sequence[Gain] = (),
+) -> list[dict[str, Any]]:
+    """The same rows where the costs of the sizes are known."""
     rows: list[dict[str, Any]] = []
-    for index, (score, cost) in enumerate(zip(scores, costs(hne, x), strict=True)):
+    for index, (score, cost) in enumerate(zip(scores, costs, strict=True)):
         row = asdict(score) | asdict(cost)
         if train:
             row["training"] = train[index].accuracy

@@ -181,6 +181,21 @@ class PackedTree(ConvertedModel):
         require_integer("the plan's levels", len(plan.execution), *2 * [self.tree.levels])
         return self._program(plan).run(plan.arrange(x), Span(0, leaves), plan.execution)
 
+    @property
+    def evaluation_program(self) -> Program:
+        """The program of evaluation mode, nothing fused."""
+        return self._programs[False]
+
+    @property
+    def packed_tensors(self) -> dict[str, Tensor]:
+        """Every packed parameter and buffer by its key."""
+        return {key: get_tensor(self, key) for key in self._slots}
+
+    def level_of(self, key: str) -> int:
+        """The level whose branches each have the parameter or buffer `key`."""
+        require_member("parameter or buffer", key, self._slots, "hne.state_dict()")
+        return self._slots[key].level
+
     def _program(self, plan: Plan) -> Program:
         """The program that runs a plan in the present mode."""
         # Folded weights have no gradients of their own, and compiling folds by itself.

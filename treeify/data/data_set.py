@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -66,6 +67,22 @@ class Data:
                 image: Tensor = self.held_out[index][0]
                 return image
         raise DataError("none of the held-out images can be read.")
+
+    def unaugmented(self, index: int) -> Tensor:
+        """A training image as it would be if it were held out, [C, H, W], where that is known.
+
+        A data set that augments images by itself gives them augmented.
+        """
+        examples = self.train
+        while isinstance(examples, Renumbered):
+            examples = examples.examples
+        if isinstance(examples, Transformed):
+            examples = examples.examples
+        image = examples[index][0]
+        if self.preparation is not None and isinstance(image, Image.Image):
+            return self.preparation(image)
+        tensor: Tensor = image
+        return tensor
 
     def prepared_by(self, preparation: Preparation) -> "Data":
         """The same with held-out images prepared otherwise, where the data set opens files.

@@ -111,8 +111,11 @@ def unpack(
         if dim is None and unbind:
             return tensor.unbind(0)
         dim = dim or 0
-        # `chunk` gives fewer pieces for a batch of no images.
-        return tensor.chunk(count, dim) if tensor.shape[dim] else [tensor] * count
+        # Not `chunk`, which gives fewer pieces for a batch of no images, and which `torch.export`
+        # does not follow where the number of images is not known.
+        if count == 1:
+            return [tensor]
+        return torch.unflatten(tensor, dim, (count, tensor.shape[dim] // count)).unbind(dim)
 
     if isinstance(facts, TensorFacts):
         return Branches(tensors(facts, value))

@@ -241,7 +241,7 @@ class Walk:
             below = tree.leaves_below(level)
             span = Span(-(-leaves.start // below), -(-leaves.stop // below))
             earlier = kept.get(level, {})
-            outputs = self._call(level, span, values) if span.size else {}
+            outputs = self.call(level, span, values) if span.size else {}
             for name in {**earlier, **outputs}:
                 parts = [part[name] for part in (earlier, outputs) if name in part]
                 values[name] = _joined(parts)
@@ -261,12 +261,12 @@ class Walk:
         tree = self.program.tree
         span = tree.span(level, leaves)
         if level == last and (self.execution[level] == PACKED or span.size == 1):
-            return self._call(level, span, values)
+            return self.call(level, span, values)
         pieces = []
         # Gradients of the branches' views of parameters are put together once for the whole loop.
         with chunk_once():
             for branch in range(*span):
-                outputs = self._call(level, Span(branch, branch + 1), values)
+                outputs = self.call(level, Span(branch, branch + 1), values)
                 if level < last:
                     below = leaves.within(branch, tree.leaves_below(level))
                     outputs |= self._stage(level + 1, last, below, {**values, **outputs})
@@ -274,7 +274,7 @@ class Walk:
                 pieces.append(self.program.needed(outputs, last + 1))
         return {name: _joined([piece[name] for piece in pieces]) for name in pieces[0]}
 
-    def _call(
+    def call(
         self, level: int, span: Span, values: Mapping[str, CrossingValue]
     ) -> dict[str, CrossingValue]:
         """One call of a segment."""

@@ -19,12 +19,12 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"{_processor()}, {torch.get_num_threads()} threads"
+        name = f"{processor()}, {torch.get_num_threads()} threads"
     return f"{name}, torch {torch.__version__}"
 
 
 @cache
-def _processor() -> str:
+def processor() -> str:
     """The processor's model name, where the system tells it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -1,0 +1,162 @@
+"""`treeify export`: what it writes, says and refuses."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from runner import run
+from torch.testing import assert_close
+
+import treeify
+from treeify.data import DIGITS
+from treeify.deploy.exporter import Progress
+from treeify.deploy.runtime import Anytime
+
+FILES = {"ensemble.json", "anytime.py", "README.md"}
+FILES |= {f"step-0{number}.onnx" for number in (1, 2, 3)}
+
+
+def test_a_run_is_exported_under_its_name(hne: Any) -> None:
+    result = run("export", "run", "--trust", "--no-tune")
+    assert result.exit_code == 0, result.output
+    out = Path("exported/run")
+    assert {file.name for file in out.iterdir()} == FILES
+    for words in (
+        *(f"step {number} of 3: largest difference" for number in (1, 2, 3)),
+        f"{hne.count_macs(6) - hne.count_macs(3):,}",
+        "step-03.onnx",
+        f"treeify predict {out} image.jpg",
+        "from anytime import Anytime",
+        "any number of images",
+    ):
+        assert words in result.stdout
+    manifest = json.loads((out / "ensemble.json").read_text("utf-8"))
+    assert manifest["name"] == "run"
+    # An earlier version saved the ensemble: the run's data set says how images are prepared.
+    assert manifest["preparation"]["mean"] == pytest.approx(DIGITS[0])
+    x = torch.rand(3, 3, 8, 8)
+    logits = torch.from_numpy(Anytime(out, threads=1).predict(x.numpy()))
+    assert_close(logits, hne.predict(x).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_json_is_the_manifest(directories: Path) -> None:
+    options = ("--no-tune", "--no-verify", "--sizes", "1,6", "--batch", "2", "--json")
+    result = run("export", "alone", "--trust", "--out", "phone", *options)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    manifest = json.loads(result.stdout)
+    assert manifest == json.loads(Path("phone/ensemble.json").read_text("utf-8"))
+    assert manifest["sizes"] == [1, 6]
+    assert manifest["images"]["shape"] == [2, 3, 8, 8]
+    assert manifest["name"] == "alone"
+
+
+def exporting(monkeypatch: pytest.MonkeyPatch, events: tuple[Progress, ...] = ()) -> dict[str, Any]:
+    """The arguments that the library is called with, in the place of an export."""
+    arguments: dict[str, Any] = {}
+
+    def write(hne: Any, out: Path, *, observe: Any, **options: Any) -> Any:
+        arguments.update(options, out=out)
+        for event in events:
+            observe(event)
+        return SimpleNamespace(manifest=MANIFEST)
+
+    monkeypatch.setattr("treeify.cli.export.write", write)
+    return arguments
+
+
+STEP = {
+    "file": "step-01.onnx",
+    "leaves": 1,
+    "bytes": 1_234_567,
+    "macs": 7,
+    "parameters": 8,
+    "forms": {"level 0": "grouped", "level 1": "looped"},
+    "parity": None,
+}
+MANIFEST = {"steps": [STEP], "images": {"shape": [4, 3, 8, 8]}}
+
+
+@pytest.mark.usefixtures("directories")
+def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = exporting(monkeypatch)
+    assert run("export", "alone", "--trust").exit_code == 0
+    assert arguments["sizes"] is None
+    assert arguments["input_size"] is None
+    assert (arguments["batch"], arguments["tune"], arguments["verify"]) == ("dynamic", True, True)
+    assert arguments["out"] == Path("exported/alone")
+    words = "--batch 4 --sizes 1,3 --input-size 8x16 --no-tune --no-verify --overwrite --out here"
+    result = run("export", "run/last", "--trust", *words.split())
+    assert result.exit_code == 0, result.output
+    assert arguments == {
+        "out": Path("here"),
+        "sizes": (1, 3),
+        "batch": 4,
+        "input_size": (8, 16),
+        "tune": False,
+        "verify": False,
+        "overwrite": True,
+        "name": "run",
+    }
+    for words in ("1.23", "grouped looped", "4 at a time", "Not compared"):
+        assert words in result.stdout
+
+
+@pytest.mark.usefixtures("directories")
+def test_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporting(monkeypatch, (Progress(2, 5, "comparing", 0.5),))
+    assert "step 2 of 5" not in run("export", "alone", "--trust").stderr
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    shown = run("export", "alone", "--trust")
+    assert "step 2 of 5: comparing" in shown.stderr
+    assert "ETA" in shown.stderr
+    assert run("export", "alone", "--trust", "--json").stderr == ""
+
+
+BAD = {
+    "batch": (["alone", "--batch", "0"], "--batch '0'", "dynamic"),
+    "no sizes": (["alone", "--sizes", "1,x"], "no list of whole numbers", "1,4,16"),
+    "sizes": (["alone", "--sizes", "1,4"], "4 leaves", "1, 3, 6"),
+    "calibrate": (["alone", "--calibrate", "name=digits"], "without --int8", "both"),
+    "export": (["exported/run"], "is an export already", "a run"),
+    "nowhere": (["nowhere"], "holds no ensemble", "config.json"),
+    "taken": (["alone", "--out", "run"], "run is not empty", "--overwrite"),
+    "something else": (["alone", "--out", "run", "--overwrite"], "something else", "another"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "problem", "remedy"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_message(
+    arguments: list[str], problem: str, remedy: str, exported: Path
+) -> None:
+    before = sorted(map(str, Path().rglob("*")))
+    result = run("export", *arguments, "--trust")
+    assert result.exit_code == 2, result.output
+    assert problem in result.stderr
+    assert remedy in result.stderr
+    assert result.stdout == ""
+    assert "Traceback" not in result.output
+    assert sorted(map(str, Path().rglob("*"))) == before
+
+
+@pytest.mark.usefixtures("directories")
+def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treeify.deploy.exporter.find_spec", lambda name: None)
+    result = run("export", "alone", "--trust")
+    assert result.exit_code == 2
+    assert "pip install 'treeify[onnx]'" in result.stderr
+    assert not Path("exported").exists()
+
+
+@pytest.mark.usefixtures("directories")
+def test_a_directory_without_a_run_gives_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = exporting(monkeypatch)
+    Path("alone").rename("my net, the 2nd")
+    assert run("export", "my net, the 2nd", "--trust").exit_code == 0
+    assert arguments["name"] == "my_net_the_2nd"
+    treeify.save(treeify.load("run/last", trust=True), "run/best")
+    assert run("export", "run/best", "--trust").exit_code == 0
+    assert arguments["name"] == "run"

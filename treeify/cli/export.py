@@ -1,0 +1,229 @@
+"""`treeify export`: a saved ensemble in, files out that answer without PyTorch."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from treeify.cli import quantities
+from treeify.cli.options import (
+    Json,
+    NoVerify,
+    Overwrite,
+    SavedEnsemble,
+    Trust,
+    size,
+    whole_numbers,
+)
+from treeify.cli.output import Column, print_json, say, table
+from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
+from treeify.conversion import checkpoint
+from treeify.deploy.exported import looks_exported
+from treeify.deploy.exporter import Progress, check_writable, require_packages
+from treeify.deploy.exporter import export as write
+from treeify.errors import InputError
+
+DYNAMIC: Literal["dynamic"] = "dynamic"
+
+
+def export(
+    directory: SavedEnsemble,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory to write, new or empty; by default exported/NAME."),
+    ] = None,
+    sizes: Annotated[
+        Sequence[int] | None,
+        whole_numbers(
+            "--sizes", "Numbers of leaves at which a step ends, by default all nested sizes."
+        ),
+    ] = None,
+    batch: Annotated[
+        str,
+        typer.Option(
+            metavar="N",
+            help="Images that are answered together: dynamic is any number, 1 just one.",
+        ),
+    ] = DYNAMIC,
+    input_size: Annotated[
+        quantities.Size | None,
+        size("--input-size", "Height and width, 96 or 96x160, if not the ensemble's."),
+    ] = None,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Quantise to 8 bits: smaller, faster on some processors."),
+    ] = False,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Key of a recipe's data section to set, for --int8; may be repeated. A run"
+            " directory knows its data.",
+        ),
+    ] = None,
+    no_tune: Annotated[
+        bool,
+        typer.Option("--no-tune", help="Do not measure which form of each level is fastest."),
+    ] = False,
+    no_verify: NoVerify = False,
+    overwrite: Overwrite = False,
+    trust: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Write an ensemble as files that answer without PyTorch, the first answer first.
+
+    One ONNX file for each step from size to size, which share no weights; `ensemble.json`, which
+    says what is in them; `anytime.py`, which runs them and needs numpy and onnxruntime; and a
+    README for Python, C++ and JavaScript. Every answer is compared with PyTorch's.
+
+    For example:
+
+        treeify export runs/digits_hne
+
+        treeify export runs/digits_hne/best --out phone --sizes 1,4,16 --batch 1
+
+        treeify predict exported/digits_hne digit.png
+    """
+    require_packages()
+    count = _images(batch)
+    _check(directory, calibrate, int8)
+    path = checkpoint_in(directory, trust=trust)
+    name = _name(path, directory, trust=trust)
+    out = out or Path("exported") / name
+    check_writable(out, overwrite=overwrite)
+    console = Console(quiet=as_json)
+    with console.status("loading"):
+        hne = checkpoint.load(path, trust=trust).eval()
+        if hne.preparation is None and len(hne.example) == 3:  # an earlier version saved it
+            hne.preparation = preparation_in(path, trust=trust)
+    with _shown(quiet=as_json) as observe:
+        exported = write(
+            hne,
+            out,
+            sizes=sizes,
+            batch=count,
+            input_size=input_size,
+            tune=not no_tune,
+            verify=not no_verify,
+            overwrite=overwrite,
+            name=name,
+            observe=observe,
+        )
+    manifest = exported.manifest
+    if as_json:
+        print_json(manifest)
+    say(console, _steps_table(manifest), *_parities(manifest), *_summary(manifest, out))
+
+
+def _check(directory: Path, calibrate: Sequence[str] | None, int8: bool) -> None:
+    if calibrate and not int8:
+        raise InputError("--calibrate was given without --int8.", expected="both, or neither")
+    if looks_exported(directory):
+        raise InputError(
+            f"{directory} is an export already.",
+            expected="a run, one of its checkpoints, or a converted ensemble",
+            next_step="Export what it was made from again, or copy its files.",
+        )
+
+
+def _images(batch: str) -> int | Literal["dynamic"]:
+    """How many are answered together."""
+    if batch == DYNAMIC:
+        return DYNAMIC
+    if re.fullmatch(r"[1-9]\d{0,8}", batch):
+        return int(batch)
+    raise InputError(
+        f"--batch {batch!r} is no number of images.",
+        expected="dynamic, for any number, or a number above 0, such as 1",
+    )
+
+
+def _name(path: Path, directory: Path, *, trust: bool) -> str:
+    """What the export is called: as the run, or as the directory."""
+    recipe = recipe_of(path, trust=trust)
+    source = directory if recipe is None else recipe.parent
+    return re.sub(r"[^\w.-]+", "_", source.resolve().name) or "ensemble"
+
+
+@contextmanager
+def _shown(*, quiet: bool) -> Iterator[Callable[[Progress], None]]:
+    """What shows how far an export is, on a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+    )
+    hidden = quiet or not console.is_terminal
+    with Bar(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("exporting", total=1.0)
+
+        def observe(event: Progress) -> None:
+            where = f"step {event.step} of {event.steps}: " if event.step else ""
+            bar.update(task, completed=event.done, description=f"{where}{event.what}")
+
+        yield observe
+
+
+def _steps_table(manifest: Mapping[str, Any]) -> Table:
+    columns = [
+        Column("file", no_wrap=True),
+        Column("leaves", "d"),
+        Column("MB", ",.2f"),
+        Column("MACs", ",d"),
+        Column("parameters", ",d"),
+        Column("forms"),
+    ]
+    rows = [
+        (
+            step["file"],
+            step["leaves"],
+            step["bytes"] / 1e6,
+            step["macs"],
+            step["parameters"],
+            " ".join(step["forms"].values()),
+        )
+        for step in manifest["steps"]
+    ]
+    caption = "MACs per image and parameters of a step alone; forms: how its levels run"
+    return table(columns, rows, caption=caption)
+
+
+def _parities(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """How far the files' answers are from PyTorch's."""
+    steps = manifest["steps"]
+    for number, step in enumerate(steps, 1):
+        if (parity := step["parity"]) is not None:
+            difference = parity["largest_difference"]
+            yield (
+                f"step {number} of {len(steps)}: largest difference {difference:.1e} of the largest"
+                " logit"
+            )
+    if any(step["parity"] is None for step in steps):
+        yield "Not compared with PyTorch's answers, as --no-verify says."
+
+
+def _summary(manifest: Mapping[str, Any], out: Path) -> Iterator[str]:
+    """What was written, and how it is used."""
+    steps = manifest["steps"]
+    total = sum(step["bytes"] for step in steps) / 1e6
+    first = manifest["images"]["shape"][0]
+    images = "any number of images" if first == "batch" else f"{first} at a time"
+    megabytes = f"{total:,.2f} MB, the first {steps[0]['bytes'] / 1e6:,.2f} MB"
+    yield f"Written to {out}: {len(steps)} steps, {megabytes}; for {images}."
+    yield f"Classify with it: treeify predict {out} image.jpg"
+    yield (
+        f"Elsewhere, after pip install numpy onnxruntime pillow, beside {out / 'anytime.py'} (C++"
+        f" and JavaScript: {out / 'README.md'}):"
+    )
+    yield "  from anytime import Anytime"
+    yield f"  model = Anytime({str(out)!r})"
+    yield '  for step in model.anytime(model.open("image.jpg")): print(step.leaves, step.logits)'

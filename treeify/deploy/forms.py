@@ -1,0 +1,156 @@
+"""How each level of a step runs in ONNX Runtime, chosen by measuring it there.
+
+Which way is faster depends on the processor, the sizes and the runtime, so that what `tune` found
+for PyTorch says nothing here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import torch
+
+from treeify.deploy.onnx_graph import Translator
+from treeify.deploy.step import Step
+from treeify.engine.program import LOOPED, PACKED
+from treeify.tree import Span
+
+GROUPED, PRODUCT = "grouped", "product"
+# Another form than the grouped one has to win by this much: times are noisy.
+_GAIN = 0.97
+_BATCHES = (1, 8)
+_ROUNDS, _SECONDS = 15, 0.6
+
+
+@dataclass
+class Forms:
+    """Chooses forms, each level and span once.
+
+    Args:
+        translator: of the steps.
+        threads: of the runtime while measuring.
+        measure: whether to; else every level is grouped.
+    """
+
+    translator: Translator
+    threads: int = 1
+    measure: bool = True
+    chosen: dict[tuple[int, Span], str] = field(default_factory=dict)
+    seconds: dict[tuple[int, Span], dict[str, list[float]]] = field(default_factory=dict)
+
+    def choose(self, level: int, span: Span) -> str:
+        """Packed or looped, for `StepPlans.steps`."""
+        return LOOPED if self.form(level, span) == LOOPED else PACKED
+
+    def form(self, level: int, span: Span) -> str:
+        """Grouped, product or looped."""
+        if span.size == 1:
+            return GROUPED
+        key = (level, span)
+        if key not in self.chosen:
+            self.chosen[key] = self._fastest(level, span) if self.measure else GROUPED
+        return self.chosen[key]
+
+    def products(self, step: Step) -> dict[str, bool]:
+        """Which calls of a step are written with products."""
+        return {
+            target: self.form(level, span) == PRODUCT
+            for target, (level, span) in step.calls.items()
+        }
+
+    def described(self, step: Step) -> dict[str, str]:
+        """How each level of a step runs, by its name."""
+        return {f"level {level}": self.form(level, span) for level, span in self._spans(step)}
+
+    def _spans(self, step: Step) -> list[tuple[int, Span]]:
+        """The levels of a step with all branches that it computes there."""
+        spans: dict[int, Span] = {}
+        for level, span in step.calls.values():
+            before = spans.get(level, span)
+            spans[level] = Span(min(before.start, span.start), max(before.stop, span.stop))
+        return list(spans.items())
+
+    def _fastest(self, level: int, span: Span) -> str:
+        """Measure the forms in turns."""
+        plans = self.translator.plans
+        packed = plans.level_step(level, span, PACKED)
+        looped = plans.level_step(level, span, LOOPED)
+        (target,) = packed.calls
+        models = {
+            GROUPED: self.translator.model(packed),
+            PRODUCT: self.translator.model(packed, {target: True}),
+            LOOPED: self.translator.model(looped),
+        }
+        if not any(node.op_type == "Conv" for node in models[GROUPED].graph):
+            del models[PRODUCT]  # it is the same
+        sessions = {name: session(model, self.threads) for name, model in models.items()}
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for batch in _BATCHES if plans.dynamic else (plans.images,):
+            feeds = _feeds(packed, batch)
+            runs = {name: _runner(each, feeds) for name, each in sessions.items()}
+            for name, seconds in alternate(runs).items():
+                times[name].append(seconds)
+        self.seconds[level, span] = times
+        scores = {name: prod(seconds) ** (1 / len(seconds)) for name, seconds in times.items()}
+        best = min(scores, key=scores.__getitem__)
+        return best if scores[best] < _GAIN * scores[GROUPED] else GROUPED
+
+
+def alternate(
+    runs: Mapping[str, Callable[[], Any]], rounds: int = _ROUNDS, seconds: float = _SECONDS
+) -> dict[str, float]:
+    """Median seconds of actions that take turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        run()
+    begin = perf_counter()
+    while len(next(iter(times.values()))) < rounds:
+        for name, run in runs.items():
+            start = perf_counter()
+            run()
+            times[name].append(perf_counter() - start)
+        if perf_counter() - begin > seconds and len(times[name]) >= 3:
+            break
+    return {name: median(each) for name, each in times.items()}
+
+
+def session(model: ir.Model, threads: int) -> onnxruntime.InferenceSession:
+    """A model in the runtime, as `Anytime` runs it."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    content = ir.to_proto(model).SerializeToString()
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _feeds(step: Step, batch: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    feeds = {}
+    for name, example, dim in zip(step.inputs, step.examples, step.batch_dims, strict=True):
+        shape = list(example.shape)
+        if dim is not None:
+            shape[dim[0]] = dim[1] * batch
+        floating = example.is_floating_point()
+        values = torch.rand(shape, generator=generator) if floating else torch.zeros(shape)
+        feeds[name] = values.to(example.dtype).numpy()
+    return feeds
+
+
+def _runner(session: onnxruntime.InferenceSession, feeds: dict[str, Any]) -> Callable[[], Any]:
+    names = {each.name for each in session.get_inputs()}
+    binding = session.io_binding()
+    for name, array in feeds.items():
+        if name in names:
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+            binding.bind_ortvalue_input(name, value)
+    for output in session.get_outputs():
+        binding.bind_output(output.name, "cpu")
+    return lambda: session.run_with_iobinding(binding)

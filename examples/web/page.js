@@ -10,7 +10,7 @@ const DIRECTORY = new URL(new URLSearchParams(location.search).get("export") ?? 
 const DIGITS = "0123456789";
 const SHIPPED = Array.from(DIGITS, (digit) => ({ file: `pictures/${digit}.png`, name: `A scanned ${digit}` }));
 const FIRST = 4; // shown unasked: a hard one, whose answers get better
-const COLUMNS = 8; // where there are too many classes to show all
+const COLUMNS = 5; // where there are too many classes to show all
 const MANY = 12;
 
 const $ = (id) => document.getElementById(id);
@@ -72,6 +72,7 @@ async function runtime() {
 async function choose(source, button = null) {
   const mine = (answering = Symbol("choosing"));
   for (const other of $("shipped").children) other.setAttribute("aria-pressed", `${other === button}`);
+  showBusy(true);
   let decoded;
   try {
     decoded = await decode(await source());
@@ -88,7 +89,9 @@ async function answer() {
   const mine = (answering = Symbol("answering"));
   const { preparation } = model.manifest;
   complain(null);
+  showBusy(true);
   answers = [];
+  if (received.some((bytes, step) => bytes < model.manifest.steps[step].bytes)) show(); // else new ones come in an instant
   try {
     const pixels = fit(picture, preparation);
     showSeen(pixels);
@@ -99,6 +102,7 @@ async function answer() {
       await painted();
       if (mine !== answering) return;
     }
+    showBusy(false);
   } catch (error) {
     if (mine === answering) complain(error);
   }
@@ -108,6 +112,7 @@ function forget() {
   answering = Symbol("nothing");
   [picture, answers] = [null, []];
   $("seen").getContext("2d").clearRect(0, 0, $("seen").width, $("seen").height);
+  showBusy(false);
   show();
 }
 
@@ -199,7 +204,7 @@ function showRows() {
       leaves.append(element("span", { class: "top", text: ` ${className(winner)}, ${percent(answer.probabilities[winner])}` }));
     }
     cost.textContent = answer
-      ? `${kilobytes(answer.bytes)}, ${answer.milliseconds.toFixed(1)} ms`
+      ? `${kilobytes(answer.bytes)}, ${answer.milliseconds.toFixed(1)}\u00a0ms`
       : come >= step.bytes ? "here" : come > 0 ? `${kilobytes(come)} of ${kilobytes(step.bytes)}` : `${kilobytes(step.bytes)} to come`;
     while (bars.children.length < columns.length) bars.append(element("i"));
     while (bars.children.length > columns.length) bars.lastChild.remove();
@@ -219,7 +224,13 @@ function columnsOf(probabilities) {
   return probabilities ? all.sort((a, b) => probabilities[b] - probabilities[a]).slice(0, COLUMNS) : [];
 }
 
+/** Whether answers are still to come. */
+function showBusy(busy) {
+  $("steps").setAttribute("aria-busy", `${busy}`);
+}
+
 function complain(error) {
+  if (error) showBusy(false);
   $("problem").hidden = !error;
   $("problem").textContent = !error ? "" : error instanceof AnytimeError ? error.message : `It went wrong: ${error.message ?? error}`;
 }
@@ -237,11 +248,11 @@ function counted(leaves) {
 }
 
 function kilobytes(bytes) {
-  return bytes < 1e6 ? `${Math.round(bytes / 1e3)} kB` : `${(bytes / 1e6).toFixed(1)} MB`;
+  return bytes < 1e6 ? `${Math.round(bytes / 1e3)}\u00a0kB` : `${(bytes / 1e6).toFixed(1)}\u00a0MB`;
 }
 
 function percent(probability) {
-  return probability > 0.9995 ? "over 99.9 %" : `${(100 * probability).toFixed(1)} %`;
+  return probability > 0.9995 ? "over 99.9\u00a0%" : `${(100 * probability).toFixed(1)}\u00a0%`;
 }
 
 function element(tag, { text = "", style = {}, ...attributes } = {}) {

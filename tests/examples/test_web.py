@@ -12,15 +12,16 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+import tiny_exports
 import torch
 from examples.web_server import PAGE, Server, serving
 from PIL import Image
-from treeify.deploy import export
-from treeify.deploy.runtime import Anytime
 
 import treeify
 from treeify.data import Preparation, digits
 from treeify.data.preparation import PREPARATION
+from treeify.deploy import export
+from treeify.deploy.runtime import Anytime
 from treeify.models import cifar_resnet50
 
 HERE = Path(__file__).parent
@@ -39,7 +40,7 @@ def photo(width: int, height: int) -> Image.Image:
 @needs_node
 @pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
 def test_pictures_are_prepared_bit_for_bit_as_in_python(crop_mode: Any) -> None:
-    # Where heights shrink much more than widths, Pillow 13 resizes columns first; older ones do not.
+    # Where heights shrink much more than widths, Pillow 13 resizes columns first; older ones not.
     tall = (33, 20) if crop_mode == "squash" else (20, 33)
     resizings: Any = itertools.product(
         ["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"],
@@ -130,7 +131,7 @@ def browse(server: Server, profile: Path, scenario: str, **options: Any) -> dict
         **options,
     }
     command = ["node", str(HERE / "web_page.mjs"), json.dumps(asked)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     assert "failed" not in report, report
@@ -207,6 +208,7 @@ def test_a_small_screen_scrolls_in_one_direction_only(exports: Path, tmp_path: P
     assert not seen["errors"]
     assert seen["overflows"] == {"shipped": 0, "drawing": 0, "file": 0}
     assert not seen["small"]
+    assert "by all 4 leaves" in seen["drawn"]
 
 
 def sure(answer: str) -> list[str]:

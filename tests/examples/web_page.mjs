@@ -21,10 +21,12 @@ const rows = (page) =>
   page.$$eval("#steps li", (all) => all.map((row) => ({ leaves: Number(row.dataset.leaves), state: row.dataset.state, text: row.innerText })));
 const allAnswered = (page) =>
   page.waitForFunction(() => {
+    if (document.querySelector("#steps").ariaBusy === "true") return false;
     const states = Array.from(document.querySelectorAll("#steps li"), (row) => row.dataset.state);
     return states.length && states.every((state) => state === "answered");
   });
-const answer = (page) => page.locator("#answer").innerText();
+const text = async (page, selector) => (await page.locator(selector).innerText()).replaceAll("\u00a0", " ");
+const answer = (page) => text(page, "#answer");
 const overflow = (page) => page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
 const focused = (page) =>
   page.evaluate(() => {
@@ -40,10 +42,10 @@ const scenarios = {
   async first(page) {
     await page.waitForSelector("#steps li[data-state=answered]");
     await page.waitForTimeout(300);
-    const before = { rows: await rows(page), answer: await answer(page), fetched: await page.locator("#fetched").innerText() };
+    const before = { rows: await rows(page), answer: await answer(page), fetched: await text(page, "#fetched") };
     await fetch(`${asked.address}/release`, { method: "POST" });
     await allAnswered(page);
-    return { before, after: { rows: await rows(page), answer: await answer(page), fetched: await page.locator("#fetched").innerText() } };
+    return { before, after: { rows: await rows(page), answer: await answer(page), fetched: await text(page, "#fetched") } };
   },
 
   /** The logits of every step, of a picture of the network's own size. */
@@ -65,7 +67,6 @@ const scenarios = {
       [`/${asked.export}`, "/pictures/3.png"],
     );
     await page.click("img[alt='A scanned 3']");
-    await page.waitForTimeout(300);
     await allAnswered(page);
     return { steps, answer: await answer(page), rows: await rows(page) };
   },
@@ -88,7 +89,6 @@ const scenarios = {
     for (let step = 0; step < 8; step++) await page.keyboard.press("ArrowDown");
     const pen = await page.locator("#pen").innerText();
     await page.keyboard.press("Space");
-    await page.waitForTimeout(300);
     await allAnswered(page);
     const drawn = { pen, changed: blank !== (await page.locator("#seen").evaluate((canvas) => canvas.toDataURL())), answer: await answer(page) };
     await page.keyboard.press("Delete");
@@ -105,18 +105,25 @@ const scenarios = {
     return { stops, drawing, drawn, cleared, pressed };
   },
 
-  /** Whether a small screen needs to scroll sideways, with every kind of picture. */
+  /** Whether a small screen needs to scroll sideways, with every kind of picture; and a digit drawn there. */
   async narrow(page) {
     await allAnswered(page);
     const overflows = { shipped: await overflow(page) };
     const small = await page.$$eval("button, select, .kinds label", (all) =>
       all.filter((one) => one.offsetParent && Math.min(one.offsetWidth, one.offsetHeight) < 32).map((one) => one.innerText || one.id),
     );
-    for (const kind of ["drawing", "file"]) {
+    for (const kind of ["file", "drawing"]) {
       await page.check(`[name=kind][value=${kind}]`, { force: true });
       overflows[kind] = await overflow(page);
     }
-    return { overflows, small };
+    const { x, y, width, height } = await page.locator("#board").boundingBox();
+    await page.mouse.move(x + 0.5 * width, y + 0.2 * height);
+    await page.mouse.down();
+    await page.mouse.move(x + 0.45 * width, y + 0.8 * height, { steps: 8 });
+    await page.mouse.up();
+    await allAnswered(page);
+    const drawn = await page.locator("#shipped [aria-pressed=true]").count() === 0 && (await answer(page));
+    return { overflows, small, drawn };
   },
 
   /** A file of this device, larger than the network's pictures. */
@@ -159,7 +166,7 @@ const context = await chromium.launchPersistentContext(asked.profile, {
   deviceScaleFactor: asked.scale ?? 1,
 });
 const page = context.pages()[0] ?? (await context.newPage());
-page.setDefaultTimeout(20_000);
+page.setDefaultTimeout(90_000);
 const errors = [];
 const requests = [];
 page.on("console", (message) => ["error", "warning"].includes(message.type()) && errors.push(message.text()));
@@ -168,7 +175,10 @@ page.on("request", (request) => requests.push(request.url()));
 try {
   await page.goto(`${asked.address}/?export=${asked.export}`);
   const report = await scenarios[asked.scenario](page);
-  if (asked.screenshot) await page.screenshot({ path: asked.screenshot, fullPage: true });
+  if (asked.screenshot) {
+    await page.waitForTimeout(asked.settle ?? 0);
+    await page.screenshot({ path: asked.screenshot, fullPage: true });
+  }
   console.log(JSON.stringify({ ...report, errors, requests }));
 } catch (error) {
   console.log(JSON.stringify({ failed: String(error), answer: await answer(page), rows: await rows(page), errors, requests }));

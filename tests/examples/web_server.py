@@ -8,7 +8,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 PAGE = Path(__file__).parents[2] / "examples" / "web"
-_PATIENCE = 30.0  # seconds; no test waits on purpose for so long
+_PATIENCE = 120.0  # seconds; no test waits on purpose for so long
 
 
 class Server(ThreadingHTTPServer):

@@ -173,6 +173,16 @@ def test_the_first_answer_is_there_before_the_other_files(exports: Path, tmp_pat
 
 
 @in_browser
+def test_a_slow_connection_shows_how_much_has_come(exports: Path, tmp_path: Path) -> None:
+    with serving(exports) as server:
+        seen = browse(server, tmp_path, "underway")
+    assert not seen["errors"]
+    assert [row["state"] for row in seen["rows"]] == ["answered", "answered", "fetching"]
+    assert re.search(r"\d+ kB of \d+ kB$", seen["rows"][-1]["text"])
+    assert "by 2 of 4 leaves" in seen["answer"]
+
+
+@in_browser
 def test_answers_equal_pythons(exports: Path, tmp_path: Path) -> None:
     with serving(exports) as server:
         seen = browse(server, tmp_path, "logits")

@@ -18,7 +18,7 @@ const FLAGS = [
   "--disable-sync",
 ];
 const rows = (page) =>
-  page.$$eval("#steps li", (all) => all.map((row) => ({ leaves: Number(row.dataset.leaves), state: row.dataset.state, text: row.innerText })));
+  page.$$eval("#steps li", (all) => all.map((row) => ({ leaves: Number(row.dataset.leaves), state: row.dataset.state, text: row.innerText.replaceAll("\u00a0", " ") })));
 const allAnswered = (page) =>
   page.waitForFunction(() => {
     if (document.querySelector("#steps").ariaBusy === "true") return false;

@@ -49,13 +49,10 @@ export class Anytime {
     // `fetch` must be called as a function of the window's, not of the options.
     const options = { verify, fetch: fetch ?? ((...request) => globalThis.fetch(...request)), observe, session };
     const response = await requested(options.fetch, new URL("ensemble.json", url));
-    let manifest;
-    try {
-      manifest = await response.json();
-    } catch (cause) {
-      throw new AnytimeError(`${response.url} is not JSON.`, { found: cause.message, cause });
-    }
-    check(manifest, url);
+    const manifest = await response.json().catch((cause) => {
+      throw new AnytimeError(`ensemble.json of ${url} is not JSON.`, { found: cause.message, cause });
+    });
+    check(manifest ?? {}, url);
     return new Anytime(url, manifest, ort, options);
   }
 
@@ -72,6 +69,12 @@ export class Anytime {
   /** Fetch every file, one after another, so that none slows the one before it; not waited for. */
   preload() {
     this.#step(this.manifest.steps.length - 1);
+  }
+
+  /** Give back the memory of all steps; those asked for afterwards are fetched anew. */
+  async release() {
+    const steps = this.#steps.splice(0);
+    await Promise.allSettled(steps.map(async ({ session }) => (await session).release()));
   }
 
   /**
@@ -106,7 +109,13 @@ export class Anytime {
         sums[Math.floor(at / (added * size)) * size + (at % size)] += Number(value);
       });
       const { leaves } = step;
-      yield { leaves, logits: Float32Array.from(sums, (sum) => sum / leaves), dims: [count, ...dims], bytes, milliseconds };
+      yield {
+        leaves,
+        logits: Float32Array.from(sums, (sum) => sum / leaves),
+        dims: [count, ...dims],
+        bytes,
+        milliseconds,
+      };
     }
   }
 
@@ -120,39 +129,42 @@ export class Anytime {
       );
       const arrived = file.then(() => undefined); // does not hold the bytes, which the session has
       // Whoever awaits them is told; the next to ask makes another attempt.
-      for (const promise of [arrived, session]) promise.catch(() => delete this.#steps[index]);
-      this.#steps[index] = { arrived, session };
+      const step = { arrived, session };
+      const forget = () => this.#steps[index] === step && delete this.#steps[index];
+      for (const promise of [arrived, session]) promise.catch(forget);
+      this.#steps[index] = step;
     }
     return this.#steps[index];
   }
 
   async #file(index) {
-    const step = this.manifest.steps[index];
-    const response = await requested(this.#options.fetch, new URL(step.file, this.url));
-    const bytes = new Uint8Array(step.bytes);
+    const { file, bytes: size, sha256 } = this.manifest.steps[index];
+    const url = new URL(file, this.url);
+    const { body } = await requested(this.#options.fetch, url);
+    const bytes = new Uint8Array(size);
     let received = 0;
-    for (const reader = response.body.getReader(); ; ) {
+    for (const reader = body.getReader(); ;) {
       const { done, value } = await reader.read();
       if (done) break;
-      if (received + value.length <= bytes.length) bytes.set(value, received);
+      if (received + value.length <= size) bytes.set(value, received);
       received += value.length;
       this.#options.observe(index, received);
     }
-    const expected = `${step.bytes} bytes with sha256 ${step.sha256}`;
-    const next = "Copy the exported directory again.";
-    if (received !== step.bytes) throw new AnytimeError(`${response.url} has another size.`, { expected, found: `${received} bytes`, next });
-    if (this.#options.verify) {
-      const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-      const found = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
-      if (found !== step.sha256) throw new AnytimeError(`${response.url} is damaged or of another export.`, { expected, found: `sha256 ${found}`, next });
-    }
-    return bytes;
+    const hash = this.#options.verify && received === size ? await sha256Of(bytes) : sha256;
+    if (received === size && hash === sha256) return bytes;
+    throw new AnytimeError(`${url} is damaged or of another export.`, {
+      expected: `${size} bytes with sha256 ${sha256}`,
+      found: `${received} bytes${received === size ? ` with sha256 ${hash}` : ""}`,
+      next: "Copy the exported directory again.",
+    });
   }
 
   #tensor(images) {
     const [batch, ...image] = this.manifest.images.shape;
     const size = image.reduce((product, dim) => product * dim, 1);
-    const tensor = ArrayBuffer.isView(images) ? new this.#ort.Tensor("float32", images, [images.length / size, ...image]) : images;
+    const tensor = ArrayBuffer.isView(images)
+      ? new this.#ort.Tensor("float32", images, [images.length / size, ...image])
+      : images;
     const fits = tensor.dims.length === image.length + 1 && image.every((dim, at) => dim === tensor.dims[at + 1]);
     if (tensor.type !== "float32" || !fits || tensor.dims[0] < 1 || (batch !== "batch" && batch !== tensor.dims[0])) {
       throw new AnytimeError("images do not fit the network.", {
@@ -162,6 +174,11 @@ export class Anytime {
     }
     return tensor;
   }
+}
+
+async function sha256Of(bytes) {
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+  return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }
 
 /** Probabilities of one image's logits. */
@@ -192,7 +209,11 @@ function check({ format, version, output, images, steps }, url) {
   const what = `${url} is no export that this page can run.`;
   if (format !== FORMAT || version !== VERSION) {
     const found = `format ${format}, version ${version}`;
-    throw new AnytimeError(what, { expected: `format ${FORMAT}, version ${VERSION}`, found, next: "Export it with the treeify of this page." });
+    throw new AnytimeError(what, {
+      expected: `format ${FORMAT}, version ${VERSION}`,
+      found,
+      next: "Export it with the treeify of this page.",
+    });
   }
   if (typeof output?.tensor !== "string" || images.dtype !== "float32") {
     const found = `${images.dtype} images, output ${JSON.stringify(output)}`;
@@ -200,6 +221,9 @@ function check({ format, version, output, images, steps }, url) {
   }
   const odd = steps.find(({ file, data }) => !FILE_NAME.test(file) || data);
   if (odd || !steps.length) {
-    throw new AnytimeError(what, { expected: "one ONNX file for each step", found: odd ? `${odd.file} and ${odd.data?.file}` : "none" });
+    throw new AnytimeError(what, {
+      expected: "one ONNX file for each step",
+      found: odd ? `${odd.file} and ${odd.data?.file}` : "none",
+    });
   }
 }

@@ -51,8 +51,16 @@ export class Drawing {
     const context = canvas.getContext("2d");
     context.fillStyle = "#000";
     context.fillRect(0, 0, SIDE, SIDE);
-    const place = ([x, y]) => [SIDE / 2 + (x - (left + right) / 2) * scale, SIDE / 2 + (y - (top + bottom) / 2) * scale];
-    stroke(context, this.#strokes.map((points) => points.map(place)), SIDE * LINE, "#fff");
+    const place = ([x, y]) => [
+      SIDE / 2 + (x - (left + right) / 2) * scale,
+      SIDE / 2 + (y - (top + bottom) / 2) * scale,
+    ];
+    stroke(
+      context,
+      this.#strokes.map((points) => points.map(place)),
+      SIDE * LINE,
+      "#fff",
+    );
     return canvas;
   }
 
@@ -116,7 +124,12 @@ export class Drawing {
     const context = this.#canvas.getContext("2d");
     context.clearRect(0, 0, width, height);
     const place = ([x, y]) => [x * width, y * height];
-    stroke(context, this.#strokes.map((points) => points.map(place)), width * 0.09, "#fff");
+    stroke(
+      context,
+      this.#strokes.map((points) => points.map(place)),
+      width * 0.09,
+      "#fff",
+    );
     if (!this.#pen.shown) return;
     context.beginPath();
     context.arc(this.#pen.x * width, this.#pen.y * height, width * 0.045, 0, 2 * Math.PI);

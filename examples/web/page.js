@@ -21,6 +21,7 @@ let answers = []; // to the picture of now, each with its probabilities
 let picture = null; // decoded
 let opening; // identify the newest attempt to open and to answer: older ones stop
 let answering;
+let fetching = new AbortController(); // of the newest attempt to open
 
 const board = new Drawing(
   $("board"),
@@ -30,9 +31,15 @@ const board = new Drawing(
 
 async function open() {
   const mine = (opening = Symbol("opening"));
+  answering = Symbol("opening");
+  fetching.abort();
+  fetching = new AbortController();
+  model?.release();
   [model, received, answers] = [null, [], []];
   complain(null);
   const speed = Number($("connection").value);
+  const request = speed ? throttled(speed) : fetch;
+  const { signal } = fetching;
   try {
     if (DIRECTORY.origin !== location.origin) {
       throw new AnytimeError("this page opens exports of its own server only.", { found: DIRECTORY.href });
@@ -40,7 +47,7 @@ async function open() {
     const ort = await runtime();
     const opened = await Anytime.open(DIRECTORY, ort, {
       verify: isSecureContext,
-      fetch: speed ? throttled(speed) : undefined,
+      fetch: (url) => request(url, { signal }),
       observe: (step, bytes) => mine === opening && showFetched(step, bytes),
       session: { logSeverityLevel: 3 },
     });
@@ -64,7 +71,11 @@ async function runtime() {
     ort.env.logLevel = "error";
     return ort;
   } catch (cause) {
-    throw new AnytimeError("ONNX Runtime Web is not there.", { expected: RUNTIME, next: "Run npm ci in examples/web.", cause });
+    throw new AnytimeError("ONNX Runtime Web is not there.", {
+      expected: RUNTIME,
+      next: "Run npm ci in examples/web.",
+      cause,
+    });
   }
 }
 
@@ -77,7 +88,8 @@ async function choose(source, button = null) {
   try {
     decoded = await decode(await source());
   } catch (error) {
-    if (mine === answering) complain(new AnytimeError("that is no picture which this browser can open.", { found: error.message }));
+    if (mine === answering)
+      complain(new AnytimeError("that is no picture which this browser can open.", { found: error.message }));
     return;
   }
   if (mine !== answering) return;
@@ -118,14 +130,17 @@ function forget() {
 
 /** Until the browser has shown what there is: else all answers would appear at once. */
 function painted() {
-  return new Promise((resolve) => (document.hidden ? setTimeout(resolve) : requestAnimationFrame(() => setTimeout(resolve))));
+  return new Promise((resolve) =>
+    document.hidden ? setTimeout(resolve) : requestAnimationFrame(() => setTimeout(resolve)),
+  );
 }
 
 /** Show what the export is, and which kinds of pictures it takes. */
 function introduce() {
   const { manifest, leaves, bytes, classes } = model;
   const files = manifest.steps.length === 1 ? "1 file" : `${manifest.steps.length} files`;
-  $("about").textContent = `${manifest.name}: ${counted(leaves)} in ${files}, ${kilobytes(bytes)}. It answers from the first file on.`;
+  $("about").textContent =
+    `${manifest.name}: ${counted(leaves)} in ${files}, ${kilobytes(bytes)}. It answers from the first file on.`;
   const digits = classes?.join("") === DIGITS;
   $("kinds").hidden = !digits;
   if (!digits) document.querySelector("[name=kind][value=file]").checked = true;
@@ -135,7 +150,11 @@ function introduce() {
   $("steps").replaceChildren(
     ...manifest.steps.map((step) => {
       const row = element("li");
-      row.append(element("span", { class: "leaves" }), element("div", { class: "bars", "aria-hidden": "true" }), element("span", { class: "cost" }));
+      row.append(
+        element("span", { class: "leaves" }),
+        element("div", { class: "bars", "aria-hidden": "true" }),
+        element("span", { class: "cost" }),
+      );
       row.dataset.leaves = step.leaves;
       return row;
     }),
@@ -164,9 +183,12 @@ function showFetched(step, bytes) {
   received[step] = bytes;
   if (!model) return;
   const { steps } = model.manifest;
-  $("files").childNodes.forEach((part, at) => part.style.setProperty("--come", `${(100 * received[at]) / steps[at].bytes}%`));
+  $("files").childNodes.forEach((part, at) =>
+    part.style.setProperty("--come", `${(100 * received[at]) / steps[at].bytes}%`),
+  );
   const all = received.reduce((a, b) => a + b, 0);
-  $("fetched").textContent = all >= model.bytes ? `All ${kilobytes(all)} fetched` : `${kilobytes(all)} of ${kilobytes(model.bytes)} fetched`;
+  $("fetched").textContent =
+    all >= model.bytes ? `All ${kilobytes(all)} fetched` : `${kilobytes(all)} of ${kilobytes(model.bytes)} fetched`;
   showRows();
 }
 
@@ -175,7 +197,8 @@ function show() {
   const newest = answers.at(-1);
   if (newest) {
     const best = largest(newest.probabilities);
-    const by = newest.leaves === model.leaves ? `all ${counted(model.leaves)}` : `${newest.leaves} of ${counted(model.leaves)}`;
+    const by =
+      newest.leaves === model.leaves ? `all ${counted(model.leaves)}` : `${newest.leaves} of ${counted(model.leaves)}`;
     const text = ` ${percent(newest.probabilities[best])} sure, by ${model.leaves === 1 ? "its only leaf" : by}`;
     $("answer").replaceChildren(element("b", { text: className(best) }), text);
   } else {
@@ -190,7 +213,9 @@ function showRows() {
   const columns = columnsOf(answers.at(-1)?.probabilities);
   const best = answers.length ? largest(answers.at(-1).probabilities) : -1;
   $("axis").replaceChildren(
-    ...columns.map((column) => element("span", { text: className(column), title: className(column), class: column === best ? "largest" : "" })),
+    ...columns.map((column) =>
+      element("span", { text: className(column), title: className(column), class: column === best ? "largest" : "" }),
+    ),
   );
   steps.forEach((step, index) => {
     const row = $("steps").children[index];
@@ -201,11 +226,14 @@ function showRows() {
     leaves.replaceChildren(counted(step.leaves));
     if (answer) {
       const winner = largest(answer.probabilities);
-      leaves.append(element("span", { class: "top", text: ` ${className(winner)}, ${percent(answer.probabilities[winner])}` }));
+      leaves.append(
+        element("span", { class: "top", text: ` ${className(winner)}, ${percent(answer.probabilities[winner])}` }),
+      );
     }
     cost.textContent = answer
       ? `${kilobytes(answer.bytes)}, ${answer.milliseconds.toFixed(1)}\u00a0ms`
-      : come >= step.bytes ? "here" : come > 0 ? `${kilobytes(come)} of ${kilobytes(step.bytes)}` : `${kilobytes(step.bytes)} to come`;
+      : ({ fetched: "here", fetching: `${kilobytes(come)} of ${kilobytes(step.bytes)}` }[row.dataset.state] ??
+        `${kilobytes(step.bytes)} to come`);
     while (bars.children.length < columns.length) bars.append(element("i"));
     while (bars.children.length > columns.length) bars.lastChild.remove();
     const winner = answer ? largest(answer.probabilities) : -1;
@@ -232,7 +260,8 @@ function showBusy(busy) {
 function complain(error) {
   if (error) showBusy(false);
   $("problem").hidden = !error;
-  $("problem").textContent = !error ? "" : error instanceof AnytimeError ? error.message : `It went wrong: ${error.message ?? error}`;
+  const told = error instanceof AnytimeError ? error.message : `It went wrong: ${error?.message ?? error}`;
+  $("problem").textContent = error ? told : "";
 }
 
 function largest(values) {

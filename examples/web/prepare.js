@@ -17,7 +17,13 @@ export async function decode(source) {
 
 /** Decoded pixels in the size and channels of a preparation, which is that of ensemble.json. */
 export function fit(decoded, preparation) {
-  const { size: [height, width], channels, interpolation, crop_mode, mean } = preparation;
+  const {
+    size: [height, width],
+    channels,
+    interpolation,
+    crop_mode,
+    mean,
+  } = preparation;
   const pixels = inChannels(decoded, channels);
   const [newWidth, newHeight] = resized(decoded, preparation);
   const fill = crop_mode === "border" ? mean.map((value) => roundToEven(255 * value)) : mean.map(() => 0);
@@ -41,7 +47,9 @@ export function normalise({ data, width, height, channels }, { mean, std }) {
 /** Why pictures cannot be prepared so; null if they can. */
 export function obstacle(preparation) {
   if (!preparation?.mean) return "The export does not say how images are prepared: export an ensemble that knows.";
-  return [1, 3].includes(preparation.channels) ? null : `The network takes ${preparation.channels} channels; this page makes 1 or 3.`;
+  return [1, 3].includes(preparation.channels)
+    ? null
+    : `The network takes ${preparation.channels} channels; this page makes 1 or 3.`;
 }
 
 function inChannels({ data, width, height }, channels) {

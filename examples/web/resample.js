@@ -11,7 +11,12 @@ const FILTERS = {
   bilinear: { support: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },
   hamming: {
     support: 1,
-    weight: (x) => (x === 0 ? 1 : Math.abs(x) >= 1 ? 0 : sinc(x) * (Math.fround(0.54) + Math.fround(0.46) * Math.cos(Math.PI * Math.abs(x)))),
+    weight: (x) =>
+      x === 0
+        ? 1
+        : Math.abs(x) >= 1
+          ? 0
+          : sinc(x) * (Math.fround(0.54) + Math.fround(0.46) * Math.cos(Math.PI * Math.abs(x))),
   },
   bicubic: {
     support: 2,
@@ -46,7 +51,9 @@ function windows(from, to, { support, weight }) {
     const center = (position + 0.5) * scale;
     const first = Math.max(0, Math.trunc(center - support * stretch + 0.5));
     const last = Math.min(from, Math.trunc(center + support * stretch + 0.5));
-    const weights = Array.from({ length: last - first }, (_, at) => weight((at + first - center + 0.5) * (1 / stretch)));
+    const weights = Array.from({ length: last - first }, (_, at) =>
+      weight((at + first - center + 0.5) * (1 / stretch)),
+    );
     const sum = weights.reduce((a, b) => a + b, 0);
     return { first, weights: weights.map((w) => roundAway((sum ? w / sum : w) * ONE)) };
   });
@@ -64,7 +71,8 @@ function alongRows({ data, width, height, channels }, to, filter) {
     for (const { first, weights } of parts) {
       for (let c = 0; c < channels; c++) {
         let sum = ONE / 2;
-        for (let k = 0, from = row + first * channels + c; k < weights.length; k++, from += channels) sum += data[from] * weights[k];
+        for (let k = 0, from = row + first * channels + c; k < weights.length; k++, from += channels)
+          sum += data[from] * weights[k];
         out[at++] = Math.floor(sum / ONE);
       }
     }

@@ -303,3 +303,12 @@ def test_an_export_that_is_not_there_is_explained(exports: Path, tmp_path: Path)
     assert all("404" in error for error in seen["errors"])
     assert "exported/other/ensemble.json cannot be fetched" in seen["problem"]
     assert "treeify export" in seen["problem"]
+
+
+@in_browser
+def test_a_missing_runtime_is_explained(exports: Path, tmp_path: Path) -> None:
+    with serving(exports) as server:
+        seen = browse(server, tmp_path, "problem", blocked="**/onnxruntime-web/**")
+    assert all("Failed to load resource" in error for error in seen["errors"])
+    assert "ONNX Runtime Web is not there" in seen["problem"]
+    assert "npm ci" in seen["problem"]

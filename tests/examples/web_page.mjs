@@ -1,7 +1,8 @@
 // What a browser does with the page of examples/web: node web_page.mjs '{"scenario": ..., "page": ..., ...}' prints JSON.
 //
 // page: the directory of the example, whose node_modules has playwright-core; chromium: its path; profile: a directory
-// for this run alone; address: of the server; screenshot: a file to write, or null.
+// for this run alone; address: of the server; blocked: a glob of what cannot be fetched, if anything; screenshot: a file
+// to write, if any.
 
 import { createRequire } from "node:module";
 
@@ -18,7 +19,13 @@ const FLAGS = [
   "--disable-sync",
 ];
 const rows = (page) =>
-  page.$$eval("#steps li", (all) => all.map((row) => ({ leaves: Number(row.dataset.leaves), state: row.dataset.state, text: row.innerText.replaceAll("\u00a0", " ") })));
+  page.$$eval("#steps li", (all) =>
+    all.map((row) => ({
+      leaves: Number(row.dataset.leaves),
+      state: row.dataset.state,
+      text: row.innerText.replaceAll("\u00a0", " "),
+    })),
+  );
 const allAnswered = (page) =>
   page.waitForFunction(() => {
     if (document.querySelector("#steps").ariaBusy === "true") return false;
@@ -27,14 +34,20 @@ const allAnswered = (page) =>
   });
 const text = async (page, selector) => (await page.locator(selector).innerText()).replaceAll("\u00a0", " ");
 const answer = (page) => text(page, "#answer");
-const overflow = (page) => page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
+const overflow = (page) =>
+  page.evaluate(() => document.documentElement.scrollWidth - document.documentElement.clientWidth);
 const focused = (page) =>
   page.evaluate(() => {
     const at = document.activeElement;
     const shown = at.type === "radio" ? at.nextElementSibling : at;
     const { outlineStyle, outlineWidth } = getComputedStyle(shown);
-    const name = at.getAttribute("aria-label") ?? at.labels?.[0]?.innerText ?? at.querySelector("img")?.alt ?? at.innerText;
-    return { what: at.id || at.value || at.tagName.toLowerCase(), name, outlined: outlineStyle !== "none" && parseFloat(outlineWidth) >= 2 };
+    const name =
+      at.getAttribute("aria-label") ?? at.labels?.[0]?.innerText ?? at.querySelector("img")?.alt ?? at.innerText;
+    return {
+      what: at.id || at.value || at.tagName.toLowerCase(),
+      name,
+      outlined: outlineStyle !== "none" && parseFloat(outlineWidth) >= 2,
+    };
   });
 
 const scenarios = {
@@ -45,7 +58,10 @@ const scenarios = {
     const before = { rows: await rows(page), answer: await answer(page), fetched: await text(page, "#fetched") };
     await fetch(`${asked.address}/release`, { method: "POST" });
     await allAnswered(page);
-    return { before, after: { rows: await rows(page), answer: await answer(page), fetched: await text(page, "#fetched") } };
+    return {
+      before,
+      after: { rows: await rows(page), answer: await answer(page), fetched: await text(page, "#fetched") },
+    };
   },
 
   /** The logits of every step, of a picture of the network's own size. */
@@ -54,14 +70,17 @@ const scenarios = {
     const steps = await page.evaluate(
       async ([directory, picture]) => {
         const [ort, { Anytime }, { decode, fit, normalise }] = await Promise.all(
-          ["/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs", "/anytime.js", "/prepare.js"].map((path) => import(path)),
+          ["/node_modules/onnxruntime-web/dist/ort.wasm.bundle.min.mjs", "/anytime.js", "/prepare.js"].map(
+            (path) => import(path),
+          ),
         );
         const model = await Anytime.open(directory, ort);
         const decoded = await decode(await (await fetch(picture)).blob());
         const { preparation } = model.manifest;
         const values = normalise(fit(decoded, preparation), preparation);
         const steps = [];
-        for await (const { logits, ...rest } of model.anytime(values)) steps.push({ ...rest, logits: Array.from(logits) });
+        for await (const { logits, ...rest } of model.anytime(values))
+          steps.push({ ...rest, logits: Array.from(logits) });
         return steps;
       },
       [`/${asked.export}`, "/pictures/3.png"],
@@ -90,10 +109,14 @@ const scenarios = {
     const pen = await page.locator("#pen").innerText();
     await page.keyboard.press("Space");
     await allAnswered(page);
-    const drawn = { pen, changed: blank !== (await page.locator("#seen").evaluate((canvas) => canvas.toDataURL())), answer: await answer(page) };
+    const drawn = {
+      pen,
+      changed: blank !== (await page.locator("#seen").evaluate((canvas) => canvas.toDataURL())),
+      answer: await answer(page),
+    };
     await page.keyboard.press("Delete");
     const cleared = await answer(page);
-    for (let stop = {}; stop.what !== "again" && stop.name !== "Fetch again" && stops.length < 20; ) stop = await tab();
+    for (let stop = {}; stop.what !== "again" && stop.name !== "Fetch again" && stops.length < 20;) stop = await tab();
     await page.keyboard.press("Shift+Tab");
     while ((await focused(page)).what !== "drawing") await page.keyboard.press("Shift+Tab");
     await page.keyboard.press("ArrowLeft");
@@ -110,7 +133,9 @@ const scenarios = {
     await allAnswered(page);
     const overflows = { shipped: await overflow(page) };
     const small = await page.$$eval("button, select, .kinds label", (all) =>
-      all.filter((one) => one.offsetParent && Math.min(one.offsetWidth, one.offsetHeight) < 32).map((one) => one.innerText || one.id),
+      all
+        .filter((one) => one.offsetParent && Math.min(one.offsetWidth, one.offsetHeight) < 32)
+        .map((one) => one.innerText || one.id),
     );
     for (const kind of ["file", "drawing"]) {
       await page.check(`[name=kind][value=${kind}]`, { force: true });
@@ -122,7 +147,7 @@ const scenarios = {
     await page.mouse.move(x + 0.45 * width, y + 0.8 * height, { steps: 8 });
     await page.mouse.up();
     await allAnswered(page);
-    const drawn = await page.locator("#shipped [aria-pressed=true]").count() === 0 && (await answer(page));
+    const drawn = (await page.locator("#shipped [aria-pressed=true]").count()) === 0 && (await answer(page));
     return { overflows, small, drawn };
   },
 
@@ -172,6 +197,7 @@ const requests = [];
 page.on("console", (message) => ["error", "warning"].includes(message.type()) && errors.push(message.text()));
 page.on("pageerror", (error) => errors.push(String(error)));
 page.on("request", (request) => requests.push(request.url()));
+if (asked.blocked) await page.route(asked.blocked, (route) => route.abort());
 try {
   await page.goto(`${asked.address}/?export=${asked.export}`);
   const report = await scenarios[asked.scenario](page);
@@ -181,7 +207,9 @@ try {
   }
   console.log(JSON.stringify({ ...report, errors, requests }));
 } catch (error) {
-  console.log(JSON.stringify({ failed: String(error), answer: await answer(page), rows: await rows(page), errors, requests }));
+  console.log(
+    JSON.stringify({ failed: String(error), answer: await answer(page), rows: await rows(page), errors, requests }),
+  );
 } finally {
   await context.close();
 }

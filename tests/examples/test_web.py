@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import tiny_exports
 import torch
-from examples.web_server import PAGE, Server, serving
 from PIL import Image
+from web_server import PAGE, Server, serving
 
 import treeify
 from treeify.data import Preparation, digits

@@ -7,7 +7,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-PAGE = Path(__file__).parents[2] / "examples" / "web"
+PAGE = Path(__file__).parents[1] / "examples" / "web"
 _PATIENCE = 120.0  # seconds; no test waits on purpose for so long
 
 

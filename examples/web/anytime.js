@@ -200,6 +200,7 @@ async function requested(fetch, url) {
     throw new AnytimeError(`${url} cannot be fetched.`, {
       expected: "a directory that `treeify export` wrote",
       found: `status ${response.status} ${response.statusText}`.trim(),
+      next: "Write it: treeify export RUN --out DIRECTORY, below that of the page.",
     });
   }
   return response;

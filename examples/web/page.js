@@ -259,6 +259,7 @@ function showBusy(busy) {
 
 function complain(error) {
   if (error) showBusy(false);
+  if (error && !model) $("fetched").textContent = "";
   $("problem").hidden = !error;
   const told = error instanceof AnytimeError ? error.message : `It went wrong: ${error?.message ?? error}`;
   $("problem").textContent = error ? told : "";

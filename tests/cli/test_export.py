@@ -101,7 +101,7 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         "overwrite": True,
         "name": "run",
     }
-    for words in ("1.23", "grouped looped", "4 at a time", "Not compared"):
+    for words in ("1.23", "1 grouped, 1 looped", "4 at a time", "Not compared"):
         assert words in result.stdout
 
 

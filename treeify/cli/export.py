@@ -1,6 +1,7 @@
 """`treeify export`: a saved ensemble in, files out that answer without PyTorch."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -189,12 +190,18 @@ def _steps_table(manifest: Mapping[str, Any]) -> Table:
             step["bytes"] / 1e6,
             step["macs"],
             step["parameters"],
-            " ".join(step["forms"].values()),
+            _forms(step["forms"]),
         )
         for step in manifest["steps"]
     ]
-    caption = "MACs per image and parameters of a step alone; forms: how its levels run"
+    caption = "MACs per image and parameters of a step alone; forms: how many levels run so"
     return table(columns, rows, caption=caption)
+
+
+def _forms(forms: Mapping[str, str]) -> str:
+    """How many levels have which form; they are listed in `ensemble.json`."""
+    counts = Counter(forms.values())
+    return ", ".join(f"{count} {form}" for form, count in counts.items())
 
 
 def _parities(manifest: Mapping[str, Any]) -> Iterator[str]:

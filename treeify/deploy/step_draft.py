@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
@@ -18,7 +18,7 @@ Choose = Callable[[int, Span], str]
 
 
 class Source(Protocol):
-    """Where a step's calls come from: the tree, its program, and calls with weights of their own."""
+    """Where a step's calls come from: the tree, its program, calls with weights of their own."""
 
     tree: Tree
     program: Program
@@ -27,6 +27,7 @@ class Source(Protocol):
 
     def dense(self, level: int, span: Span) -> fx.GraphModule:
         """A level's call with weights of its own."""
+        ...
 
 
 @dataclass

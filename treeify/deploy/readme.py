@@ -82,8 +82,8 @@ def _preparation(preparation: Mapping[str, Any] | None) -> str:
     return (
         f"Images are {height} pixels high and {width} wide, with {preparation['channels']}"
         f" channels; resized with {preparation['interpolation']} interpolation (crop mode {crop},"
-        f" {fraction:.4g} of the sides kept). Pixels in 0 to 1 less {mean}, divided by {std}. `model.open` does all"
-        " of it, bit for bit as in evaluation."
+        f" {fraction:.4g} of the sides kept).\nPixels in 0 to 1 less {mean}, divided by {std}."
+        " `model.open` does all of it, bit for bit as in evaluation."
     )
 
 

@@ -23,11 +23,10 @@ from treeify.conversion.config_values import MOST_VALUES
 from treeify.conversion.saved_config import CONFIG
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.deploy import runtime
+from treeify.deploy.formats import MANIFEST
 from treeify.engine import timing
 from treeify.errors import CheckpointError, InputError, LeafError, TreeifyError
 from treeify.tree import Tree
-
-MANIFEST = "ensemble.json"
 
 _BUDGETS = TypeAdapter(tuple[Budget, ...])
 # What the runtime raises, which knows nothing of treeify, and what that is here.

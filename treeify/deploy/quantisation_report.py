@@ -177,7 +177,7 @@ def batches(images: Array, size: int) -> Iterator[tuple[Array, Array]]:
     """Images in batches, each with its positions; a last one that is smaller is filled up."""
     for start in range(0, len(images), size):
         rows = np.arange(start, min(start + size, len(images)))
-        yield rows, images[np.resize(rows, min(size, max(len(images), size)))]
+        yield rows, images[np.resize(rows, size)]
 
 
 def first_array(value: Any) -> Array:

@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
+from coverage import EXPORTS, export_rows
 
 import treeify
 from treeify import files
@@ -31,15 +32,8 @@ from treeify.parity.fresh_weights import settle
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import model_classes
 
-RESULTS = Path(__file__).parent / "results" / "exports.jsonl"
 _PACKAGES = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime")
 _LONGEST_REASON = 600
-
-
-def rows(file: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """The last row of each model, by its name."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    return {row["name"]: row for row in map(json.loads, lines)}
 
 
 def versions() -> dict[str, str]:
@@ -90,12 +84,12 @@ def main() -> None:
     """Append the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", metavar="CLASS", help="these again")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=EXPORTS)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     present = versions()
-    known = rows(options.output)
+    known = export_rows(options.output)
     for case in model_classes.CASES:
         row: Mapping[str, Any] = known.get(case.name, {})
         if options.only is None:

@@ -26,7 +26,14 @@ from treeify.deploy.runtime import Anytime
 from treeify.engine import timing
 
 CASES = (*common.CIFAR, *common.IMAGENET)
-NAMES = ("HNE_small", "HNE", "MobileNetV2 HNE", "resnet18", "vit_tiny_patch16_224", "efficientnet_b0")
+NAMES = (
+    "HNE_small",
+    "HNE",
+    "MobileNetV2 HNE",
+    "resnet18",
+    "vit_tiny_patch16_224",
+    "efficientnet_b0",
+)
 BATCHES, THREADS = (1, 8, 32), (1, 2)
 # Forms are chosen by measuring at these sizes; every row runs the same files.
 _ROUNDS = 200

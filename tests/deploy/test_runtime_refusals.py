@@ -175,6 +175,8 @@ HOSTILE: list[tuple[str, Any]] = [
     ("preparation.size", [4, 10**6]),
     ("preparation.std", [0, 1, 1]),
     ("preparation.mean", [0.5]),
+    ("preparation.mean", []),
+    ("preparation.channels", 2**50),
     ("preparation.crop_mode", "none"),
     ("preparation.crop_pct", 0),
     ("preparation.interpolation", ["bilinear"]),

@@ -16,6 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from treeify.deploy.level_call import LevelCall
+from treeify.deploy.values import BatchDim
 from treeify.errors import ExportError
 
 _aten = torch.ops.aten
@@ -55,7 +56,11 @@ class Template:
 
     @torch.no_grad()
     def instantiate(self, tensors: Mapping[str, Tensor]) -> fx.GraphModule:
-        """The call with weights of its own, computed from packed tensors that begin with its branches."""
+        """The call with weights of its own.
+
+        Args:
+            tensors: packed ones, in which its branches come first.
+        """
         sources = [
             tensors[source] if isinstance(source, str) else source for source in self.sources
         ]
@@ -89,7 +94,7 @@ def template(call: LevelCall, *, dynamic: bool) -> Template:
 def exported(
     make: Callable[[], nn.Module],
     examples: list[Tensor],
-    batch_dims: list[tuple[int, int] | None],
+    batch_dims: list[BatchDim],
     *,
     dynamic: bool,
 ) -> ExportedProgram:
@@ -103,9 +108,12 @@ def exported(
         try:
             # Copies: tensors that share memory would be taken for one another's views.
             program = torch.export.export(
-                make(), tuple(tensor.clone() for tensor in examples), dynamic_shapes=shapes, strict=False
+                make(),
+                tuple(tensor.clone() for tensor in examples),
+                dynamic_shapes=shapes,
+                strict=False,
             )
-        except Exception as raised:  # noqa: BLE001, PERF203 - whatever the model's own code raises
+        except Exception as raised:
             error = raised
             continue
         if not dynamic or _is_dynamic(program, batch_dims):
@@ -115,7 +123,7 @@ def exported(
         raise ExportError(
             "the model computes with the number of images as with a constant.",
             expected="a model that takes batches of any size",
-            next_step=f"Export it for one size: --batch 1 (batch=1).",
+            next_step="Export it for one size: --batch 1 (batch=1).",
         )
     raise ExportError(
         "torch.export cannot follow the model.",
@@ -124,7 +132,7 @@ def exported(
     ) from error
 
 
-def _dynamic_shapes(module: nn.Module, batch_dims: list[tuple[int, int] | None]) -> Any:
+def _dynamic_shapes(module: nn.Module, batch_dims: list[BatchDim]) -> Any:
     """What to tell `torch.export` of shapes, more freely each time."""
     batch = Dim("batch", min=1, max=2**16)
     exact = tuple(
@@ -137,10 +145,12 @@ def _dynamic_shapes(module: nn.Module, batch_dims: list[tuple[int, int] | None])
     return [(shapes,) if Parameter.VAR_POSITIONAL in kinds else shapes for shapes in (exact, free)]
 
 
-def _is_dynamic(program: ExportedProgram, batch_dims: list[tuple[int, int] | None]) -> bool:
+def _is_dynamic(program: ExportedProgram, batch_dims: list[BatchDim]) -> bool:
     """Whether no batch has become a constant."""
     names = program.graph_signature.user_inputs
-    values = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    values = {
+        node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"
+    }
     return all(
         dim is None or isinstance(values[name].shape[dim[0]], torch.SymInt)
         for name, dim in zip(names, batch_dims, strict=True)

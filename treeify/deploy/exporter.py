@@ -21,14 +21,13 @@ from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.conversion.initialize import Source
 from treeify.data.preparation import PREPARATION
 from treeify.deploy import runtime
-from treeify.deploy.dense_steps import Step, StepPlans, output_names
+from treeify.deploy.dense_steps import StepPlans
+from treeify.deploy.formats import FORMAT, MANIFEST, OPSET, README, RUNTIME, VERSION
 from treeify.deploy.readme import readme
+from treeify.deploy.step import Step, output_names
+from treeify.deploy.values import BatchDim
 from treeify.errors import ExportError
 
-MANIFEST, RUNTIME, README = "ensemble.json", "anytime.py", "README.md"
-FORMAT, VERSION = "treeify-export", 1
-# The first whose Split can be told a number of parts; every runtime in use reads it.
-OPSET = 18
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Measuring forms and writing files take about as long as tracing.
 _TRACED, _WRITTEN = 0.7, 0.9
@@ -71,7 +70,9 @@ class Exported:
         rows = self.manifest["steps"]
         lines = [f"{self.path}: {len(rows)} steps"]
         for number, row in enumerate(rows, 1):
-            line = f"step {number} of {len(rows)}: {row['leaves']} leaves, {row['bytes'] / 1e6:.2f} MB"
+            line = (
+                f"step {number} of {len(rows)}: {row['leaves']} leaves, {row['bytes'] / 1e6:.2f} MB"
+            )
             if row["parity"] is not None:
                 difference = row["parity"]["largest_difference"]
                 line += f", largest difference {difference:.1e} of the largest logit"
@@ -218,8 +219,8 @@ class _Writer:
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Fill a directory; what its manifest says."""
-        from treeify.deploy.forms import Forms  # noqa: PLC0415 - needs packages of an extra
-        from treeify.deploy.onnx_graph import Translator  # noqa: PLC0415
+        from treeify.deploy.forms import Forms
+        from treeify.deploy.onnx_graph import Translator
 
         translator = Translator(self.plans)
         forms = Forms(translator, measure=self.tune)
@@ -251,7 +252,9 @@ class _Writer:
     def _row(self, step: Step, file: Path, forms: Any) -> dict[str, Any]:
         hne, content = self.plans.hne, file.read_bytes()
         leaf_outputs = step.outputs[: len(step.outputs) - len(step.kept)]
-        before = (hne.count_macs(step.start), hne.count_parameters(step.start)) if step.start else (0, 0)
+        before = (
+            (hne.count_macs(step.start), hne.count_parameters(step.start)) if step.start else (0, 0)
+        )
         return {
             "file": file.name,
             "sha256": hashlib.sha256(content).hexdigest(),
@@ -319,13 +322,13 @@ class _Writer:
 
     def _parity(self, folder: Path) -> list[dict[str, Any]]:
         """Compare the files with the ensemble; the largest differences of each step."""
-        from treeify.deploy.compare import compare  # noqa: PLC0415
+        from treeify.deploy.compare import compare
 
         batches = (1, 3) if self.plans.dynamic else (self.plans.images,)
         return compare(self.plans.hne, folder, batches)
 
 
-def shape_of(example: Tensor, batch_dim: tuple[int, int] | None) -> list[int | str]:
+def shape_of(example: Tensor, batch_dim: BatchDim) -> list[int | str]:
     """A tensor's shape with its batch by name."""
     shape: list[int | str] = list(example.shape)
     if batch_dim is not None:
@@ -354,6 +357,6 @@ def structure_of(output: Any) -> dict[str, Any]:
 
 def save_model(model: Any, file: Path) -> None:
     """Write a model, whole."""
-    import onnx_ir as ir  # noqa: PLC0415 - of an extra
+    import onnx_ir as ir
 
     ir.save(model, file)

@@ -16,8 +16,8 @@ import onnx_ir as ir
 import onnxruntime
 import torch
 
-from treeify.deploy.dense_steps import Step, StepPlans
 from treeify.deploy.onnx_graph import Translator
+from treeify.deploy.step import Step
 from treeify.engine.program import LOOPED, PACKED
 from treeify.tree import Span
 

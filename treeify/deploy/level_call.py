@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from treeify.deploy.values import Layout
+from treeify.deploy.values import BatchDim, Layout
 from treeify.engine.forms import Form
 from treeify.engine.program import OUTPUT, Segment
 from treeify.tree import Span, Tree
@@ -38,12 +38,14 @@ class LevelCall(nn.Module):
         self.again = partial(LevelCall, segment, span, tree, layouts, tensors)
         # In a tuple: the segment's modules are the ensemble's, of all branches.
         self._segment = (segment,)
-        self.inputs = [(layouts[name], self._branches(tree, layouts[name])) for name in segment.inputs]
+        read = [layouts[name] for name in segment.inputs]
+        self.inputs = [(layout, self._branches(tree, layout)) for layout in read]
         self.outputs = [None if name == OUTPUT else layouts[name] for name in segment.outputs]
         keys = {id(tensor): key for key, tensor in tensors.items()}
         self._places = list(_places(segment.module, keys))
-        self.keys = {f"packed_{n}": key for n, key in enumerate(dict.fromkeys(k for *_, k in self._places))}
-        self._names = {key: name for name, key in self.keys.items()}
+        distinct = dict.fromkeys(key for *_, key in self._places)
+        self._names = {key: f"packed_{number}" for number, key in enumerate(distinct)}
+        self.keys = {name: key for key, name in self._names.items()}
         for name, key in self.keys.items():
             self.register_buffer(name, tensors[key].detach())
 
@@ -58,7 +60,7 @@ class LevelCall(nn.Module):
         """Tensors to call it with."""
         return [tensor for layout, count in self.inputs for tensor in layout.examples(count)]
 
-    def batch_dims(self) -> list[tuple[int, int] | None]:
+    def batch_dims(self) -> list[BatchDim]:
         """Per input, the dim that grows with the batch and by how many times the images."""
         return [dim for layout, count in self.inputs for dim in layout.batch_dims(count)]
 
@@ -72,8 +74,8 @@ class LevelCall(nn.Module):
             del remaining[:width]
         results = self._run(values)
         flat = []
-        for layout, value in zip(self.outputs, results, strict=True):
-            leaves = tree_flatten(value)[0] if layout is None else layout.tensors(value)
+        for made, value in zip(self.outputs, results, strict=True):
+            leaves = tree_flatten(value)[0] if made is None else made.tensors(value)
             flat += [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         return tuple(flat)
 
@@ -118,4 +120,6 @@ def _modules(module: nn.Module) -> Any:
         yield inner
         for value in vars(inner).values():
             if isinstance(value, tuple):
-                yield from (each for part in value if isinstance(part, nn.Module) for each in part.modules())
+                for part in value:
+                    if isinstance(part, nn.Module):
+                        yield from part.modules()

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, fx
 
 from treeify.deploy.dense import exported
-from treeify.deploy.dense_steps import Key, Step, StepPlans, item, key_of
+from treeify.deploy.dense_steps import StepPlans, key_of
+from treeify.deploy.formats import OPSET
 from treeify.deploy.products import write_products
-from treeify.deploy.values import join_branches, slice_branches
+from treeify.deploy.step import Key, Step, item
+from treeify.deploy.values import BatchDim, join_branches, slice_branches
 
-# The first whose Split can be told a number of parts; every runtime in use reads it.
-OPSET = 18
 _IR_VERSION = 8  # the format of that opset's time
 _BATCH = "batch"
 
@@ -61,7 +61,11 @@ class Translator:
         call = self.plans.level_call(key)
         dense = self.plans.dense(*key)
         dynamic = self.plans.dynamic
-        program = exported(lambda: fx.GraphModule(dense, dense.graph), call.examples(), call.batch_dims(), dynamic=dynamic)
+        program = exported(
+            lambda: fx.GraphModule(dense, dense.graph),
+            *(call.examples(), call.batch_dims()),
+            dynamic=dynamic,
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own exporter, about itself
             onnx: Any = torch.onnx.export(
@@ -82,7 +86,7 @@ class _Writer:
 
     def run(self) -> ir.Model:
         step = self.step
-        inputs = []
+        inputs: list[ir.Value] = []
         for node in step.run.graph.nodes:
             if node.op == "placeholder":
                 index = len(inputs)
@@ -135,9 +139,9 @@ class _Writer:
             weight = getattr(dense, name.split(SUFFIX)[0], None)
             fresh = ir.Value(name=f"{target}.{name}", shape=place.shape, type=place.type)
             fresh.const_value = place.const_value
-            if weight is not None:
+            if weight is not None and place.const_value is not None:
                 fresh.const_value = ir.tensor(
-                    weight.numpy().reshape(place.const_value.shape), name=fresh.name
+                    weight.numpy().reshape(tuple(place.shape or ())), name=fresh.name
                 )
             ir.convenience.replace_all_uses_with(place, fresh, replace_graph_outputs=True)
             self.initializers.append(fresh)
@@ -180,7 +184,8 @@ class _Writer:
     def _numbers(self, numbers: list[int]) -> ir.Value:
         name = f"numbers_{len(self.initializers)}"
         array = np.array(numbers, dtype=np.int64)
-        value = ir.Value(name=name, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(array.shape))
+        kind = ir.TensorType(ir.DataType.INT64)
+        value = ir.Value(name=name, type=kind, shape=ir.Shape(array.shape))
         value.const_value = ir.tensor(array, name=name)
         self.initializers.append(value)
         return value
@@ -190,7 +195,7 @@ class _Writer:
 SUFFIX = "~"
 
 
-def _value(name: str, example: Tensor, batch_dim: tuple[int, int] | None) -> ir.Value:
+def _value(name: str, example: Tensor, batch_dim: BatchDim) -> ir.Value:
     """An input of a step."""
     shape: list[int | str] = list(example.shape)
     if batch_dim is not None:

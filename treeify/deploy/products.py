@@ -1,7 +1,7 @@
 """Convolutions of several branches with kernels of one pixel, written as batched products.
 
-A grouped 1x1 convolution is a product for each group; `[N, G*C, H, W]` holds the groups' matrices as
-they are, so that none is copied. Runtimes have better kernels for products than for groups.
+A grouped 1x1 convolution is a product for each group, and `[N, G*C, H, W]` holds the groups'
+matrices as they are: none is copied. Whether that is faster depends on the runtime's kernels.
 """
 
 from typing import Any
@@ -19,17 +19,20 @@ def write_products(graph: ir.Graph) -> int:
 
 
 def _is_product(node: ir.Node) -> bool:
-    if node.op_type != "Conv" or node.inputs[1] is None or node.inputs[0] is None:
+    if node.op_type != "Conv" or node.inputs[1] is None or not node.inputs[1].is_initializer():
         return False
-    weight, x = node.inputs[1].shape, node.inputs[0].shape
-    if weight is None or x is None or len(weight) != 4 or not node.inputs[1].is_initializer():
-        return False
+    weight, sizes = _sizes(node.inputs[1]), _sizes(node.inputs[0])
     group = _attribute(node, "group", 1)
     strides, pads = _attribute(node, "strides", [1, 1]), _attribute(node, "pads", [0] * 4)
-    plain = tuple(weight[2:]) == (1, 1) and set(strides) == {1} and set(pads) == {0}
-    static = all(isinstance(size, int) for size in x[1:])
+    plain = weight[2:] == [1, 1] and set(strides) == {1} and set(pads) == {0}
     # A depthwise one is no product worth the name.
-    return group > 1 and plain and static and weight[1] > 1
+    return group > 1 and plain and None not in sizes[1:] and weight[1] != 1
+
+
+def _sizes(value: ir.Value | None) -> list[Any]:
+    """A value's shape, with None where a size is not known."""
+    shape = None if value is None else value.shape
+    return [] if shape is None else [size if isinstance(size, int) else None for size in shape]
 
 
 def _attribute(node: ir.Node, name: str, default: Any) -> Any:
@@ -39,9 +42,9 @@ def _attribute(node: ir.Node, name: str, default: Any) -> Any:
 
 def _replace(graph: ir.Graph, node: ir.Node) -> None:
     x, weight, *bias = node.inputs
-    assert x is not None and weight is not None and x.shape is not None and weight.shape is not None
+    assert x is not None and weight is not None
     group = _attribute(node, "group", 1)
-    outputs, channels, height, width = weight.shape[0], weight.shape[1], *x.shape[2:]
+    (outputs, channels), (height, width) = _sizes(weight)[:2], _sizes(x)[2:]
     pixels = height * width
     rows = _node("Reshape", [x, _numbers(graph, node, "rows", [-1, group, channels, pixels])])
     matrices = _reshaped(graph, weight, [group, outputs // group, channels])

@@ -1117,8 +1117,8 @@ class Step:
     dropped: tuple[str, ...]
 
 
-def _open_graph(model: Anytime, step: Step) -> Graph:
-    """Open a step; ExportError where its files are not what was exported."""
+def _read_step(model: Anytime, step: Step) -> bytes | str:
+    """A step's graph, or its path if that leads to weights or nobody verifies it."""
     paths = [_check_file(model.path, entry, verify=model.verify) for entry in step.files]
     content: bytes | str = str(paths[0])
     for entry, path in zip(step.files, paths, strict=True) if model.verify else ():
@@ -1127,8 +1127,13 @@ def _open_graph(model: Anytime, step: Step) -> Graph:
             found = hashlib.sha256(read).hexdigest()
         if found != entry["sha256"]:
             raise _damaged(path, f"SHA-256 {entry['sha256']}", found)
-        if isinstance(read, bytes):  # else the graph's path leads to its weights
-            content = read
+        content = read if isinstance(read, bytes) else content
+    return content
+
+
+def _open_graph(model: Anytime, step: Step) -> Graph:
+    """Open a step; ExportError where its files are not what was exported."""
+    content, path = _read_step(model, step), model.path / step.files[0]["file"]
     again = "Copy it again from where it was exported, or export again."
     try:
         graph = ENGINES[model.engine](content, model.threads, spinning=model.spinning)
@@ -1140,13 +1145,13 @@ def _open_graph(model: Anytime, step: Step) -> Graph:
         ) from error
     except Exception as error:  # engines have errors of their own
         raise ExportError(
-            f"{paths[0]} cannot be opened by {model.engine}.",
+            f"{path} cannot be opened by {model.engine}.",
             found=_first_line(error),
             next_step=again,
         ) from error
     if set(graph.inputs) != set(step.inputs) or not set(step.fetched) <= set(graph.outputs):
         raise ExportError(
-            f"{paths[0]} is not the step that {_MANIFEST} describes.",
+            f"{path} is not the step that {_MANIFEST} describes.",
             expected=f"inputs {', '.join(step.inputs)}; outputs {', '.join(step.fetched)}",
             found=f"inputs {', '.join(graph.inputs)}; outputs {', '.join(graph.outputs)}",
             next_step=again,
@@ -1195,6 +1200,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         if values["version"] == _VERSION:
             _check(values, _SCHEMA)
             _check(values, {"macs": {str(size): _counts(0) for size in values["sizes"]}})
+            _check_lengths(values)
             _steps_of(values)
     except (OSError, ValueError, RecursionError) as error:
         raise ExportError(
@@ -1243,6 +1249,12 @@ def _steps_of(manifest: Mapping[str, Any]) -> tuple[list[Step], dict[str, int | 
         steps.append(Step(files, leaves, logits, reads[index], fetched, gone))
     if not steps or [step.leaves for step in steps] != manifest["sizes"]:
         raise ValueError("its sizes are not those where steps end")
+    _check_structure(manifest["output"], steps[0].logits)
+    return steps, batch_dims
+
+
+def _check_lengths(manifest: Mapping[str, Any]) -> None:
+    """Raise ValueError where lists have not as many values as they should."""
     shape = manifest["images"]["shape"]
     if not shape or not all(isinstance(dim, int) for dim in shape[1:]):
         raise ValueError(f"its images have shape {shape}")
@@ -1250,13 +1262,10 @@ def _steps_of(manifest: Mapping[str, Any]) -> tuple[list[Step], dict[str, int | 
         if len(budget["thresholds"]) != len(budget["sizes"]) - 1:
             raise ValueError("a budget has no threshold for every size but the last")
     preparation = manifest.get("preparation") or {"size": (1, 1), "channels": 0}
-    statistics = [preparation.get("mean"), preparation.get("std")]
-    if len(preparation["size"]) != 2 or any(
-        len(values) != preparation["channels"] for values in statistics if values is not None
-    ):
+    statistics = [preparation.get(key) for key in ("mean", "std")]
+    lengths = {len(values) for values in statistics if values is not None}
+    if len(preparation["size"]) != 2 or lengths - {preparation["channels"]}:
         raise ValueError("its preparation is of no images")
-    _check_structure(manifest["output"], steps[0].logits)
-    return steps, batch_dims
 
 
 def _check_structure(structure: Any, logits: Sequence[str]) -> None:

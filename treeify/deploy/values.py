@@ -18,6 +18,9 @@ from treeify.errors import ExportError
 from treeify.tracing.facts import TensorFacts
 from treeify.tree import Span
 
+# The dim that grows with the batch, and how many times the images it holds; None if none does.
+BatchDim = tuple[int, int] | None
+
 # Two, since one image would be taken for a constant.
 IMAGES = 2
 
@@ -87,9 +90,9 @@ class Layout:
         pairs = zip(self.example, self.facts, strict=True)
         return [join([tensor] * branches, self.form, fact) for tensor, fact in pairs]
 
-    def batch_dims(self, branches: int) -> list[tuple[int, int] | None]:
+    def batch_dims(self, branches: int) -> list[BatchDim]:
         """Per tensor of so many branches, the dim that grows with the batch and by how much."""
-        dims = []
+        dims: list[BatchDim] = []
         for tensor, fact in zip(self.example, self.facts, strict=True):
             dim = self.batch_dim(fact)
             if dim is None:

@@ -12,9 +12,71 @@ from torch.utils._pytree import tree_leaves
 import treeify
 from treeify.deploy.dense import exported
 from treeify.deploy.dense_steps import Step, StepPlans, steps
-from treeify.errors import LeafError
+from treeify.errors import ExportError, LeafError
 from treeify.parity.tolerance import deviation, scale_of
-from treeify.tree import Span
+
+# What decides by the values of images has no graph.
+REFUSED = {
+    "odd-OpaqueSubclasses": "y.flip(1) if all of y is finite",
+    "odd-Views": "other values where the sum is large",
+}
+# One level's weights are another's too: each step that needs them has a copy.
+SHARING = "odd-SharedWeights"
+# What goes, per number in a running mean, where every batch norm is folded: a scale, if the
+# convolution has no bias of its own; else a shift too.
+FOLDED = {"resnet18-thin": 1, "odd-InPlace": 1, "vgg11_bn-thin": 2, "vit_b_16-thin": 0}
+# A few of each kind and tree by default; further ones on CI, and those of minutes on request.
+_DEFAULT = {
+    *(("odd-InPlace", "binary"), ("odd-ManyOutputs", "wide"), ("resnet18-thin", "input")),
+}
+_THOROUGH = {"wide": ("odd-", "resnet18-thin", "vgg", "vit_b", "mixer"), "input": ("odd-Many",)}
+
+
+def cases() -> Iterator[Any]:
+    """Models and tree shapes."""
+    for case in (each for each in zoo.cases() if each.name not in REFUSED):
+        for shape in case.shapes:
+            if (case.name, shape) in _DEFAULT:
+                marks = []
+            elif case.name.startswith(_THOROUGH.get(shape, ())):
+                marks = [pytest.mark.thorough]
+            else:
+                marks = [pytest.mark.slow]
+            yield pytest.param(case, shape, id=f"{case.name}-{shape}", marks=marks)
+
+
+@pytest.mark.parametrize(("case", "shape"), list(cases()))
+def test_steps_are_the_ensemble(case: zoo.Case, shape: str) -> None:
+    hne = ensemble(case, shape)
+    state = {key: tensor.clone() for key, tensor in hne.state_dict().items()}
+    plans = StepPlans(hne)
+    for sizes in subsets(hne.tree.nested_sizes):
+        chain = plans.steps(sizes)
+        assert tuple(step.leaves for step in chain) == tuple(sizes)
+        for count in (1, 3):
+            check_chain(hne, chain, case.images(count))
+    chain = plans.steps(hne.tree.nested_sizes)
+    check_traced(chain)
+    if case.name != SHARING:
+        check_parameters(hne, chain, FOLDED.get(case.name))
+        check_weights_are_apart(hne, plans, chain)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in hne.state_dict().items())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_graph_can_say_is_refused(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    (case,) = (case for case in zoo.cases() if case.name == name)
+    with pytest.raises(ExportError, match="cannot follow the model"):
+        steps(ensemble(case, "input"))
+    assert "forward" not in "".join(capfd.readouterr())
+
+
+def test_sizes_where_no_step_ends_are_refused() -> None:
+    (case,) = (case for case in zoo.cases() if case.name == "odd-InPlace")
+    hne = ensemble(case, "wide")
+    for sizes, message in {(3,): "no step ends at 3", (4, 1): "do not increase"}.items():
+        with pytest.raises(LeafError, match=message):
+            steps(hne, sizes)
 
 
 def ensemble(case: zoo.Case, shape: str) -> treeify.HierarchicalEnsemble:
@@ -59,6 +121,23 @@ def check_traced(chain: Sequence[Step]) -> None:
         )
         names = program.graph_signature.user_outputs
         assert len(names) == len(step.outputs)
+
+
+def check_parameters(
+    hne: treeify.HierarchicalEnsemble, chain: Sequence[Step], folded: int | None
+) -> None:
+    """All steps together are as large as the ensemble, but for norms that are folded."""
+    dense = sum(
+        buffer.numel() for step in chain for buffer in step.buffers() if buffer.is_floating_point()
+    )
+    means = sum(
+        tensor.numel() for key, tensor in hne.packed_tensors.items() if key.endswith("running_mean")
+    )
+    difference = dense - hne.count_parameters()
+    if folded is not None:
+        assert difference == -folded * means
+    # Norms that are not folded bring their statistics, and products of weights are one of them.
+    assert abs(difference) <= 2 * means + 0.02 * hne.count_parameters()
 
 
 @torch.no_grad()

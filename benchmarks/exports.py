@@ -64,7 +64,7 @@ def outcome(case: model_classes.Case) -> dict[str, Any]:
         found["export"] = one_line(error)
         try:
             check_export(hne, batch=1)
-        except Exception as other:  # noqa: BLE001 - whatever it is, it is written down
+        except Exception as other:
             found["one_image"] = one_line(other)
         else:
             found["one_image"] = ""
@@ -101,7 +101,7 @@ def main() -> None:
         start = perf_counter()
         try:
             found = outcome(case)
-        except Exception as error:  # noqa: BLE001 - the next ones are independent of it
+        except Exception as error:
             found = {"export": one_line(error)}
         seconds = round(perf_counter() - start, 1)
         row = {"network": case.network, "name": case.name, **found, "seconds": seconds}

@@ -92,9 +92,7 @@ def tensors(value: Any) -> list[Tensor]:
 
 
 @torch.no_grad()
-def check_chain(
-    hne: treeify.HierarchicalEnsemble, chain: Sequence[Step], x: Tensor
-) -> None:
+def check_chain(hne: treeify.HierarchicalEnsemble, chain: Sequence[Step], x: Tensor) -> None:
     """Each step gives the new leaves' outputs of a session, and changes none of its arguments."""
     session, values = hne.session(x), {"images": x.clone()}
     for step in chain:

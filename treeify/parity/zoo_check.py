@@ -122,9 +122,7 @@ def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
     }
 
 
-def _ensemble(
-    level: CheckLevel, splits: str, source: Source | None = None
-) -> HierarchicalEnsemble:
+def _ensemble(level: CheckLevel, splits: str, source: Source | None = None) -> HierarchicalEnsemble:
     """A level's model as an ensemble, with weights; SplitError if it has no such splits."""
     architecture, example = level.architecture, torch.zeros(1, *level.shape)
     source = source or _settled(architecture)

@@ -94,6 +94,7 @@ def template(call: LevelCall, *, dynamic: bool) -> Template:
     return _separate(graph, sources, dynamic)
 
 
+@torch.no_grad()
 def exported(
     make: Callable[[], nn.Module],
     examples: list[Tensor],
@@ -176,7 +177,8 @@ def _is_dynamic(program: ExportedProgram, batch_dims: list[BatchDim]) -> bool:
 
 def _functional(program: ExportedProgram, call: LevelCall) -> tuple[fx.Graph, dict[fx.Node, Any]]:
     """The program's graph without writes and assertions, and what its weights' inputs are."""
-    program = program.run_decompositions({})
+    if not all(_is_plain(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})
     graph, signature = program.graph, program.graph_signature
     sources: dict[fx.Node, Any] = {}
     by_name = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -201,6 +203,13 @@ def _functional(program: ExportedProgram, call: LevelCall) -> tuple[fx.Graph, di
             graph.erase_node(node)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
     return graph, sources
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether an operation changes none of its arguments, and runs no graph of its own."""
+    schema = getattr(node.target, "_schema", None)
+    is_nested = node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator)
+    return not is_nested and not (schema is not None and schema.is_mutable)
 
 
 def _fold_norms(graph: fx.Graph) -> None:

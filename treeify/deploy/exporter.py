@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -26,11 +26,15 @@ from treeify.deploy.formats import FORMAT, MANIFEST, OPSET, README, RUNTIME, VER
 from treeify.deploy.readme import readme
 from treeify.deploy.step import Step, output_names
 from treeify.deploy.values import BatchDim
-from treeify.errors import ExportError
+from treeify.errors import ExportError, InputError
+
+if TYPE_CHECKING:  # they need packages of an extra
+    from treeify.deploy.quantisation_report import Comparison, QuantisationReport
+    from treeify.deploy.runtime import Array
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Measuring forms and writing files take about as long as tracing.
-_TRACED, _WRITTEN = 0.7, 0.9
+_TRACED, _WRITTEN, _COMPARED = 0.7, 0.9, 0.95
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,12 @@ class Exported:
     Args:
         path: its directory.
         manifest: what `ensemble.json` says.
+        quantisation: of an export in 8 bits, what it costs and gains.
     """
 
     path: Path
     manifest: dict[str, Any]
+    quantisation: "QuantisationReport | None" = None
 
     def __str__(self) -> str:
         """One line for each step."""
@@ -77,6 +83,8 @@ class Exported:
                 difference = row["parity"]["largest_difference"]
                 line += f", largest difference {difference:.1e} of the largest logit"
             lines.append(line)
+        if self.quantisation is not None:
+            lines.append(str(self.quantisation))
         return "\n".join(lines)
 
 
@@ -87,6 +95,9 @@ def export(
     sizes: Iterable[int] | None = None,
     batch: int | str = "dynamic",
     input_size: tuple[int, int] | None = None,
+    int8: Any = None,
+    int8_labels: Any = None,
+    int8_held_out: Any = None,
     tune: bool = True,
     verify: bool = True,
     overwrite: bool = False,
@@ -101,6 +112,10 @@ def export(
         sizes: increasing nested sizes at which a step ends; all of them if not given.
         batch: how many images there will be; "dynamic" for any number.
         input_size: height and width of images, instead of those it was converted for.
+        int8: training images, prepared as in evaluation, `[N, C, H, W]` or batches of them, to
+            write files in 8 bits for the ranges of values seen there. Some hundred are enough.
+        int8_labels: their classes, `[N]`, to report the accuracy of both.
+        int8_held_out: other images and their classes, to report the accuracy on those instead.
         tune: measure on this machine how each level runs fastest; else all are grouped.
         verify: compare the files' answers with `hne.session`.
         overwrite: replace an export that is there.
@@ -124,6 +139,7 @@ def export(
     plans = StepPlans(hne, batch=None if batch == "dynamic" else int(batch))
     chosen = plans.check_sizes(sizes)
     writer = _Writer(plans, chosen, name or final.name, observe, tune=tune, verify=verify)
+    writer.calibration = _calibration(plans.image_shape, int8, int8_labels, int8_held_out)
     manifest: dict[str, Any] = {}
     try:
         publish(final, lambda draft: manifest.update(writer.write(draft)), overwrite=overwrite)
@@ -131,7 +147,24 @@ def export(
         raise ExportError(
             f"{final} cannot be written: {error}", next_step="Nothing has changed there."
         ) from error
-    return Exported(final, manifest)
+    return Exported(final, manifest, writer.quantisation)
+
+
+def _calibration(
+    shape: tuple[int, ...], int8: Any, labels: Any, held_out: Any
+) -> "tuple[Array, Comparison] | None":
+    """The images to calibrate on, and what to compare both exports with."""
+    if int8 is None:
+        if labels is not None or held_out is not None:
+            raise InputError(
+                "labels for comparing with 8 bits were given, and no images to calibrate on.",
+                expected="int8=images",
+            )
+        return None
+    from treeify.deploy.quantise import calibration_images, comparison
+
+    images = calibration_images("int8", int8, shape)
+    return images, comparison(images, labels, held_out, shape)
 
 
 def require_packages() -> None:
@@ -216,14 +249,39 @@ class _Writer:
     observe: Observer
     tune: bool
     verify: bool
+    calibration: "tuple[Array, Comparison] | None" = None
+    quantisation: "QuantisationReport | None" = None
 
     def write(self, folder: Path) -> dict[str, Any]:
         """Fill a directory; what its manifest says."""
+        if self.calibration is None:
+            manifest = self._write_float(folder)
+        else:
+            manifest = self._write_quantised(folder, *self.calibration)
+        self.observe(Progress(len(self.sizes), len(self.sizes), "done", 1.0))
+        return manifest
+
+    def _write_quantised(self, folder: Path, images: "Array", data: "Comparison") -> dict[str, Any]:
+        """Write it in float first, compared with PyTorch, then quantise that."""
+        from treeify.deploy.quantise import quantise
+
+        whole = folder / "float32"
+        whole.mkdir()
+        self._write_float(whole)
+        self._report(len(self.sizes), "quantising", _COMPARED, 0)
+        manifest, self.quantisation = quantise(whole, folder, images, data)
+        shutil.copyfile(runtime.__file__, folder / RUNTIME)
+        (folder / README).write_text(readme(manifest), encoding="utf-8")
+        shutil.rmtree(whole)
+        return manifest
+
+    def _write_float(self, folder: Path) -> dict[str, Any]:
+        """Fill a directory with files in float32; what its manifest says."""
         from treeify.deploy.forms import Forms
         from treeify.deploy.onnx_graph import Translator
 
         translator = Translator(self.plans)
-        forms = Forms(translator, measure=self.tune)
+        forms = Forms(translator, measure=self.tune, quantised=self.calibration is not None)
         count = len(self.sizes)
         self.observe(Progress(1, count, "measuring how levels run" if self.tune else "tracing", 0))
         steps = self.plans.steps(self.sizes, forms.choose)
@@ -242,7 +300,6 @@ class _Writer:
                 row["parity"] = parity
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         (folder / README).write_text(readme(manifest), encoding="utf-8")
-        self.observe(Progress(count, count, "done", 1.0))
         return manifest
 
     def _report(self, number: int, what: str, base: float, part: float) -> None:
@@ -358,5 +415,8 @@ def structure_of(output: Any) -> dict[str, Any]:
 def save_model(model: Any, file: Path) -> None:
     """Write a model, whole."""
     import onnx_ir as ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+    # What the translation notes of each node, lines of source code included.
+    ClearMetadataAndDocStringPass()(model)
     ir.save(model, file)

@@ -12,11 +12,20 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 import torch
 
 from treeify.deploy.onnx_graph import Translator
+from treeify.deploy.quantised_graph import (
+    batched_weights,
+    fold_transposes,
+    has_vnni,
+    last_products,
+    name_nodes,
+    quantise_graph,
+)
 from treeify.deploy.step import Step
 from treeify.engine.program import LOOPED, PACKED
 from treeify.tree import Span
@@ -36,11 +45,14 @@ class Forms:
         translator: of the steps.
         threads: of the runtime while measuring.
         measure: whether to; else every level is grouped.
+        quantised: whether files will be in 8 bits. Then no level has batched products, which would
+            stay in float: those of linear layers run branch by branch.
     """
 
     translator: Translator
     threads: int = 1
     measure: bool = True
+    quantised: bool = False
     chosen: dict[tuple[int, Span], str] = field(default_factory=dict)
     seconds: dict[tuple[int, Span], dict[str, list[float]]] = field(default_factory=dict)
 
@@ -54,8 +66,22 @@ class Forms:
             return GROUPED
         key = (level, span)
         if key not in self.chosen:
-            self.chosen[key] = self._fastest(level, span) if self.measure else GROUPED
+            self.chosen[key] = self._choice(level, span)
         return self.chosen[key]
+
+    def _choice(self, level: int, span: Span) -> str:
+        if self.quantised and self._multiplies_batches(level, span):
+            return LOOPED
+        return self._fastest(level, span) if self.measure else GROUPED
+
+    def _multiplies_batches(self, level: int, span: Span) -> bool:
+        """Whether a packed level has products that would stay in float, but for its answers'."""
+        step = self.translator.plans.level_step(level, span, PACKED)
+        graph = ir.to_proto(self.translator.model(step)).graph
+        answers = step.outputs[: len(step.outputs) - len(step.kept)]
+        fold_transposes(graph)
+        name_nodes(graph)
+        return bool(batched_weights(graph) - last_products(graph, answers))
 
     def products(self, step: Step) -> dict[str, bool]:
         """Which calls of a step are written with products."""
@@ -87,9 +113,12 @@ class Forms:
             PRODUCT: self.translator.model(packed, {target: True}),
             LOOPED: self.translator.model(looped),
         }
-        if not any(node.op_type == "Conv" for node in models[GROUPED].graph):
-            del models[PRODUCT]  # it is the same
-        sessions = {name: session(model, self.threads) for name, model in models.items()}
+        if self.quantised or not any(node.op_type == "Conv" for node in models[GROUPED].graph):
+            del models[PRODUCT]  # in float it is the same
+        sessions = {
+            name: session(self._proto(model, looped if name == LOOPED else packed), self.threads)
+            for name, model in models.items()
+        }
         times: dict[str, list[float]] = {name: [] for name in models}
         for batch in _BATCHES if plans.dynamic else (plans.images,):
             feeds = _feeds(packed, batch)
@@ -100,6 +129,15 @@ class Forms:
         scores = {name: prod(seconds) ** (1 / len(seconds)) for name, seconds in times.items()}
         best = min(scores, key=scores.__getitem__)
         return best if scores[best] < _GAIN * scores[GROUPED] else GROUPED
+
+    def _proto(self, model: ir.Model, step: Step) -> onnx.ModelProto:
+        """A level as it will run; in 8 bits the ranges of random images do to measure time."""
+        proto = ir.to_proto(model)
+        if not self.quantised:
+            return proto
+        answers = step.outputs[: len(step.outputs) - len(step.kept)]
+        feeds = [_feeds(step, self.translator.plans.images)]
+        return quantise_graph(proto, feeds, answers, reduced_range=not has_vnni())
 
 
 def alternate(
@@ -120,14 +158,14 @@ def alternate(
     return {name: median(each) for name, each in times.items()}
 
 
-def session(model: ir.Model, threads: int) -> onnxruntime.InferenceSession:
+def session(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:
     """A model in the runtime, as `Anytime` runs it."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    content = ir.to_proto(model).SerializeToString()
+    content = model.SerializeToString()
     return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 

@@ -86,7 +86,6 @@ class LevelCall(nn.Module):
                 return tensor.shape[dim[0]] // dim[1]
         return None
 
-    @torch.no_grad()
     def _run(self, values: Sequence[Any]) -> Any:
         """Call the segment with this module's buffers in the place of the ensemble's tensors."""
         before = [table[name] for table, name, _ in self._places]

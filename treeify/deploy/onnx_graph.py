@@ -151,6 +151,7 @@ class _Writer:
             for value in inner.outputs:
                 value.name = f"{target}.{value.name}"
             inner.name = f"{target}.{inner.name}"
+            inner.metadata_props.clear()  # where in torch it came from, a tenth of a small file
             self.nodes.append(inner)
         return outputs
 

@@ -4,10 +4,13 @@ What a graph computes of its weights alone (slices of packed tensors, folded sca
 is a graph of its own. Run on other branches' weights, it gives the same graph for those branches.
 """
 
+import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from io import StringIO
 from typing import Any
 
 import torch
@@ -103,12 +106,13 @@ def exported(
     for shapes in _dynamic_shapes(make(), batch_dims) if dynamic else (None,):
         try:
             # Copies: tensors that share memory would be taken for one another's views.
-            program = torch.export.export(
-                make(),
-                tuple(tensor.clone() for tensor in examples),
-                dynamic_shapes=shapes,
-                strict=False,
-            )
+            with _quiet():
+                program = torch.export.export(
+                    make(),
+                    tuple(tensor.clone() for tensor in examples),
+                    dynamic_shapes=shapes,
+                    strict=False,
+                )
         except Exception as raised:
             error = raised
             continue
@@ -126,6 +130,19 @@ def exported(
         found=f"{type(error).__name__}: {error!s:.1000}",
         next_step="Try one size of batches: --batch 1 (batch=1)." if dynamic else None,
     ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graphs that are logged and printed where one is not followed."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _dynamic_shapes(module: nn.Module, batch_dims: list[BatchDim]) -> Any:

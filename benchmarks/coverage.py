@@ -4,6 +4,8 @@ python benchmarks/coverage.py                     # the page again, from the row
 python benchmarks/coverage.py coverage-*.jsonl    # first put these rows among them
 python benchmarks/coverage.py --recount macs.csv  # first count the MACs of every model again
 
+What the page says of exports comes from the rows of benchmarks/exports.py.
+
 Counting takes minutes; it notes each model in the file named, and goes on there when interrupted.
 """
 
@@ -11,10 +13,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from treeify import files
 from treeify.models.builders import family, library_names
@@ -24,6 +28,7 @@ from treeify.parity.sweep import Settings
 from treeify.parity.zoo_check import usual_macs
 
 PAGE = Path(__file__).parents[1] / "docs" / "coverage.md"
+EXPORTS = Path(__file__).parent / "results" / "exports.jsonl"
 ASKED = Settings().splits
 _MOST_REASONS = 4
 
@@ -43,6 +48,7 @@ def updated(page: str, rows: Sequence[Row], names: Sequence[str]) -> str:
         "families": _families(known, names),
         "failures": _failures(known),
         "shapes": _shapes(known),
+        "exports": _exports(list(export_rows().values())),
     }
     for name, text in parts.items():
         page = re.sub(
@@ -138,6 +144,31 @@ def _shapes(rows: Sequence[Row]) -> str:
         for row in _by_shapes_only(rows)
     ]
     return "\n".join(lines) or "None."
+
+
+def export_rows(file: Path = EXPORTS) -> dict[str, dict[str, Any]]:
+    """The last row that benchmarks/exports.py wrote of each model, by its name."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return {row["name"]: row for row in map(json.loads, lines)}
+
+
+def _exports(rows: Sequence[dict[str, Any]]) -> str:
+    proven = [row for row in rows if row["export"] == ""]
+    worst = max((row["difference"] for row in proven), default=0.0)
+    packages = ("torch", "torchvision", "timm", "onnx", "onnxscript", "onnxruntime")
+    versions = {", ".join(f"{each} {row['versions'][each]}" for each in packages) for row in rows}
+    lines = [
+        f"- **{len(proven)} of {len(rows)} export**, and their files answer as PyTorch does.",
+        f"- Largest difference: {worst:.1e} of the largest logit.",
+        f"- Versions: {'; '.join(sorted(versions))}.",
+    ]
+    return "\n".join([*lines, *map(_unfit, (row for row in rows if row["export"]))])
+
+
+def _unfit(row: dict[str, Any]) -> str:
+    """Why a class does not export, and whether it does for images one by one."""
+    alone = "; with `--batch 1` it does" if row.get("one_image") == "" else ""
+    return f"- {row['network']} (`{row['name']}`) does not: {_cell(row['export'])}{alone}"
 
 
 def _cell(text: str) -> str:

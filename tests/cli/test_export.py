@@ -62,7 +62,7 @@ def exporting(monkeypatch: pytest.MonkeyPatch, events: tuple[Progress, ...] = ()
         arguments.update(options, out=out)
         for event in events:
             observe(event)
-        return SimpleNamespace(manifest=MANIFEST)
+        return SimpleNamespace(manifest=MANIFEST, quantisation=None)
 
     monkeypatch.setattr("treeify.cli.export.write", write)
     return arguments
@@ -101,7 +101,7 @@ def test_options_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         "overwrite": True,
         "name": "run",
     }
-    for words in ("1.23", "grouped looped", "4 at a time", "Not compared"):
+    for words in ("1.23", "1 grouped, 1 looped", "4 at a time", "Not compared"):
         assert words in result.stdout
 
 
@@ -114,6 +114,42 @@ def test_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None
     assert "step 2 of 5: comparing" in shown.stderr
     assert "ETA" in shown.stderr
     assert run("export", "alone", "--trust", "--json").stderr == ""
+
+
+def test_eight_bits_are_calibrated_on_the_run_s_images(directories: Path) -> None:
+    options = ("--no-tune", "--no-verify", "--sizes", "1,6", "--int8")
+    result = run("export", "run", "--trust", *options, "--calibrate", "held_out=100")
+    assert result.exit_code == 0, result.output
+    for words in ("QDQ", "accuracy %", "same class %", "100 held-out images"):
+        assert words in result.stdout
+    manifest = json.loads(Path("exported/run/ensemble.json").read_text("utf-8"))
+    assert manifest["quantised"]["calibrated_on"]["images"] == 256
+    assert "quantised to 8 bits" in Path("exported/run/README.md").read_text("utf-8")
+    scores = run("eval", "exported/run", "--data", "name=digits", "--json", "--no-latency")
+    assert scores.exit_code == 0, scores.output
+
+
+@pytest.mark.usefixtures("directories")
+def test_images_to_calibrate_on_are_those_of_the_run_or_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = exporting(monkeypatch)
+    data = treeify.data.digits()
+    assert run("export", "run", "--trust", "--int8").exit_code == 0
+    assert arguments["int8"].shape == (256, 3, 8, 8)
+    images, labels = arguments["int8_held_out"]
+    assert (len(images), len(labels)) == (360, 360)
+    own = {bytes(image.numpy()): label for image, label in data.held_out}
+    pairs = zip(images, labels.tolist(), strict=True)
+    assert all(own[bytes(image.numpy())] == label for image, label in pairs)
+    named = ("--calibrate", "name=digits", "--calibrate", "held_out=50", "--input-size", "16")
+    result = run("export", "alone", "--trust", "--int8", *named)
+    assert result.exit_code == 0, result.output
+    assert arguments["int8"].shape == (256, 3, 16, 16)
+    assert arguments["int8_held_out"][0].shape == (50, 3, 16, 16)
+    unnamed = run("export", "alone", "--trust", "--int8")
+    assert unnamed.exit_code == 2
+    assert "--calibrate name=image_folder --calibrate root=DIRECTORY" in unnamed.stderr
 
 
 BAD = {

@@ -4,10 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from torch.utils.data import Dataset
 
-from treeify.cli.saved import checkpoint_in, data_section, preparation_in
-from treeify.errors import CheckpointError, InputError
+from treeify.cli.saved import checkpoint_in, data_section, preparation_in, training_images
+from treeify.data import Data, UnreadableImageError, digits
+from treeify.errors import CheckpointError, DataError, InputError
 
 SAVED = Path(__file__).parents[1] / "saved"
 
@@ -55,3 +58,36 @@ def test_what_a_run_fetched_is_not_fetched_again_without_trust(
     assert not data_section(path, ()).options["download"]
     assert data_section(path, (), trust=True).options["download"]
     assert data_section(path, ["download=true"]).options["download"]
+
+
+class _Unreadable(Dataset[tuple[torch.Tensor, int]]):
+    """Images of which every second one cannot be read."""
+
+    def __init__(self, readable: int) -> None:
+        self.readable = readable
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if index % 2 or index >= 2 * self.readable:
+            raise UnreadableImageError(f"{index}.png")
+        return torch.full((3, 4, 4), float(index)), 0
+
+    def __len__(self) -> int:
+        return 10
+
+
+def test_training_images_are_the_same_every_time_and_not_augmented() -> None:
+    data = digits(crop_padding=2)
+    images = training_images(data, 16)
+    assert torch.equal(images, training_images(data, 16))
+    assert images.shape == (16, *data.example().shape)
+    pixels = data.train.examples.tensors[0]
+    assert all((pixels == image).flatten(1).all(1).any() for image in images)
+
+
+def test_training_images_that_cannot_be_read_are_left_out() -> None:
+    readable = _Unreadable(5)
+    images = training_images(Data(readable, readable, ("a", "b"), "none"), 100)
+    assert sorted(images[:, 0, 0, 0].tolist()) == [0, 2, 4, 6, 8]
+    none = _Unreadable(0)
+    with pytest.raises(DataError, match="none of the training images"):
+        training_images(Data(none, none, ("a", "b"), "none"), 100)

@@ -59,6 +59,31 @@ def test_a_failure_is_exit_code_1_now_and_later_until_it_is_retried() -> None:
     assert run("verify", TINY).exit_code == 0
 
 
+def test_an_export_is_tried_where_it_is_asked_for() -> None:
+    written(TINY, how="full", packed_fraction=1.0, deviations={"prefix": 0.1})
+    result = run("verify", TINY, "--export")
+    assert result.exit_code == 0, result.output
+    assert ", exported (" in result.stdout
+    (row,) = results.read(Path("coverage.jsonl")).rows
+    assert row.export == ""
+
+
+def test_a_model_that_cannot_be_exported_fails_where_that_was_asked() -> None:
+    written(TINY, how="full", packed_fraction=1.0, deviations={"prefix": 0.1}, export="no")
+    result = run("verify", TINY, "--export")
+    assert result.exit_code == 1
+    assert f"1 of 1 failed: {TINY}" in result.stdout
+    assert run("verify", TINY).exit_code == 0
+
+
+def test_without_what_exports_need_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treeify.deploy.exporter.find_spec", lambda name: None)
+    monkeypatch.delattr("treeify.cli.verify.sweep")
+    result = run("verify", TINY, "--export")
+    assert result.exit_code == 2
+    assert "pip install 'treeify[onnx]'" in result.stderr
+
+
 def test_splits_can_be_named_and_a_shard_taken() -> None:
     result = run(
         *("verify", TINY, OTHER, "--shard", "2/2", "--splits", "second:3", "--output", "own.jsonl")

@@ -7,7 +7,7 @@ import torch
 from pictures import images_of, labels_of
 from PIL import Image
 
-from treeify.data.data_set import Data, in_parts
+from treeify.data.data_set import Data, Transformed, in_parts
 from treeify.data.preparation import Preparation
 from treeify.errors import DataError
 
@@ -48,3 +48,19 @@ def test_held_out_images_are_prepared_otherwise_where_they_are_opened_here() -> 
     assert pictures.preparation == replace(wide, classes=("a", "b", "c"))
     own = Data([(torch.zeros(3, 4, 4), 0)], [(torch.zeros(3, 4, 4), 0)], ("a",), "one")
     assert own.prepared_by(wide) is own
+
+
+def test_training_images_as_if_they_were_held_out() -> None:
+    examples = [(Image.new("L", (4, 4), 50 * label), label) for label in range(3)]
+
+    def augment(image: Image.Image) -> torch.Tensor:
+        return -PREPARATION(image)
+
+    data = in_parts(examples, examples, augment, PREPARATION, ("a", "b", "c"), "pictures")
+    for renumbered in (data, data.numbered_by(("c", "b", "a"))):
+        assert torch.equal(renumbered.unaugmented(2), PREPARATION(examples[2][0]))
+    # What is prepared already stays so; who augments by itself gives that.
+    prepared = [(torch.full((1, 4, 4), 0.5), 0)]
+    inside = Data(Transformed(prepared, torch.neg), prepared, ("a", "b"), "one")
+    assert torch.equal(inside.unaugmented(0), prepared[0][0])
+    assert torch.equal(Data(prepared, prepared, ("a", "b"), "one").unaugmented(0), prepared[0][0])

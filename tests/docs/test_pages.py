@@ -53,6 +53,7 @@ QUICK = {
     "eval": ["--no-latency"],
     "calibrate": ["--no-tune", "--repeats", "10"],
     "export": ["--no-tune"],
+    "benchmark": ["--repeats", "3"],
 }
 
 

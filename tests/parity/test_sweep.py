@@ -119,6 +119,49 @@ def test_a_check_that_runs_out_of_memory_is_done_again_shallower() -> None:
     assert row.shortage is None
 
 
+def test_the_export_of_what_passed_is_tried_and_stops_nothing() -> None:
+    reasons = {
+        "exported": "",
+        "refused": "ValueError: a model of this kind cannot be exported",
+    }
+    for name, reason in reasons.items():
+        rows = swept("tiny", "changing", export=getattr(sweep_models, name))
+        Path("rows.jsonl").unlink()
+        assert rows["tiny"].export == reason
+        assert rows["tiny"].proven
+        assert "round_trip" in rows["tiny"].deviations
+        assert rows["tiny"].peak_memory is not None
+        assert rows["changing"].export is None
+
+
+def test_a_process_that_ends_in_an_export_has_passed_all_else() -> None:
+    found = swept("nested", export=sweep_models.interrupted)["nested"]
+    assert found.proven
+    assert "inner_split" in found.deviations
+    assert "SIGKILL" in str(found.export)
+
+
+def test_nothing_is_exported_of_what_only_shapes_were_checked() -> None:
+    found = swept("tiny", memory=1, export=sweep_models.refused)["tiny"]
+    assert found.export == "only shapes were checked"
+    assert not found.unfit
+
+
+def test_models_are_checked_again_to_be_exported() -> None:
+    rows = (
+        row("before"),
+        row("proven", export=""),
+        row("unfit", export="no"),
+        row("shapes", export="only shapes were checked", how="meta"),
+        row("failed", failure="no"),
+    )
+    names = [own.name for own in rows]
+    settings = Settings(export=sweep_models.exported)
+    assert todo(names, Coverage(rows), settings) == ["before"]
+    assert todo(names, Coverage(rows), settings, retry=True) == ["before", "unfit", "failed"]
+    assert todo(names, Coverage(rows), Settings(), retry=True) == ["failed"]
+
+
 def is_gone(process: int, seconds: float = 10) -> bool:
     """Whether a process ends within some seconds (zombies have ended)."""
     end = time.monotonic() + seconds

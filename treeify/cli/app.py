@@ -41,6 +41,10 @@ COMMANDS = {
         "export",
         "Write an ensemble as files that answer without PyTorch, the first answer first.",
     ),
+    "benchmark": (
+        "benchmark",
+        "Measure how fast ensembles and exports answer here, side by side.",
+    ),
     "verify": (
         "verify",
         "Convert models and prove that every leaf equals the untouched architecture.",
@@ -184,6 +188,8 @@ def options(
     And to files that answer without PyTorch:
 
         treeify export runs/digits_hne
+
+        treeify benchmark runs/digits_hne exported/digits_hne
     """
     # `package.module:function` may name a module beside the user, as it would under `python -m`.
     registry: Any = importlib.import_module("treeify.registry")

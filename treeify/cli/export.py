@@ -1,6 +1,7 @@
 """`treeify export`: a saved ensemble in, files out that answer without PyTorch."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,14 +24,27 @@ from treeify.cli.options import (
     whole_numbers,
 )
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import checkpoint_in, preparation_in, recipe_of
+from treeify.cli.saved import (
+    checkpoint_in,
+    data_section,
+    held_out_data,
+    held_out_images,
+    preparation_in,
+    recipe_of,
+    training_images,
+)
 from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.deploy.exported import looks_exported
 from treeify.deploy.exporter import Progress, check_writable, require_packages
 from treeify.deploy.exporter import export as write
 from treeify.errors import InputError
 
 DYNAMIC: Literal["dynamic"] = "dynamic"
+
+# Images that ranges of values are taken from, and the most that answers are compared on: all of
+# them are in memory.
+_CALIBRATED_ON, _MOST_COMPARED, _MOST_VALUES = 256, 1000, 2**26
 
 
 def export(
@@ -58,13 +72,17 @@ def export(
     ] = None,
     int8: Annotated[
         bool,
-        typer.Option("--int8", help="Quantise to 8 bits: smaller, faster on some processors."),
+        typer.Option(
+            "--int8",
+            help="Weights and activations of 8 bits, for the ranges that training images have:"
+            " smaller, and faster where the processor has VNNI.",
+        ),
     ] = False,
     calibrate: Annotated[
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE",
-            help="Key of a recipe's data section to set, for --int8; may be repeated. A run"
+            help="With --int8, key of a recipe's data section to set; may be repeated. A run"
             " directory knows its data.",
         ),
     ] = None,
@@ -89,6 +107,8 @@ def export(
 
         treeify export runs/digits_hne/best --out phone --sizes 1,4,16 --batch 1
 
+        treeify export my_ensemble --int8 --calibrate name=image_folder --calibrate root=photos
+
         treeify predict exported/digits_hne digit.png
     """
     require_packages()
@@ -103,6 +123,10 @@ def export(
         hne = checkpoint.load(path, trust=trust).eval()
         if hne.preparation is None and len(hne.example) == 3:  # an earlier version saved it
             hne.preparation = preparation_in(path, trust=trust)
+    quantising: dict[str, Any] = {}
+    if int8:
+        with console.status("reading images to calibrate on"):
+            quantising = _images_for_int8(path, hne, input_size, calibrate or (), trust=trust)
     with _shown(quiet=as_json) as observe:
         exported = write(
             hne,
@@ -110,16 +134,19 @@ def export(
             sizes=sizes,
             batch=count,
             input_size=input_size,
+            **quantising,
             tune=not no_tune,
             verify=not no_verify,
             overwrite=overwrite,
             name=name,
             observe=observe,
         )
-    manifest = exported.manifest
+    manifest, quantisation = exported.manifest, exported.quantisation
     if as_json:
-        print_json(manifest)
-    say(console, _steps_table(manifest), *_parities(manifest), *_summary(manifest, out))
+        print_json(manifest if quantisation is None else {**manifest, "report": quantisation})
+    compared = "" if quantisation is None else str(quantisation)
+    say(console, _steps_table(manifest), *_parities(manifest), *compared.splitlines())
+    say(console, *_summary(manifest, out))
 
 
 def _check(directory: Path, calibrate: Sequence[str] | None, int8: bool) -> None:
@@ -131,6 +158,32 @@ def _check(directory: Path, calibrate: Sequence[str] | None, int8: bool) -> None
             expected="a run, one of its checkpoints, or a converted ensemble",
             next_step="Export what it was made from again, or copy its files.",
         )
+
+
+def _images_for_int8(
+    path: Path,
+    hne: HierarchicalEnsemble,
+    input_size: quantities.Size | None,
+    options: Sequence[str],
+    *,
+    trust: bool,
+) -> dict[str, Any]:
+    """Training images to calibrate on and held-out ones to compare with, as the library takes them.
+
+    Raises:
+        RecipeError: there is no run, and no data are named.
+    """
+    named = {option.partition("=")[0].strip() for option in options}
+    if input_size is not None and "size" not in named:
+        height, width = input_size
+        options = [*options, f"size={height if height == width else [height, width]}"]
+    section = data_section(path, options, option="--calibrate", trust=trust)
+    data = held_out_data(path, section, options, hne.example[0], trust=trust)
+    most = max(1, min(_MOST_COMPARED, _MOST_VALUES // data.example().numel()))
+    return {
+        "int8": training_images(data, _CALIBRATED_ON),
+        "int8_held_out": held_out_images(data, most),
+    }
 
 
 def _images(batch: str) -> int | Literal["dynamic"]:
@@ -189,12 +242,18 @@ def _steps_table(manifest: Mapping[str, Any]) -> Table:
             step["bytes"] / 1e6,
             step["macs"],
             step["parameters"],
-            " ".join(step["forms"].values()),
+            _forms(step["forms"]),
         )
         for step in manifest["steps"]
     ]
-    caption = "MACs per image and parameters of a step alone; forms: how its levels run"
+    caption = "MACs per image and parameters of a step alone; forms: how many levels run so"
     return table(columns, rows, caption=caption)
+
+
+def _forms(forms: Mapping[str, str]) -> str:
+    """How many levels have which form; they are listed in `ensemble.json`."""
+    counts = Counter(forms.values())
+    return ", ".join(f"{count} {form}" for form, count in counts.items())
 
 
 def _parities(manifest: Mapping[str, Any]) -> Iterator[str]:

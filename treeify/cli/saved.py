@@ -1,6 +1,6 @@
 """What a directory on the command line holds: a run, an ensemble by itself, or an export."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -204,16 +204,32 @@ def training_images(data: Data, count: int) -> Tensor:
         DataError: none can be read.
     """
     total = len(data.train)  # type: ignore[arg-type]
+    return torch.stack(_some(data.unaugmented, total, count, "training"))
+
+
+def held_out_images(data: Data, count: int) -> tuple[Tensor, Tensor]:
+    """The same of held-out images, and their classes `[count]`.
+
+    Raises:
+        DataError: none can be read.
+    """
+    total = len(data.held_out)  # type: ignore[arg-type]
+    pairs = _some(data.held_out.__getitem__, total, count, "held-out")
+    return torch.stack([pair[0] for pair in pairs]), torch.tensor([int(pair[1]) for pair in pairs])
+
+
+def _some(read: Callable[[int], Any], total: int, count: int, kind: str) -> list[Any]:
+    """Up to `count` of `total` examples, drawn by a seed of their own."""
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-    images: list[Tensor] = []
+    examples: list[Any] = []
     for index in order.tolist():
-        if len(images) == count:
+        if len(examples) == count:
             break
         with suppress(UnreadableImageError):
-            images.append(data.unaugmented(index))
-    if not images:
-        raise DataError("none of the training images can be read.", expected="at least one")
-    return torch.stack(images)
+            examples.append(read(index))
+    if not examples:
+        raise DataError(f"none of the {kind} images can be read.", expected="at least one")
+    return examples
 
 
 def data_for_export(
@@ -252,19 +268,27 @@ def _prepared(data: Data, preparation: Preparation, options: Sequence[str]) -> D
     return data.prepared_by(replace(preparation if is_known else data.preparation, size=size))
 
 
-def data_section(path: Path, options: Sequence[str], *, trust: bool = False) -> DataRecipe:
+def data_section(
+    path: Path, options: Sequence[str], *, option: str = "--data", trust: bool = False
+) -> DataRecipe:
     """The data of the run that wrote a checkpoint, changed by `key=value`; else these alone.
+
+    Args:
+        path: the checkpoint.
+        options: what the user sets, as `key=value`.
+        option: what they were given as, for messages.
+        trust: whether what the run names may be imported.
 
     Raises:
         CheckpointError: the run names data that would be imported, and is not trusted.
         RecipeError: there is no run, and no data are named.
     """
     if recipe := recipe_of(path, trust=trust):
-        return data_of_run(recipe, [f"data.{option}" for option in options], trust=trust)
+        return data_of_run(recipe, [f"data.{change}" for change in options], trust=trust)
     if options:
         return data_recipe(options)
     raise RecipeError(
-        f"{str(path)!r} does not say what data to evaluate on.",
+        f"{str(path)!r} does not say what data to use.",
         expected="a run directory, or its last/ or best/, with the run's recipe.yaml",
-        next_step="Name the data: --data name=image_folder --data root=DIRECTORY",
+        next_step=f"Name the data: {option} name=image_folder {option} root=DIRECTORY",
     )

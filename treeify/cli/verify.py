@@ -13,6 +13,8 @@ from treeify.cli.options import count, duration, part
 from treeify.cli.output import say
 from treeify.cli.quantities import Part
 from treeify.conversion.splits import listed
+from treeify.deploy.check import check_export
+from treeify.deploy.exporter import require_packages
 from treeify.errors import InputError, printable
 from treeify.models.builders import TIMM, check_names, library_names
 from treeify.parity import results
@@ -44,7 +46,7 @@ def verify(
         Path,
         typer.Option(
             help="File of JSON lines to append to; models in it are skipped, unless they were not"
-            " checked in full and may take more memory now."
+            " checked in full and may take more memory now, or are to be exported now."
         ),
     ] = Path("coverage.jsonl"),
     retry: Annotated[
@@ -62,6 +64,10 @@ def verify(
     time_limit: Annotated[
         float | None, duration("--time-limit", "What a model may take, such as 600s.")
     ] = None,
+    export: Annotated[
+        bool,
+        typer.Option("--export", help="Also export each model, and compare what was written."),
+    ] = False,
 ) -> None:
     """Convert models and prove that every leaf equals the untouched architecture.
 
@@ -70,7 +76,10 @@ def verify(
     split once more, by name at a point inside a module, and the outputs are checked. A line of the
     output file says what was found. A sweep that was interrupted goes on where it stopped.
 
-    Exit code 1 means that a model failed.
+    With --export each is also exported as `treeify export` does, into a directory that is removed:
+    a step for every nested size, whose answers are compared at two sizes of batches.
+
+    Exit code 1 means that a model failed, or with --export that it cannot be exported.
 
     For example:
 
@@ -78,7 +87,9 @@ def verify(
 
         treeify verify --all --shard 3/8 --output coverage-3.jsonl
     """
-    settings = Settings(splits, memory, time_limit)
+    if export:
+        require_packages()
+    settings = Settings(splits, memory, time_limit, check_export if export else None)
     _check_plain(output)
     listed(splits)
     models = names_of_shard(_names(names or (), every), *shard)
@@ -138,7 +149,10 @@ def _line(row: Row) -> str:
     if row.how == META:
         reason = "" if row.shortage is None else f": {row.shortage}"
         return f"converted, shapes checked (meta){reason}{fraction} ({spent})"
-    return f"proven ({row.how}), off by {row.worst:.2g} of the tolerance{fraction} ({spent})"
+    text = f"proven ({row.how}), off by {row.worst:.2g} of the tolerance{fraction}"
+    if row.export is not None:
+        text += f", NOT EXPORTED: {row.export}" if row.export else ", exported"
+    return f"{text} ({spent})"
 
 
 def _names(names: Sequence[str], every: bool) -> list[str]:

@@ -4,10 +4,13 @@ What a graph computes of its weights alone (slices of packed tensors, folded sca
 is a graph of its own. Run on other branches' weights, it gives the same graph for those branches.
 """
 
+import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from inspect import Parameter, signature
+from io import StringIO
 from typing import Any
 
 import torch
@@ -16,15 +19,11 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from treeify.deploy.level_call import LevelCall
+from treeify.deploy.rewrites import rewrite
 from treeify.deploy.values import BatchDim
 from treeify.errors import ExportError
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = (
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
-    *(_aten.conv2d.padding, _aten.conv1d.padding, _aten.conv3d.padding),
-)
-_NORMS = (_aten.batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
 # A table that is computed of fewer numbers may have so many; else weights would be stored twice.
 _SMALL = 2**18
 _ASSERTIONS = (
@@ -86,11 +85,11 @@ def template(call: LevelCall, *, dynamic: bool) -> Template:
     # A call for each attempt: what was tried in vain leaves traces.
     program = exported(call.again, call.examples(), call.batch_dims(), dynamic=dynamic)
     graph, sources = _functional(program, call)
-    _fold_norms(graph)
-    _write_repeats(graph)
+    rewrite(graph)
     return _separate(graph, sources, dynamic)
 
 
+@torch.no_grad()
 def exported(
     make: Callable[[], nn.Module],
     examples: list[Tensor],
@@ -107,12 +106,13 @@ def exported(
     for shapes in _dynamic_shapes(make(), batch_dims) if dynamic else (None,):
         try:
             # Copies: tensors that share memory would be taken for one another's views.
-            program = torch.export.export(
-                make(),
-                tuple(tensor.clone() for tensor in examples),
-                dynamic_shapes=shapes,
-                strict=False,
-            )
+            with _quiet():
+                program = torch.export.export(
+                    make(),
+                    tuple(tensor.clone() for tensor in examples),
+                    dynamic_shapes=shapes,
+                    strict=False,
+                )
         except Exception as raised:
             error = raised
             continue
@@ -130,6 +130,19 @@ def exported(
         found=f"{type(error).__name__}: {error!s:.1000}",
         next_step="Try one size of batches: --batch 1 (batch=1)." if dynamic else None,
     ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the graphs that are logged and printed where one is not followed."""
+    logger = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _dynamic_shapes(module: nn.Module, batch_dims: list[BatchDim]) -> Any:
@@ -159,7 +172,8 @@ def _is_dynamic(program: ExportedProgram, batch_dims: list[BatchDim]) -> bool:
 
 def _functional(program: ExportedProgram, call: LevelCall) -> tuple[fx.Graph, dict[fx.Node, Any]]:
     """The program's graph without writes and assertions, and what its weights' inputs are."""
-    program = program.run_decompositions({})
+    if not all(_is_plain(node) for node in program.graph.nodes):
+        program = program.run_decompositions({})
     graph, signature = program.graph, program.graph_signature
     sources: dict[fx.Node, Any] = {}
     by_name = {node.name: node for node in graph.nodes if node.op == "placeholder"}
@@ -186,60 +200,11 @@ def _functional(program: ExportedProgram, call: LevelCall) -> tuple[fx.Graph, di
     return graph, sources
 
 
-def _fold_norms(graph: fx.Graph) -> None:
-    """Write a batch norm that alone reads a convolution as a change of the latter's weights."""
-    for node in list(graph.nodes):
-        if node.target not in _NORMS:
-            continue
-        x, scale, shift, mean, variance = node.args[:5]
-        conv: Any = x
-        eps = node.args[7] if node.target is _NORMS[0] else node.args[6]
-        if conv.target not in _CONVOLUTIONS or len(conv.users) > 1 or mean is None:
-            continue
-        weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
-        dims = len(weight.meta["val"].shape)
-        # Here, where the norm's weights are there; the convolution may stand before them.
-        with graph.inserting_before(node):
-            call = graph.call_function
-            factor = call(_aten.rsqrt.default, (call(_aten.add.Tensor, (variance, eps)),))
-            if scale is not None:
-                factor = call(_aten.mul.Tensor, (factor, scale))
-            column = call(_aten.view.default, (factor, [-1] + [1] * (dims - 1)))
-            scaled = call(_aten.mul.Tensor, (weight, column))
-            offset = call(_aten.neg.default, (mean,))
-            if bias is not None:
-                offset = call(_aten.add.Tensor, (offset, bias))
-            offset = call(_aten.mul.Tensor, (offset, factor))
-            if shift is not None:
-                offset = call(_aten.add.Tensor, (offset, shift))
-            folded = call(conv.target, (conv.args[0], scaled, offset, *conv.args[3:]))
-        for reader in list(node.users) if node.target is _NORMS[1] else [node]:
-            reader.replace_all_uses_with(folded)
-            if reader is not node:
-                graph.erase_node(reader)
-        graph.erase_node(node)
-        graph.erase_node(conv)
-    graph.lint()
-
-
-def _write_repeats(graph: fx.Graph) -> None:
-    """Write repeated rows as expanding a dim: the translation of the former to ONNX is wrong."""
-    for node in list(graph.nodes):
-        if node.target is not _aten.repeat_interleave.self_int or len(node.args) < 3:
-            continue
-        x, times, dim = node.args[:3]
-        shape = list(x.meta["val"].shape)
-        dim %= len(shape)
-        with graph.inserting_before(node):
-            apart = graph.call_function(_aten.unsqueeze.default, (x, dim + 1))
-            sizes = [-1] * (dim + 1) + [times] + [-1] * (len(shape) - dim - 1)
-            wide = graph.call_function(_aten.expand.default, (apart, sizes))
-            merged = graph.call_function(
-                _aten.reshape.default, (wide, [*shape[:dim], -1, *shape[dim + 1 :]])
-            )
-        if all(isinstance(size, int) for size in (*shape[:dim], *shape[dim + 1 :])):
-            node.replace_all_uses_with(merged)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+def _is_plain(node: fx.Node) -> bool:
+    """Whether an operation changes none of its arguments, and runs no graph of its own."""
+    schema = getattr(node.target, "_schema", None)
+    is_nested = node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator)
+    return not is_nested and not (schema is not None and schema.is_mutable)
 
 
 def _separate(graph: fx.Graph, sources: Mapping[fx.Node, Any], dynamic: bool) -> Template:

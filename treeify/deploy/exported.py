@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from treeify.anytime.confidence import Budget
 from treeify.anytime.session import Answer, Prediction
+from treeify.conversion.config_values import MOST_VALUES
 from treeify.conversion.saved_config import CONFIG
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.deploy import runtime
+from treeify.deploy.formats import MANIFEST
 from treeify.engine import timing
 from treeify.errors import CheckpointError, InputError, LeafError, TreeifyError
 from treeify.tree import Tree
-
-MANIFEST = "ensemble.json"
 
 _BUDGETS = TypeAdapter(tuple[Budget, ...])
 # What the runtime raises, which knows nothing of treeify, and what that is here.
@@ -69,24 +70,32 @@ class ExportedEnsemble:
         with _translated():
             self.model = runtime.Anytime(path, threads=threads)
         self.path = path
-        manifest = self.model.manifest
         try:
-            self.tree = Tree(tuple(manifest["tree"]["fanouts"])).first(self.model.leaves)[1]
-            self.budgets = {
-                budget.target_macs: budget
-                for budget in _BUDGETS.validate_python(manifest["budgets"])
-            }
-            self._preparation = (
-                None
-                if manifest["preparation"] is None
-                else PREPARATION.validate_python(manifest["preparation"])
-            )
-            self._parameters = [int(step["parameters"]) for step in manifest["steps"]]
+            self._read(self.model.manifest)
         except (ValueError, KeyError, TypeError, TreeifyError) as error:
             raise CheckpointError(
                 f"{path / MANIFEST} is damaged: {str(error).splitlines()[0]}",
                 next_step="Export the ensemble again: treeify export.",
             ) from error
+
+    def _read(self, manifest: dict[str, Any]) -> None:
+        """Take what the runtime does not need from a manifest, which anybody may have written.
+
+        Raises:
+            ValueError: it is out of bounds; others are raised where it is not there.
+        """
+        steps, preparation = manifest["steps"], manifest.get("preparation")
+        if prod((self.images or 1, *self.shape)) > MOST_VALUES:
+            raise ValueError(f"its images have {prod(self.shape):,} values")
+        if self.model.leaves > sum(step["bytes"] for step in steps):
+            raise ValueError(f"its files have no room for {self.model.leaves:,} leaves")
+        self.tree = Tree(tuple(manifest["tree"]["fanouts"])).first(self.model.leaves)[1]
+        if not set(self.sizes) <= set(self.tree.nested_sizes):
+            raise ValueError(f"its sizes {self.sizes} are none of its tree")
+        budgets = _BUDGETS.validate_python(manifest["budgets"])
+        self.budgets = {budget.target_macs: budget for budget in budgets}
+        self._preparation = preparation and PREPARATION.validate_python(preparation)
+        self._parameters = [int(step["parameters"]) for step in steps]
 
     @property
     def sizes(self) -> tuple[int, ...]:

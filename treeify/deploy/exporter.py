@@ -415,5 +415,8 @@ def structure_of(output: Any) -> dict[str, Any]:
 def save_model(model: Any, file: Path) -> None:
     """Write a model, whole."""
     import onnx_ir as ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
+    # What the translation notes of each node, lines of source code included.
+    ClearMetadataAndDocStringPass()(model)
     ir.save(model, file)

@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -86,7 +85,6 @@ class LevelCall(nn.Module):
                 return tensor.shape[dim[0]] // dim[1]
         return None
 
-    @torch.no_grad()
     def _run(self, values: Sequence[Any]) -> Any:
         """Call the segment with this module's buffers in the place of the ensemble's tensors."""
         before = [table[name] for table, name, _ in self._places]

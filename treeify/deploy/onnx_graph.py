@@ -4,6 +4,7 @@ A level of many branches run one by one is one branch's graph, many times, with 
 translating them all would take minutes.
 """
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from treeify.deploy.formats import OPSET
 from treeify.deploy.products import write_products
 from treeify.deploy.step import Key, Step, item
 from treeify.deploy.values import BatchDim, join_branches, slice_branches
+from treeify.errors import ExportError
 
 _IR_VERSION = 8  # the format of that opset's time
 _BATCH = "batch"
@@ -68,9 +70,12 @@ class Translator:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch's own exporter, about itself
-            onnx: Any = torch.onnx.export(
-                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
-            )
+            try:
+                onnx: Any = torch.onnx.export(
+                    program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+                )
+            except Exception as error:
+                raise _untranslated(error) from error
         graph: ir.Graph = onnx.model.graph
         return graph
 
@@ -194,6 +199,20 @@ class _Writer:
 
 # Follows the name of a weight that was written in another order (`products`).
 SUFFIX = "~"
+
+
+def _untranslated(error: BaseException) -> ExportError:
+    """What an operation that has no translation is told as: the first of the errors it led to."""
+    text = str(error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    node = re.search(r"when translating node (%\S+ .*?target=)?([\w.]+)", text)
+    return ExportError(
+        "torch.onnx cannot translate the model.",
+        expected="operations that ONNX has, or that are made of such",
+        found=f"{node[2]}: {error!s:.500}" if node else f"{error!s:.500}",
+        next_step="Replace the operation in the model's code, or report the model's name.",
+    )
 
 
 def _value(name: str, example: Tensor, batch_dim: BatchDim) -> ir.Value:

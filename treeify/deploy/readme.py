@@ -29,6 +29,9 @@ def readme(manifest: Mapping[str, Any]) -> str:
         "table": "\n".join(map(_row, steps)),
         "megabytes": f"{total / 1e6:.2f}",
         "batch": _batch(manifest["images"]["shape"][0]),
+        "input": ", ".join(
+            "N" if size == _ANY else str(size) for size in manifest["images"]["shape"]
+        ),
         "shape": ", ".join(map(str, shape)),
         "cpp_steps": "\n".join(map(_cpp_step, steps)),
         "count": " * ".join(map(str, shape)),
@@ -78,9 +81,9 @@ def _preparation(preparation: Mapping[str, Any] | None) -> str:
     height, width = preparation["size"]
     return (
         f"Images are {height} pixels high and {width} wide, with {preparation['channels']}"
-        f" channels; resized {preparation['interpolation']} (crop mode {crop}, {fraction:.4g} of"
-        f" the sides kept). Pixels in 0 to 1 less {mean}, divided by {std}. `model.open` does all"
-        " of it, bit for bit as in evaluation."
+        f" channels; resized with {preparation['interpolation']} interpolation (crop mode {crop},"
+        f" {fraction:.4g} of the sides kept).\nPixels in 0 to 1 less {mean}, divided by {std}."
+        " `model.open` does all of it, bit for bit as in evaluation."
     )
 
 
@@ -109,7 +112,7 @@ $table
 Each step computes only the leaves that the steps before it have not, from values that those kept:
 the files share no weights, and are $megabytes MB together. Stop after any of them: the answer is
 the mean of the logits so far. $batch
-Input `images`: $dtype, [$shape]. ONNX, opset $opset.
+Input `images`: $dtype, [$input]. ONNX, opset $opset.
 $quantised
 $preparation
 $classes

@@ -1249,7 +1249,7 @@ def _steps_of(manifest: Mapping[str, Any]) -> tuple[list[Step], dict[str, int | 
         steps.append(Step(files, leaves, logits, reads[index], fetched, gone))
     if not steps or [step.leaves for step in steps] != manifest["sizes"]:
         raise ValueError("its sizes are not those where steps end")
-    _check_structure(manifest["output"], steps[0].logits)
+    _check_structure(manifest.get("output"), steps[0].logits)
     return steps, batch_dims
 
 

@@ -59,7 +59,8 @@ class Draft:
     def write(self) -> None:
         """Write the calls of all levels."""
         for level, span in enumerate(self.spans):
-            if not span.size:
+            # In a tree that splits its images, the trunk computes nothing.
+            if not span.size or not self.plans.program.segments[level].outputs:
                 continue
             looped = span.size > 1 and self.choose(level, span) == LOOPED
             parts = [Span(each, each + 1) for each in range(*span)] if looped else [span]

@@ -48,6 +48,8 @@ class Row(BaseModel):
         deviations: the largest of each check, as multiples of the tolerance: at most 1 passes.
         dtypes: the precision each check was decided in.
         ungraded: how many parameters receive no gradient, in the base architecture neither.
+        export: why the checked ensemble cannot be exported; "" where its export was proven, None
+            where that was not asked or a check failed before.
         seconds: that it took, tries that ran out of memory included.
         peak_memory: bytes the last try's process held at most.
         failure: what stopped the check; None where all of it passed.
@@ -80,6 +82,7 @@ class Row(BaseModel):
     deviations: dict[str, float] = {}
     dtypes: dict[str, str] = {}
     ungraded: int | None = None
+    export: str | None = None
     seconds: float | None = None
     peak_memory: int | None = None
     failure: str | None = None
@@ -93,6 +96,11 @@ class Row(BaseModel):
     def proven(self) -> bool:
         """Whether every check passed with numbers, of the full or the shallower model."""
         return self.failure is None and self.how != META and bool(self.deviations)
+
+    @property
+    def unfit(self) -> bool:
+        """Whether a check failed, or the export where it was tried."""
+        return self.failure is not None or (bool(self.export) and self.how != META)
 
     @property
     def worst(self) -> float | None:

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +22,7 @@ from treeify.errors import InputError
 from treeify.parity import results
 from treeify.parity.check_levels import BASE_BYTES
 from treeify.parity.results import FULL, META, Coverage, Row
-from treeify.parity.zoo_check import verify_model
+from treeify.parity.zoo_check import UNFINISHED, Export, verify_model
 
 _DONE = "done"
 _OUT_OF_MEMORY = "out of memory"
@@ -41,11 +41,14 @@ class Settings:
             gets no more where the system can refuse (Linux). One that asks for more is started
             again as if there were less: shallower, or without weights.
         time_limit: seconds a model may take; None is no limit.
+        export: exports an ensemble in a model's process, and raises what it cannot; None to export
+            none. A function of a module: it is named to the process.
     """
 
     splits: str = "2"
     memory: int = 8 * 10**9
     time_limit: float | None = None
+    export: Export | None = None
 
 
 def shard(names: Sequence[str], part: int, parts: int) -> list[str]:
@@ -63,14 +66,25 @@ def todo(
     """The names that are still to be checked under the present versions, in order.
 
     Those are names without a row of these splits, models that were not checked in full for want of
-    memory if there is more of it now, and with `retry` models whose check failed.
+    memory if there is more of it now, models that are to be exported and were not, and with
+    `retry` models whose check or export failed.
     """
     done = {
         row.name
         for row in coverage.present(settings.splits)
-        if not (retry and row.failure) and not _could_be_fuller(row, settings.memory)
+        if not (retry and _failed(row, settings))
+        and not _could_be_fuller(row, settings.memory)
+        and not _lacks_export(row, settings)
     }
     return [name for name in names if name not in done]
+
+
+def _failed(row: Row, settings: Settings) -> bool:
+    return row.failure is not None if settings.export is None else row.unfit
+
+
+def _lacks_export(row: Row, settings: Settings) -> bool:
+    return settings.export is not None and row.export is None and row.failure is None
 
 
 def _could_be_fuller(row: Row, memory: int) -> bool:
@@ -137,7 +151,15 @@ def _in_own_process(name: str, settings: Settings, exhausted: int, end: float) -
             process.kill()
             process.join()
             parent_end.close()
-    return fields if fields.pop(_DONE, False) else {**fields, "failure": failure}
+    if fields.pop(_DONE, False):
+        return fields
+    # The export comes last: all else has passed.
+    return {**fields, _stage(fields): failure}
+
+
+def _stage(fields: Mapping[str, Any]) -> str:
+    """The field that says what stopped a process."""
+    return "export" if fields.get("export") == UNFINISHED else "failure"
 
 
 def _listen(connection: Connection, fields: dict[str, Any], end: float) -> bool:
@@ -175,13 +197,17 @@ def _check(
     os.chdir(directory)
     tempfile.tempdir = scratch
 
+    told: dict[str, Any] = {}
+
     def tell(**fields: Any) -> None:
+        told.update(fields)
         connection.send(fields)
 
+    asked = (name, settings.splits, settings.memory, tell, exhausted)
     try:
-        verify_model(name, settings.splits, settings.memory, tell, exhausted)
+        verify_model(*asked, export=settings.export)
     except Exception as error:
-        tell(failure=_reason(error, settings.memory))
+        tell(**{_stage(told): _reason(error, settings.memory)})
     tell(peak_memory=_peak_memory(), done=True)
 
 

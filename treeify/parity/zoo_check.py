@@ -32,9 +32,21 @@ from treeify.parity.verify import verify, verify_outputs
 
 SEED = 0
 Tell = Callable[..., None]
+# Exports an ensemble and compares; raises what says why that is not possible.
+Export = Callable[[HierarchicalEnsemble], object]
+# What a row says of exports that did not come to an end, or were not begun.
+UNFINISHED, NO_NUMBERS = "not finished", "only shapes were checked"
 
 
-def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int = 0) -> None:
+def verify_model(
+    name: str,
+    splits: str,
+    memory: int,
+    tell: Tell,
+    exhausted: int = 0,
+    *,
+    export: Export | None = None,
+) -> None:
     """Convert a model and run every check on it: `verify`, and a round trip through a file.
 
     It is then split once more, by name at a point inside one of its modules, and the outputs of
@@ -48,6 +60,8 @@ def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int
         memory: bytes a check may need; decides how fully the model is checked.
         tell: called with fields of a `results.Row`, as soon as their values are known.
         exhausted: how many levels, the fullest first, took more memory than estimated.
+        export: called, if given, with the ensemble whose numbers passed; what it raises is raised
+            after `export=UNFINISHED` was told, and after all else.
 
     Raises:
         SplitError: the model has no such splits.
@@ -70,6 +84,8 @@ def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int
             tell(**_check_without_weights(name, splits))
             are_shapes_checked = True
         if level.how == META:
+            if export is not None:
+                tell(export=NO_NUMBERS)
             return
         try:
             _check_numbers(level, splits, tell)
@@ -77,6 +93,10 @@ def verify_model(name: str, splits: str, memory: int, tell: Tell, exhausted: int
             if level.how == FULL:
                 raise
         else:
+            if export is not None:
+                tell(export=UNFINISHED)
+                export(_ensemble(level, splits))
+                tell(export="")
             return
 
 
@@ -102,12 +122,20 @@ def _conversion(hne: HierarchicalEnsemble) -> dict[str, Any]:
     }
 
 
-def _check_numbers(level: CheckLevel, splits: str, tell: Tell) -> None:
-    """All checks of a level's model, with weights; SplitError if it has no such splits."""
+def _ensemble(level: CheckLevel, splits: str, source: Source | None = None) -> HierarchicalEnsemble:
+    """A level's model as an ensemble, with weights; SplitError if it has no such splits."""
     architecture, example = level.architecture, torch.zeros(1, *level.shape)
-    source = _settled(architecture)
+    source = source or _settled(architecture)
     hne = assemble(resolve(architecture)[0], architecture, splits, source, example_input=example)
     fit_statistics(hne, torch.rand(IMAGES, *level.shape))
+    return hne
+
+
+def _check_numbers(level: CheckLevel, splits: str, tell: Tell) -> None:
+    """All checks of a level's model, with weights; SplitError if it has no such splits."""
+    architecture = level.architecture
+    source = _settled(architecture)
+    hne = _ensemble(level, splits, source)
     is_full = level.how == FULL
     tell(**_conversion(hne) if is_full else {"shallower_splits": hne.conversion.splits.specs})
     x = torch.rand(IMAGES, *level.shape)

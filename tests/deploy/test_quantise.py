@@ -302,3 +302,23 @@ def test_linear_layers_of_branches_run_one_by_one(tmp_path: Path) -> None:
     out = export(hne, tmp_path / "net", tune=False, int8=torch.rand(12, 16))
     assert [row["forms"] for row in out.manifest["steps"]][-1] == {"level 1": "looped"}
     assert [len(float_products(graph)) for graph in graphs(out)] == [1, 2]  # heads
+
+
+def test_sums_stay_float_unless_of_convolutions() -> None:
+    from onnx import helper
+
+    nodes = [
+        ("Conv", ["x", "w"], "convolved"),
+        ("Relu", ["convolved"], "relu"),
+        ("Add", ["relu", "kept"], "residual"),
+        ("Concat", ["residual", "relu"], "joined"),
+        ("Mul", ["joined", "joined"], "square"),
+        ("Add", ["square", "joined"], "mixed"),
+        ("Add", ["mixed", "bias"], "shifted"),
+    ]
+    made = [helper.make_node(kind, reads, [name], name) for kind, reads, name in nodes]
+    made[3].attribute.append(helper.make_attribute("axis", 1))
+    graph = onnx.GraphProto(node=made)
+    graph.input.extend([onnx.ValueInfoProto(name="x"), onnx.ValueInfoProto(name="kept")])
+    graph.initializer.extend([onnx.TensorProto(name="w"), onnx.TensorProto(name="bias")])
+    assert quantised_graph.joins_in_float(graph) == {"mixed", "shifted"}

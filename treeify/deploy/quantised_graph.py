@@ -26,8 +26,8 @@ from treeify.deploy.runtime import Array
 _FLAGS = Path("/proc/cpuinfo")
 _VNNI = {"avx512_vnni", "avx_vnni"}
 _PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-# With their neighbours: what stands between two products in 8 bits need not leave them.
-_QUANTISED = ("Conv", "Gemm", "MatMul", "Add", "Relu", "Clip", "MaxPool", "AveragePool", "Concat")
+_JOINS = ("Add", "Concat")
+_SHAPED = ("Relu", "Clip", "MaxPool", "AveragePool")
 _MOVES = ("Reshape", "Transpose", "Slice", "Split", "Squeeze", "Unsqueeze", "Flatten")
 
 
@@ -50,7 +50,8 @@ def quantise_graph(
 ) -> onnx.ModelProto:
     """A graph whose products with weights run in 8 bits; inputs and outputs stay as they are.
 
-    Left in float are the last products before an answer, and those whose weights are batched.
+    Left in float are the last products before an answer, those whose weights are batched, and sums
+    and joins of anything but convolutions.
 
     Args:
         model: the graph. Not modified.
@@ -63,6 +64,7 @@ def quantise_graph(
     fold_transposes(folded.graph)
     name_nodes(folded.graph)
     excluded = last_products(folded.graph, answers) | unfit_products(folded.graph)
+    excluded |= joins_in_float(folded.graph)
     with tempfile.TemporaryDirectory() as folder, _silent():
         # By paths: of a model in memory the packages move the weights to a file, and lose it.
         source, result = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
@@ -72,7 +74,7 @@ def quantise_graph(
             result,
             _Reader(feeds),
             quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=[*_QUANTISED, *_MOVES],
+            op_types_to_quantize=["Conv", "Gemm", "MatMul", *_JOINS, *_SHAPED, *_MOVES],
             per_channel=True,
             reduce_range=reduced_range,
             activation_type=QuantType.QUInt8,
@@ -155,6 +157,30 @@ def unfit_products(graph: onnx.GraphProto) -> set[str]:
         for node in graph.node
         if node.op_type == "MatMul" and node.input[1] not in matrices
     }
+
+
+def joins_in_float(graph: onnx.GraphProto) -> set[str]:
+    """The sums and joins whose inputs do not all come from convolutions, by their nodes' names.
+
+    Between convolutions, sums in 8 bits save going to float and back. Those of a transformer add up
+    from layer to layer, to values that spread too far: its answers would be off by a third.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = {value.name for value in graph.input}  # an earlier step's, of whatever kind
+    convolved: set[str] = set()
+    names: set[str] = set()
+    for node in graph.node:
+        if node.op_type == "Conv" or (
+            node.op_type in (*_SHAPED, *_MOVES) and node.input[0] in convolved
+        ):
+            convolved.update(node.output)
+        elif node.op_type in _JOINS:
+            sources = set(node.input) - constants - inputs
+            if sources and sources <= convolved:
+                convolved.update(node.output)
+            else:
+                names.add(node.name)
+    return names
 
 
 def batched_weights(graph: onnx.GraphProto) -> set[str]:

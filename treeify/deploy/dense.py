@@ -91,6 +91,7 @@ def template(call: LevelCall, *, dynamic: bool) -> Template:
     graph, sources = _functional(program, call)
     _fold_norms(graph)
     _write_repeats(graph)
+    _write_attention(graph)
     return _separate(graph, sources, dynamic)
 
 
@@ -266,6 +267,33 @@ def _write_repeats(graph: fx.Graph) -> None:
         if all(isinstance(size, int) for size in (*shape[:dim], *shape[dim + 1 :])):
             node.replace_all_uses_with(merged)
     graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
+
+
+def _write_attention(graph: fx.Graph) -> None:
+    """Write attention among tensors of other than four dims as one of four: ONNX has no other."""
+    for node in list(graph.nodes):
+        if node.target is not _aten.scaled_dot_product_attention.default:
+            continue
+        shapes = [list(argument.meta["val"].shape) for argument in node.args[:3]]
+        # `[.., L, E]`: dims before the heads are as many images more.
+        heads = [shape[-3:-2] if len(shape) > 3 else [1] for shape in shapes]
+        lead, is_masked = shapes[0][:-2], len(node.args) > 3 or node.kwargs.get("attn_mask")
+        unknown = sum(not isinstance(size, int) for size in lead)
+        if len(shapes[0]) == 4 or is_masked or unknown > 1 or any(s[:-2] != lead for s in shapes):
+            continue
+        with graph.inserting_before(node):
+            call = graph.call_function
+            arguments = [
+                call(_aten.reshape.default, (argument, [-1, *own, *shape[-2:]]))
+                for argument, own, shape in zip(node.args[:3], heads, shapes, strict=True)
+            ]
+            result = call(node.target, tuple(arguments), dict(node.kwargs))
+            known = [size if isinstance(size, int) else -1 for size in lead]
+            back = [*known, shapes[0][-2], shapes[2][-1]]
+            whole = call(_aten.reshape.default, (result, back))
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)
+    graph.lint()
 
 
 def _separate(graph: fx.Graph, sources: Mapping[fx.Node, Any], dynamic: bool) -> Template:

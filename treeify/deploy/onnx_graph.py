@@ -21,6 +21,7 @@ from treeify.deploy.formats import OPSET
 from treeify.deploy.products import write_products
 from treeify.deploy.step import Key, Step, item
 from treeify.deploy.values import BatchDim, join_branches, slice_branches
+from treeify.errors import ExportError
 
 _IR_VERSION = 8  # the format of that opset's time
 _BATCH = "batch"
@@ -66,13 +67,26 @@ class Translator:
             *(call.examples(), call.batch_dims()),
             dynamic=dynamic,
         )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch's own exporter, about itself
-            onnx: Any = torch.onnx.export(
-                program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
-            )
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of torch's own exporter, about itself
+                onnx: Any = torch.onnx.export(
+                    program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
+                )
+        except torch.onnx.OnnxExporterError as error:
+            raise ExportError(
+                "an operation of the model cannot be written as ONNX.",
+                found=f"{_cause(error)!s:.1000}",
+            ) from error
         graph: ir.Graph = onnx.model.graph
         return graph
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What an error comes from: those above it tell of it at length."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @dataclass

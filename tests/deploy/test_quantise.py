@@ -36,7 +36,7 @@ def hne() -> treeify.HierarchicalEnsemble:
 
 @pytest.fixture(scope="module")
 def before(hne: treeify.HierarchicalEnsemble, tmp_path_factory: Any) -> Exported:
-    return export(hne, tmp_path_factory.mktemp("float") / "net", tune=False)
+    return export(hne, tmp_path_factory.mktemp("float") / "net", tune=False, verify=False)
 
 
 @pytest.fixture(scope="module")

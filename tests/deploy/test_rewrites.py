@@ -56,27 +56,17 @@ def test_answers_stay(
     assert_close(logits, hne.predict(x), rtol=1e-4, atol=1e-5)
 
 
-def counted(x: Tensor) -> Tensor:
-    return x * (2.0 if len(x) == 2 else 1.0)
-
-
 def untranslated(x: Tensor) -> Tensor:
     return torch.special.bessel_j1(x)
 
 
-@pytest.mark.parametrize(
-    ("middle", "message"),
-    [
-        (untranslated, r"torch.onnx cannot translate.*\n.*\n.*bessel_j1"),
-    ],
-    ids=lambda each: getattr(each, "__name__", ""),
-)
 def test_what_cannot_be_written_is_one_message(
-    middle: Callable[[Tensor], Tensor], message: str, tmp_path_factory: pytest.TempPathFactory
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     folder = tmp_path_factory.mktemp("exports")
     x = torch.rand(3, 3, 8, 8)
-    hne = treeify.hierarchicalize(Net(middle), ["split"], init="fresh", example_input=x).eval()
-    with pytest.raises(ExportError, match=message):
+    net = Net(untranslated)
+    hne = treeify.hierarchicalize(net, ["split"], init="fresh", example_input=x).eval()
+    with pytest.raises(ExportError, match=r"cannot be written as ONNX.*\n.*\n.*bessel_j1"):
         export(hne, folder / "out", tune=False)
     assert not list(folder.iterdir())

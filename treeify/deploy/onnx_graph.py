@@ -74,7 +74,7 @@ class Translator:
                 onnx: Any = torch.onnx.export(
                     program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
                 )
-            except Exception as error:
+            except torch.onnx.OnnxExporterError as error:
                 raise _untranslated(error) from error
         graph: ir.Graph = onnx.model.graph
         return graph
@@ -208,7 +208,7 @@ def _untranslated(error: BaseException) -> ExportError:
         error = error.__cause__
     node = re.search(r"when translating node (%\S+ .*?target=)?([\w.]+)", text)
     return ExportError(
-        "torch.onnx cannot translate the model.",
+        "an operation of the model cannot be written as ONNX.",
         expected="operations that ONNX has, or that are made of such",
         found=f"{node[2]}: {error!s:.500}" if node else f"{error!s:.500}",
         next_step="Replace the operation in the model's code, or report the model's name.",

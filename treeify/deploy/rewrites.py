@@ -78,25 +78,26 @@ def _write_repeats(graph: fx.Graph) -> None:
 
 
 def _write_attention(graph: fx.Graph) -> None:
-    """Write attention over any number of dims as over four, the only number that is translated."""
+    """Write attention among tensors of other than four dims as one of four: ONNX has no other."""
     for node in list(graph.nodes):
         if node.target is not _aten.scaled_dot_product_attention.default:
             continue
-        query, key, value, *options = node.args
-        shape = list(query.meta["val"].shape)
-        masked = [*options[:1], *([node.kwargs["attn_mask"]] if "attn_mask" in node.kwargs else [])]
-        is_masked = any(isinstance(mask, fx.Node) for mask in masked)
-        inner = all(isinstance(size, int) for size in shape[1:-3])
-        if len(shape) < 5 or is_masked or not inner:
+        shapes = [list(argument.meta["val"].shape) for argument in node.args[:3]]
+        # `[.., L, E]`: dims before the heads are as many images more.
+        heads = [shape[-3:-2] if len(shape) > 3 else [1] for shape in shapes]
+        lead, is_masked = shapes[0][:-2], len(node.args) > 3 or node.kwargs.get("attn_mask")
+        unknown = sum(not isinstance(size, int) for size in lead)
+        if len(shapes[0]) == 4 or is_masked or unknown > 1 or any(s[:-2] != lead for s in shapes):
             continue
         with graph.inserting_before(node):
-            merged = [
-                graph.call_function(
-                    _aten.reshape.default, (each, [-1, *each.meta["val"].shape[-3:]])
-                )
-                for each in (query, key, value)
+            call = graph.call_function
+            arguments = [
+                call(_aten.reshape.default, (argument, [-1, *own, *shape[-2:]]))
+                for argument, own, shape in zip(node.args[:3], heads, shapes, strict=True)
             ]
-            mixed = graph.call_function(node.target, (*merged, *options), dict(node.kwargs))
-            sizes = [-1, *shape[1:-1], value.meta["val"].shape[-1]]
-            apart = graph.call_function(_aten.reshape.default, (mixed, sizes))
-        node.replace_all_uses_with(apart)
+            result = call(node.target, tuple(arguments), dict(node.kwargs))
+            known = [size if isinstance(size, int) else -1 for size in lead]
+            back = [*known, shapes[0][-2], shapes[2][-1]]
+            whole = call(_aten.reshape.default, (result, back))
+        node.replace_all_uses_with(whole)
+        graph.erase_node(node)

@@ -3,11 +3,13 @@
 `python benchmarks/deploy.py` measures, in one process and in turns: the base model exported by
 itself, the first answer of the ensemble, all its steps one after the other, and one call of a file
 that computes all leaves at once. E is (T_base * MACs_hne / MACs_base) / T. PyTorch, tuned, is
-measured after that: two pools of threads that spin in one process slow each other.
+measured after that: two pools of threads that spin in one process slow each other. Deadlines are
+those of `benchmarks/anytime.py`.
 """
 
 from __future__ import annotations
 
+import random
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import anytime
 import common
 import numpy as np
 import onnxruntime
@@ -146,20 +149,81 @@ def pytorch(hne: Any, x: torch.Tensor, threads: int, budget: float) -> float:
     return median(times["torch"])
 
 
+def deadlines(
+    report: common.Report, case: common.Case, budget: float, *, threads: int, load: bool
+) -> None:
+    """How often deadlines of one image are kept, and with how many of the leaves that would fit."""
+    state = f"{'one core busy' if load else 'idle'}, threads {threads}"
+    row = f"{case.name}, deadlines, {state}"
+    if not report.wanted(row):
+        return
+    hne = case.ensemble(case.base())
+    folder = Path(tempfile.mkdtemp()) / "steps"
+    export(hne, folder, verify=False)
+    x = np.random.default_rng(0).normal(size=(1, 3, case.size, case.size)).astype(np.float32)
+    model = Anytime(folder, threads=threads, preload="all")
+    with anytime.busy(load):
+        known = model.calibrate(x, repeats=200, budget=budget)
+        first, full = known.slow[0, 1], known.slow[0, model.leaves]
+        low, high = min(first, full), max(first, full)
+        count = anytime.DEADLINES
+        wanted = [low + (high - low) * index / (count - 1) for index in range(count)]
+        random.Random(0).shuffle(wanted)
+        late, leaves, best = [], [], []
+        begin = perf_counter()
+        while perf_counter() - begin < 3 * budget:
+            for deadline in wanted:
+                start = perf_counter()
+                answer = model.predict(x, deadline=deadline)
+                late.append(perf_counter() - start - deadline)
+                leaves.append(int(answer.leaves[0]))
+                best.append(most_in(model, x, deadline))
+    over = [each for each in late if each > 0]
+    report.add(
+        row,
+        **{
+            "hits_%": 100 * sum(each <= 0 for each in late) / len(late),
+            "leaves_%": 100 * sum(leaves) / sum(best),
+            "misses_by_ms": 1e3 * median(over) if over else 0.0,
+        },
+        worst_miss_ms=1e3 * max(over, default=0.0),
+        first_ms=1e3 * first,
+        full_ms=1e3 * full,
+        answers=len(late),
+        onnxruntime=onnxruntime.__version__,
+    )
+
+
+def most_in(model: Anytime, x: Any, deadline: float) -> int:
+    """The most leaves that end within a deadline, seen by trying."""
+    start = perf_counter()
+    session, most = model.session(x), 1
+    while not session.done:
+        leaves = session.advance().leaves
+        if perf_counter() - start > deadline:
+            break
+        most = leaves
+    return most
+
+
 COLUMNS = (
     *("base", "first", "steps", "call", "torch"),
     *("first_vs_base", "E_steps", "E_call", "steps_vs_call", "torch_vs_call"),
+    *("hits_%", "leaves_%", "misses_by_ms"),
 )
 
 
 def main() -> None:
     """Measure every row that is not there yet."""
     options = common.arguments(__doc__ or "").parse_args()
-    torch.set_num_threads(2)
+    common.prepare()
     report = common.Report("deploy", COLUMNS, options)
     for case in CASES:
         if case.name in NAMES:
             measure(report, case, options.budget)
+    for case in common.CIFAR:
+        deadlines(report, case, options.budget, threads=2, load=False)
+        deadlines(report, case, options.budget, threads=1, load=True)
     report.show()
 
 

@@ -88,4 +88,4 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 def test_tests_mirror_the_rooms() -> None:
     here = Path(__file__).parent
     folders = {path.name for path in here.iterdir() if any(path.glob("test_*.py"))}
-    assert folders == {*ROOMS, "cases", "docs", "faults"}
+    assert folders == {*ROOMS, "cases", "docs", "examples", "faults"}

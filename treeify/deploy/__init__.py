@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from treeify.deploy.dense_steps import steps
+    from treeify.deploy.executorch_program import export_executorch
     from treeify.deploy.exporter import export
 
-__all__ = ["export", "steps"]
+__all__ = ["export", "export_executorch", "steps"]
 
-_HOMES = {"export": "exporter", "steps": "dense_steps"}
+_HOMES = {
+    "export": "exporter",
+    "export_executorch": "executorch_program",
+    "steps": "dense_steps",
+}
 
 
 def __getattr__(name: str) -> Any:

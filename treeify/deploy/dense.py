@@ -19,15 +19,11 @@ from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from treeify.deploy.level_call import LevelCall
+from treeify.deploy.rewrites import rewrite
 from treeify.deploy.values import BatchDim
 from treeify.errors import ExportError
 
 _aten = torch.ops.aten
-_CONVOLUTIONS = (
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
-    *(_aten.conv2d.padding, _aten.conv1d.padding, _aten.conv3d.padding),
-)
-_NORMS = (_aten.batch_norm.default, _aten._native_batch_norm_legit_no_training.default)
 # A table that is computed of fewer numbers may have so many; else weights would be stored twice.
 _SMALL = 2**18
 _ASSERTIONS = (
@@ -89,9 +85,7 @@ def template(call: LevelCall, *, dynamic: bool) -> Template:
     # A call for each attempt: what was tried in vain leaves traces.
     program = exported(call.again, call.examples(), call.batch_dims(), dynamic=dynamic)
     graph, sources = _functional(program, call)
-    _fold_norms(graph)
-    _write_repeats(graph)
-    _write_attention(graph)
+    rewrite(graph)
     return _separate(graph, sources, dynamic)
 
 
@@ -211,103 +205,6 @@ def _is_plain(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     is_nested = node.op == "get_attr" or isinstance(node.target, torch._ops.HigherOrderOperator)
     return not is_nested and not (schema is not None and schema.is_mutable)
-
-
-def _fold_norms(graph: fx.Graph) -> None:
-    """Write a batch norm that alone reads a convolution as a change of the latter's weights."""
-    for node in list(graph.nodes):
-        if node.target not in _NORMS:
-            continue
-        x, scale, shift, mean, variance = node.args[:5]
-        conv: Any = x
-        eps = node.args[7] if node.target is _NORMS[0] else node.args[6]
-        if conv.target not in _CONVOLUTIONS or len(conv.users) > 1 or mean is None:
-            continue
-        weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
-        dims = len(weight.meta["val"].shape)
-        # Here, where the norm's weights are there; the convolution may stand before them.
-        with graph.inserting_before(node):
-            call = graph.call_function
-            factor = call(_aten.rsqrt.default, (call(_aten.add.Tensor, (variance, eps)),))
-            if scale is not None:
-                factor = call(_aten.mul.Tensor, (factor, scale))
-            column = call(_aten.view.default, (factor, [-1] + [1] * (dims - 1)))
-            scaled = call(_aten.mul.Tensor, (weight, column))
-            offset = call(_aten.neg.default, (mean,))
-            if bias is not None:
-                offset = call(_aten.add.Tensor, (offset, bias))
-            offset = call(_aten.mul.Tensor, (offset, factor))
-            if shift is not None:
-                offset = call(_aten.add.Tensor, (offset, shift))
-            folded = call(conv.target, (conv.args[0], scaled, offset, *conv.args[3:]))
-        for reader in list(node.users) if node.target is _NORMS[1] else [node]:
-            reader.replace_all_uses_with(folded)
-            if reader is not node:
-                graph.erase_node(reader)
-        graph.erase_node(node)
-        graph.erase_node(conv)
-    graph.lint()
-
-
-def _write_repeats(graph: fx.Graph) -> None:
-    """Write repeated rows as expanding a dim: the translation of the former to ONNX is wrong."""
-    for node in list(graph.nodes):
-        if node.target is not _aten.repeat_interleave.self_int or len(node.args) < 3:
-            continue
-        x, times, dim = node.args[:3]
-        shape = list(x.meta["val"].shape)
-        dim %= len(shape)
-        with graph.inserting_before(node):
-            apart = graph.call_function(_aten.unsqueeze.default, (x, dim + 1))
-            sizes = [-1] * (dim + 1) + [times] + [-1] * (len(shape) - dim - 1)
-            wide = graph.call_function(_aten.expand.default, (apart, sizes))
-            merged = graph.call_function(
-                _aten.reshape.default, (wide, [*shape[:dim], -1, *shape[dim + 1 :]])
-            )
-        if all(isinstance(size, int) for size in (*shape[:dim], *shape[dim + 1 :])):
-            node.replace_all_uses_with(merged)
-    graph.eliminate_dead_code(lambda node: node.op in ("placeholder", "output"))
-
-
-def _write_attention(graph: fx.Graph) -> None:
-    """Write attention among tensors of other than four dims as one of four: ONNX has no other."""
-    for node in list(graph.nodes):
-        if node.target is not _aten.scaled_dot_product_attention.default:
-            continue
-        arguments, named = list(node.args), dict(node.kwargs)
-        if len(arguments) > 3:
-            named["attn_mask"] = arguments.pop(3)
-        mask = named.get("attn_mask")
-        # A mask of rows and columns alone is for all images.
-        whole = [*arguments, *([mask] if mask is not None and _ndim(mask) > 2 else [])]
-        shapes = [list(argument.meta["val"].shape) for argument in whole]
-        lead = shapes[0][:-2]
-        unknown = sum(not isinstance(size, int) for size in lead)
-        if len(node.args) > 4 or len(lead) == 2 or unknown > 1:
-            continue
-        if any(shape[:-2] != lead for shape in shapes):
-            continue
-        # `[.., L, E]`: dims before the heads are as many images more.
-        heads = lead[-1:] if len(lead) > 2 else [1]
-        with graph.inserting_before(node):
-            call = graph.call_function
-            flat = [
-                call(_aten.reshape.default, (argument, [-1, *heads, *shape[-2:]]))
-                for argument, shape in zip(whole, shapes, strict=True)
-            ]
-            if len(flat) > 3:
-                named["attn_mask"] = flat.pop()
-            result = call(node.target, tuple(flat), named)
-            known = [size if isinstance(size, int) else -1 for size in lead]
-            back = [*known, shapes[0][-2], shapes[2][-1]]
-            back_again = call(_aten.reshape.default, (result, back))
-        node.replace_all_uses_with(back_again)
-        graph.erase_node(node)
-    graph.lint()
-
-
-def _ndim(node: fx.Node) -> int:
-    return len(node.meta["val"].shape)
 
 
 def _separate(graph: fx.Graph, sources: Mapping[fx.Node, Any], dynamic: bool) -> Template:

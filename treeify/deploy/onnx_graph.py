@@ -4,6 +4,7 @@ A level of many branches run one by one is one branch's graph, many times, with 
 translating them all would take minutes.
 """
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,26 +68,16 @@ class Translator:
             *(call.examples(), call.batch_dims()),
             dynamic=dynamic,
         )
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch's own exporter, about itself
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch's own exporter, about itself
+            try:
                 onnx: Any = torch.onnx.export(
                     program, dynamo=True, optimize=False, opset_version=OPSET, verbose=False
                 )
-        except torch.onnx.OnnxExporterError as error:
-            raise ExportError(
-                "an operation of the model cannot be written as ONNX.",
-                found=f"{_cause(error)!s:.1000}",
-            ) from error
+            except torch.onnx.OnnxExporterError as error:
+                raise _untranslated(error) from error
         graph: ir.Graph = onnx.model.graph
         return graph
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What an error comes from: those above it tell of it at length."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
 
 
 @dataclass
@@ -208,6 +199,20 @@ class _Writer:
 
 # Follows the name of a weight that was written in another order (`products`).
 SUFFIX = "~"
+
+
+def _untranslated(error: BaseException) -> ExportError:
+    """What an operation that has no translation is told as: the first of the errors it led to."""
+    text = str(error)
+    while error.__cause__ is not None:
+        error = error.__cause__
+    node = re.search(r"when translating node (%\S+ .*?target=)?([\w.]+)", text)
+    return ExportError(
+        "an operation of the model cannot be written as ONNX.",
+        expected="operations that ONNX has, or that are made of such",
+        found=f"{node[2]}: {error!s:.500}" if node else f"{error!s:.500}",
+        next_step="Replace the operation in the model's code, or report the model's name.",
+    )
 
 
 def _value(name: str, example: Tensor, batch_dim: BatchDim) -> ir.Value:

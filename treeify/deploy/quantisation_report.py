@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -19,7 +18,7 @@ class Measured:
 
     Args:
         bytes: of its files.
-        seconds: median of an answer, all steps together.
+        seconds: of an answer, all steps together; medians.
         accuracy: of the mean logits, 0 to 1; None without labels.
     """
 
@@ -177,7 +176,7 @@ def batches(images: Array, size: int) -> Iterator[tuple[Array, Array]]:
     """Images in batches, each with its positions; a last one that is smaller is filled up."""
     for start in range(0, len(images), size):
         rows = np.arange(start, min(start + size, len(images)))
-        yield rows, images[np.resize(rows, min(size, max(len(images), size)))]
+        yield rows, images[np.resize(rows, size)]
 
 
 def first_array(value: Any) -> Array:
@@ -199,7 +198,10 @@ def _bytes(model: Anytime) -> list[int]:
 
 
 def _seconds(models: tuple[Anytime, Anytime], images: Array) -> list[list[float]]:
-    """Median seconds up to each size, of models that take turns."""
+    """Seconds up to each size, of models that take turns: the steps' medians, added.
+
+    Of all steps together more runs are interrupted, where other programs want the processor too.
+    """
     times: list[list[list[float]]] = [[], []]
     runs: list[Callable[[], list[float]]] = [
         lambda model=model: [answer.elapsed for answer in model.anytime(images)]  # type: ignore[misc]
@@ -211,4 +213,5 @@ def _seconds(models: tuple[Anytime, Anytime], images: Array) -> list[list[float]
     while len(times[1]) < _ROUNDS and (len(times[1]) < 3 or perf_counter() - begin < _SECONDS):
         for run, rows in zip(runs, times, strict=True):
             rows.append(run())
-    return [[median(column) for column in zip(*rows, strict=True)] for rows in times]
+    steps = [np.median(np.diff(rows, axis=1, prepend=0), axis=0) for rows in times]
+    return [np.cumsum(each).tolist() for each in steps]

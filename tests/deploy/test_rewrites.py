@@ -34,6 +34,14 @@ def windows(x: Tensor) -> Tensor:
     return mixed.squeeze(2).permute(0, 3, 1, 2).flatten(2).unflatten(2, (8, 8))
 
 
+def masked(x: Tensor) -> Tensor:
+    """Attention of three dims, with a mask of as many, as relative positions give it."""
+    parts = x.flatten(2).transpose(1, 2)
+    mask = parts @ parts.transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(parts, parts.flip(2), parts, mask)
+    return mixed.transpose(1, 2).unflatten(2, (8, 8))
+
+
 def repeated(x: Tensor) -> Tensor:
     return x + x[:, :1].repeat_interleave(8, dim=1)
 
@@ -44,7 +52,9 @@ def in_place(x: Tensor) -> Tensor:
     return y.mul_(2).add_(x)
 
 
-@pytest.mark.parametrize("middle", [windows, repeated, in_place], ids=lambda each: each.__name__)
+@pytest.mark.parametrize(
+    "middle", [windows, masked, repeated, in_place], ids=lambda each: each.__name__
+)
 def test_answers_stay(
     middle: Callable[[Tensor], Tensor], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

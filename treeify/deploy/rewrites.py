@@ -82,22 +82,36 @@ def _write_attention(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         if node.target is not _aten.scaled_dot_product_attention.default:
             continue
-        shapes = [list(argument.meta["val"].shape) for argument in node.args[:3]]
-        # `[.., L, E]`: dims before the heads are as many images more.
-        heads = [shape[-3:-2] if len(shape) > 3 else [1] for shape in shapes]
-        lead, is_masked = shapes[0][:-2], len(node.args) > 3 or node.kwargs.get("attn_mask")
+        arguments, named = list(node.args), dict(node.kwargs)
+        if len(arguments) > 3:
+            named["attn_mask"] = arguments.pop(3)
+        mask = named.get("attn_mask")
+        # A mask of rows and columns alone is for all images.
+        whole = [*arguments, *([mask] if mask is not None and _ndim(mask) > 2 else [])]
+        shapes = [list(argument.meta["val"].shape) for argument in whole]
+        lead = shapes[0][:-2]
         unknown = sum(not isinstance(size, int) for size in lead)
-        if len(shapes[0]) == 4 or is_masked or unknown > 1 or any(s[:-2] != lead for s in shapes):
+        if len(node.args) > 4 or len(lead) == 2 or unknown > 1:
             continue
+        if any(shape[:-2] != lead for shape in shapes):
+            continue
+        # `[.., L, E]`: dims before the heads are as many images more.
+        heads = lead[-1:] if len(lead) > 2 else [1]
         with graph.inserting_before(node):
             call = graph.call_function
-            arguments = [
-                call(_aten.reshape.default, (argument, [-1, *own, *shape[-2:]]))
-                for argument, own, shape in zip(node.args[:3], heads, shapes, strict=True)
+            flat = [
+                call(_aten.reshape.default, (argument, [-1, *heads, *shape[-2:]]))
+                for argument, shape in zip(whole, shapes, strict=True)
             ]
-            result = call(node.target, tuple(arguments), dict(node.kwargs))
+            if len(flat) > 3:
+                named["attn_mask"] = flat.pop()
+            result = call(node.target, tuple(flat), named)
             known = [size if isinstance(size, int) else -1 for size in lead]
             back = [*known, shapes[0][-2], shapes[2][-1]]
-            whole = call(_aten.reshape.default, (result, back))
-        node.replace_all_uses_with(whole)
+            back_again = call(_aten.reshape.default, (result, back))
+        node.replace_all_uses_with(back_again)
         graph.erase_node(node)
+
+
+def _ndim(node: fx.Node) -> int:
+    return len(node.meta["val"].shape)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from treeify.errors import TreeifyError, printable
 
-# Of the long tests: how many inputs, and a seed; say TREEIFY_FUZZ_SEED=N to draw the same again. The
-# short ones draw the same always.
+# Of the long tests: how many inputs, and a seed; say TREEIFY_FUZZ_SEED=N to draw the same again.
+# The short ones draw the same always.
 MANY = int(os.environ.get("TREEIFY_FUZZ_INPUTS", 10_000))
 SEED = int(os.environ.get("TREEIFY_FUZZ_SEED", random.SystemRandom().randrange(2**32)))
 

@@ -13,6 +13,7 @@ from treeify import files
 from treeify.data.augmentation import ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
+from treeify.data.folders import require_no_circles
 from treeify.data.image_files import UnreadableImageError, is_visible, open_image, upright
 from treeify.data.image_folders import check_numbered
 from treeify.data.tar_images import TarImages, folders_in_tar
@@ -206,6 +207,8 @@ def _timm_part(
     tar = root / f"{split}.tar"
     if not dataset and tar.is_file():
         return folders_in_tar(tar, numbered)
+    if not dataset:
+        require_no_circles(root)
     if dataset.split("/")[0] in ("wds", "tfds", "hfids"):
         raise DataError(
             f"{dataset!r} is a stream.",

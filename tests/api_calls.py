@@ -378,7 +378,7 @@ def _conversions() -> dict[str, Call]:
             {"splits": 1},
             {
                 "splits": is_splits,
-                "fanout": lambda value: is_int(value, 2, 8),
+                "fanout": lambda value: is_int(value, 2, 2**16),
                 "init": lambda value: value is None or (isinstance(value, str) and value in INITS),
                 "seed": lambda value: is_int(value, 0, 2**63 - 1),
                 "example_input": lambda value: value is None or is_images(value, 1),

@@ -13,8 +13,14 @@ from treeify.anytime.deadline import LATENCIES, Latencies
 from treeify.cli.choice import Choice, Targets
 from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import checkpoint_in, data_section, held_out_data, skips_damaged
-from treeify.conversion import checkpoint, saving
+from treeify.cli.saved import (
+    checkpoint_in,
+    data_section,
+    held_out_data,
+    keep_measurements,
+    skips_damaged,
+)
+from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.engine.plan import NOT_THE_FASTEST, TUNING, Tuning
@@ -129,10 +135,12 @@ def calibrate(
         report |= choice.report(images.split, skipped)
         say(console, *choice.tables(), choice.explanation(images.split, skipped))
         say(console, *choice.advice(path))
-    saving.save_measurements(hne, path)
-    say(console, f"Saved in {path}")
-    if as_json:
-        print_json(report)
+    try:
+        report["ensemble"] = keep_measurements(hne, path, directory, trust=trust)
+    finally:  # what took so long is not lost altogether
+        if as_json:
+            print_json(report)
+    say(console, f"Saved in {report['ensemble']}")
 
 
 def _check_writable(path: Path) -> None:

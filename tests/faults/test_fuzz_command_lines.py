@@ -71,7 +71,7 @@ RIGHT = {
 # They take as long as one says.
 ENDLESS = {"--epochs", "--more-epochs", "--all", "--repeats", "--retry", "--tune"}
 VALUES = [
-    *("0", "1", "2", "3", "7", "64", "-1", "1000000", str(2**31), str(2**63), str(10**30)),
+    *("0", "1", "2", "3", "7", "64", "-1", "1000", str(2**31), str(2**63), str(10**30)),
     *("0.5", "1e-3", "1e308", "1e-400", "99.9", "60k", "1.2G", "20us", "1e9s", "8", "8x8", "1e9x8"),
     *("size=8", "size=1e9", "split_seed=x", "held_out=0.5", "root=", "=", "name=digits"),
     *("input", "input:3", "stage1:2,stage2", "stage2,stage1", "stage1:65537", "copy", "perturb"),

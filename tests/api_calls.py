@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import treeify
-from treeify import losses
+from treeify import data, losses
 from treeify.anytime.confidence import budget
 from treeify.conversion.ensemble import Measurements
 from treeify.conversion.initialize import INITS
@@ -420,6 +420,31 @@ def _conversions() -> dict[str, Call]:
     }
 
 
+def _data() -> dict[str, Call]:
+    """Data sets that are nowhere, of whatever name."""
+    nowhere = {"root": lambda value: False}
+    return {
+        "image_folder": Call(
+            data.image_folder, {"root": "nowhere"}, {**nowhere, "size": lambda value: False}
+        ),
+        "cifar10": Call(data.cifar10, {"root": "nowhere"}, nowhere),
+        "timm_dataset": Call(
+            data.timm_dataset,
+            {"root": "nowhere"},
+            {
+                **nowhere,
+                "train_split": lambda value: False,
+                "class_map": lambda value: False,
+            },
+        ),
+        "webdataset": Call(
+            data.webdataset,
+            {"train": "nowhere.tar", "held_out": "nowhere.tar", "classes": 3},
+            {"train": lambda value: False, "held_out": lambda value: False},
+        ),
+    }
+
+
 def _evaluations() -> dict[str, Call]:
     hne, batch = ensemble(), (small.images(IMAGES), _LABELS)
     is_hne = {"hne": lambda value: False}
@@ -550,6 +575,7 @@ def calls() -> dict[str, Call]:
         **_trees(),
         **_ensembles(),
         **_conversions(),
+        **_data(),
         **_evaluations(),
     }
 

@@ -11,6 +11,7 @@ from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from treeify.arguments import as_path
 from treeify.data.augmentation import Padded, ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
@@ -99,7 +100,7 @@ def image_folder(
         augment = ResizedCrop(preparation, flip, auto_augment, random_erasing)
     else:
         augment = Padded(preparation, crop_padding, flip)
-    folder = Path(root).absolute()
+    folder = as_path("root", root, DataError).absolute()
     if not is_divided(folder):
         return _divided(_Part(folder), held_out or 0.2, split_seed, augment, preparation)
     if held_out is not None:

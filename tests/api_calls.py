@@ -98,6 +98,11 @@ def is_nothing(value: Any) -> bool:
     return isinstance(value, SEVERAL) and not value
 
 
+def is_modules(value: Any) -> bool:
+    """Nothing, or the path of the whole ensemble: others are not drawn."""
+    return is_nothing(value) or (isinstance(value, SEVERAL) and all(path == "" for path in value))
+
+
 def is_callback(value: Any) -> bool:
     return value is None or callable(value)
 
@@ -332,7 +337,7 @@ def _ensembles() -> dict[str, Call]:
         "hne.keep_evaluating": Call(
             lambda **arguments: small_copy().keep_evaluating(**arguments),
             {"paths": ["stem.1"]},
-            {"paths": is_nothing},
+            {"paths": is_modules},
         ),
         "hne.fill": Call(hne.fill, {"source": None}, {"source": lambda value: False}),
         "hne.execution": Call(
@@ -423,7 +428,32 @@ def _conversions() -> dict[str, Call]:
 def _data() -> dict[str, Call]:
     """Data sets that are nowhere, of whatever name."""
     nowhere = {"root": lambda value: False}
+
+    def is_side(value: Any) -> bool:
+        return is_int(value, 1, 2**15)
+
+    def is_sides(value: Any) -> bool:
+        pair = isinstance(value, tuple | list) and len(value) == 2
+        return is_side(value) or (pair and all(map(is_side, value)))
+
+    def is_statistics(value: Any) -> bool:
+        plain = isinstance(value, tuple | list) and len(value) in (1, 3)
+        return plain and all(is_number(each, 1e-300, 1e300) for each in value)
+
     return {
+        "Preparation": Call(
+            data.Preparation,
+            {"size": (8, 8), "mean": (0.5,), "std": (0.5,)},
+            {
+                "size": is_sides,
+                "mean": is_statistics,
+                "std": is_statistics,
+                "channels": is_side,
+                "crop_mode": lambda value: False,
+                "crop_pct": lambda value: is_number(value, 1e-300, 1e300),
+                "interpolation": lambda value: False,
+            },
+        ),
         "image_folder": Call(
             data.image_folder, {"root": "nowhere"}, {**nowhere, "size": lambda value: False}
         ),

@@ -103,6 +103,10 @@ def is_modules(value: Any) -> bool:
     return is_nothing(value) or (isinstance(value, SEVERAL) and all(path == "" for path in value))
 
 
+def is_no_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_nothing(value)
+
+
 def is_callback(value: Any) -> bool:
     return value is None or callable(value)
 
@@ -113,7 +117,7 @@ def is_flag(value: Any) -> bool:
 
 def is_sizes(value: Any) -> bool:
     """Increasing numbers of leaves."""
-    if value is None:
+    if value is None or is_nothing(value):
         return True
     listed = isinstance(value, list | tuple | set | dict)
     rising = listed and all(is_int(size, 1, LEAVES) for size in value)
@@ -147,10 +151,10 @@ def is_chosen(value: Any) -> bool:
 
 def is_splits(value: Any) -> bool:
     if isinstance(value, str):
-        return value.strip() in ("0", "1", "2") or value in ("", "stage1", "stage2:3")
+        return value.strip() in tuple("012345") or value in ("", "stage1", "stage2:3")
     if isinstance(value, list | tuple):
         return list(value) in ([], ["stage1"], ["stage1", "stage2:3"])
-    return is_int(value, 0, 3)
+    return is_int(value, 0, 5)  # as many as the small network has, one behind the other
 
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -495,7 +499,13 @@ def _evaluations() -> dict[str, Call]:
         "measure a batch": Call(
             lambda **arguments: metrics.measure(hne, [tuple(arguments.values())]),
             {"x": batch[0], "target": _LABELS},
-            {"x": lambda value: is_images(value, 1) and len(value) == IMAGES, "target": is_classes},
+            # A batch of which no image could be read is passed over, whatever shape it has.
+            {
+                "x": lambda value: (
+                    is_no_batch(value) or (is_images(value, 1) and len(value) == IMAGES)
+                ),
+                "target": lambda value: is_no_batch(value) or is_classes(value),
+            },
             "as many classes",
         ),
         "Scores": Call(

@@ -66,5 +66,7 @@ def test_other_files_of_a_data_set_that_cannot_be(tmp_path: Path) -> None:
         data.timm_dataset(root=str(tmp_path), class_map="9" * 5000)
     with pytest.raises(DataError, match="cannot be read"):
         data.timm_dataset(root=str(tmp_path), train_split="9" * 5000)
+    with pytest.raises(DataError, match="train_split is of a wrong type"):
+        data.timm_dataset(root=str(tmp_path), train_split=10**5000)
     with pytest.raises(DataError, match="pattern of shards is of a wrong type"):
         data.webdataset(train=5, held_out="a", classes=2)

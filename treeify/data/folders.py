@@ -16,7 +16,7 @@ def walk(top: str | Path) -> Iterator[tuple[str, list[str]]]:
     Yields:
         Each folder's path, beginning with `top`, and the names.
     """
-    places = set()
+    places: set[str] = set()
     for root, folders, names in os.walk(top, followlinks=True):
         place = os.path.realpath(root)
         if place in places or (places and _leads_back(root, place)):

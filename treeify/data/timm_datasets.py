@@ -10,7 +10,7 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
 from treeify import files
-from treeify.arguments import as_path
+from treeify.arguments import as_path, require_type
 from treeify.data.augmentation import ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
@@ -71,6 +71,9 @@ def timm_dataset(
         DataError: it cannot be read by index or does not exist, or its parts have different
             classes.
     """
+    names = {"dataset": dataset, "train_split": train_split, "held_out_split": held_out_split}
+    for key, name in names.items():
+        require_type(key, name, str, "a name", error=DataError)
     options = {"class_map": class_map, "download": download}
     folder = as_path("root", root, DataError)
     numbered = None if dataset or class_map is None else _class_map(class_map, folder)

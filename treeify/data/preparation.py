@@ -16,7 +16,13 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
-from treeify.arguments import require_integer, require_iterable, require_number, require_type
+from treeify.arguments import (
+    require_integer,
+    require_iterable,
+    require_member,
+    require_number,
+    require_type,
+)
 from treeify.data.image_files import (
     MODES,
     UnreadableImageError,
@@ -25,7 +31,7 @@ from treeify.data.image_files import (
     to_channels,
     upright,
 )
-from treeify.errors import DataError, InputError, described
+from treeify.errors import DataError, InputError
 from treeify.models.image_size import height_and_width
 
 CropMode = Literal["center", "squash", "border"]
@@ -79,12 +85,8 @@ class Preparation:
             "crop_pct", self.crop_pct, above=0, expected="a finite number above 0, such as 0.875"
         )
         for key, values in (("crop_mode", CropMode), ("interpolation", Interpolation)):
-            if getattr(self, key) not in get_args(values):
-                raise InputError(
-                    f"{key} is unknown.",
-                    expected=f"one of {', '.join(get_args(values))}",
-                    found=described(getattr(self, key)),
-                )
+            choices = get_args(values)
+            require_member(key, getattr(self, key), choices, ", ".join(choices))
         object.__setattr__(self, "size", (height, width))
         if self.mean is not None and self.std is not None:
             object.__setattr__(self, "mean", _per_channel(self.mean, self.channels, "mean"))

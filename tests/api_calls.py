@@ -442,7 +442,7 @@ def _data() -> dict[str, Call]:
 
     def is_statistics(value: Any) -> bool:
         plain = isinstance(value, tuple | list) and len(value) in (1, 3)
-        return plain and all(is_number(each, 1e-300, 1e300) for each in value)
+        return value is None or (plain and all(is_number(each, 1e-300, 1e300) for each in value))
 
     return {
         "Preparation": Call(
@@ -457,6 +457,7 @@ def _data() -> dict[str, Call]:
                 "crop_pct": lambda value: is_number(value, 1e-300, 1e300),
                 "interpolation": lambda value: False,
             },
+            "was given alone|images have",
         ),
         "image_folder": Call(
             data.image_folder, {"root": "nowhere"}, {**nowhere, "size": lambda value: False}

@@ -166,7 +166,7 @@ def test_all_bad_files_are_named(tmp_path: Path, photo: Path) -> None:
         ({"mean": ("x",), "std": (0.5,)}, "a number of mean is no number"),
         ({"mean": (0.5,), "std": (float("nan"),)}, "a number of std is no number"),
         ({"classes": 3}, "classes cannot be gone through"),
-        ({"crop_mode": "middle"}, "crop_mode is unknown(.|\\n)*'middle'"),
+        ({"crop_mode": "middle"}, "no such crop_mode(.|\\n)*'middle'"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(values: dict, match: str) -> None:

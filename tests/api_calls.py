@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import treeify
-from treeify import losses
+from treeify import data, losses
 from treeify.anytime.confidence import budget
 from treeify.conversion.ensemble import Measurements
 from treeify.conversion.initialize import INITS
@@ -98,6 +98,15 @@ def is_nothing(value: Any) -> bool:
     return isinstance(value, SEVERAL) and not value
 
 
+def is_modules(value: Any) -> bool:
+    """Nothing, or the path of the whole ensemble: others are not drawn."""
+    return is_nothing(value) or (isinstance(value, SEVERAL) and all(path == "" for path in value))
+
+
+def is_no_batch(value: Any) -> bool:
+    return isinstance(value, Tensor) and is_nothing(value)
+
+
 def is_callback(value: Any) -> bool:
     return value is None or callable(value)
 
@@ -108,7 +117,7 @@ def is_flag(value: Any) -> bool:
 
 def is_sizes(value: Any) -> bool:
     """Increasing numbers of leaves."""
-    if value is None:
+    if value is None or is_nothing(value):
         return True
     listed = isinstance(value, list | tuple | set | dict)
     rising = listed and all(is_int(size, 1, LEAVES) for size in value)
@@ -142,10 +151,10 @@ def is_chosen(value: Any) -> bool:
 
 def is_splits(value: Any) -> bool:
     if isinstance(value, str):
-        return value.strip() in ("0", "1", "2") or value in ("", "stage1", "stage2:3")
+        return value.strip() in tuple("012345") or value in ("", "stage1", "stage2:3")
     if isinstance(value, list | tuple):
         return list(value) in ([], ["stage1"], ["stage1", "stage2:3"])
-    return is_int(value, 0, 3)
+    return is_int(value, 0, 5)  # as many as the small network has, one behind the other
 
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -332,7 +341,7 @@ def _ensembles() -> dict[str, Call]:
         "hne.keep_evaluating": Call(
             lambda **arguments: small_copy().keep_evaluating(**arguments),
             {"paths": ["stem.1"]},
-            {"paths": is_nothing},
+            {"paths": is_modules},
         ),
         "hne.fill": Call(hne.fill, {"source": None}, {"source": lambda value: False}),
         "hne.execution": Call(
@@ -378,7 +387,7 @@ def _conversions() -> dict[str, Call]:
             {"splits": 1},
             {
                 "splits": is_splits,
-                "fanout": lambda value: is_int(value, 2, 8),
+                "fanout": lambda value: is_int(value, 2, 2**16),
                 "init": lambda value: value is None or (isinstance(value, str) and value in INITS),
                 "seed": lambda value: is_int(value, 0, 2**63 - 1),
                 "example_input": lambda value: value is None or is_images(value, 1),
@@ -420,6 +429,57 @@ def _conversions() -> dict[str, Call]:
     }
 
 
+def _data() -> dict[str, Call]:
+    """Data sets that are nowhere, of whatever name."""
+    nowhere = {"root": lambda value: False}
+
+    def is_side(value: Any) -> bool:
+        return is_int(value, 1, 2**15)
+
+    def is_sides(value: Any) -> bool:
+        pair = isinstance(value, tuple | list) and len(value) == 2
+        return is_side(value) or (pair and all(map(is_side, value)))
+
+    def is_statistics(value: Any) -> bool:
+        plain = isinstance(value, tuple | list) and len(value) in (1, 3)
+        return value is None or (plain and all(is_number(each, 1e-300, 1e300) for each in value))
+
+    return {
+        "Preparation": Call(
+            data.Preparation,
+            {"size": (8, 8), "mean": (0.5,), "std": (0.5,)},
+            {
+                "size": is_sides,
+                "mean": is_statistics,
+                "std": is_statistics,
+                "channels": is_side,
+                "crop_mode": lambda value: False,
+                "crop_pct": lambda value: is_number(value, 1e-300, 1e300),
+                "interpolation": lambda value: False,
+            },
+            "was given alone|images have",
+        ),
+        "image_folder": Call(
+            data.image_folder, {"root": "nowhere"}, {**nowhere, "size": lambda value: False}
+        ),
+        "cifar10": Call(data.cifar10, {"root": "nowhere"}, nowhere),
+        "timm_dataset": Call(
+            data.timm_dataset,
+            {"root": "nowhere"},
+            {
+                **nowhere,
+                "train_split": lambda value: False,
+                "class_map": lambda value: False,
+            },
+        ),
+        "webdataset": Call(
+            data.webdataset,
+            {"train": "nowhere.tar", "held_out": "nowhere.tar", "classes": 3},
+            {"train": lambda value: False, "held_out": lambda value: False},
+        ),
+    }
+
+
 def _evaluations() -> dict[str, Call]:
     hne, batch = ensemble(), (small.images(IMAGES), _LABELS)
     is_hne = {"hne": lambda value: False}
@@ -440,7 +500,13 @@ def _evaluations() -> dict[str, Call]:
         "measure a batch": Call(
             lambda **arguments: metrics.measure(hne, [tuple(arguments.values())]),
             {"x": batch[0], "target": _LABELS},
-            {"x": lambda value: is_images(value, 1) and len(value) == IMAGES, "target": is_classes},
+            # A batch of which no image could be read is passed over, whatever shape it has.
+            {
+                "x": lambda value: (
+                    is_no_batch(value) or (is_images(value, 1) and len(value) == IMAGES)
+                ),
+                "target": lambda value: is_no_batch(value) or is_classes(value),
+            },
             "as many classes",
         ),
         "Scores": Call(
@@ -550,6 +616,7 @@ def calls() -> dict[str, Call]:
         **_trees(),
         **_ensembles(),
         **_conversions(),
+        **_data(),
         **_evaluations(),
     }
 

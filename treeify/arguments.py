@@ -1,7 +1,7 @@
 """Checks of what users pass: a type or a range, in one message each that names the argument.
 
-They compare and never convert: what a check lets through is used as it came. None of them reads a
-tensor, so that none waits for an accelerator.
+They compare and never convert: what a check lets through is used as it came. None of them but
+`wrong_class` reads a tensor, so that none waits for an accelerator.
 """
 
 import math
@@ -186,3 +186,13 @@ def is_readable(tensor: Tensor) -> bool:
     if is_recorded() or tensor.device.type != "cpu":
         return False
     return type(tensor) is Tensor and _get_current_dispatch_mode() is None
+
+
+def wrong_class(target: Tensor, classes: int) -> int | None:
+    """Of integer classes one that there is not, the smallest or the largest; None if all are."""
+    if not target.numel():
+        return None
+    smallest, largest = (int(label) for label in target.aminmax())
+    if smallest < 0:
+        return smallest
+    return largest if largest >= classes else None

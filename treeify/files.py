@@ -31,6 +31,16 @@ _KINDS = {
 }
 
 
+def is_file(path: Path) -> bool:
+    """Whether there is a file; none has a name that is too long, of which `Path` raises OSError."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_directory(path: Path) -> bool:
+    """Whether there is a directory, likewise."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
 def check_regular(path: Path) -> None:
     """Let nobody wait for a pipe that nothing is written to, or read a device that has no end.
 

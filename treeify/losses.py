@@ -26,7 +26,13 @@ from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn import functional as F
 
-from treeify.arguments import is_readable, require_flag, require_number, require_type
+from treeify.arguments import (
+    is_readable,
+    require_flag,
+    require_number,
+    require_type,
+    wrong_class,
+)
 from treeify.errors import InputError, described
 from treeify.registry import Fraction, Registry
 from treeify.tree import Tree
@@ -294,12 +300,11 @@ def _check_logits(logits: Tensor, tree: Tree) -> None:
 def _check_values(target: Tensor, classes: int) -> None:
     """Raise InputError unless classes are below K, and fractions of classes sum to 1."""
     if not target.is_floating_point():
-        smallest, largest = (int(label) for label in target.aminmax())
-        if smallest < 0 or largest >= classes:
+        if (label := wrong_class(target, classes)) is not None:
             raise InputError(
                 "the target has a class that there is not.",
                 expected=f"classes from 0 to {classes - 1}",
-                found=f"{smallest if smallest < 0 else largest}",
+                found=f"{label}",
                 next_step="Number the classes from 0; leave images without a label out.",
             )
         return

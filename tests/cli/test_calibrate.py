@@ -11,6 +11,7 @@ from pictures import images_of, labels_of
 from runner import run
 
 import treeify
+from treeify import files
 from treeify.anytime.confidence import BUDGET
 from treeify.data import digits
 
@@ -159,3 +160,51 @@ def test_an_interruption_leaves_the_ensemble_as_it_was(
     result = run("calibrate", "run", "--trust", *QUICK, *options(hne))
     assert result.exit_code == 130
     assert {file.name: file.read_bytes() for file in Path("run/last").iterdir()} == before
+
+
+@pytest.fixture
+def states(hne: treeify.HierarchicalEnsemble, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The states of `run`, of which the only one is removed for another while it is measured."""
+    states = Path("run/checkpoints")
+    states.mkdir()
+    Path("run/last").rename(states / "step-1")
+    files.point(Path("run/last"), states / "step-1")
+    measure = treeify.HierarchicalEnsemble.calibrate
+
+    def rotate(self: treeify.HierarchicalEnsemble, *arguments: Any, **named: Any) -> Any:
+        treeify.save(hne, states / "step-2")
+        files.point(Path("run/last"), states / "step-2")
+        files.withdraw(states / "step-1")
+        return measure(self, *arguments, **named)
+
+    monkeypatch.setattr(treeify.HierarchicalEnsemble, "calibrate", rotate)
+    return states
+
+
+def test_a_state_that_vanishes_is_found_again_by_its_weights(
+    hne: treeify.HierarchicalEnsemble, states: Path
+) -> None:
+    result = run("calibrate", "run", "--trust", *QUICK, *options(hne))
+    assert result.exit_code == 0, result.output
+    assert f"Saved in {states / 'step-2'}" in result.stdout
+    again = treeify.load(states / "step-2", trust=True)
+    assert again.latencies
+    assert list(again.budgets) == targets(hne)
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_measurements_of_weights_that_are_gone_are_shown_and_not_kept(
+    hne: treeify.HierarchicalEnsemble, states: Path, words: list[str]
+) -> None:
+    with torch.no_grad():
+        next(hne.parameters()).add_(1)
+    result = run("calibrate", "run", "--trust", *QUICK, *words)
+    assert result.exit_code == 2
+    assert f"{states / 'step-1'} is gone, and what was measured of it is not kept" in result.stderr
+    assert f"Found {states / 'step-2'} holds another ensemble." in result.stderr
+    assert "cp -r run COPY" in result.stderr
+    if words:
+        assert json.loads(result.stdout)["latencies"]["repeats"] == 10
+    else:
+        assert "medians of 10 rounds" in result.stdout
+    assert not treeify.load(states / "step-2", trust=True).latencies

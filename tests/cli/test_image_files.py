@@ -50,6 +50,8 @@ def test_links_to_folders_are_followed(photos: Path) -> None:
 def test_links_that_lead_in_circles_count_no_image_twice(photos: Path) -> None:
     (photos / "c" / "back").symlink_to(photos)
     (photos / "again").symlink_to(photos / "c")
+    (photos / "up").symlink_to(photos.parent)
+    (photos.parent / "other.png").touch()
     assert len(image_files(["photos"])) == len(ALL)
 
 

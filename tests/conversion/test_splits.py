@@ -131,6 +131,7 @@ def test_named_splits(
         (-1, "not a number of splits"),
         (1000, "no 1000 split points"),
         (None, "splits=None is neither a number nor a list of names"),
+        (b"", "neither a number nor a list of names"),
         ([4], r"splits=\[4\] is neither"),
         (2.0, "is neither"),
     ],

@@ -1,12 +1,16 @@
 """Data sets whose classes have names, and whose held-out images can be prepared otherwise."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from pictures import images_of, labels_of
 from PIL import Image
 
+from treeify import data
 from treeify.data.data_set import Data, Transformed, in_parts
 from treeify.data.preparation import Preparation
 from treeify.errors import DataError
@@ -64,3 +68,21 @@ def test_training_images_as_if_they_were_held_out() -> None:
     inside = Data(Transformed(prepared, torch.neg), prepared, ("a", "b"), "one")
     assert torch.equal(inside.unaugmented(0), prepared[0][0])
     assert torch.equal(Data(prepared, prepared, ("a", "b"), "one").unaugmented(0), prepared[0][0])
+
+
+@pytest.mark.parametrize("root", ["9" * 5000, "\0", "", 5, None])
+@pytest.mark.parametrize("source", [data.image_folder, data.timm_dataset, data.cifar10])
+def test_what_is_no_path_is_refused(source: Callable[..., data.Data], root: Any) -> None:
+    with pytest.raises(DataError, match=r"root is (no path|of a wrong type)(.|\n)*Expected"):
+        source(root=root)
+
+
+def test_other_files_of_a_data_set_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="class_map is no path"):
+        data.timm_dataset(root=str(tmp_path), class_map="9" * 5000)
+    with pytest.raises(DataError, match="cannot be read"):
+        data.timm_dataset(root=str(tmp_path), train_split="9" * 5000)
+    with pytest.raises(DataError, match="train_split is of a wrong type"):
+        data.timm_dataset(root=str(tmp_path), train_split=10**5000)
+    with pytest.raises(DataError, match="pattern of shards is of a wrong type"):
+        data.webdataset(train=5, held_out="a", classes=2)

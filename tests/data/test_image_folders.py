@@ -136,3 +136,19 @@ def test_the_crop_is_an_option_and_said(tmp_path: Path) -> None:
     assert "cropped" not in str(whole)
     with pytest.raises(DataError, match="no room"):
         data.image_folder(root=str(tmp_path), crop_pct=0.9, crop_padding=1)
+
+
+def test_links_that_lead_in_circles_are_passed_over(tmp_path: Path) -> None:
+    """Two of them in a folder made 2^40 ways through it."""
+    root = make_folders(tmp_path / "photos", {"cat": 2, "dog": 3}, {"cat": 1, "dog": 1})
+    more = tmp_path / "more"
+    make_folders(more, {"cat": 2}, {})
+    cats, dogs = (root / "train" / name for name in ("cat", "dog"))
+    for number in range(3):
+        (cats / f"self{number}").symlink_to(cats)
+        (cats / f"up{number}").symlink_to(root)  # its dogs are no cats
+        (dogs / f"more{number}").symlink_to(more / "train" / "cat")  # counted once
+        (more / "train" / "cat" / f"back{number}").symlink_to(dogs)
+    photos = data.image_folder(root=str(root), size=16)
+    assert labels_of(photos.train) == [0] * 2 + [1] * 5
+    assert len(photos.held_out) == 2

@@ -155,8 +155,18 @@ def test_all_bad_files_are_named(tmp_path: Path, photo: Path) -> None:
         ({"mean": (1.0, 2.0), "std": (1.0,)}, "mean has 2 numbers, images have 3 channels"),
         ({"mean": (1.0,)}, "mean was given alone"),
         ({"mean": (0.0,), "std": (0.0,)}, "divides pixels"),
-        ({"size": (0, 8)}, "no image has this shape"),
-        ({"crop_mode": "middle"}, "crop_mode 'middle' is unknown"),
+        ({"size": (0, 8)}, "no height and width"),
+        ({"size": "ab"}, "no height and width"),
+        ({"size": (8, 10**6)}, "width of images is no integer in range"),
+        # It had a number for each of them in memory.
+        ({"channels": 10**9, "mean": (0.5,), "std": (0.5,)}, "channels of images is no integer"),
+        ({"channels": "x"}, "channels of images is no integer"),
+        ({"crop_pct": "x"}, "crop_pct is no number"),
+        ({"mean": 0.5, "std": 0.5}, "mean is of a wrong type"),
+        ({"mean": ("x",), "std": (0.5,)}, "a number of mean is no number"),
+        ({"mean": (0.5,), "std": (float("nan"),)}, "a number of std is no number"),
+        ({"classes": 3}, "classes cannot be gone through"),
+        ({"crop_mode": "middle"}, "no such crop_mode(.|\\n)*'middle'"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(values: dict, match: str) -> None:

@@ -35,6 +35,19 @@ def test_what_timm_reads_is_read(tmp_path: Path, kind: str) -> None:
     assert pickle.loads(pickle.dumps(photos.train))[0][1] == 0
 
 
+def test_links_that_lead_in_circles_are_refused(tmp_path: Path) -> None:
+    """timm itself would follow them without end."""
+    make_folders(tmp_path, {"a": 1}, {"a": 1})
+    (tmp_path / "val").rename(tmp_path / "validation")
+    photos = tmp_path / "train" / "a"
+    (photos / "elsewhere").symlink_to(tmp_path / "validation" / "a")
+    assert len(data.timm_dataset(root=str(tmp_path), size=32).train) == 2
+    for number in range(2):
+        (tmp_path / "validation" / "a" / f"back{number}").symlink_to(photos)
+    with pytest.raises(DataError, match=r"back\d' is a link to a folder that it lies in.\n.*"):
+        data.timm_dataset(root=str(tmp_path), size=32)
+
+
 def test_hugging_faces_data_sets_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder it prepares by itself, as it would one from its hub."""
     pytest.importorskip("datasets")

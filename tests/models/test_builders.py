@@ -8,7 +8,7 @@ import pytest
 from treeify.errors import ModelError
 from treeify.models import shallow
 from treeify.models.architecture import Architecture
-from treeify.models.builders import check_names, family
+from treeify.models.builders import check_names, family, find_builder
 from treeify.models.fingerprint import fingerprint
 
 
@@ -71,3 +71,9 @@ def test_a_family_is_the_module_that_defines_a_model() -> None:
     assert [family(name) for name in names] == [
         *("resnet", "resnet", "torchvision/resnet", "odd_models"),
     ]
+
+
+@pytest.mark.parametrize("name", ["9" * 5000, "a/" * 3000, "torchvision/" + "9" * 5000, "\0", "."])
+def test_a_name_that_no_file_can_have_is_no_model(name: str) -> None:
+    with pytest.raises(ModelError, match="there is no model"):
+        find_builder(name)

@@ -1,10 +1,13 @@
 """What images a model is fed, and how it is built for others."""
 
+from typing import Any
+
 import pytest
 import torch
 
+from treeify.errors import InputError
 from treeify.models.architecture import Architecture
-from treeify.models.image_size import example_shape, resized
+from treeify.models.image_size import example_shape, height_and_width, resized
 from treeify.models.skeleton import skeleton
 
 
@@ -45,3 +48,11 @@ def test_resized_sets_the_size_only_where_a_model_has_one() -> None:
     for name, size in (("resnet10t", 64), ("gcvit_xxtiny", 224), ("mvitv2_tiny", 256)):
         architecture = Architecture(name)
         assert resized(architecture, skeleton(architecture), size) == architecture
+
+
+@pytest.mark.parametrize(
+    "size", ["x", "12", 0, -1, [8], [8, 8, 8], [8, 0], None, 1.5, True, [8.0, 8]]
+)
+def test_what_is_no_size_is_refused(size: Any) -> None:
+    with pytest.raises(InputError, match=r"no height and width(.|\n)*224"):
+        height_and_width(size)

@@ -18,9 +18,10 @@ from treeify.cli.saved import (
     data_section,
     exported_in,
     held_out_data,
+    keep_measurements,
     skips_damaged,
 )
-from treeify.conversion import checkpoint, saving
+from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data
 from treeify.deploy import runtime
@@ -144,10 +145,12 @@ def calibrate(
         report |= choice.report(images.split, skipped)
         say(console, *choice.tables(), choice.explanation(images.split, skipped))
         say(console, *choice.advice(path))
-    saving.save_measurements(hne, path)
-    say(console, f"Saved in {path}")
-    if as_json:
-        print_json(report)
+    try:
+        report["ensemble"] = keep_measurements(hne, path, directory, trust=trust)
+    finally:  # what took so long is not lost altogether
+        if as_json:
+            print_json(report)
+    say(console, f"Saved in {report['ensemble']}")
 
 
 def _check_no_targets(targets: Targets, directory: Path) -> None:

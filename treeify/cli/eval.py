@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+from treeify import files
 from treeify.cli.options import Device, Json, Trust, Weights
 from treeify.cli.output import check_file, print_json, say, write_text
 from treeify.cli.saved import (
@@ -246,7 +247,7 @@ def _base_model(
     if origin is not None and not trust:  # it may be any file, in any format
         note = f"The run says it began with the weights in {origin}: --weights {origin} reads them."
         return base_model_of(hne, None), None, [note]
-    if origin is not None and origin.exists():
+    if origin is not None and (files.is_file(origin) or files.is_directory(origin)):
         try:
             return base_model_of(hne, origin, trust=True), origin, []
         except CheckpointError:  # its head is for other classes, say

@@ -1,7 +1,6 @@
 """Images as they are named on the command line: files, folders and patterns."""
 
 import glob
-import os
 import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from treeify.data.folders import walk
 from treeify.errors import DataError, InputError
 
 
@@ -64,17 +64,9 @@ def _of_word(word: str) -> Iterator[ImageFile]:
 
 def _in_folder(folder: Path) -> list[Path]:
     """The images below a folder, links to folders included; each folder once, whatever links it."""
-    files = []
-    seen: set[str] = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        if (place := os.path.realpath(root)) in seen:
-            folders.clear()
-            continue
-        seen.add(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [
-            Path(root, name)
-            for name in names
-            if not name.startswith(".") and name.lower().endswith(IMG_EXTENSIONS)
-        ]
-    return sorted(files)
+    return sorted(
+        Path(root, name)
+        for root, names in walk(folder)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS)
+    )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from treeify import files
-from treeify.conversion import saved_config
+from treeify.conversion import saved_config, saving
+from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.saved_config import EMA, read_config, scored_ensemble
 from treeify.data import Data, Preparation, UnreadableImageError
 from treeify.data.conventions import of_data_set, of_trained_weights
@@ -49,6 +50,46 @@ def checkpoint_in(directory: Path, *, trust: bool = False) -> Path:
     path = scored_ensemble(directory, trust=trust)
     read_config(path, trust=trust)
     return path
+
+
+def keep_measurements(
+    hne: HierarchicalEnsemble, path: Path, directory: Path, *, trust: bool = False
+) -> Path:
+    """Write what was measured beside its weights, wherever they are by now.
+
+    A run that goes on removes its older states, also the one that was being measured.
+
+    Args:
+        hne: the ensemble that was measured.
+        path: the checkpoint it was loaded from.
+        directory: what was named, which the checkpoint was found in.
+        trust: whether links may lead out of it.
+
+    Returns:
+        The checkpoint that was written to: the same, or that of the same weights.
+
+    Raises:
+        CheckpointError: there is none any more, or it cannot be written.
+    """
+    try:
+        saving.save_measurements(hne, path)
+    except CheckpointError:
+        if path.is_dir():
+            raise
+    else:
+        return path
+    try:
+        now = checkpoint_in(directory, trust=trust)
+        saving.save_measurements(hne, now)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{path} is gone, and what was measured of it is not kept.",
+            expected="the weights that were measured",
+            found=str(error).splitlines()[0],
+            next_step=f"A run that goes on removes older states. Measure {directory} when it has"
+            f" ended, or a copy of it: cp -r {directory} COPY, then treeify calibrate COPY.",
+        ) from error
+    return now
 
 
 def recipe_of(path: Path, *, trust: bool = False) -> Path | None:

@@ -175,7 +175,8 @@ def listed(splits: int | str | Sequence[str]) -> int | list[str]:
         )
     if isinstance(splits, int):
         return splits
-    if not isinstance(splits, Sequence) or not all(isinstance(spec, str) for spec in splits):
+    is_listed = isinstance(splits, Sequence) and not isinstance(splits, bytes)
+    if not is_listed or not all(isinstance(spec, str) for spec in splits):
         raise SplitError(
             f"splits={described(splits)} is neither a number nor a list of names.",
             expected="a number such as 2, or names such as ['layer3', 'layer4:4']",

@@ -2,8 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +11,12 @@ from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from treeify.arguments import as_path
 from treeify.data.augmentation import Padded, ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
-from treeify.data.image_files import is_visible, open_image
+from treeify.data.folders import walk
+from treeify.data.image_files import open_image
 from treeify.data.preparation import Preparation
 from treeify.errors import DataError, quoted
 from treeify.registry import Channels, Crop, FilePath, Fraction, ImageSize, Numbers
@@ -99,7 +100,7 @@ def image_folder(
         augment = ResizedCrop(preparation, flip, auto_augment, random_erasing)
     else:
         augment = Padded(preparation, crop_padding, flip)
-    folder = Path(root).absolute()
+    folder = as_path("root", root, DataError).absolute()
     if not is_divided(folder):
         return _divided(_Part(folder), held_out or 0.2, split_seed, augment, preparation)
     if held_out is not None:
@@ -119,12 +120,24 @@ class _Part(datasets.ImageFolder):  # type: ignore[misc]  # torchvision has no t
 
     def __init__(self, root: Path, numbered: Sequence[str] | None = None) -> None:
         self.numbered = numbered
-        is_image = partial(_is_image, root=root)
-        super().__init__(root, loader=open_image, is_valid_file=is_image, allow_empty=True)
+        super().__init__(root, loader=open_image, allow_empty=True)
         present = {self.classes[label] for label in self.targets}
         empty = [name for name in self.classes if name not in present]
         if not present or (empty and numbered is None):
             raise _nothing(root, f"no images of {quoted(empty)}")
+
+    @staticmethod
+    def make_dataset(
+        directory: str | Path, class_to_idx: Mapping[str, int], *_: Any, **__: Any
+    ) -> list[tuple[str, int]]:
+        """Every image's path and class, in alphabetical order; torchvision walks in circles."""
+        return [
+            (os.path.join(folder, name), class_to_idx[class_name])  # noqa: PTH118 - a million times
+            for class_name in sorted(class_to_idx)
+            for folder, names in sorted(walk(Path(directory, class_name)))
+            for name in names
+            if name.lower().endswith(IMG_EXTENSIONS)
+        ]
 
     def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
         """The folders' names, and the number of each."""
@@ -209,11 +222,6 @@ def check_numbered(names: Sequence[str], numbered: Sequence[str], where: str) ->
             expected=f"some of {quoted(numbered)}",
             next_step="Rename or remove them, or add them to the training part (and class_map).",
         )
-
-
-def _is_image(path: str, *, root: Path) -> bool:
-    inside = Path(path).relative_to(root).as_posix()
-    return path.lower().endswith(IMG_EXTENSIONS) and is_visible(inside)
 
 
 def _nothing(directory: Path, problem: str) -> DataError:

@@ -3,7 +3,6 @@
 A `Preparation` is plain data. A data set has one, and so does the ensemble that was trained on it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -17,6 +16,13 @@ from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 
+from treeify.arguments import (
+    require_integer,
+    require_iterable,
+    require_member,
+    require_number,
+    require_type,
+)
 from treeify.data.image_files import (
     MODES,
     UnreadableImageError,
@@ -26,6 +32,7 @@ from treeify.data.image_files import (
     upright,
 )
 from treeify.errors import DataError, InputError
+from treeify.models.image_size import height_and_width
 
 CropMode = Literal["center", "squash", "border"]
 _LARGEST = 2**15
@@ -66,28 +73,30 @@ class Preparation:
         """Check the values; lists become tuples, so that equal ones compare equal."""
         if (self.mean is None) != (self.std is None):
             alone = "mean" if self.std is None else "std"
-            raise InputError(f"{alone} was given alone.", expected="mean and std, or neither")
-        size = tuple(map(int, self.size))
-        in_range = len(size) == 2 and min(size) >= 1 and max(size) <= _LARGEST
-        if not in_range or self.channels < 1 or not 0 < self.crop_pct < math.inf:
             raise InputError(
-                f"no image has this shape: size {self.size}, channels {self.channels}, crop_pct"
-                f" {self.crop_pct}.",
-                expected=f"size (H, W) up to {_LARGEST:,}, channels 1, 3 or 4, a crop_pct above 0",
+                f"{alone} was given alone.",
+                expected="mean and std, or neither",
+                next_step="Pass both.",
             )
+        height, width = height_and_width(self.size)
+        for name, value in (("height", height), ("width", width), ("channels", self.channels)):
+            require_integer(f"{name} of images", value, 1, _LARGEST)
+        require_number(
+            "crop_pct", self.crop_pct, above=0, expected="a finite number above 0, such as 0.875"
+        )
         for key, values in (("crop_mode", CropMode), ("interpolation", Interpolation)):
-            if getattr(self, key) not in get_args(values):
-                raise InputError(
-                    f"{key} {getattr(self, key)!r} is unknown.",
-                    expected=f"one of {', '.join(get_args(values))}",
-                )
-        object.__setattr__(self, "size", size)
+            choices = get_args(values)
+            require_member(key, getattr(self, key), choices, ", ".join(choices))
+        object.__setattr__(self, "size", (height, width))
         if self.mean is not None and self.std is not None:
             object.__setattr__(self, "mean", _per_channel(self.mean, self.channels, "mean"))
             object.__setattr__(self, "std", _per_channel(self.std, self.channels, "std"))
             if min(self.std) <= 0:
-                raise InputError(f"std {self.std} divides pixels.", expected="numbers above 0")
+                raise InputError(
+                    "std divides pixels.", expected="numbers above 0", found=f"{min(self.std):g}"
+                )
         if self.classes is not None:
+            require_iterable("classes", self.classes, "names of classes, or None")
             object.__setattr__(self, "classes", tuple(map(str, self.classes)))
 
     @property
@@ -179,13 +188,17 @@ PREPARATION = TypeAdapter(Preparation)
 
 def _per_channel(values: Sequence[float], channels: int, what: str) -> tuple[float, ...]:
     """One number for each channel: a single one is for all, and grey is the mean of colours."""
+    require_type(what, values, tuple | list, "numbers, one for all channels or one for each")  # type: ignore[arg-type]
+    for value in values:
+        require_number(f"a number of {what}", value, expected="a finite number")
     if channels == 1 and len(values) == 3:
         return (sum(values) / 3,)
-    if len(values) not in (1, channels) or not all(math.isfinite(value) for value in values):
+    if len(values) not in (1, channels):
         numbers = "1 number" if len(values) == 1 else f"{len(values)} numbers"
         raise InputError(
             f"{what} has {numbers}, images have {channels} channels.",
             expected=f"1 finite number or {channels}, e.g. {what} 0.5",
+            next_step="Pass one number for all channels, or one for each.",
         )
     return tuple(map(float, values)) * (channels // len(values))
 

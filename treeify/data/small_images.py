@@ -1,6 +1,5 @@
 """Data sets of small images: scikit-learn's digits and torchvision's."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from pydantic import NonNegativeInt, PositiveInt
 from torch.utils.data import TensorDataset
 from torchvision import datasets
 
+from treeify.arguments import as_path
 from treeify.data.augmentation import Padded, padded_crop
 from treeify.data.conventions import of_small_images
 from treeify.data.data_set import Data, Transformed, in_parts, register
@@ -168,11 +168,12 @@ def _from_torchvision(
     flip: bool,
 ) -> Data:
     """A data set of torchvision's that comes in a training part and a test part."""
+    folder = as_path("root", root, DataError)
     try:
-        train, held_out = (kind(root, train=train, download=download) for train in (True, False))
+        train, held_out = (kind(folder, train=train, download=download) for train in (True, False))
     except (RuntimeError, OSError) as error:  # torchvision raises RuntimeError for missing files
         raise DataError(
-            f"{kind.__name__} cannot be read from {str(Path(root).resolve())!r}.",
+            f"{kind.__name__} cannot be read from {str(folder.resolve())!r}.",
             expected="the files torchvision downloads, complete and undamaged",
             found=str(error),
             next_step="Set data.root to where they are, or data.download=true to fetch them.",

@@ -10,9 +10,11 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset
 
 from treeify import files
+from treeify.arguments import as_path, require_type
 from treeify.data.augmentation import ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
+from treeify.data.folders import require_no_circles
 from treeify.data.image_files import UnreadableImageError, is_visible, open_image, upright
 from treeify.data.image_folders import check_numbered
 from treeify.data.tar_images import TarImages, folders_in_tar
@@ -69,10 +71,14 @@ def timm_dataset(
         DataError: it cannot be read by index or does not exist, or its parts have different
             classes.
     """
+    names = {"dataset": dataset, "train_split": train_split, "held_out_split": held_out_split}
+    for key, name in names.items():
+        require_type(key, name, str, "a name", error=DataError)
     options = {"class_map": class_map, "download": download}
-    numbered = None if dataset or class_map is None else _class_map(class_map, root)
-    train, classes = _timm_part(dataset, Path(root), train_split, options, numbered)
-    held_out, others = _timm_part(dataset, Path(root), held_out_split, options, classes)
+    folder = as_path("root", root, DataError)
+    numbered = None if dataset or class_map is None else _class_map(class_map, folder)
+    train, classes = _timm_part(dataset, folder, train_split, options, numbered)
+    held_out, others = _timm_part(dataset, folder, held_out_split, options, classes)
     if not dataset and _root(train) == _root(held_out):
         raise DataError(
             f"{root!r} has no parts {train_split!r} and {held_out_split!r}.",
@@ -133,9 +139,10 @@ class _TimmImages(Dataset[Any]):
         return str(self.dataset.filename(index, absolute=True))
 
 
-def _class_map(file: str, root: str) -> list[str]:
+def _class_map(file: str, root: Path) -> list[str]:
     """The classes that a file names, in the order of their numbers."""
-    path = Path(file) if Path(file).exists() else Path(root, file)
+    path = as_path("class_map", file, DataError)
+    path = path if path.exists() else root / path
     try:
         files.check_regular(path)
         if path.suffix.lower() == ".pkl":  # timm would run what is in it
@@ -204,8 +211,10 @@ def _timm_part(
 ) -> tuple[Any, tuple[str, ...]]:
     """The images of one split and the names of its classes, numbered as is said, if it is."""
     tar = root / f"{split}.tar"
-    if not dataset and tar.is_file():
+    if not dataset and files.is_file(tar):
         return folders_in_tar(tar, numbered)
+    if not dataset:
+        require_no_circles(root)
     if dataset.split("/")[0] in ("wds", "tfds", "hfids"):
         raise DataError(
             f"{dataset!r} is a stream.",

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pydantic import PositiveInt
 
+from treeify.arguments import require_type
 from treeify.data.augmentation import ResizedCrop
 from treeify.data.conventions import of_files
 from treeify.data.data_set import Data, in_parts, register
@@ -82,11 +83,13 @@ def webdataset(
 
 def _entries(pattern: str, classes: int) -> list[Entry]:
     """Every image of the shards that a pattern names."""
+    require_type("a pattern of shards", pattern, str, "text", error=DataError)
     paths = sorted({path for name in expanded(pattern) for path in glob(name)})  # noqa: PTH207
     if not paths:
         raise DataError(
             f"no shards are called {pattern!r}.",
             expected="local tar files, e.g. data/train-{0000..0099}.tar",
+            next_step="Set data.train and data.held_out to where they are.",
         )
     return [entry for path in paths for entry in _index(path, classes)]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from treeify.arguments import require_callable, require_iterable, require_type
+from treeify.arguments import require_callable, require_iterable, require_type, wrong_class
 from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.engine.preserve import preserve_modes
 from treeify.errors import DataError, InputError, described
@@ -219,15 +219,12 @@ def require_labels(target: Tensor, classes: int) -> None:
             found=described(target),
             next_step="Convert them: target.long().",
         )
-    if not len(target):
-        return
     # Before they go to a GPU, where a label out of range ends the process.
-    smallest, largest = (int(label) for label in target.aminmax())
-    if smallest < 0 or largest >= classes:
+    if (label := wrong_class(target, classes)) is not None:
         raise DataError(
             "an image has a class that there is not.",
             expected=f"numbers from 0 to {classes - 1}, of {classes} classes",
-            found=f"{largest if largest >= classes else smallest}",
+            found=f"{label}",
             next_step="Number the classes from 0, in the order of their names.",
         )
 

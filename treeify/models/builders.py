@@ -7,6 +7,7 @@ from pathlib import Path
 import timm
 import torchvision
 
+from treeify import files
 from treeify.errors import ModelError, described, nearest
 from treeify.registry import import_function
 
@@ -37,13 +38,13 @@ def find_builder(name: str, pretrained: bool = False) -> Callable[..., object]:
     elif timm.is_model(bare := name.removeprefix(TIMM)):
         return partial(timm.create_model, bare, pretrained=pretrained)
     code = Path(name.removesuffix(".py"))
-    if Path(f"{code}.py").is_file():
+    if files.is_file(Path(f"{code}.py")):
         raise ModelError(
             f"{name!r} names a file of code, and no model in it.",
             expected=_EXPECTED,
             next_step=f"Name the function or class as well: {'.'.join(code.parts)}:FUNCTION",
         )
-    if Path(name).is_file():
+    if files.is_file(Path(name)):
         raise ModelError(
             f"{name!r} is a file, and no model's name.",
             expected=_EXPECTED,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from treeify.errors import InputError, described
 from treeify.models.architecture import Architecture
 from treeify.models.builders import TORCHVISION
 from treeify.models.skeleton import skeleton
@@ -43,8 +44,21 @@ def is_size_known(model: nn.Module, architecture: Architecture) -> bool:
 
 
 def height_and_width(size: Size) -> tuple[int, int]:
-    """Both sides of an image, which is a square where there is one number."""
-    height, width = (size, size) if isinstance(size, int) else size
+    """Both sides of an image, which is a square where there is one number.
+
+    Raises:
+        InputError: they are no sides.
+    """
+    sides = (size, size) if isinstance(size, int) else size
+    is_pair = isinstance(sides, tuple | list) and len(sides) == 2
+    if not is_pair or not all(type(side) is int and side > 0 for side in sides):
+        raise InputError(
+            "size is no height and width.",
+            expected="a number of pixels of at least 1, or two",
+            found=described(size),
+            next_step="Pass one number for a square, 224, or both, [96, 160].",
+        )
+    height, width = sides
     return height, width
 
 

@@ -8,7 +8,7 @@ import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 
-from treeify import losses
+from treeify import files, losses
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.saved_config import scored_ensemble
@@ -72,7 +72,7 @@ def load_teacher(
     They are in the order of `classes`, where the names of both are known.
     """
     path = Path(recipe.name)
-    if path.is_dir():
+    if files.is_directory(path):
         directory = scored_ensemble(path, trust=recipe.trust)
         teacher: nn.Module = checkpoint.load(directory, trust=recipe.trust)
     else:

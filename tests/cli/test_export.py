@@ -180,7 +180,7 @@ def test_bad_input_is_one_message(
 
 @pytest.mark.usefixtures("directories")
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treeify.deploy.exporter.find_spec", lambda name: None)
+    monkeypatch.setattr("treeify.deploy.directory.find_spec", lambda name: None)
     result = run("export", "alone", "--trust")
     assert result.exit_code == 2
     assert "pip install 'treeify[onnx]'" in result.stderr

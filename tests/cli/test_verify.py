@@ -77,7 +77,7 @@ def test_a_model_that_cannot_be_exported_fails_where_that_was_asked() -> None:
 
 
 def test_without_what_exports_need_nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("treeify.deploy.exporter.find_spec", lambda name: None)
+    monkeypatch.setattr("treeify.deploy.directory.find_spec", lambda name: None)
     monkeypatch.delattr("treeify.cli.verify.sweep")
     result = run("verify", TINY, "--export")
     assert result.exit_code == 2

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 import treeify
 from treeify.data import Preparation
-from treeify.deploy import compare, export, exporter, runtime
+from treeify.deploy import compare, directory, export, exporter, runtime
 from treeify.deploy.runtime import Anytime
 from treeify.errors import ExportError, LeafError
 
@@ -175,11 +175,13 @@ def test_each_form_is_right(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 
 
 def test_forms_are_measured(hne: Any, tmp_path: Path) -> None:
-    told: list[str] = []
-    out = export(hne, tmp_path / "tuned", observe=lambda progress: told.append(progress.what))
+    told: list[exporter.Progress] = []
+    out = export(hne, tmp_path / "tuned", observe=told.append)
     assert set(out.manifest["steps"][-1]["forms"].values()) <= {"grouped", "product", "looped"}
-    assert told[0] == "measuring how levels run"
-    assert told[-1] == "done"
+    assert [each.done for each in told] == sorted(each.done for each in told)
+    assert (told[0].what, told[0].done) == ("measuring how levels run", 0.0)
+    assert (told[-1].what, told[-1].done) == ("done", 1.0)
+    assert sum(each.what == told[0].what for each in told) == 6  # levels of every step
 
 
 class Several(nn.Module):
@@ -274,8 +276,9 @@ def test_a_full_disk_leaves_nothing_behind(
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporter, "save_model", full)
-    with pytest.raises(ExportError, match="No space left"):
-        export(hne, tmp_path / "new", tune=False)
+    for new in (tmp_path / "new", tmp_path / "exported" / "by" / "name"):
+        with pytest.raises(ExportError, match="No space left"):
+            export(hne, new, tune=False)
     with pytest.raises(ExportError, match="No space left"):
         export(hne, tmp_path / "out", tune=False, overwrite=True)
     assert left_behind(tmp_path) == before
@@ -306,7 +309,7 @@ def test_only_exports_are_overwritten(hne: Any, exported: Path, tmp_path: Path) 
 def test_missing_packages_are_named(
     hne: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporter, "find_spec", lambda name: None if name == "onnxscript" else name)
+    monkeypatch.setattr(directory, "find_spec", lambda name: None if name == "onnxscript" else name)
     with pytest.raises(ExportError, match=r"onnxscript.*\n.*treeify\[onnx\]"):
         export(hne, tmp_path / "out")
     assert left_behind(tmp_path) == []

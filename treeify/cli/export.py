@@ -35,8 +35,9 @@ from treeify.cli.saved import (
 )
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.deploy.directory import check_writable, require_packages
 from treeify.deploy.exported import looks_exported
-from treeify.deploy.exporter import Progress, check_writable, require_packages
+from treeify.deploy.exporter import Progress
 from treeify.deploy.exporter import export as write
 from treeify.errors import InputError
 

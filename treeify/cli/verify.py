@@ -14,7 +14,7 @@ from treeify.cli.output import say
 from treeify.cli.quantities import Part
 from treeify.conversion.splits import listed
 from treeify.deploy.check import check_export
-from treeify.deploy.exporter import require_packages
+from treeify.deploy.directory import require_packages
 from treeify.errors import InputError, printable
 from treeify.models.builders import TIMM, check_names, library_names
 from treeify.parity import results

@@ -17,7 +17,7 @@ from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.deploy.dense import Template, template
 from treeify.deploy.level_call import LevelCall
 from treeify.deploy.step import Key, Step
-from treeify.deploy.step_draft import Choose, Draft
+from treeify.deploy.step_draft import Choose, Draft, spans_between
 from treeify.deploy.values import IMAGES, Layout, crossing_layouts
 from treeify.engine.forms import Form
 from treeify.engine.program import OUTPUT, PACKED, CrossingValue, Program, Walk
@@ -155,6 +155,14 @@ class StepPlans:
                 if maker is not None:
                     maker.keep(name, branch)
         return [draft.step() for draft in drafts]
+
+    def spans(self, sizes: Sequence[int]) -> list[tuple[int, int, Span]]:
+        """Per step, from 1, every level it computes and the branches there."""
+        found = []
+        for number, (start, size) in enumerate(pairwise((0, *sizes)), 1):
+            spans = spans_between(self.tree, start, size)
+            found += [(number, level, span) for level, span in enumerate(spans) if span.size]
+        return found
 
     def level_step(self, level: int, span: Span, execution: str) -> Step:
         """A step of one level alone, to measure it: what it reads comes from outside."""

@@ -1,38 +1,31 @@
 """An ensemble -> a directory that answers without PyTorch, complete and compared, or not there."""
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
-from treeify import files
-from treeify.anytime.confidence import BUDGET
 from treeify.arguments import as_path
 from treeify.conversion.assemble import assemble
 from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.conversion.initialize import Source
-from treeify.data.preparation import PREPARATION
 from treeify.deploy import runtime
-from treeify.deploy.dense_steps import StepPlans
-from treeify.deploy.formats import FORMAT, MANIFEST, OPSET, README, RUNTIME, VERSION
+from treeify.deploy.dense_steps import StepPlans, key_of
+from treeify.deploy.directory import check_writable, publish, require_packages
+from treeify.deploy.formats import MANIFEST, README, RUNTIME
+from treeify.deploy.manifest import manifest_of, row_of
 from treeify.deploy.readme import readme
-from treeify.deploy.step import Step, output_names
-from treeify.deploy.values import BatchDim
+from treeify.engine.program import PACKED
 from treeify.errors import ExportError, InputError
 
 if TYPE_CHECKING:  # they need packages of an extra
     from treeify.deploy.quantisation_report import Comparison, QuantisationReport
     from treeify.deploy.runtime import Array
 
-_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 # Measuring forms and writing files take about as long as tracing.
 _TRACED, _WRITTEN, _COMPARED = 0.7, 0.9, 0.95
 
@@ -167,61 +160,6 @@ def _calibration(
     return images, comparison(images, labels, held_out, shape)
 
 
-def require_packages() -> None:
-    """Raise ExportError unless what exporting needs is installed."""
-    missing = [package for package in _PACKAGES if find_spec(package) is None]
-    if missing:
-        raise ExportError(
-            f"exporting needs {', '.join(missing)}, which is not installed.",
-            next_step="pip install 'treeify[onnx]'",
-        )
-
-
-def is_export(path: Path) -> bool:
-    """Whether a directory was written by `export`, or says so."""
-    try:
-        text = files.read_bytes(path / MANIFEST, 2**24)
-        return bool(json.loads(text).get("format") == FORMAT)
-    except (OSError, ValueError, AttributeError):
-        return False
-
-
-def check_writable(final: Path, *, overwrite: bool) -> None:
-    """Raise ExportError unless an export may be written there."""
-    exists = next(each for each in (final, *final.absolute().parents) if each.exists())
-    if not exists.is_dir():
-        raise ExportError(f"{exists} is a file.", expected="a directory, new or empty")
-    if not final.is_dir() or not any(final.iterdir()):
-        return
-    if not overwrite:
-        raise ExportError(
-            f"{final} is not empty.",
-            expected="a new or empty directory",
-            next_step="Choose another one, or pass --overwrite (overwrite=True).",
-        )
-    if not is_export(final):
-        raise ExportError(
-            f"{final} holds something else than an export, and is not overwritten.",
-            expected=f"a directory with {MANIFEST}",
-            next_step="Choose another one.",
-        )
-
-
-def publish(final: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
-    """Make the directory at once; what was there stays until then."""
-    if not final.exists():
-        files.publish(final, write)
-        return
-    fresh = files.unused(final.with_name(f"{final.name}-new"))
-    files.publish(fresh, write)
-    if any(final.iterdir()):
-        assert overwrite
-        files.withdraw(final)
-    else:
-        final.rmdir()
-    fresh.rename(final)
-
-
 def resized(hne: HierarchicalEnsemble, input_size: tuple[int, int]) -> HierarchicalEnsemble:
     """The same ensemble for images of another size."""
     like = hne.example_images(1)
@@ -283,15 +221,21 @@ class _Writer:
         translator = Translator(self.plans)
         forms = Forms(translator, measure=self.tune, quantised=self.calibration is not None)
         count = len(self.sizes)
-        self.observe(Progress(1, count, "measuring how levels run" if self.tune else "tracing", 0))
+        # What takes long, before steps are put together of it.
+        spans = self.plans.spans(self.sizes)
+        what = "measuring how levels run" if self.tune else "tracing"
+        for index, (number, level, span) in enumerate(spans):
+            self.observe(Progress(number, count, what, _TRACED * index / len(spans)))
+            if forms.choose(level, span) == PACKED:
+                translator.graph(key_of(level, span), products=False)
         steps = self.plans.steps(self.sizes, forms.choose)
         rows = []
         for number, step in enumerate(steps, 1):
             self._report(number, "writing", _TRACED, (number - 1) / count)
             file = folder / f"step-{number:02d}.onnx"
             save_model(translator.model(step, forms.products(step)), file)
-            rows.append(self._row(step, file, forms))
-        manifest = self._manifest(rows)
+            rows.append(row_of(self.plans.hne, step, file, forms.described(step)))
+        manifest = manifest_of(self.plans, self.sizes, self.name, rows)
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         shutil.copyfile(runtime.__file__, folder / RUNTIME)
         if self.verify:
@@ -306,110 +250,12 @@ class _Writer:
         share = 0.2 if base == _TRACED else 0.1
         self.observe(Progress(number, len(self.sizes), what, base + share * part))
 
-    def _row(self, step: Step, file: Path, forms: Any) -> dict[str, Any]:
-        hne, content = self.plans.hne, file.read_bytes()
-        leaf_outputs = step.outputs[: len(step.outputs) - len(step.kept)]
-        before = (
-            (hne.count_macs(step.start), hne.count_parameters(step.start)) if step.start else (0, 0)
-        )
-        return {
-            "file": file.name,
-            "sha256": hashlib.sha256(content).hexdigest(),
-            "bytes": len(content),
-            "parameters": hne.count_parameters(step.leaves) - before[1],
-            "start": step.start,
-            "leaves": step.leaves,
-            "macs": hne.count_macs(step.leaves) - before[0],
-            "inputs": [{"name": name} for name in step.inputs],
-            "outputs": [
-                *({"name": name, "kind": "leaves"} for name in leaf_outputs),
-                *(
-                    {
-                        "name": kept.name,
-                        "kind": "kept",
-                        "dtype": str(kept.example.dtype).removeprefix("torch."),
-                        "shape": shape_of(kept.example, kept.batch_dim),
-                        "batch_dim": None if kept.batch_dim is None else kept.batch_dim[0],
-                    }
-                    for kept in step.kept
-                ),
-            ],
-            "forms": forms.described(step),
-            "parity": None,
-        }
-
-    def _manifest(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        hne, plans = self.plans.hne, self.plans
-        preparation = None
-        if hne.preparation is not None:
-            preparation = PREPARATION.dump_python(hne.preparation, mode="json")
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "name": self.name,
-            "versions": {
-                "treeify": version("treeify"),
-                **{package: version(package) for package in ("torch", *_PACKAGES)},
-                "opset": OPSET,
-            },
-            "classes": None if preparation is None else preparation["classes"],
-            "preparation": preparation,
-            "tree": {
-                "fanouts": list(hne.tree.fanouts),
-                "leaves": hne.leaves,
-                "nested_sizes": list(hne.tree.nested_sizes),
-                "splits": list(hne.conversion.splits.specs),
-            },
-            "sizes": list(self.sizes),
-            "images": {
-                "shape": ["batch" if plans.dynamic else plans.images, *plans.image_shape],
-                "dtype": "float32",
-            },
-            "macs": {str(size): hne.count_macs(size) for size in self.sizes},
-            "output": structure_of(plans.output),
-            "droppable": all(crossing.rows for crossing in plans.program.crossings.values()),
-            "budgets": [
-                BUDGET.dump_python(budget, mode="json", by_alias=True)
-                for budget in hne.budgets.values()
-                if budget.sizes == self.sizes
-            ],
-            "quantised": None,
-            "steps": rows,
-        }
-
     def _parity(self, folder: Path) -> list[dict[str, Any]]:
         """Compare the files with the ensemble; the largest differences of each step."""
         from treeify.deploy.compare import compare
 
         batches = (1, 3) if self.plans.dynamic else (self.plans.images,)
         return compare(self.plans.hne, folder, batches)
-
-
-def shape_of(example: Tensor, batch_dim: BatchDim) -> list[int | str]:
-    """A tensor's shape with its batch by name."""
-    shape: list[int | str] = list(example.shape)
-    if batch_dim is not None:
-        dim, times = batch_dim
-        shape[dim] = "batch" if times == 1 else f"batch*{times}"
-    return shape
-
-
-def structure_of(output: Any) -> dict[str, Any]:
-    """The structure of the model's output, as JSON values."""
-    count = sum(isinstance(leaf, Tensor) for leaf in tree_leaves(output))
-    names = iter(output_names(count))
-
-    def structure(value: Any) -> dict[str, Any]:
-        if isinstance(value, Tensor):
-            return {"tensor": next(names)}
-        if isinstance(value, dict):
-            return {"dict": {str(key): structure(each) for key, each in value.items()}}
-        if isinstance(value, tuple | list):
-            kind = "list" if isinstance(value, list) else "tuple"
-            return {kind: [structure(each) for each in value]}
-        return {"constant": value}
-
-    return structure(output)
 
 
 def save_model(model: Any, file: Path) -> None:

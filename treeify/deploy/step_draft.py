@@ -30,6 +30,15 @@ class Source(Protocol):
         ...
 
 
+def spans_between(tree: Tree, start: int, leaves: int) -> list[Span]:
+    """Per level, the branches that are computed on the way from some leaves to more."""
+    # Both ends rounded up: a branch that has a computed leaf is computed itself.
+    return [
+        Span(-(-start // below), -(-leaves // below))
+        for below in map(tree.leaves_below, range(tree.levels))
+    ]
+
+
 @dataclass
 class Draft:
     """A step being written."""
@@ -48,12 +57,7 @@ class Draft:
     results: list[list[fx.Node]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        tree = self.plans.tree
-        # Both ends rounded up: a branch that has a computed leaf is computed itself.
-        self.spans = [
-            Span(-(-self.start // below), -(-self.leaves // below))
-            for below in map(tree.leaves_below, range(tree.levels))
-        ]
+        self.spans = spans_between(self.plans.tree, self.start, self.leaves)
         self.images = self.plans.program.crossings[self.plans.program.image]
 
     def write(self) -> None:

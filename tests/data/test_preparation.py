@@ -157,7 +157,7 @@ def test_all_bad_files_are_named(tmp_path: Path, photo: Path) -> None:
         ({"mean": (0.0,), "std": (0.0,)}, "divides pixels"),
         ({"size": (0, 8)}, "no height and width"),
         ({"size": "ab"}, "no height and width"),
-        ({"size": (8, 10**6)}, "width of images is no integer in range"),
+        ({"size": (8, 10**6)}, r"no height and width(.|\n)*\[8, 1000000\]"),
         # It had a number for each of them in memory.
         ({"channels": 10**9, "mean": (0.5,), "std": (0.5,)}, "channels of images is no integer"),
         ({"channels": "x"}, "channels of images is no integer"),

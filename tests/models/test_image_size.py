@@ -51,7 +51,8 @@ def test_resized_sets_the_size_only_where_a_model_has_one() -> None:
 
 
 @pytest.mark.parametrize(
-    "size", ["x", "12", 0, -1, [8], [8, 8, 8], [8, 0], None, 1.5, True, [8.0, 8]]
+    "size",
+    ["x", 2**31, [8, 10**30], "12", 0, -1, [8], [8, 8, 8], [8, 0], None, 1.5, True, [8.0, 8]],
 )
 def test_what_is_no_size_is_refused(size: Any) -> None:
     with pytest.raises(InputError, match=r"no height and width(.|\n)*224"):

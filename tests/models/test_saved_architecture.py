@@ -39,6 +39,9 @@ def test_arguments_that_name_weights_are_dropped_however_deep_for_libraries_only
     kwargs |= {"pretrained_cfg": {"url": "http://x", "num_classes": 3, "more": [{"hf_hub_id": 1}]}}
     kept = {"num_classes": 3, "pretrained_cfg": {"num_classes": 3, "more": [{}]}}
     assert without_weights(Architecture("resnet18", kwargs)).kwargs == kept
+    data = {"name": "resnet18", "kwargs": kwargs}
+    for trust in (False, True):  # what is read has none; what is built drops them once more
+        assert saved_architecture(data, "dir", trust=trust).kwargs == kept
     assert without_weights(Architecture("mine:net", kwargs)).kwargs == kwargs
     window = {"pretrained_window_sizes": [8, 8, 8, 6], "weight_init": "jax"}
     assert without_weights(Architecture("swinv2_tiny_window8_256", window)).kwargs == window

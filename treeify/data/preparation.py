@@ -32,10 +32,9 @@ from treeify.data.image_files import (
     upright,
 )
 from treeify.errors import DataError, InputError
-from treeify.models.image_size import height_and_width
+from treeify.models.image_size import LARGEST, height_and_width
 
 CropMode = Literal["center", "squash", "border"]
-_LARGEST = 2**15
 Interpolation = Literal["nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"]
 
 
@@ -79,8 +78,7 @@ class Preparation:
                 next_step="Pass both.",
             )
         height, width = height_and_width(self.size)
-        for name, value in (("height", height), ("width", width), ("channels", self.channels)):
-            require_integer(f"{name} of images", value, 1, _LARGEST)
+        require_integer("channels of images", self.channels, 1, LARGEST)
         require_number(
             "crop_pct", self.crop_pct, above=0, expected="a finite number above 0, such as 0.875"
         )

@@ -14,6 +14,7 @@ from treeify.models.skeleton import skeleton
 
 Size = int | Sequence[int]  # a square's side, or [H, W]
 
+LARGEST = 2**15  # side of an image, and more channels than any has
 _IMAGE_SIZE = "img_size"  # what timm calls it, as an argument and in modules
 
 
@@ -51,11 +52,11 @@ def height_and_width(size: Size) -> tuple[int, int]:
     """
     sides = (size, size) if isinstance(size, int) else size
     is_pair = isinstance(sides, tuple | list) and len(sides) == 2
-    if not is_pair or not all(type(side) is int and side > 0 for side in sides):
+    if not is_pair or not all(type(side) is int and 1 <= side <= LARGEST for side in sides):
         raise InputError(
             "size is no height and width.",
-            expected="a number of pixels of at least 1, or two",
-            found=described(size),
+            expected=f"a number of pixels from 1 to {LARGEST:,}, or two",
+            found=described(list(size) if isinstance(size, tuple) else size),
             next_step="Pass one number for a square, 224, or both, [96, 160].",
         )
     height, width = sides

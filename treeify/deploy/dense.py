@@ -125,10 +125,14 @@ def exported(
             expected="a model that takes batches of any size",
             next_step="Export it for one size: --batch 1 (batch=1).",
         )
+    if "DataDependent" in type(error).__name__:
+        advice = "A model that decides by the values of images has no graph that fits all of them."
+    else:
+        advice = "Try one size of batches: --batch 1 (batch=1)."
     raise ExportError(
         "torch.export cannot follow the model.",
         found=f"{type(error).__name__}: {error!s:.1000}",
-        next_step="Try one size of batches: --batch 1 (batch=1)." if dynamic else None,
+        next_step=advice if dynamic else None,
     ) from error
 
 

@@ -134,13 +134,13 @@ def test_going_on_calls_every_level_once_where_all_run_packed(
 ) -> None:
     hne, x = _ensemble(("stage1", "stage2", "head")), small.images()
     calls: list[tuple[int, tuple[int, int]]] = []
-    call = Walk._call
+    call = Walk.call
 
     def counted(self: Walk, level: int, span: Span, values: Any) -> Any:
         calls.append((level, tuple(span)))
         return call(self, level, span, values)
 
-    monkeypatch.setattr(Walk, "_call", counted)
+    monkeypatch.setattr(Walk, "call", counted)
     session = hne.session(x)
     session.advance(to=1)
     calls.clear()

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from timm.utils.misc import natural_key
 
-from treeify.arguments import LARGEST_SEED, require_integer
+from treeify.arguments import require_integer
 from treeify.data import SOURCES, Data
 from treeify.errors import RecipeError
 from treeify.losses import LOSSES
@@ -286,7 +286,7 @@ class Recipe(Section):
     checkpoints: CheckpointsRecipe = CheckpointsRecipe()
     skip_corrupt: NonNegativeInt = 0
     trackers: list[str] = Field(default=[])
-    seed: Annotated[int, Field(ge=0, le=LARGEST_SEED)] = 0
+    seed: NonNegativeInt = 0
     workers: Cpus = 0
     device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
     channels_last: bool = False

@@ -31,6 +31,17 @@ def test_counts(text: str, count: int) -> None:
     assert quantities.count(text, "--budget") == count
 
 
+def test_numbers_of_thousands_of_digits_are_none() -> None:
+    many = "9" * 5000
+    parsers = (quantities.seconds, quantities.count, quantities.numbers, quantities.size)
+    for parse in (*parsers, quantities.part):
+        for text in (many, f"{many}x8", f"1/{many}"):
+            with pytest.raises(InputError, match="--option"):
+                parse(text, "--option")
+    with pytest.raises(InputError, match="--option"):
+        quantities.count("1" + ",000" * 2000, "--option")
+
+
 @pytest.mark.parametrize("text", ["", "ms", "20 minutes", "-1ms", "0", "0,020", "1e", "nan", "inf"])
 def test_what_is_no_duration(text: str) -> None:
     with pytest.raises(InputError, match=r"--deadline .* is no duration"):

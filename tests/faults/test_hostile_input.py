@@ -263,7 +263,11 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "a size in words": ({"example": [3, "8", 8]}, "example.1"),
     "a batch beyond memory": ({"batch": 10**9}, "at most 268,435,456 values"),
     "frozen by number": ({"frozen": 5}, "frozen"),
-    "images beyond memory": ({"preparation": {"size": [10**9, 10**9]}}, "up to 32,768"),
+    "channels beyond memory": (
+        {"preparation": {"size": [8, 8], "mean": [0.5], "std": [0.5], "channels": 10**9}},
+        "channels of images is no integer in range",
+    ),
+    "images beyond memory": ({"preparation": {"size": [10**9, 10**9]}}, "from 1 to 32,768"),
 }
 
 
@@ -399,5 +403,5 @@ def test_a_png_that_says_it_is_huge(tmp_path: Path) -> None:
 
 
 def test_a_size_of_images_beyond_memory() -> None:
-    with pytest.raises(InputError, match="up to 32,768"):
+    with pytest.raises(InputError, match="from 1 to 32,768"):
         treeify.data.Preparation(size=(10**9, 8))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from treeify.errors import ModelError
+from treeify.errors import InputError, ModelError
 from treeify.models.base_model import base_model
 
 
@@ -27,6 +27,12 @@ def test_the_seed_decides_about_weights_and_the_callers_generator_stays() -> Non
     key = next(key for key, tensor in first.state_dict().items() if tensor.ndim == 4)
     assert torch.equal(first.state_dict()[key], again.state_dict()[key])
     assert not torch.equal(first.state_dict()[key], other.state_dict()[key])
+
+
+def test_a_seed_that_no_generator_takes_is_refused() -> None:
+    for seed in (-1, 2**63, 10**30):
+        with pytest.raises(InputError, match="seed is no integer in range"):
+            base_model("test_vit", seed=seed)
 
 
 def test_an_unknown_name_is_refused() -> None:

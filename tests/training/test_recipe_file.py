@@ -159,6 +159,8 @@ def test_mistakes_are_named_with_their_place(
         ("optimizer.lrr=1", "optimizer.lrr (command line): unknown key, did you mean 'lr'?"),
         ("optimzer.lr=1", "optimzer (command line): unknown key, did you mean 'optimizer'?"),
         ("seed=one", "seed (command line): should be a valid integer; found 'one'"),
+        ("seed=9223372036854775808", "a number of more than 64 bits"),
+        ("data.split_seed=4294967296", "data.split_seed (command line): should be less than"),
         ("seed", "'seed' is not of the form key.path=value"),
         ("=3", "'=3' is not of the form key.path=value"),
         ("seed.a=3", "should be a valid integer"),

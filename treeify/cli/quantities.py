@@ -11,8 +11,10 @@ from typing import NamedTuple
 
 from treeify.errors import InputError
 
-_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)(?:e[+-]?\d{1,2})?"
-_GROUPED = r"[1-9]\d{0,2}(?:[_,]\d{3})+"  # 60,000,000, as tables show counts
+# Of no more digits than Python prints; nothing is so many.
+_DIGITS = r"\d{1,30}"
+_NUMBER = rf"(?:{_DIGITS}(?:\.{_DIGITS})?|\.{_DIGITS})(?:e[+-]?\d{{1,2}})?"
+_GROUPED = r"[1-9]\d{0,2}(?:[_,]\d{3}){1,9}"  # 60,000,000, as tables show counts
 _SECONDS = {"": Decimal(1), "s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
 _COUNTS = {"": Decimal(1), "k": Decimal(10**3), "K": Decimal(10**3)}
 _COUNTS |= {"M": Decimal(10**6), "G": Decimal(10**9), "T": Decimal(10**12)}
@@ -88,7 +90,7 @@ def whole_numbers(text: str, option: str) -> tuple[int, ...]:
 
 def size(text: str, option: str) -> Size:
     """Height and width in pixels, such as `96x160`, or `96` for both."""
-    match = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text.strip())
+    match = re.fullmatch(r"([1-9]\d{0,9})(?:x([1-9]\d{0,9}))?", text.strip())
     if match is None:
         raise InputError(
             f"{option} {text!r} is no size of an image.",
@@ -99,7 +101,7 @@ def size(text: str, option: str) -> Size:
 
 def part(text: str, option: str) -> Part:
     """Which of how many parts, such as `3/8`."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match = re.fullmatch(rf"({_DIGITS})/({_DIGITS})", text)
     if match is None:
         raise InputError(
             f"{option} {text!r} is no {option.strip('-')}.",

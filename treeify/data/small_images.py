@@ -1,10 +1,10 @@
 """Data sets of small images: scikit-learn's digits and torchvision's."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from PIL import Image
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 from torch.utils.data import TensorDataset
 from torchvision import datasets
 
@@ -25,7 +25,7 @@ def digits(
     crop_padding: NonNegativeInt = 0,
     flip: bool = False,
     held_out: PositiveInt = 360,
-    split_seed: NonNegativeInt = 0,
+    split_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0,
 ) -> Data:
     """The 1,797 handwritten digits that scikit-learn ships; nothing is downloaded.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from treeify.arguments import LARGEST_SEED, require_integer
 from treeify.models.architecture import Architecture
 from treeify.models.image_size import (
     Size,
@@ -51,7 +52,9 @@ def base_model(
     Raises:
         ModelError: the name is unknown, its builder takes no such options, or pretrained weights
             cannot be had.
+        InputError: the seed is none.
     """
+    require_integer("seed", seed, 0, LARGEST_SEED)
     kwargs: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     architecture = Architecture(name, kwargs)
     model = _build(architecture, pretrained, seed)

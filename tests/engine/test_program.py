@@ -198,13 +198,13 @@ def test_buffers_shared_by_levels_train_packed() -> None:
 def test_consecutive_looped_levels_are_walked_depth_first(monkeypatch: pytest.MonkeyPatch) -> None:
     hne = small.ensemble(["stem", "stage1", "stage2"])
     calls: list[tuple[int, int]] = []
-    call = Walk._call
+    call = Walk.call
 
     def recorded(walk: Walk, level: int, span: Span, values: dict[str, CrossingValue]) -> Any:
         calls.append((level, span.start))
         return call(walk, level, span, values)
 
-    monkeypatch.setattr(Walk, "_call", recorded)
+    monkeypatch.setattr(Walk, "call", recorded)
     hne.execution = ["packed", "looped", "looped", "packed"]
     hne(small.images())
     assert calls == [(0, 0), (1, 0), (2, 0), (2, 1), (1, 1), (2, 2), (2, 3), (3, 0)]

@@ -33,8 +33,10 @@ from treeify.tree import Span
 GROUPED, PRODUCT = "grouped", "product"
 # Another form than the grouped one has to win by this much: times are noisy.
 _GAIN = 0.97
-_BATCHES = (1, 8)
+_BATCHES = (1, 8, 32)
 _ROUNDS, _SECONDS = 15, 0.6
+# A level that takes so long is not measured with more images than that.
+_LONG = 0.05
 
 
 @dataclass
@@ -123,8 +125,11 @@ class Forms:
         for batch in _BATCHES if plans.dynamic else (plans.images,):
             feeds = _feeds(packed, batch)
             runs = {name: _runner(each, feeds) for name, each in sessions.items()}
-            for name, seconds in alternate(runs).items():
+            measured = alternate(runs)
+            for name, seconds in measured.items():
                 times[name].append(seconds)
+            if min(measured.values()) > _LONG:
+                break
         self.seconds[level, span] = times
         scores = {name: prod(seconds) ** (1 / len(seconds)) for name, seconds in times.items()}
         best = min(scores, key=scores.__getitem__)

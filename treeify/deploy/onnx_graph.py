@@ -120,10 +120,15 @@ class _Writer:
         )
 
     def _outputs(self, nodes: Sequence[fx.Node]) -> list[ir.Value]:
-        """The results under the step's names; each by a node of its own, as the format demands."""
-        outputs = []
+        """The results under the step's names."""
+        outputs: list[ir.Value] = []
         for name, node in zip(self.step.outputs, nodes, strict=True):
             source = self.values[node]
+            if source.producer() is not None and source not in outputs:
+                source.name = name
+                outputs.append(source)
+                continue
+            # An input, a weight or a result that has a name: a copy, as the format demands.
             output = ir.Value(name=name, shape=source.shape, type=source.type)
             self.nodes.append(ir.node("Identity", [source], outputs=[output]))
             outputs.append(output)
@@ -151,6 +156,7 @@ class _Writer:
             ir.convenience.replace_all_uses_with(place, fresh, replace_graph_outputs=True)
             self.initializers.append(fresh)
         outputs = list(graph.outputs)
+        graph.outputs.clear()  # they may become those of the step
         for inner in list(graph):
             graph.remove(inner)
             for value in inner.outputs:

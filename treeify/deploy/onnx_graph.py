@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnxscript import optimizer
 from torch import Tensor, fx
 
 from treeify.deploy.dense import exported
@@ -76,6 +77,7 @@ class Translator:
                 )
             except torch.onnx.OnnxExporterError as error:
                 raise _untranslated(error) from error
+        _simplify(onnx.model)
         graph: ir.Graph = onnx.model.graph
         return graph
 
@@ -205,6 +207,25 @@ class _Writer:
 
 # Follows the name of a weight that was written in another order (`products`).
 SUFFIX = "~"
+
+
+def _simplify(model: ir.Model) -> None:
+    """Fold constants, as the bounds of clipping, which runtimes only then fuse into convolutions.
+
+    Weights are inputs meanwhile, so that none is folded: other branches have others.
+    """
+    graph = model.graph
+    weights = dict(graph.initializers)
+    contents = {name: value.const_value for name, value in weights.items()}
+    for name, value in weights.items():
+        del graph.initializers[name]
+        value.const_value = None
+        graph.inputs.append(value)
+    optimizer.optimize_ir(model)
+    for name, value in weights.items():
+        graph.inputs.remove(value)
+        value.const_value = contents[name]
+        graph.register_initializer(value)
 
 
 def _untranslated(error: BaseException) -> ExportError:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -65,11 +66,7 @@ def compare(
 
 def _tensors(value: Any) -> Any:
     """NumPy's arrays as tensors."""
-    if isinstance(value, dict):
-        return {key: _tensors(each) for key, each in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(map(_tensors, value))
-    return torch.from_numpy(value) if hasattr(value, "dtype") else value
+    return tree_map_only(np.ndarray, torch.from_numpy, value)
 
 
 def _relative(actual: Any, expected: Any) -> float:

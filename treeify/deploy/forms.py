@@ -4,11 +4,9 @@ Which way is faster depends on the processor, the sizes and the runtime, so that
 for PyTorch says nothing here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -27,6 +25,7 @@ from treeify.deploy.quantised_graph import (
     quantise_graph,
 )
 from treeify.deploy.step import Step
+from treeify.engine import timing
 from treeify.engine.program import LOOPED, PACKED
 from treeify.tree import Span
 
@@ -35,6 +34,7 @@ GROUPED, PRODUCT = "grouped", "product"
 _GAIN = 0.97
 _BATCHES = (1, 8, 32)
 _ROUNDS, _SECONDS = 15, 0.6
+_CPU = torch.device("cpu")
 # A level that takes so long is not measured with more images than that.
 _LONG = 0.05
 
@@ -125,7 +125,9 @@ class Forms:
         for batch in _BATCHES if plans.dynamic else (plans.images,):
             feeds = _feeds(packed, batch)
             runs = {name: _runner(each, feeds) for name, each in sessions.items()}
-            measured = alternate(runs)
+            measured = timing.medians(
+                timing.alternate(runs, _CPU, repeats=_ROUNDS, budget=_SECONDS)
+            )
             for name, seconds in measured.items():
                 times[name].append(seconds)
             if min(measured.values()) > _LONG:
@@ -143,24 +145,6 @@ class Forms:
         answers = step.outputs[: len(step.outputs) - len(step.kept)]
         feeds = [_feeds(step, self.translator.plans.images)]
         return quantise_graph(proto, feeds, answers, reduced_range=not has_vnni())
-
-
-def alternate(
-    runs: Mapping[str, Callable[[], Any]], rounds: int = _ROUNDS, seconds: float = _SECONDS
-) -> dict[str, float]:
-    """Median seconds of actions that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    begin = perf_counter()
-    while len(next(iter(times.values()))) < rounds:
-        for name, run in runs.items():
-            start = perf_counter()
-            run()
-            times[name].append(perf_counter() - start)
-        if perf_counter() - begin > seconds and len(times[name]) >= 3:
-            break
-    return {name: median(each) for name, each in times.items()}
 
 
 def session(model: onnx.ModelProto, threads: int) -> onnxruntime.InferenceSession:

@@ -47,8 +47,8 @@ class Level:
 class ExportedStep:
     """A file of an export: from how many leaves to how many, what it costs, and its parity.
 
-    `difference` is the largest of a leaf's logits from PyTorch's, in fractions of the largest logit;
-    None where they were not compared.
+    `difference` is the largest of a leaf's logits from PyTorch's, in fractions of the largest
+    logit; None where they were not compared.
     """
 
     file: str

@@ -18,7 +18,13 @@ from treeify.cli.classes import (
 )
 from treeify.cli.options import Device, Json, Trust, Weights
 from treeify.cli.output import check_file, print_json, say, write_text
-from treeify.cli.saved import (
+from treeify.cli.scores import as_csv, base_row, rows_of, score_rows, score_tables
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.data import Data
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.deploy.exported_scores import exported_scores, exported_seconds
+from treeify.deploy.saved import (
     checkpoint_in,
     data_for_export,
     data_section,
@@ -27,12 +33,6 @@ from treeify.cli.saved import (
     origin_of,
     skips_damaged,
 )
-from treeify.cli.scores import as_csv, base_row, rows_of, score_rows, score_tables
-from treeify.conversion import checkpoint
-from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.data import Data
-from treeify.deploy.exported import ExportedEnsemble
-from treeify.deploy.exported_scores import exported_scores, exported_seconds
 from treeify.engine import timing
 from treeify.errors import CheckpointError, InputError
 from treeify.evaluation.classes import NamedClasses
@@ -225,7 +225,7 @@ def _of_checkpoint(
     batches = options.batches(data, skipped, skip=skips_damaged(path, trust=trust))
     measured = base if weights is not None else None
     classes = NamedClasses(hne.tree, len(data.classes))
-    scores, gains, base_score = compare(hne, batches, measured, observe=classes.add)
+    scores, gains, base_score = compare(hne, batches, measured, observe=classes.observe)
     x = placed(data.example()[None], hne)
     machine = timing.describe(x.device) if options.latency else None
     seconds = answer_seconds(hne, x, base=base) if options.latency else None
@@ -256,7 +256,7 @@ def _of_export(exported: ExportedEnsemble, options: _Options) -> _Found:
     classes = NamedClasses(exported.tree, len(data.classes))
     # Two pools of threads that spin in one process, the export's and PyTorch's, slow each other.
     with timing.threads(1):
-        scores, gains = exported_scores(exported, batches, data.classes, observe=classes.add)
+        scores, gains = exported_scores(exported, batches, data.classes, observe=classes.observe)
         x = data.example()[None]
         seconds = exported_seconds(exported, x) if options.latency else None
     kept = [scores.tree.nested_sizes.index(size) for size in exported.sizes]

@@ -18,7 +18,7 @@ def exported_scores(
     batches: Iterable[Batch],
     classes: Sequence[str],
     *,
-    observe: Callable[[Tensor, Tensor], None] = lambda logits, target: None,
+    observe: Callable[[Tensor, Tensor, Tensor], None] = lambda images, logits, target: None,
 ) -> tuple[Scores, Gains]:
     """The scores of every nested size, and the gains over one leaf, in one pass over the images.
 
@@ -26,7 +26,7 @@ def exported_scores(
         exported: answers by its runtime.
         batches: images `[N, C, H, W]` and classes `[N]`.
         classes: names of the data's.
-        observe: called with every batch's leaf logits `[N, L, K]` and classes `[N]`.
+        observe: called with every batch: images, leaf logits `[N, L, K]` and classes `[N]`.
 
     Raises:
         DataError: there is not one logit for each class, or a class is out of range.
@@ -46,7 +46,7 @@ def exported_scores(
         require_labels(target, len(classes))
         scores.add(logits, target)
         gains.add(logits, target)
-        observe(logits, target)
+        observe(images, logits, target)
     return scores, gains
 
 

@@ -93,7 +93,7 @@ def compare(
     batches: Iterable[Batch],
     base: nn.Module | None = None,
     *,
-    observe: Callable[[Tensor, Tensor], None] = lambda logits, target: None,
+    observe: Callable[[Tensor, Tensor, Tensor], None] = lambda images, logits, target: None,
 ) -> tuple[Scores, Gains, Score | None]:
     """Scores, gains over one leaf, and the base model's score, in one pass over the images.
 
@@ -101,21 +101,21 @@ def compare(
         hne: the ensemble; every module's mode is put back.
         batches: images [N, 3, H, W] and classes [N].
         base: the base model in evaluation mode, if it is to be measured too.
-        observe: called with every batch's leaf logits [N, L, K] and classes [N].
+        observe: called with every batch: images, leaf logits [N, L, K] and classes [N].
 
     Raises:
         DataError: as of `treeify.evaluation.metrics.measure`.
         InputError: as there, or the base model is no module.
     """
     require_ensemble(hne)
-    require_callable("observe", observe, "leaf logits and classes")
+    require_callable("observe", observe, "images, leaf logits and classes")
     if base is not None:
         require_type("base", base, nn.Module, "the base model, an nn.Module")
     gains, base_scores = Gains(hne.tree), Scores(Tree())
 
     def count(x: Tensor, logits: Tensor, target: Tensor) -> None:
         gains.add(logits, target)
-        observe(logits, target)
+        observe(x, logits, target)
         if base is not None:
             base_scores.add(base(x)[:, None], target)
 

@@ -225,7 +225,7 @@ def _of_checkpoint(
     batches = options.batches(data, skipped, skip=skips_damaged(path, trust=trust))
     measured = base if weights is not None else None
     classes = NamedClasses(hne.tree, len(data.classes))
-    scores, gains, base_score = compare(hne, batches, measured, observe=classes.observe)
+    scores, gains, base_score = compare(hne, batches, measured, observe=classes.add_batch)
     x = placed(data.example()[None], hne)
     machine = timing.describe(x.device) if options.latency else None
     seconds = answer_seconds(hne, x, base=base) if options.latency else None
@@ -256,7 +256,7 @@ def _of_export(exported: ExportedEnsemble, options: _Options) -> _Found:
     classes = NamedClasses(exported.tree, len(data.classes))
     # Two pools of threads that spin in one process, the export's and PyTorch's, slow each other.
     with timing.threads(1):
-        scores, gains = exported_scores(exported, batches, data.classes, observe=classes.observe)
+        scores, gains = exported_scores(exported, batches, data.classes, observe=classes.add_batch)
         x = data.example()[None]
         seconds = exported_seconds(exported, x) if options.latency else None
     kept = [scores.tree.nested_sizes.index(size) for size in exported.sizes]

@@ -28,6 +28,21 @@ class ClassScore:
     accuracy: tuple[float, ...] | None
 
 
+def confusion_matrix(labels: Tensor, named: Tensor, classes: int) -> Tensor:
+    """How many images of each true class are named each class.
+
+    Args:
+        labels: their true classes, [N].
+        named: what they are named, [N].
+        classes: how many there are, `K`.
+
+    Returns:
+        Counts [K, K]: a row for each true class, a column for each named class.
+    """
+    pairs = labels * classes + named
+    return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+
 class NamedClasses:
     """The class that every nested sub-ensemble names for each image, gathered over batches.
 
@@ -67,8 +82,8 @@ class NamedClasses:
         self._named.append(nested.argmax(-1).cpu())
         self._labels.append(target.long().cpu())
 
-    def observe(self, images: Tensor, logits: Tensor, target: Tensor) -> None:
-        """The same, as those that measure call an observer."""
+    def add_batch(self, images: Tensor, logits: Tensor, target: Tensor) -> None:
+        """The same, as whoever measures calls an observer: with the images [N, C, H, W], too."""
         self.add(logits, target)
 
     @property
@@ -109,10 +124,7 @@ class NamedClasses:
             DataError: there is no image.
             InputError: this is no nested size.
         """
-        named = self.named[:, self._index(leaves)]
-        pairs = self.labels * self.classes + named
-        counts = torch.bincount(pairs, minlength=self.classes**2)
-        return counts.view(self.classes, self.classes)
+        return confusion_matrix(self.labels, self.named[:, self._index(leaves)], self.classes)
 
     def per_class(self) -> tuple[ClassScore, ...]:
         """The accuracy of every nested size on the images of each class.

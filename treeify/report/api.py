@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from treeify import files
 from treeify.arguments import require_iterable, require_member
@@ -51,6 +51,17 @@ class Report:
     def figures(self) -> dict[str, Figure]:
         """Every figure of matplotlib's by its name, such as `trade_off`."""
         return {chart.name: chart.figure for chart in self.charts}
+
+    def numbers(self) -> list[dict[str, Any]]:
+        """Every section's tables and what it says is missing, ready for JSON."""
+        return [
+            {
+                "section": section.title,
+                "charts": [_numbers(chart) for chart in section.charts],
+                "missing": [*section.warnings, *section.missing],
+            }
+            for section in self.sections
+        ]
 
     def html(self, title: str | None = None) -> str:
         """The page, which needs no other file; by default it is called after what it is of."""
@@ -148,6 +159,12 @@ def read(
             results.append(read_result(path, name, options))
     contents = Contents(tuple(results), tuple(grids))
     return Report(contents)
+
+
+def _numbers(chart: Chart) -> dict[str, Any]:
+    headings = [column.heading for column in chart.table.columns]
+    rows = [dict(zip(headings, row, strict=True)) for row in chart.table.rows]
+    return {"name": chart.name, "title": chart.title, "rows": rows}
 
 
 def _names(paths: Sequence[Path]) -> list[str]:

@@ -50,7 +50,7 @@ def summary(contents: Contents) -> list[tuple[str, str]]:
         values.append((f"accuracy, {last.leaves} leaves", f"{last.accuracy:.2f} %"))
     if result.base is not None and result.base.macs:
         ratio = result.sizes[-1].macs / result.base.macs
-        values.append((f"MACs of {leaves} leaves", f"{ratio:.2f} x one network"))
+        values.append((f"MACs, {leaves} leaves to 1", f"{ratio:.2f} x"))
     if result.times is not None:
         first_time, last_time = (
             1e3 * result.times.seconds[size] for size in (result.sizes[0].leaves, leaves)

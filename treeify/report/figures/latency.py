@@ -166,17 +166,17 @@ def budgets(
             100 * budget.fractions[index] if budget.sizes == sizes and budget.fractions else 0.0
             for budget in ordered
         ]
-        shade = 0.2 + 0.8 * index / max(1, len(sizes) - 1)
-        leaves = "1 leaf" if size == 1 else f"{size} leaves"
+        shade = 0.25 + 0.75 * index / max(1, len(sizes) - 1)
+        leaves = str(size)
         ax.barh(places, widths, 0.66, left, color=style.SERIES[0], alpha=shade, label=leaves, lw=0)
         left = [before + width for before, width in zip(left, widths, strict=True)]
     ax.set_yticks(places, [style.count(budget.target_macs) for budget in ordered])
     ax.invert_yaxis()
     ax.grid(visible=False)
     ax.set_xlim(0, 100)
-    ax.set_xlabel("% of the images that stop after so many leaves")
+    ax.set_xlabel("% of the images")
     ax.set_ylabel("mean MACs")
-    style.legend_below(figure, columns=min(5, len(sizes)))
+    style.legend_below(figure, columns=len(sizes), title="leaves", handlelength=1.2)
     headings: list[AnyColumn] = [
         ("target MACs", ",d"),
         ("mean MACs", ",.0f"),

@@ -19,7 +19,7 @@ _Value = Callable[[Score], float]
 def trade_off_section(contents: Contents) -> Section:
     """Accuracy against MACs, and against milliseconds where they were measured."""
     draft = Draft("trade-off", "The trade-off")
-    draft.missing += mixed(contents)
+    draft.warnings += mixed(contents)
     curves = _curves(contents, attrgetter("accuracy"), draft.missing)
     if curves:
         draft.charts.append(_against_macs(contents, curves))
@@ -63,7 +63,7 @@ def leaves_section(contents: Contents) -> Section:
 def spread_section(contents: Contents) -> Section:
     """Accuracy and the deviation of logits against MACs."""
     draft = Draft("spread", "Accuracy and how much leaves differ")
-    draft.missing += mixed(contents)
+    draft.warnings += mixed(contents)
     accuracies = _curves(contents, attrgetter("accuracy"), draft.missing)
     deviations = _curves(contents, attrgetter("logit_std"), draft.missing)
     if accuracies:

@@ -72,5 +72,8 @@ def _galleries(contents: Contents, result: Result, answers: Answers) -> Iterator
             for thumbnail in answers.thumbnails
             if (thumbnail.after == thumbnail.target) == better
         )
+        word = "right" if better else "wrong"
+        text = f"The first few images of which each size makes a {'wrong' if better else 'right'}"
         if thumbnails:
-            yield Gallery(contents.say(title, result), thumbnails)
+            text += f" answer {word}: from which class to which, and with how many leaves."
+            yield Gallery(contents.say(title, result), text, thumbnails)

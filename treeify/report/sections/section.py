@@ -69,6 +69,7 @@ class Gallery:
     """Images whose answers a size changed, for better or for worse."""
 
     title: str
+    description: str
     thumbnails: tuple[Thumbnail, ...]
 
 
@@ -83,6 +84,7 @@ class Section:
         facts: not drawn.
         galleries: of images.
         missing: what is left out, and why, sentences.
+        warnings: what a reader must know first, sentences.
     """
 
     key: str
@@ -91,6 +93,7 @@ class Section:
     facts: tuple[Facts, ...] = ()
     galleries: tuple[Gallery, ...] = ()
     missing: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass
@@ -103,6 +106,7 @@ class Draft:
     facts: list[Facts] = field(default_factory=list)
     galleries: list[Gallery] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     def section(self) -> Section:
         """The section; every sentence about what is missing stands once."""
@@ -112,7 +116,8 @@ class Draft:
             tuple(self.charts),
             tuple(self.facts),
             tuple(self.galleries),
-            tuple(dict.fromkeys(self.missing)),
+            tuple(dict.fromkeys(filter(None, self.missing))),
+            tuple(self.warnings),
         )
 
 

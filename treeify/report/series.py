@@ -79,5 +79,9 @@ class PublishedSeries(Protocol):
         """How exact it is."""
 
     @property
+    def macs_are(self) -> str:
+        """Who counted the MACs, and how."""
+
+    @property
     def points(self) -> Sequence[tuple[float, float]]:
         """MACs per image and accuracy in percent."""

@@ -45,7 +45,7 @@ def trade_off(
         draw_curve(ax, index, curve)
     if len(curves) == 1:
         _label_sizes(ax, curves[0])
-    _draw_budgets(ax, budgets)
+    _draw_budgets(ax, budgets, [curve.name for curve in curves])
     _draw_published(ax, published, len(curves))
     style.log_costs(ax.xaxis, style.count if unit == "MACs" else style.number)
     ax.set_xlabel(_AXIS[unit])
@@ -56,7 +56,10 @@ def trade_off(
     rows = [
         *_curve_rows(curves),
         *_base_rows(base, curves),
-        *((point.name, None, point.cost, point.accuracy, None, None) for point in budgets),
+        *(
+            (f"{point.curve}, budgets", None, point.cost, point.accuracy, None, None)
+            for point in budgets
+        ),
     ]
     rows = [(*row, None) for row in rows]
     rows += [
@@ -141,18 +144,18 @@ def _draw_base(ax: Axes, base: BaseModel, sizes: Sequence[int]) -> None:
     top.spines["top"].set_visible(True)
 
 
-def _draw_budgets(ax: Axes, budgets: Sequence[BudgetPoint]) -> None:
-    for index, name in enumerate(dict.fromkeys(point.name for point in budgets)):
-        points = sorted((point.cost, point.accuracy) for point in budgets if point.name == name)
+def _draw_budgets(ax: Axes, budgets: Sequence[BudgetPoint], names: Sequence[str]) -> None:
+    for name in dict.fromkeys(point.curve for point in budgets):
+        points = sorted((point.cost, point.accuracy) for point in budgets if point.curve == name)
         costs, accuracies = zip(*points, strict=True)
         ax.plot(
             costs,
             accuracies,
-            color=style.colour(index),
+            color=style.colour(names.index(name)) if name in names else style.MUTED,
             marker="x",
             linestyle=(0, (1, 1.2)),
             linewidth=1.2,
-            label=style.short(name),
+            label=f"{style.short(name)}, budgets",
             zorder=3,
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from treeify.report.chart import Chart
 from treeify.report.contents import sections, summary
 from treeify.report.grids import is_grid, read_grid
 from treeify.report.page import page
+from treeify.report.published import data_sets, published
 from treeify.report.reading import Options
 from treeify.report.reading import read as read_result
 from treeify.report.results import GridResult, Result
@@ -148,17 +149,34 @@ def read(
     require_iterable("data", data, "keys and values, such as ['name=digits']")
     if beside is not None:
         require_member("beside", beside, (PUBLISHED,), PUBLISHED)
+    paths = [Path(each) for each in directories]
+    if data and all(map(is_grid, paths)):
+        raise InputError(
+            "data were named, and grids are not measured.",
+            expected="data with runs, ensembles or exports",
+            next_step="Leave --data out, or give the grid's runs.",
+        )
     options = Options(tuple(data), latency, verify, trust, device)
     results: list[Result] = []
     grids: list[GridResult] = []
-    paths = [Path(each) for each in directories]
     for path, name in zip(paths, _names(paths), strict=True):
         if is_grid(path):
             grids.append(read_grid(path, name, trust=trust))
         else:
             results.append(read_result(path, name, options))
     contents = Contents(tuple(results), tuple(grids))
-    return Report(contents)
+    return Report(contents if beside is None else _with_published(contents))
+
+
+def _with_published(contents: Contents) -> Contents:
+    """The same with the points that were published for its data sets, or why there are none."""
+    names = sorted(set(contents.data_sets.values()))
+    found = [series for name in names for series in published(name)]
+    if found:
+        return replace(contents, published=tuple(found))
+    known, own = (", ".join(sets) or "none that is known" for sets in (data_sets(), names))
+    text = f"No published points are known for its data ({own}); there are some for {known}."
+    return replace(contents, beside=text)
 
 
 def _numbers(chart: Chart) -> dict[str, Any]:

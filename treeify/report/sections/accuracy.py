@@ -23,6 +23,8 @@ def trade_off_section(contents: Contents) -> Section:
     curves = _curves(contents, attrgetter("accuracy"), draft.missing)
     if curves:
         draft.charts.append(_against_macs(contents, curves))
+        if contents.published:
+            draft.charts.append(_beside_published(contents, curves))
     if contents.beside is not None:
         draft.missing.append(contents.beside)
     timed = [each for each in contents.results if each.times is not None and each.scores]
@@ -97,7 +99,7 @@ def _against_macs(contents: Contents, curves: Sequence[Curve]) -> Chart:
     elif bases:
         note = "The base models cost differently, so they are left out."
     budgets = [
-        BudgetPoint(f"{result.name}, budgets", budget.macs, 100 * budget.accuracy)
+        BudgetPoint(result.name, budget.macs, 100 * budget.accuracy)
         for result in contents.results
         for budget in result.budgets
         if budget.images
@@ -105,8 +107,19 @@ def _against_macs(contents: Contents, curves: Sequence[Curve]) -> Chart:
     if budgets:
         note += " Budgets: as treeify calibrate reported them on the half not chosen on."
     note += _where_from(contents)
+    return trade_off(curves, base=base, budgets=budgets, note=note.strip())
+
+
+def _beside_published(contents: Contents, curves: Sequence[Curve]) -> Chart:
+    counts = "; ".join(
+        dict.fromkeys(f"{series.name}: {series.macs_are}" for series in contents.published)
+    )
     return trade_off(
-        curves, base=base, budgets=budgets, published=contents.published, note=note.strip()
+        curves,
+        published=contents.published,
+        name="published",
+        title="Beside what was published",
+        note=f"What their MACs are: {counts}.",
     )
 
 

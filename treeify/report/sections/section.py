@@ -95,6 +95,11 @@ class Section:
     missing: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has nothing to show."""
+        return not (self.charts or self.facts or self.galleries)
+
 
 @dataclass
 class Draft:

@@ -187,7 +187,8 @@ def _numbers(chart: Chart) -> dict[str, Any]:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """A name for each path: its last part, or as many of the last as tell it from the others."""
-    parts = [path.resolve().parts for path in paths]
+    # Not resolved: `best` is a link, and a name that says more than what it leads to.
+    parts = [(path.resolve() if ".." in path.parts else path.absolute()).parts for path in paths]
     names = []
     for index, own in enumerate(parts):
         others = [other for position, other in enumerate(parts) if position != index]

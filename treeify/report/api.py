@@ -123,6 +123,7 @@ def read(
     verify: bool = True,
     trust: bool = False,
     device: str = "auto",
+    weights: str | Path | None = None,
 ) -> Report:
     """Read runs, ensembles, exports and grids, and measure them on their held-out images.
 
@@ -135,6 +136,7 @@ def read(
         verify: compare ensembles with their untouched architecture.
         trust: import what the directories name, if whoever wrote them is trusted.
         device: that ensembles are measured on.
+        weights: trained weights of the base model of the one directory, to measure it too.
 
     Returns:
         The report.
@@ -147,6 +149,11 @@ def read(
     if not directories:
         raise InputError("there is nothing to report on.", expected="a run's directory, or several")
     require_iterable("data", data, "keys and values, such as ['name=digits']")
+    if weights is not None and len(directories) > 1:
+        raise InputError(
+            "weights of one base model were given, and several directories.",
+            expected="one directory with weights",
+        )
     if beside is not None:
         require_member("beside", beside, (PUBLISHED,), PUBLISHED)
     paths = [Path(each) for each in directories]
@@ -156,7 +163,9 @@ def read(
             expected="data with runs, ensembles or exports",
             next_step="Leave --data out, or give the grid's runs.",
         )
-    options = Options(tuple(data), latency, verify, trust, device)
+    options = Options(
+        tuple(data), latency, verify, trust, device, None if weights is None else Path(weights)
+    )
     results: list[Result] = []
     grids: list[GridResult] = []
     for path, name in zip(paths, _names(paths), strict=True):

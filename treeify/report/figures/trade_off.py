@@ -46,6 +46,7 @@ def trade_off(
     figure, ax = style.axes(3.5 + 0.14 * len(published))
     for index, curve in enumerate(curves):
         draw_curve(ax, index, curve)
+    ax.margins(y=0.12)
     _draw_budgets(ax, budgets, [curve.name for curve in curves])
     _draw_published(ax, published, len(curves))
     style.log_costs(ax.xaxis, style.count if unit == "MACs" else style.number)
@@ -53,6 +54,7 @@ def trade_off(
     ax.set_ylabel("accuracy, %")
     if base is not None:
         _draw_base(ax, base, sorted({size for curve in curves for size in curve.leaves}))
+    style.accuracies(ax.yaxis)
     if len(curves) == 1:
         _label_sizes(ax, curves[0])
     style.legend_below(figure)
@@ -112,7 +114,6 @@ def without_empty(table: Table) -> Table:
 
 def _label_sizes(ax: Axes, curve: Curve) -> None:
     """How many leaves each point has; of several curves this would be too much to read."""
-    ax.margins(y=0.15)
     labelled: list[tuple[float, float]] = []
     for size, cost, value in zip(curve.leaves, curve.costs, curve.values, strict=True):
         x, y = ax.transAxes.inverted().transform(ax.transData.transform((cost, value.mean)))

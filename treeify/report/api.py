@@ -159,7 +159,7 @@ def read(
         else:
             results.append(read_result(path, name, options))
     contents = Contents(tuple(results), tuple(grids))
-    return Report(contents if beside is None else _with_published(contents))
+    return Report(contents if beside is None else with_published(contents))
 
 
 def _check(paths: Sequence[Path], data: Sequence[str], beside: str | None, weights: object) -> None:
@@ -182,7 +182,7 @@ def _check(paths: Sequence[Path], data: Sequence[str], beside: str | None, weigh
         )
 
 
-def _with_published(contents: Contents) -> Contents:
+def with_published(contents: Contents) -> Contents:
     """The same with the points that were published for its data sets, or why there are none."""
     names = sorted(set(contents.data_sets.values()))
     found = [series for name in names for series in published(name)]

@@ -27,6 +27,7 @@ ROOMS = (
     "planning",
     "training",
     "deploy",
+    "report",
     "cli",
 )
 ORDER = (*FILES, *ROOMS)

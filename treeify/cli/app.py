@@ -46,6 +46,10 @@ COMMANDS = {
         "benchmark",
         "Measure how fast ensembles and exports answer here, side by side.",
     ),
+    "report": (
+        "report",
+        "Show what runs, ensembles, exports and grids reached: one page of figures and numbers.",
+    ),
     "verify": (
         "verify",
         "Convert models and prove that every leaf equals the untouched architecture.",

@@ -112,6 +112,8 @@ def test_points_that_several_tensors_cross_are_left_out_and_counted() -> None:
     (case,) = (case for case in QUICK if case.name == "resnet18-thin")
     clean, every = costs_of(case), costs_of(case, all_points=True)
     assert {point.live for point in clean.points} == {1}
+    assert "bn1" in [point.name for point in every.points]
+    assert "bn1" not in [point.name for point in clean.points]
     assert set(clean.points) < set(every.points)
     assert clean.left_out > 0 == every.left_out
 

@@ -24,7 +24,10 @@ _UsageError: Any = typer.BadParameter.__base__
 # Modules are imported when their command runs: `treeify --help` need not wait for torch.
 COMMANDS = {
     "splits": ("splits", "List the points where a model can be split."),
-    "plan": ("plan", "Choose where to split a model by what all leaves may cost."),
+    "plan": (
+        "plan",
+        "Choose where to split a model, and into how many branches, by what that costs.",
+    ),
     "convert": ("convert", "Convert a classifier into a hierarchical neural ensemble."),
     "pack": ("pack", "Pack trained networks of one architecture into an ensemble."),
     "train": (

@@ -9,6 +9,7 @@ from pydantic_core import to_jsonable_python
 from rich.console import Console
 from rich.table import Table
 
+from treeify import files
 from treeify.cli.options import (
     InputSize,
     Json,
@@ -21,10 +22,12 @@ from treeify.cli.options import (
     whole_numbers,
 )
 from treeify.cli.output import Column, check_file, print_json, say, short, table
+from treeify.cli.quantities import Bounds
 from treeify.models.base_model import base_model
 from treeify.planning.limits import DEFAULT_FANOUTS, DEFAULT_LEAVES
 from treeify.planning.plan import plan as make_plan
 from treeify.planning.split_plan import RANKING, SplitPlan
+from treeify.report.writing import check_format, readable, require_packages
 
 
 def plan(
@@ -49,7 +52,7 @@ def plan(
         float | None, megabytes("--max-mb", "The most megabytes of parameters and buffers.")
     ] = None,
     leaves: Annotated[
-        tuple[int, int] | None,
+        Bounds | None,
         bounds("--leaves", "How many: 8, or the fewest and the most; by default 4..16."),
     ] = None,
     fanouts: Annotated[
@@ -59,7 +62,8 @@ def plan(
     all_points: Annotated[
         bool,
         typer.Option(
-            "--all-points", help="Split where several tensors cross, too, as in residual blocks."
+            "--all-points",
+            help="Split where several tensors cross, too, as in residual blocks, and before norms.",
         ),
     ] = False,
     measure: Annotated[
@@ -90,6 +94,8 @@ def plan(
         treeify plan resnet18 --max-ms 40 --measure
     """
     if figure is not None:
+        require_packages()
+        check_format(figure.suffix.removeprefix("."))
         check_file(figure, "--figure")
     console = Console(quiet=as_json)
     base = base_model(name, num_classes, input_size)
@@ -109,6 +115,8 @@ def plan(
             measure=measure,
             example_input=base.example,
         )
+    if figure is not None:
+        _draw(result, figure)
     if as_json:
         print_json(_report(result))
         return
@@ -117,6 +125,18 @@ def plan(
     if result.recipe is not None:
         say(console, "", *result.recipe.splitlines())
     say(console, "", *_notes(result))
+
+
+def _draw(result: SplitPlan, figure: Path) -> None:
+    """Write the picture of a plan."""
+    # matplotlib takes its time, and is an extra.
+    from treeify.report import style
+    from treeify.report.figures.plan import plan as drawn_plan
+
+    format = figure.suffix.removeprefix(".")
+    content = style.drawn(drawn_plan(result).figure, figure.stem, format)
+    with readable(figure):
+        files.replace_bytes(figure, content)
 
 
 def _table(result: SplitPlan) -> Table:

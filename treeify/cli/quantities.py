@@ -22,6 +22,13 @@ _COUNTS = {"": Decimal(1), "k": Decimal(10**3), "K": Decimal(10**3)}
 _COUNTS |= {"M": Decimal(10**6), "G": Decimal(10**9), "T": Decimal(10**12)}
 
 
+class Bounds(NamedTuple):
+    """The least and the most of a number."""
+
+    least: int
+    most: int
+
+
 class Part(NamedTuple):
     """One of several parts, numbered from 1 on."""
 
@@ -76,7 +83,7 @@ def megabytes(text: str, option: str) -> float:
     return float(value)
 
 
-def bounds(text: str, option: str) -> tuple[int, int]:
+def bounds(text: str, option: str) -> Bounds:
     """The least and the most of a whole number above 0, such as `4..32`, or `8` for both."""
     match = re.fullmatch(r"([1-9]\d{0,8})(?:\.\.([1-9]\d{0,8}))?", text.strip())
     if match is None or (match[2] and int(match[1]) > int(match[2])):
@@ -84,7 +91,7 @@ def bounds(text: str, option: str) -> tuple[int, int]:
             f"{option} {text!r} is no range of whole numbers above 0.",
             expected=f"one number, or the least and the most: {option} 8, {option} 4..32",
         )
-    return int(match[1]), int(match[2] or match[1])
+    return Bounds(int(match[1]), int(match[2] or match[1]))
 
 
 def count(text: str, option: str) -> int:

@@ -148,7 +148,7 @@ def _refuse(costs: SplitCosts, limits: Limits, problem: Problem) -> NoReturn:
     tree = _candidate(costs, search.splits(int(found[leaves].index[0])), None)
     raise InputError(
         f"no tree of {fewest} or more leaves costs at most {budget}.",
-        expected=f"at least {amount(cost, budget.quantity)}, the nearest possible:"
+        expected=f"at least {amount(cost, budget.quantity, up=True)}, the nearest possible:"
         f" {leaves} leaves, splits {','.join(tree.splits)}",
         found=str(budget),
         next_step="Raise the budget, ask for fewer leaves, or take a smaller model.",

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from treeify.conversion.level_weights import LevelWeights
 from treeify.conversion.levels import Dependencies, levels_within
@@ -34,7 +35,7 @@ class SplitCosts:
         whole: the same of the base model, `[3]`.
         may_follow: whether point `j` may be the split after point `i`, `[P, P]`: it lies behind it,
             and the level between them has weights of its own.
-        left_out: how many points there are besides, which several tensors cross.
+        left_out: how many points there are besides, which are worse to split at.
     """
 
     points: tuple[SplitPoint, ...]
@@ -55,8 +56,9 @@ def split_costs(traced: Traced, *, all_points: bool = False) -> SplitCosts:
 
     Args:
         traced: the model.
-        all_points: whether to take points that several tensors cross as well, as inside of
-            residual blocks.
+        all_points: whether to take points as well that several tensors cross, as inside of
+            residual blocks, and those between a layer and its batch norm, which could not be folded
+            into it any more.
     """
     modes = {training: Dependencies(graph) for training, graph in traced.graphs.items()}
     weights = LevelWeights(traced, modes, trained_only=False)
@@ -65,7 +67,12 @@ def split_costs(traced: Traced, *, all_points: bool = False) -> SplitCosts:
         for point in split_points(traced)
         if point.macs_before and point.macs_after and modes[True].behind(point.name)
     ]
-    points = [point for point in there if all_points or point.live == 1]
+    modules = dict(traced.skeleton.named_modules(remove_duplicate=False))
+    points = [
+        point
+        for point in there
+        if all_points or (point.live == 1 and not isinstance(modules.get(point.name), _BatchNorm))
+    ]
     counter = _Counter(traced, modes)
     behind = np.array([counter.behind(point.name) for point in points], np.int64).reshape(-1, 3)
     masks = [[mode.behind(point.name) for mode in modes.values()] for point in points]

@@ -63,7 +63,8 @@ class Forecast:
 
         Args:
             splits: positions of its points.
-            counts: branches that each answer runs at each level, `[answers, levels]`.
+            counts: branches that each answer runs at each level, `[answers, levels]`; answers of
+                more leaves come later.
         """
         answers = []
         for branches in counts.tolist():
@@ -71,7 +72,8 @@ class Forecast:
             for point, (above, here) in zip(splits, pairwise(branches), strict=True):
                 seconds += float(self.behind[here][point] - self.behind[above][point])
             answers.append(seconds)
-        return tuple(answers)
+        # Whatever noise says, no answer takes longer than one of more leaves.
+        return tuple(np.minimum.accumulate(answers[::-1])[::-1].tolist())
 
 
 def forecast(

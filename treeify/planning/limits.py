@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import ceil, floor, log10
 
 from treeify.arguments import require_integer, require_iterable, require_number
 from treeify.errors import InputError, described
@@ -82,8 +83,8 @@ class Limits:
             if most is not None and costs is not None and costs > most:
                 raise InputError(
                     "the first answer costs what one base model costs.",
-                    expected=f"first_{quantity} of at least {amount(costs, quantity)}, which is"
-                    " the nearest possible",
+                    expected=f"first_{quantity} of at least {amount(costs, quantity, up=True)},"
+                    " which is the nearest possible",
                     found=amount(most, quantity),
                     next_step="Raise it, take a smaller model, or smaller images.",
                 )
@@ -137,10 +138,19 @@ def limits(
     return Limits(budget, *firsts, _leaves(leaves, chosen), chosen)
 
 
-def amount(number: float, quantity: str) -> str:
-    """A number with its unit: `1,200,000 MACs`, `4.2 ms`."""
-    whole = quantity in (MACS, PARAMS)
-    return f"{number:,.0f} {_UNITS[quantity]}" if whole else f"{number:,.3g} {_UNITS[quantity]}"
+def amount(number: float, quantity: str, *, up: bool = False) -> str:
+    """A number with its unit: `1,200,000 MACs`, `4.25 ms`.
+
+    Args:
+        number: how many.
+        quantity: of what, one of `QUANTITIES`.
+        up: round up, so that what costs so much keeps to it.
+    """
+    step = 1.0
+    if quantity in (MS, MB):
+        step = 10.0 ** min(0, floor(log10(number)) - 2)
+    rounded = (ceil if up else round)(number / step) * step
+    return f"{rounded:,.{max(0, -floor(log10(step)))}f} {_UNITS[quantity]}"
 
 
 def numbers_of_leaves(fanouts: Iterable[int], most: int) -> list[int]:

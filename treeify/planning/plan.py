@@ -60,7 +60,8 @@ def plan(
         leaves: how many, or the fewest and the most.
         fanouts: children per split to choose from.
         pick: which of the candidates to take, from 1 on.
-        all_points: search points that several tensors cross, too, as inside of residual blocks.
+        all_points: search points that several tensors cross, too, as inside of residual blocks,
+            and those that part a batch norm from the layer that it could be folded into.
         measure: convert the best few, run them on this machine, and forecast times beside.
         example_input: an image of the size the model expects, `[1, C, H, W]`; found if not given.
 
@@ -93,8 +94,8 @@ def plan(
     notes = []
     if costs.left_out:
         notes.append(
-            f"{costs.left_out} more split points, which several tensors cross, were left out;"
-            " all_points (--all-points) searches them, too."
+            f"{costs.left_out} more split points were left out, which several tensors cross or a"
+            " batch norm begins; all_points (--all-points) searches them, too."
         )
     if measure:
         for position in sorted({*range(min(_MEASURED, len(trees))), min(pick, len(trees)) - 1}):

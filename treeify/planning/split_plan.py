@@ -8,10 +8,10 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter
 
-from treeify.arguments import require_integer
+from treeify.arguments import require_integer, require_type
 from treeify.evaluation.cost import Cost
 from treeify.models.architecture import Architecture
-from treeify.planning.limits import Budget, amount
+from treeify.planning.limits import MACS, MB, MS, PARAMS, Budget, amount
 from treeify.tree import Tree
 
 RANKING = (
@@ -65,6 +65,22 @@ class Candidate:
     def worth(self) -> float:
         """What the ranking is by: leaves times `mean_own`."""
         return self.leaves * self.mean_own
+
+    def cost(self, quantity: str) -> float:
+        """What all leaves cost, in the quantity of a budget.
+
+        Args:
+            quantity: of `treeify.planning.limits.QUANTITIES`; `ms` is the forecast.
+
+        Raises:
+            InputError: times were not asked for.
+        """
+        if quantity == MS:
+            require_type("forecast", self.forecast, tuple, "a plan made with max_ms or measure")
+            assert self.forecast is not None
+            return 1e3 * self.forecast[-1]
+        last = self.nested[-1]
+        return {MACS: last.macs, PARAMS: last.parameters, MB: self.bytes / 1e6}[quantity]
 
     def __str__(self) -> str:
         """One line."""

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from treeify.planning.limits import numbers_of_leaves
@@ -72,6 +72,17 @@ def problems(draw: st.DrawFn) -> Problem:
 
 
 @given(problem=problems(), budget=st.one_of(st.just(np.inf), st.integers(0, 400)))
+@example(
+    Problem(
+        {n: n * np.array([0.0, 0, 0, 1]) for n in (1, 2, 4, 8, 16)},
+        1.0,
+        np.array([-4.0, -6, -3, -5]),
+        np.array([[0, 0, 0, 0], [1, 0, 1, 0], [0, 0, 0, 0], [1, 0, 0, 0]], np.bool_),
+        (2,),
+        16,
+    ),
+    np.inf,
+)  # -6 and -3, and -5 and -4, add up to the same but for rounding
 def test_the_search_finds_what_trying_every_tree_finds(problem: Problem, budget: float) -> None:
     found = {
         leaves: {(float(c), round(float(s), 9)) for c, s in zip(t.cost, t.score, strict=True)}

@@ -12,7 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
+from math import inf
 from statistics import median
 from typing import Any
 
@@ -93,16 +95,15 @@ def forecast(
     inside = np.array(
         [[mask >> index & 1 for index in position.values()] for mask in masks], np.float64
     ).reshape(len(names), len(position))
-    networks = [_SideBySide(base, traced, branches) for branches in _numbers(base, sizes)]
-    _run_in_turns(networks)
-    behind = {}
-    for network in networks:
+    wholes, behind = {}, {}
+    for branches in _numbers(base, sizes):
+        networks = _SideBySide(base, traced, branches)
         times = np.zeros(len(position))
-        for name, seconds in network.seconds().items():
+        for name, seconds in networks.seconds().items():
             times[_origin(name, position)] += seconds
-        behind[network.branches] = inside @ times
+        wholes[branches], behind[branches] = times.sum(), inside @ times
     return Forecast(
-        whole=median(networks[0].answers),
+        whole=float(wholes[1]),
         behind=_at_all(behind, sizes),
         measured=tuple(behind),
         machine=timing.describe(torch.device("cpu")),
@@ -112,13 +113,9 @@ def forecast(
 def _numbers(base: nn.Module, sizes: Sequence[int]) -> list[int]:
     """Numbers of networks to run side by side: as many as are needed and fit into memory."""
     one = sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(base))
-    room = _MEMORY * free_bytes(torch.device("cpu"))
-    numbers = [1]
-    for count in _MEASURED[1:]:
-        # Weights are there twice: fused operations prepare theirs.
-        if count <= max(sizes) and 2 * one * (sum(numbers) + count) <= room:
-            numbers.append(count)
-    return numbers
+    # Weights are there twice: fused operations prepare theirs.
+    most = _MEMORY * free_bytes(torch.device("cpu")) / (2 * one) if one else inf
+    return [1, *(count for count in _MEASURED[1:] if count <= min(most, max(sizes)))]
 
 
 class _SideBySide:
@@ -131,12 +128,12 @@ class _SideBySide:
     """
 
     def __init__(self, base: nn.Module, traced: Traced, branches: int) -> None:
-        self.branches = branches
+        self._branches = branches
         splits = [f"{INPUT}:{branches}"] if branches > 1 else []
         source = initial_weights(base, None, "copy", 0)
         self._hne = assemble(base, None, splits, source, traced=traced).eval()
-        self.images = self._hne.example_images(1)
-        self._plan = self._hne.tune(self.images, training=False, repeats=5, budget=_TUNING).plan
+        self._images = self._hne.example_images(1)
+        self._plan = self._hne.tune(self._images, training=False, repeats=5, budget=_TUNING).plan
         # The program that answers, with a clock around every operation.
         program = self._hne.evaluation_program
         if self._plan.fuse:
@@ -147,29 +144,25 @@ class _SideBySide:
         ]
         self._timed = replace(program, segments=tuple(segments))
         self._rounds: list[dict[str, float]] = []
-        # Seconds of whole answers, as a user waits for them.
-        self.answers: list[float] = []
 
-    def answer(self) -> None:
-        """Answer by all networks."""
-        self._hne.predict(self.images)
-
-    def answer_in_parts(self) -> None:
-        """Answer once more, operation by operation."""
-        self._rounds.append({})
-        span, execution = Span(0, self.branches), self._plan.execution
-        self._timed.run(self._plan.arrange(self.images), span, execution)
-
+    @torch.no_grad()
     def seconds(self) -> dict[str, float]:
-        """The median seconds of every operation; the first round only warms up.
+        """The median seconds of every operation for one image.
 
         Together they take what whole answers do: clocks take time themselves, and operations in a
         row are faster than one by one.
         """
-        rounds = self._rounds[1:]
+        # One after the other, since in turns they would drive one another's weights out of caches.
+        whole = _median_seconds(partial(self._hne.predict, self._images))
+        _median_seconds(self._answer_in_parts)
+        rounds = self._rounds[1:]  # the first only warms up
         parts = {name: median(times[name] for times in rounds) for name in rounds[0]}
-        scale = median(self.answers) / sum(parts.values())
-        return {name: seconds * scale for name, seconds in parts.items()}
+        return {name: seconds * whole / sum(parts.values()) for name, seconds in parts.items()}
+
+    def _answer_in_parts(self) -> None:
+        self._rounds.append({})
+        images, span = self._plan.arrange(self._images), Span(0, self._branches)
+        self._timed.run(images, span, self._plan.execution)
 
     def _add(self, name: str, seconds: float) -> None:
         """An operation took so long; looped ones are called several times in a round."""
@@ -177,15 +170,11 @@ class _SideBySide:
         latest[name] = latest.get(name, 0.0) + seconds
 
 
-def _run_in_turns(networks: Sequence[_SideBySide]) -> None:
-    """Time answers of all, whole and in parts, so that the machine's load concerns all of them."""
-    actions = {f"{network.branches}": network.answer for network in networks}
-    actions |= {f"{network.branches} in parts": network.answer_in_parts for network in networks}
-    device = networks[0].images.device
-    with torch.no_grad():
-        times = timing.alternate(actions, device, repeats=_ROUNDS, budget=_BUDGET * len(networks))
-    for network in networks:
-        network.answers = times[f"{network.branches}"]
+def _median_seconds(action: Callable[[], Any]) -> float:
+    """The median seconds of an action."""
+    cpu = torch.device("cpu")
+    times = timing.alternate({"": action}, cpu, repeats=_ROUNDS, budget=_BUDGET)
+    return median(times[""])
 
 
 class _TimedSegment(fx.Interpreter):

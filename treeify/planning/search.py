@@ -16,6 +16,9 @@ from math import inf, log
 import numpy as np
 from numpy.typing import NDArray
 
+# Scores are sums of logarithms, which the order of the splits rounds differently.
+_ROUNDING = 1e-12
+
 Floats = NDArray[np.float64]
 
 
@@ -78,8 +81,9 @@ def joined(parts: Sequence[Trees]) -> Trees:
 def unbeaten(trees: Trees) -> Trees:
     """Those that no other of them beats: none costs as little and scores as high; by cost."""
     order = np.lexsort((-trees.score, trees.cost))
-    best = np.maximum.accumulate(trees.score[order])
-    return trees[order[np.r_[True, best[1:] > best[:-1]]]]
+    score = trees.score[order]
+    best = np.maximum.accumulate(score)
+    return trees[order[np.r_[True, score[1:] > best[:-1] + _ROUNDING]]]
 
 
 def surpassed(trees: Trees, others: Trees) -> NDArray[np.bool_]:

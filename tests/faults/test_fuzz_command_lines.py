@@ -72,6 +72,7 @@ lines = st.one_of(
 # Each command as it may be right, and what an option's value may be.
 RIGHT = {
     "splits": ["small:build"],
+    "plan": ["small:build", "--input-size", "8", "--leaves", "4"],
     "convert": ["small:build", "--input-size", "8", "--no-verify"],
     "pack": ["small:build", "a.pth", "b.pth", "--splits", "input", "--no-verify"],
     "train": ["recipe.yaml"],

@@ -16,7 +16,9 @@ BEFORE_NAPOLEON, AFTER_NAPOLEON = 400, 600
 RUNTIME = "treeify.deploy.runtime"
 
 
-def mark_listings(app: Sphinx, what: str, name: str, owner: Any, options: Any, lines: list[str]) -> None:
+def mark_listings(
+    app: Sphinx, what: str, name: str, owner: Any, options: Any, lines: list[str]
+) -> None:
     """Put `::` before whatever is indented after an empty line."""
     marked: list[str] = []
     for line in lines:
@@ -27,7 +29,9 @@ def mark_listings(app: Sphinx, what: str, name: str, owner: Any, options: Any, l
     lines[:] = marked
 
 
-def name_errors(app: Sphinx, what: str, name: str, owner: Any, options: Any, lines: list[str]) -> None:
+def name_errors(
+    app: Sphinx, what: str, name: str, owner: Any, options: Any, lines: list[str]
+) -> None:
     """Write out the module of errors that functions say they raise."""
     if name.startswith(RUNTIME):
         return

@@ -46,7 +46,9 @@ def main() -> None:
             answer = hne.predict(frame, deadline=deadline)
             leaves += int(answer.leaves)
             late += not answer.met
-        print(f"{deadline * 1000:.1f} ms: {leaves / FRAMES:.1f} of {hne.leaves} leaves, {late} late")
+        print(
+            f"{deadline * 1000:.1f} ms: {leaves / FRAMES:.1f} of {hne.leaves} leaves, {late} late"
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ images = np.load("images.npy")
 for answer in model.anytime(images):
     print(answer.leaves, "leaves:", answer.logits.argmax(-1), f"{answer.elapsed * 1000:.1f} ms")
 np.save("logits.npy", answer.logits)
-print("PyTorch was needed:", "torch" in sys.modules)
+print("PyTorch is imported:", "torch" in sys.modules)
 """
 
 

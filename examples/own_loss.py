@@ -18,7 +18,9 @@ from treeify.models import cifar_resnet50
 
 
 @losses.register("first_leaves")
-def first_leaves(logits: Tensor, target: Tensor, tree: treeify.Tree, *, emphasis: float = 2.0) -> Tensor:
+def first_leaves(
+    logits: Tensor, target: Tensor, tree: treeify.Tree, *, emphasis: float = 2.0
+) -> Tensor:
     """Cross-entropy of every nested size, where the first matters `emphasis` times the last.
 
     Args:
@@ -49,7 +51,7 @@ def main() -> None:
             optimizer.zero_grad()
             first_leaves(hne(x), y, hne.tree).backward()
             optimizer.step()
-    (images, labels), = DataLoader(data.held_out, batch_size=len(data.held_out))
+    ((images, labels),) = DataLoader(data.held_out, batch_size=len(data.held_out))
     for leaves in (1, hne.leaves):
         accuracy = (hne.eval().predict(images, leaves=leaves).argmax(1) == labels).double().mean()
         print(f"{leaves} leaves: {accuracy:.1%}")

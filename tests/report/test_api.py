@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,10 @@ def test_latencies_deadlines_and_budgets_are_the_saved_ones(report: Report, run:
         deadline = 1e3 * latencies.typical[key] * latencies.margins[key]
         assert row["deadline ms from"] == approx(deadline)
     ((target, budget),) = hne.budgets.items()
+    (timed,) = (row for row in rows(report, "trade_off_ms") if row["series"] == "tiny, budgets")
+    ways = [latencies.typical[0, 1], latencies.typical[1, 2], latencies.typical[2, 4]]
+    seconds = [sum(ways[:count]) for count in (1, 2, 3)]
+    assert timed["ms"] == approx(1e3 * sum(map(mul, budget.fractions, seconds)))
     (row,) = rows(report, "budgets")
     assert (row["target MACs"], row["accuracy %"]) == (target, approx(100 * budget.accuracy))
 

@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 import pytest
 
 from treeify.report.api import Report
+from treeify.report.results import Conversion
 
 HOSTILE = "<script>alert(1)</script>&\"'$x_1$ {{ 7 * 7 }} ]]> --> </title></svg>"
 
@@ -140,3 +141,16 @@ def test_long_names_and_other_scripts_are_drawn(report: Report, name: str) -> No
     html = Report(contents).html()
     check_alone(html)
     assert name in html
+
+
+def test_what_runs_branch_by_branch_is_listed_with_its_reason(report: Report) -> None:
+    (result,) = report.contents.results
+    fallbacks = {"sort: no rule for <sort>": 3, "roll: shifts differ": 1}
+    conversion = Conversion(0.5, fallbacks, ("keeps <all> activations",))
+    contents = replace(report.contents, results=(replace(result, conversion=conversion),))
+    html = Report(contents).html()
+    check_alone(html)
+    assert "50.0% of the branches&#39; MACs" in html
+    assert re.search(r"<td>sort: no rule for &lt;sort&gt;</td><td[^>]*>3</td>", html)
+    assert "keeps &lt;all&gt; activations" in html
+    assert "every operation has a rule" not in html

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from math import sqrt
-from operator import attrgetter
+from operator import attrgetter, mul
 
 from treeify.evaluation.metrics import Score
 from treeify.report.chart import Chart
+from treeify.report.figures.latency import first_of
 from treeify.report.figures.leaves import leaf_accuracy, logit_std
 from treeify.report.figures.trade_off import Unit, trade_off
 from treeify.report.results import GridResult, Result, Variant
@@ -162,6 +164,10 @@ def _against_time(results: Sequence[Result]) -> Chart:
         machines.append(result.times.machine)
         if 0 in milliseconds:
             bases.append(milliseconds[0])
+    budgets = [point for result in results for point in _budgets_in_time(result)]
+    note = f"Medians for one image, measured for this page: {'; '.join(dict.fromkeys(machines))}."
+    if budgets:
+        note += " Of budgets: means of the times that treeify calibrate measured."
     unit: Unit = "ms"
     return trade_off(
         curves,
@@ -169,11 +175,25 @@ def _against_time(results: Sequence[Result]) -> Chart:
         base=BaseModel("base model", bases[0], _accuracy_of_base(results[0]))
         if len(results) == len(bases) == 1
         else None,
+        budgets=budgets,
         name="trade_off_ms",
         title="Accuracy against time",
-        note="Medians for one image, measured for this page:"
-        f" {'; '.join(dict.fromkeys(machines))}.",
+        note=note,
     )
+
+
+def _budgets_in_time(result: Result) -> Iterator[BudgetPoint]:
+    """The mean milliseconds of images that stop by confidence, at every size on the way."""
+    table = first_of(result.latencies)
+    if table is None:
+        return
+    typical = {(row.start, row.stop): row.typical for row in table.transitions}
+    for budget in result.budgets:
+        steps = [typical.get(step) for step in pairwise((0, *budget.sizes))]
+        if budget.images and None not in steps:
+            times = accumulate(step for step in steps if step is not None)
+            seconds = sum(map(mul, budget.fractions, times))
+            yield BudgetPoint(result.name, 1e3 * seconds, 100 * budget.accuracy)
 
 
 def _curves(contents: Contents, value: _Value, missing: list[str]) -> list[Curve]:

@@ -9,7 +9,9 @@ import pytest
 from treeify.report.api import Report
 from treeify.report.results import Conversion
 
-HOSTILE = "<script>alert(1)</script>&\"'$x_1$ {{ 7 * 7 }} ]]> --> </title></svg>"
+HOSTILE = (
+    "<script>alert(1)</script>&\"'$x_1$ {{ 7 * 7 }} ]]> --> </title></svg>\x00\x1b[31m\u202e\udcff"
+)
 
 
 class Elements(HTMLParser):
@@ -123,6 +125,8 @@ def test_names_are_text_whatever_they_say(report: Report) -> None:
     contents = replace(report.contents, results=(hostile,))
     html = Report(contents).html(HOSTILE)
     check_alone(html)
+    assert not re.search("[\x00\x1b\u202e\udcff]", html)
+    assert html.encode()
     assert "&lt;script&gt;alert(1)" in html
     assert "{{ 7 * 7 }}" in html
 

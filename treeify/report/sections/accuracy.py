@@ -13,7 +13,7 @@ from treeify.report.figures.latency import first_of
 from treeify.report.figures.leaves import leaf_accuracy, logit_std
 from treeify.report.figures.trade_off import Unit, trade_off
 from treeify.report.results import GridResult, Result, Variant
-from treeify.report.sections.section import Contents, Draft, Section, each_lacks
+from treeify.report.sections.section import Contents, Draft, Section, only_of_runs
 from treeify.report.series import BaseModel, BudgetPoint, Curve, Spread
 
 _Value = Callable[[Score], float]
@@ -61,7 +61,7 @@ def leaves_section(contents: Contents) -> Section:
         sizes = [score.leaves for score in answers.scores]
         chart = leaf_accuracy(sizes, nested, single, note=f"{answers.split}.")
         draft.charts.append(contents.mark(chart, result))
-    draft.missing += each_lacks(contents, contents.grids, "The accuracy of every leaf")
+    draft.missing += only_of_runs(contents, "The accuracy of every leaf")
     return draft.section()
 
 

@@ -279,3 +279,34 @@ def test_an_ensemble_and_its_modes_are_left_alone(run: Path) -> None:
     torch.manual_seed(3)
     read(run, latency=False)
     assert (run / "last" / "config.json").read_bytes() == config
+
+
+def test_nothing_that_a_run_names_is_imported_without_trust(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    values = yaml.safe_load((copy / "recipe.yaml").read_text(encoding="utf-8"))
+    values["loss"] = {"name": "no_such_module:loss"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    report = read(copy, latency=False, verify=False)
+    assert {"rates", "reliability"} <= report.figures.keys()
+    values["data"] = {"name": "no_such_module:data"}
+    values["schedule"] = {"name": "no_such_schedule", "epochs": 2}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    report = read(copy, latency=False, verify=False)
+    assert not {"rates", "reliability"} & report.figures.keys()
+    page = report.html()
+    assert "would be imported" in page
+    assert "learning rates do not follow" in page
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "recipe.yaml"])
+def test_links_that_lead_out_of_a_run_are_not_followed(
+    run: Path, tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    (copy / name).unlink()
+    (copy / name).symlink_to(run / name)
+    with pytest.raises(CheckpointError, match="leads out of"):
+        read(copy)
+    assert "loss" in read(copy, latency=False, verify=False, trust=True).figures

@@ -210,9 +210,7 @@ def _curves(contents: Contents, value: _Value, missing: list[str]) -> list[Curve
             name = f"{grid.name}, {variant.name}" if contents.are_several else variant.name
             if variant.sizes:
                 curves.append(_of_variant(name, variant, value))
-        missing += [
-            contents.say(grid.missing[key], grid) for key in ("sizes",) if key in grid.missing
-        ]
+        missing += [contents.say(grid.missing[key], grid) for key in grid.missing]
     return curves
 
 

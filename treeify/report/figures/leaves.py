@@ -66,7 +66,8 @@ def _draw_leaves(
     high = max(value.high for value in (*nested, *single))
     margin = max(0.5, 0.15 * (high - low))
     ax.set_ylim(max(0, low - 2 * margin), min(100.5, high + margin))
-    style.accuracies(ax.yaxis)
+    if not any(value.seeds > 1 for value in single):  # else bars of errors show what is noise
+        style.accuracies(ax.yaxis)
     ax.set_xlim(0.4, len(single) + 0.6)
     ax.set_xticks(_ticks(len(single)))
     ax.grid(visible=False, axis="x")

@@ -54,7 +54,8 @@ def trade_off(
     ax.set_ylabel("accuracy, %")
     if base is not None:
         _draw_base(ax, base, sorted({size for curve in curves for size in curve.leaves}))
-    style.accuracies(ax.yaxis)
+    if not any(curve.has_spread for curve in curves):  # else bands show what is noise
+        style.accuracies(ax.yaxis)
     if len(curves) == 1:
         _label_sizes(ax, curves[0])
     style.legend_below(figure)

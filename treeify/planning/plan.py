@@ -91,7 +91,11 @@ def plan(
         times = forecast(base, traced, [point.name for point in costs.points], sizes)
         asked.check_first(macs, times.whole)
     trees, optimal = candidates(costs, asked, times)
+    budget = asked.budget_for(macs)
     notes = []
+    if not budget.asked:
+        ratio = budget.most / macs
+        notes.append(f"No budget was given: at most {ratio:g} times the base model's MACs.")
     if costs.left_out:
         notes.append(
             f"{costs.left_out} more split points were left out, which several tensors cross or a"
@@ -106,7 +110,7 @@ def plan(
         architecture=architecture,
         input=traced.example,
         base=Cost(1, macs, int(costs.whole[PARAMETERS])),
-        budget=asked.budget_for(macs),
+        budget=budget,
         points=len(costs.points),
         optimal=optimal,
         candidates=tuple(trees),

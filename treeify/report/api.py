@@ -149,10 +149,16 @@ def read(
     require_iterable("data", data, "keys and values, such as ['name=digits']")
     if beside is not None:
         require_member("beside", beside, (PUBLISHED,), PUBLISHED)
+    paths = [Path(each) for each in directories]
+    if data and all(map(is_grid, paths)):
+        raise InputError(
+            "data were named, and grids are not measured.",
+            expected="data with runs, ensembles or exports",
+            next_step="Leave --data out, or give the grid's runs.",
+        )
     options = Options(tuple(data), latency, verify, trust, device)
     results: list[Result] = []
     grids: list[GridResult] = []
-    paths = [Path(each) for each in directories]
     for path, name in zip(paths, _names(paths), strict=True):
         if is_grid(path):
             grids.append(read_grid(path, name, trust=trust))
@@ -181,7 +187,8 @@ def _numbers(chart: Chart) -> dict[str, Any]:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """A name for each path: its last part, or as many of the last as tell it from the others."""
-    parts = [path.resolve().parts for path in paths]
+    # Not resolved: `best` is a link, and a name that says more than what it leads to.
+    parts = [(path.resolve() if ".." in path.parts else path.absolute()).parts for path in paths]
     names = []
     for index, own in enumerate(parts):
         others = [other for position, other in enumerate(parts) if position != index]

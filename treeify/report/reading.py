@@ -175,7 +175,7 @@ def _section(path: Path, options: Options) -> DataRecipe | str:
         if options.data:
             raise
         if isinstance(error, RecipeError):
-            return "It does not say what data to use: name them with --data."
+            return "What to measure it on is not known: name data with --data."
         return _first_line(error)
 
 

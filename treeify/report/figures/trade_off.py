@@ -15,6 +15,9 @@ Unit = Literal["MACs", "ms"]
 _AXIS = {"MACs": "MACs per image", "ms": "milliseconds per image"}
 _FORMAT = {"MACs": ",.0f", "ms": ".3f"}
 
+# Labels of points that are nearer would overlap; fractions of the axes.
+_NEAR = 0.1
+
 
 @style.in_style
 def trade_off(
@@ -43,20 +46,23 @@ def trade_off(
     figure, ax = style.axes(3.5 + 0.14 * len(published))
     for index, curve in enumerate(curves):
         draw_curve(ax, index, curve)
-    if len(curves) == 1:
-        _label_sizes(ax, curves[0])
-    _draw_budgets(ax, budgets)
+    _draw_budgets(ax, budgets, [curve.name for curve in curves])
     _draw_published(ax, published, len(curves))
     style.log_costs(ax.xaxis, style.count if unit == "MACs" else style.number)
     ax.set_xlabel(_AXIS[unit])
     ax.set_ylabel("accuracy, %")
     if base is not None:
         _draw_base(ax, base, sorted({size for curve in curves for size in curve.leaves}))
+    if len(curves) == 1:
+        _label_sizes(ax, curves[0])
     style.legend_below(figure)
     rows = [
         *_curve_rows(curves),
         *_base_rows(base, curves),
-        *((point.name, None, point.cost, point.accuracy, None, None) for point in budgets),
+        *(
+            (f"{point.curve}, budgets", None, point.cost, point.accuracy, None, None)
+            for point in budgets
+        ),
     ]
     rows = [(*row, None) for row in rows]
     rows += [
@@ -106,10 +112,15 @@ def without_empty(table: Table) -> Table:
 
 def _label_sizes(ax: Axes, curve: Curve) -> None:
     """How many leaves each point has; of several curves this would be too much to read."""
+    ax.margins(y=0.15)
+    labelled: list[tuple[float, float]] = []
     for size, cost, value in zip(curve.leaves, curve.costs, curve.values, strict=True):
-        text = "1 leaf" if size == 1 else f"{size}"
+        x, y = ax.transAxes.inverted().transform(ax.transData.transform((cost, value.mean)))
+        if any(abs(x - other) < _NEAR and abs(y - above) < _NEAR for other, above in labelled):
+            continue  # the label of a point beside it is there
+        labelled.append((x, y))
         ax.annotate(
-            text,
+            "1 leaf" if size == 1 else f"{size}",
             (cost, value.mean),
             xytext=(5, -3),
             textcoords="offset points",
@@ -118,7 +129,6 @@ def _label_sizes(ax: Axes, curve: Curve) -> None:
             fontsize=8,
             color=style.MUTED,
         )
-    ax.margins(y=0.15)
 
 
 def _draw_base(ax: Axes, base: BaseModel, sizes: Sequence[int]) -> None:
@@ -141,18 +151,18 @@ def _draw_base(ax: Axes, base: BaseModel, sizes: Sequence[int]) -> None:
     top.spines["top"].set_visible(True)
 
 
-def _draw_budgets(ax: Axes, budgets: Sequence[BudgetPoint]) -> None:
-    for index, name in enumerate(dict.fromkeys(point.name for point in budgets)):
-        points = sorted((point.cost, point.accuracy) for point in budgets if point.name == name)
+def _draw_budgets(ax: Axes, budgets: Sequence[BudgetPoint], names: Sequence[str]) -> None:
+    for name in dict.fromkeys(point.curve for point in budgets):
+        points = sorted((point.cost, point.accuracy) for point in budgets if point.curve == name)
         costs, accuracies = zip(*points, strict=True)
         ax.plot(
             costs,
             accuracies,
-            color=style.colour(index),
+            color=style.colour(names.index(name)) if name in names else style.MUTED,
             marker="x",
             linestyle=(0, (1, 1.2)),
             linewidth=1.2,
-            label=style.short(name),
+            label=f"{style.short(name)}, budgets",
             zorder=3,
         )
 

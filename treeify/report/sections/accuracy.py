@@ -99,7 +99,7 @@ def _against_macs(contents: Contents, curves: Sequence[Curve]) -> Chart:
     elif bases:
         note = "The base models cost differently, so they are left out."
     budgets = [
-        BudgetPoint(f"{result.name}, budgets", budget.macs, 100 * budget.accuracy)
+        BudgetPoint(result.name, budget.macs, 100 * budget.accuracy)
         for result in contents.results
         for budget in result.budgets
         if budget.images

@@ -57,7 +57,7 @@ def plan(
     ] = None,
     fanouts: Annotated[
         Sequence[int] | None,
-        whole_numbers("--fanouts", "Children per split to choose from, 2,4; by default 2."),
+        whole_numbers("--fanouts", "Children per split to choose from; by default 2,4."),
     ] = None,
     all_points: Annotated[
         bool,
@@ -89,7 +89,7 @@ def plan(
 
         treeify plan resnet18
 
-        treeify plan mobilenetv2_140 --max-macs 1.2G --leaves 4..32 --fanouts 2,4
+        treeify plan mobilenetv2_140 --max-macs 1.2G --leaves 4..32 --fanouts 2,3,4
 
         treeify plan resnet18 --max-ms 40 --measure
     """

@@ -13,7 +13,7 @@ MACS, MS, PARAMS, MB = "macs", "ms", "params", "mb"
 QUANTITIES = (MACS, MS, PARAMS, MB)
 # A search goes through every number of leaves; nobody trains more.
 _MOST_LEAVES = 1024
-DEFAULT_LEAVES, DEFAULT_FANOUTS = (4, 16), (2,)
+DEFAULT_LEAVES, DEFAULT_FANOUTS = (4, 16), (2, 4)
 # Without a budget an ensemble may cost so many base models.
 _DEFAULT_RATIO = 4
 _UNITS = {MACS: "MACs", MS: "ms", PARAMS: "parameters", MB: "MB"}

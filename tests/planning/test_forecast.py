@@ -82,6 +82,7 @@ def test_plans_by_time_have_forecasts_and_measure_beside_them() -> None:
     assert measured_first is not None
     assert min(measured_first) > 0
     assert "ms forecast" in found.sentence
+    assert "from 1, 2, 4 networks side by side, measured on " in "".join(found.notes)
 
 
 def test_an_impossible_time_names_the_nearest_possible() -> None:

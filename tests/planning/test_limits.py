@@ -30,9 +30,9 @@ BASE = planned().base.macs
         ({"max_ms": float("nan")}, "max_ms is no number in range"),
         ({"max_mb": float("inf")}, "max_mb is no number in range"),
         ({"max_params": "30M"}, "max_params is no number in range"),
-        ({"leaves": (8, 4)}, "the most leaves is no integer in range"),
-        ({"leaves": 1}, "the number of leaves is no integer in range"),
-        ({"leaves": 10**6}, "the number of leaves is no integer in range"),
+        ({"leaves": (8, 4)}, "the largest number of leaves is no integer in range"),
+        ({"leaves": 1}, "the least number of leaves is no integer in range"),
+        ({"leaves": 10**6}, "the least number of leaves is no integer in range"),
         ({"leaves": "4..8"}, "leaves is no range"),
         ({"leaves": (4,)}, "leaves is no range"),
         ({"leaves": (5, 7)}, "no tree has 5 to 7 leaves"),
@@ -128,4 +128,5 @@ def test_amounts_have_units() -> None:
     assert amount(12345.6, "mb") == "12,346 MB"
     assert amount(0.012341, "mb") == "0.0123 MB"
     assert amount(0.012341, "mb", up=True) == "0.0124 MB"
+    assert amount(5e-324, "ms") == "4.94e-324 ms"
     assert amount(1000.2, "macs", up=True) == "1,001 MACs"

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import treeify
 from treeify.planning.limits import numbers_of_leaves
 from treeify.planning.search import Problem, Search, Trees, surpassed, unbeaten
 
@@ -120,6 +121,15 @@ def test_a_tree_is_surpassed_by_one_that_costs_no_more_and_scores_no_less() -> N
         *(False, True, False),
         *(True, False),
     ]
+
+
+def test_a_search_that_would_fill_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("treeify.planning.search._MOST_TREES", 1)
+    order = np.triu(np.ones((3, 3), np.bool_), 1)
+    table = {n: n * np.array([3.0, 2.0, 1.0]) for n in (1, 2, 4)}
+    problem = Problem(table, 4.0, np.array([-1.0, -2.0, -3.0]), order, (2,), 4)
+    with pytest.raises(treeify.TreeifyError, match="too many trees that no other beats"):
+        Search(problem).run()
 
 
 def test_a_deep_model_takes_no_time() -> None:

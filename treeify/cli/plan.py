@@ -57,7 +57,7 @@ def plan(
     ] = None,
     fanouts: Annotated[
         Sequence[int] | None,
-        whole_numbers("--fanouts", "Children per split to choose from, 2,4; by default 2."),
+        whole_numbers("--fanouts", "Children per split to choose from; by default 2,4."),
     ] = None,
     all_points: Annotated[
         bool,
@@ -89,7 +89,7 @@ def plan(
 
         treeify plan resnet18
 
-        treeify plan mobilenetv2_140 --max-macs 1.2G --leaves 4..32 --fanouts 2,4
+        treeify plan mobilenetv2_140 --max-macs 1.2G --leaves 4..32 --fanouts 2,3,4
 
         treeify plan resnet18 --max-ms 40 --measure
     """
@@ -124,7 +124,7 @@ def plan(
     say(console, result.option)
     if result.recipe is not None:
         say(console, "", *result.recipe.splitlines())
-    say(console, "", *_notes(result))
+    say(console, "", *result.notes)
 
 
 def _draw(result: SplitPlan, figure: Path) -> None:
@@ -146,7 +146,7 @@ def _table(result: SplitPlan) -> Table:
     columns = [
         *(Column("", "d"), Column("splits"), Column("leaves", "d")),
         *(Column("MACs of 1 to all leaves"), Column("x base", ".2f")),
-        *(Column("parameters", ",d"), Column("MB", ",.1f"), Column("own", ".1%")),
+        *(Column("parameters", ""), Column("MB", ""), Column("own", ".1%")),
         Column("mean own", ".1%"),
         *([Column("ms, forecast", ",.1f")] if timed else []),
         *([Column("ms, measured")] if run else []),
@@ -156,12 +156,12 @@ def _table(result: SplitPlan) -> Table:
         last = tree.nested[-1]
         row = [
             number,
-            ", ".join(tree.splits),
+            " ".join(tree.splits),
             tree.leaves,
             " ".join(short(cost.macs) for cost in tree.nested),
             last.macs / result.base.macs,
-            last.parameters,
-            tree.bytes / 1e6,
+            short(last.parameters),
+            _megabytes(tree.bytes),
             tree.own,
             tree.mean_own,
         ]
@@ -180,10 +180,10 @@ def _table(result: SplitPlan) -> Table:
     return table(columns, rows, title=title, caption=caption)
 
 
-def _notes(result: SplitPlan) -> list[str]:
-    if result.budget.asked:
-        return list(result.notes)
-    return ["No budget was given: at most 4 times the base model's MACs.", *result.notes]
+def _megabytes(size: int) -> str:
+    """Three digits at least: `0.353`, `87.0`, `1,310`."""
+    megabytes = size / 1e6
+    return f"{megabytes:#.3g}" if megabytes < 100 else f"{megabytes:,.0f}"
 
 
 def _report(result: SplitPlan) -> dict[str, object]:

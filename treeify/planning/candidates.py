@@ -151,5 +151,7 @@ def _refuse(costs: SplitCosts, limits: Limits, problem: Problem) -> NoReturn:
         expected=f"at least {amount(cost, budget.quantity, up=True)}, the nearest possible:"
         f" {leaves} leaves, splits {','.join(tree.splits)}",
         found=str(budget),
-        next_step="Raise the budget, ask for fewer leaves, or take a smaller model.",
+        next_step="Raise the budget, ask for fewer leaves,"
+        + (" search all_points (--all-points)," if costs.left_out else "")
+        + " or take a smaller model.",
     )

@@ -95,18 +95,20 @@ def forecast(
     inside = np.array(
         [[mask >> index & 1 for index in position.values()] for mask in masks], np.float64
     ).reshape(len(names), len(position))
-    wholes, behind = {}, {}
+    whole, behind = 0.0, {}
     for branches in _numbers(base, sizes):
         networks = _SideBySide(base, traced, branches)
         times = np.zeros(len(position))
         for name, seconds in networks.seconds().items():
             times[_origin(name, position)] += seconds
-        wholes[branches], behind[branches] = times.sum(), inside @ times
+        behind[branches] = inside @ times
+        if branches == 1:
+            whole = float(times.sum())
     return Forecast(
-        whole=float(wholes[1]),
+        whole=whole,
         behind=_at_all(behind, sizes),
         measured=tuple(behind),
-        machine=timing.describe(torch.device("cpu")),
+        machine=timing.describe(_device(base)),
     )
 
 
@@ -114,7 +116,7 @@ def _numbers(base: nn.Module, sizes: Sequence[int]) -> list[int]:
     """Numbers of networks to run side by side: as many as are needed and fit into memory."""
     one = sum(tensor.numel() * tensor.element_size() for _, tensor in named_tensors(base))
     # Weights are there twice: fused operations prepare theirs.
-    most = _MEMORY * free_bytes(torch.device("cpu")) / (2 * one) if one else inf
+    most = _MEMORY * free_bytes(_device(base)) / (2 * one) if one else inf
     return [1, *(count for count in _MEASURED[1:] if count <= min(most, max(sizes)))]
 
 
@@ -132,14 +134,15 @@ class _SideBySide:
         splits = [f"{INPUT}:{branches}"] if branches > 1 else []
         source = initial_weights(base, None, "copy", 0)
         self._hne = assemble(base, None, splits, source, traced=traced).eval()
-        self._images = self._hne.example_images(1)
+        self._images = self._hne.example_images(traced.batch)
         self._plan = self._hne.tune(self._images, training=False, repeats=5, budget=_TUNING).plan
+        device = self._images.device
         # The program that answers, with a clock around every operation.
         program = self._hne.evaluation_program
         if self._plan.fuse:
             program = FusedTwin(program).usable()
         segments: list[Any] = [
-            replace(segment, module=_TimedSegment(segment.module, self._add))  # type: ignore[arg-type]
+            replace(segment, module=_TimedSegment(segment.module, device, self._add))  # type: ignore[arg-type]
             for segment in program.segments
         ]
         self._timed = replace(program, segments=tuple(segments))
@@ -152,9 +155,10 @@ class _SideBySide:
         Together they take what whole answers do: clocks take time themselves, and operations in a
         row are faster than one by one.
         """
+        device = self._images.device
         # One after the other, since in turns they would drive one another's weights out of caches.
-        whole = _median_seconds(partial(self._hne.predict, self._images))
-        _median_seconds(self._answer_in_parts)
+        whole = _median_seconds(partial(self._hne.predict, self._images), device)
+        _median_seconds(self._answer_in_parts, device)
         rounds = self._rounds[1:]  # the first only warms up
         parts = {name: median(times[name] for times in rounds) for name in rounds[0]}
         return {name: seconds * whole / sum(parts.values()) for name, seconds in parts.items()}
@@ -170,19 +174,25 @@ class _SideBySide:
         latest[name] = latest.get(name, 0.0) + seconds
 
 
-def _median_seconds(action: Callable[[], Any]) -> float:
+def _device(base: nn.Module) -> torch.device:
+    """Where a model computes."""
+    return next((tensor.device for _, tensor in named_tensors(base)), torch.device("cpu"))
+
+
+def _median_seconds(action: Callable[[], Any], device: torch.device) -> float:
     """The median seconds of an action."""
-    cpu = torch.device("cpu")
-    times = timing.alternate({"": action}, cpu, repeats=_ROUNDS, budget=_BUDGET)
+    times = timing.alternate({"": action}, device, repeats=_ROUNDS, budget=_BUDGET)
     return median(times[""])
 
 
 class _TimedSegment(fx.Interpreter):
     """Runs a segment operation by operation, as a graph module of it would."""
 
-    def __init__(self, module: fx.GraphModule, add: Callable[[str, float], None]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, device: torch.device, add: Callable[[str, float], None]
+    ) -> None:
         super().__init__(module)
-        self._add = add
+        self._device, self._add = device, add
 
     def __call__(self, span: Span, *inputs: Tensor) -> Any:
         """The segment's outputs."""
@@ -191,8 +201,10 @@ class _TimedSegment(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op in ("placeholder", "output"):
             return super().run_node(n)
+        timing.synchronize(self._device)
         start = time.perf_counter()
         result = super().run_node(n)
+        timing.synchronize(self._device)
         self._add(n.name, time.perf_counter() - start)
         return result
 

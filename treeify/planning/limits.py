@@ -13,7 +13,7 @@ MACS, MS, PARAMS, MB = "macs", "ms", "params", "mb"
 QUANTITIES = (MACS, MS, PARAMS, MB)
 # A search goes through every number of leaves; nobody trains more.
 _MOST_LEAVES = 1024
-DEFAULT_LEAVES, DEFAULT_FANOUTS = (4, 16), (2,)
+DEFAULT_LEAVES, DEFAULT_FANOUTS = (4, 16), (2, 4)
 # Without a budget an ensemble may cost so many base models.
 _DEFAULT_RATIO = 4
 _UNITS = {MACS: "MACs", MS: "ms", PARAMS: "parameters", MB: "MB"}
@@ -146,6 +146,8 @@ def amount(number: float, quantity: str, *, up: bool = False) -> str:
         quantity: of what, one of `QUANTITIES`.
         up: round up, so that what costs so much keeps to it.
     """
+    if number < 1e-6:  # a mistake, of which no digits matter
+        return f"{number:.3g} {_UNITS[quantity]}"
     step = 1.0
     if quantity in (MS, MB):
         step = 10.0 ** min(0, floor(log10(number)) - 2)
@@ -172,7 +174,8 @@ def _fanouts(fanouts: Iterable[int]) -> tuple[int, ...]:
     if not chosen:
         raise InputError(
             "there are no fanouts to choose from.",
-            expected="at least one number of children per split, such as (2,)",
+            expected="at least one number of children per split",
+            next_step="Pass fanouts=(2,), --fanouts 2.",
         )
     return tuple(sorted(set(chosen)))
 
@@ -188,8 +191,9 @@ def _leaves(leaves: int | Sequence[int], fanouts: Sequence[int]) -> tuple[int, i
             next_step="Pass leaves=(4, 16).",
         )
     low, high = ends
-    require_integer("the number of leaves", low, 2, _MOST_LEAVES)
-    require_integer("the most leaves", high, low, _MOST_LEAVES)
+    next_step = "Pass leaves=(4, 16), --leaves 4..16."
+    require_integer("the least number of leaves", low, 2, _MOST_LEAVES, next_step=next_step)
+    require_integer("the largest number of leaves", high, low, _MOST_LEAVES, next_step=next_step)
     possible = numbers_of_leaves(fanouts, _MOST_LEAVES)[1:]
     if not any(low <= product <= high for product in possible):
         below = [product for product in possible if product < low][-1:]

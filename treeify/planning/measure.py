@@ -21,6 +21,8 @@ def measured(
 ) -> tuple[float, ...]:
     """Seconds for one image of every nested size, run as tuned here.
 
+    A model that takes several images together gets as many as it needs.
+
     Args:
         base: the base model, whose weights every branch has: they do not change what it takes.
         traced: the same, traced.
@@ -29,7 +31,7 @@ def measured(
     """
     source = initial_weights(base, architecture, "copy", 0)
     hne = assemble(base, architecture, splits, source, traced=traced).eval()
-    x = hne.example_images(1)
+    x = hne.example_images(traced.batch)
     hne.tune(x, training=False, repeats=5, budget=_TUNING)
     seconds = answer_seconds(hne, x, budget=_TIMING)
     return tuple(seconds[size] for size in hne.tree.nested_sizes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -16,10 +16,17 @@ from treeify.models.architecture import Architecture
 from treeify.models.recognise import recognise
 from treeify.planning.candidates import candidates
 from treeify.planning.costs import MACS, PARAMETERS, SplitCosts, split_costs
-from treeify.planning.forecast import forecast
-from treeify.planning.limits import DEFAULT_FANOUTS, DEFAULT_LEAVES, limits, numbers_of_leaves
+from treeify.planning.forecast import Forecast, forecast
+from treeify.planning.limits import (
+    DEFAULT_FANOUTS,
+    DEFAULT_LEAVES,
+    Budget,
+    limits,
+    numbers_of_leaves,
+)
 from treeify.planning.measure import measured
 from treeify.planning.split_plan import SplitPlan
+from treeify.tracing.trace import Traced
 
 # How many of the best are run where times are measured.
 _MEASURED = 3
@@ -91,28 +98,46 @@ def plan(
         times = forecast(base, traced, [point.name for point in costs.points], sizes)
         asked.check_first(macs, times.whole)
     trees, optimal = candidates(costs, asked, times)
-    notes = []
-    if costs.left_out:
-        notes.append(
-            f"{costs.left_out} more split points were left out, which several tensors cross or a"
-            " batch norm begins; all_points (--all-points) searches them, too."
-        )
-    if measure:
-        for position in sorted({*range(min(_MEASURED, len(trees))), min(pick, len(trees)) - 1}):
-            seconds = measured(base, traced, architecture, trees[position].splits)
-            trees[position] = replace(trees[position], measured=seconds)
+    budget = asked.budget_for(macs)
     result = SplitPlan(
         model=type(base).__name__ if architecture is None else str(architecture),
         architecture=architecture,
         input=traced.example,
         base=Cost(1, macs, int(costs.whole[PARAMETERS])),
-        budget=asked.budget_for(macs),
+        budget=budget,
         points=len(costs.points),
         optimal=optimal,
         candidates=tuple(trees),
-        notes=tuple(notes),
-    )
-    return result.pick(pick)
+        notes=tuple(_notes(budget, costs, times)),
+    ).pick(pick)
+    return _with_measured(result, base, traced) if measure else result
+
+
+def _with_measured(result: SplitPlan, base: nn.Module, traced: Traced) -> SplitPlan:
+    """The plan with the measured times of its best trees, and of the one picked."""
+    trees = list(result.candidates)
+    for position in sorted({*range(min(_MEASURED, len(trees))), result.picked - 1}):
+        seconds = measured(base, traced, result.architecture, trees[position].splits)
+        trees[position] = replace(trees[position], measured=seconds)
+    return replace(result, candidates=tuple(trees))
+
+
+def _notes(budget: Budget, costs: SplitCosts, times: Forecast | None) -> Iterator[str]:
+    """What a user should know of a plan."""
+    if not budget.asked:
+        ratio = budget.most / costs.whole[MACS]
+        yield f"No budget was given: at most {ratio:g} times the base model's MACs."
+    if costs.left_out:
+        yield (
+            f"{costs.left_out} more split points were left out, which several tensors cross or a"
+            " batch norm begins; all_points (--all-points) searches them, too."
+        )
+    if times is not None:
+        numbers = ", ".join(map(str, times.measured))
+        yield (
+            f"Times are forecast for one image from {numbers} networks side by side, measured on"
+            f" {times.machine}."
+        )
 
 
 def _require_points(costs: SplitCosts, model: str) -> None:

@@ -16,8 +16,12 @@ from math import inf, log
 import numpy as np
 from numpy.typing import NDArray
 
+from treeify.errors import InputError
+
 # Scores are sums of logarithms, which the order of the splits rounds differently.
 _ROUNDING = 1e-12
+# Some gigabytes; a search of a hundred points for 32 leaves takes a thousandth of it.
+_MOST_TREES = 50_000_000
 
 Floats = NDArray[np.float64]
 
@@ -107,7 +111,7 @@ class Search:
     problem: Problem
     budget: float = inf
     # Of every tree grown: its last split, that one's fanout, and the tree without it (-1: none).
-    _record: list[NDArray[np.int64]] = field(default_factory=list, init=False)
+    _record: list[NDArray[np.int32]] = field(default_factory=list, init=False)
     _count: int = field(default=0, init=False)
 
     def run(self) -> dict[int, Trees]:
@@ -134,8 +138,24 @@ class Search:
             splits.append((point, fanout))
         return tuple(reversed(splits))
 
+    def _require_room(self) -> None:
+        """Refuse a search that would fill the memory.
+
+        Raises:
+            InputError: there are too many trees that no other beats.
+        """
+        if self._count > _MOST_TREES:
+            problem = self.problem
+            raise InputError(
+                "there are too many trees that no other beats.",
+                expected=f"at most {_MOST_TREES:,} on the way to all leaves",
+                found=f"{len(problem.scores)} split points, up to {problem.most_leaves} leaves,"
+                f" fanouts {', '.join(map(str, problem.fanouts))}",
+                next_step="Give a smaller budget, fewer leaves or fewer fanouts.",
+            )
+
     @cached_property
-    def _records(self) -> NDArray[np.int64]:
+    def _records(self) -> NDArray[np.int32]:
         return np.concatenate(self._record)
 
     def _split_at(self, point: int, trees: Mapping[int, Trees]) -> dict[int, Trees]:
@@ -154,7 +174,8 @@ class Search:
                 index = np.arange(self._count, self._count + len(parents))
                 self._count += len(parents)
                 splits = (np.full_like(parents, point), np.full_like(parents, fanout), parents)
-                self._record.append(np.stack(splits, axis=1))
+                self._require_room()
+                self._record.append(np.stack(splits, axis=1).astype(np.int32))
                 score = shorter.score[within] + log(fanout) * problem.scores[point]
                 grown.append({more: Trees(cost[within], score, index)})
         return _unbeaten_by_leaves(grown)

@@ -26,6 +26,7 @@ ROOMS = (
     "parity",
     "training",
     "deploy",
+    "report",
     "cli",
 )
 ORDER = (*FILES, *ROOMS)

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import treeify
-from treeify.cli.saved import checkpoint_in
 from treeify.conversion.saving import save_measurements
+from treeify.deploy.saved import checkpoint_in
 from treeify.engine.plan import Situation
 from treeify.errors import CheckpointError
 from treeify.training.recipe_file import load_recipe

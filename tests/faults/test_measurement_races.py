@@ -12,8 +12,8 @@ import torch
 import treeify
 from treeify import files
 from treeify.anytime.confidence import Budget
-from treeify.cli.saved import checkpoint_in
 from treeify.conversion.saving import save_measurements
+from treeify.deploy.saved import checkpoint_in
 from treeify.errors import CheckpointError
 
 

@@ -12,7 +12,11 @@ from rich.table import Table
 
 from treeify.cli.options import Json, Trust
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import (
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.deploy.exported_scores import exported_scores
+from treeify.deploy.saved import (
     checkpoint_in,
     data_for_export,
     data_section,
@@ -20,10 +24,6 @@ from treeify.cli.saved import (
     held_out_data,
     skips_damaged,
 )
-from treeify.conversion import checkpoint
-from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.deploy.exported import ExportedEnsemble
-from treeify.deploy.exported_scores import exported_scores
 from treeify.deploy.speed import (
     BASE,
     CALL,

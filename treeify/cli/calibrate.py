@@ -13,7 +13,12 @@ from treeify.anytime.deadline import LATENCIES, Latencies
 from treeify.cli.choice import Choice, Targets
 from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import (
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.data import Data
+from treeify.deploy import runtime
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.deploy.saved import (
     checkpoint_in,
     data_section,
     exported_in,
@@ -21,11 +26,6 @@ from treeify.cli.saved import (
     keep_measurements,
     skips_damaged,
 )
-from treeify.conversion import checkpoint
-from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.data import Data
-from treeify.deploy import runtime
-from treeify.deploy.exported import ExportedEnsemble
 from treeify.engine import timing
 from treeify.engine.plan import NOT_THE_FASTEST, TUNING, Tuning
 from treeify.errors import CheckpointError, DataError, InputError

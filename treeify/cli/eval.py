@@ -11,7 +11,13 @@ from torch import Tensor, nn
 from treeify import files
 from treeify.cli.options import Device, Json, Trust, Weights
 from treeify.cli.output import check_file, print_json, say, write_text
-from treeify.cli.saved import (
+from treeify.cli.scores import as_csv, base_row, rows_of, score_rows, score_tables
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.data import Data
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.deploy.exported_scores import exported_scores, exported_seconds
+from treeify.deploy.saved import (
     checkpoint_in,
     data_for_export,
     data_section,
@@ -20,12 +26,6 @@ from treeify.cli.saved import (
     origin_of,
     skips_damaged,
 )
-from treeify.cli.scores import as_csv, base_row, rows_of, score_rows, score_tables
-from treeify.conversion import checkpoint
-from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.data import Data
-from treeify.deploy.exported import ExportedEnsemble
-from treeify.deploy.exported_scores import exported_scores, exported_seconds
 from treeify.engine import timing
 from treeify.errors import CheckpointError, InputError
 from treeify.evaluation.comparison import base_model_of, compare, is_leaf, verdict

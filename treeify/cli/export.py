@@ -24,7 +24,13 @@ from treeify.cli.options import (
     whole_numbers,
 )
 from treeify.cli.output import Column, print_json, say, table
-from treeify.cli.saved import (
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.deploy.directory import check_writable, require_packages
+from treeify.deploy.exported import looks_exported
+from treeify.deploy.exporter import Progress
+from treeify.deploy.exporter import export as write
+from treeify.deploy.saved import (
     checkpoint_in,
     data_section,
     held_out_data,
@@ -33,12 +39,6 @@ from treeify.cli.saved import (
     recipe_of,
     training_images,
 )
-from treeify.conversion import checkpoint
-from treeify.conversion.ensemble import HierarchicalEnsemble
-from treeify.deploy.directory import check_writable, require_packages
-from treeify.deploy.exported import looks_exported
-from treeify.deploy.exporter import Progress
-from treeify.deploy.exporter import export as write
 from treeify.errors import InputError
 
 DYNAMIC: Literal["dynamic"] = "dynamic"

@@ -20,15 +20,15 @@ from treeify.cli.batches import Ensemble, Limits, Run
 from treeify.cli.image_files import image_files
 from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count, duration, numbers, size
 from treeify.cli.output import Column, check_file, print_json, say, table, table_width, write_text
-from treeify.cli.saved import (
+from treeify.conversion import checkpoint
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.deploy.saved import (
     checkpoint_in,
     exported_in,
     preparation_in,
     preparation_of_export,
     recipe_of,
 )
-from treeify.conversion import checkpoint
-from treeify.deploy.exported import ExportedEnsemble
 from treeify.engine import timing
 from treeify.errors import DataError, InputError
 from treeify.training.distributed import resolve_device

@@ -8,8 +8,8 @@ import torch
 import yaml
 from torch.utils.data import Dataset
 
-from treeify.cli.saved import checkpoint_in, data_section, preparation_in, training_images
 from treeify.data import Data, UnreadableImageError, digits
+from treeify.deploy.saved import checkpoint_in, data_section, preparation_in, training_images
 from treeify.errors import CheckpointError, DataError, InputError
 
 SAVED = Path(__file__).parents[1] / "saved"

@@ -1,4 +1,4 @@
-"""What a directory on the command line holds: a run, an ensemble by itself, or an export."""
+"""What a directory holds: a run, an ensemble by itself or an export, and its held-out data."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress

@@ -95,6 +95,10 @@ def keep_measurements(
 def recipe_of(path: Path, *, trust: bool = False) -> Path | None:
     """The recipe of the run that wrote a checkpoint; None if no run did."""
     path = path.resolve()
+    if (beside := path / RECIPE).is_file() and read_config(path, trust=trust):  # it was pushed
+        if not trust:
+            files.require_inside(beside, path)
+        return beside
     state = path.parent if path.name == EMA else path
     run = state.parent.parent if state.parent.name == STATES else state.parent
     recipe = run / RECIPE

@@ -1,6 +1,6 @@
 """How well an export answers, and how fast, as `treeify.evaluation` measures ensembles."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import torch
@@ -14,7 +14,11 @@ from treeify.evaluation.metrics import Batch, Scores, pairs, require_labels
 
 
 def exported_scores(
-    exported: ExportedEnsemble, batches: Iterable[Batch], classes: Sequence[str]
+    exported: ExportedEnsemble,
+    batches: Iterable[Batch],
+    classes: Sequence[str],
+    *,
+    observe: Callable[[Tensor, Tensor, Tensor], None] = lambda images, logits, target: None,
 ) -> tuple[Scores, Gains]:
     """The scores of every nested size, and the gains over one leaf, in one pass over the images.
 
@@ -22,6 +26,7 @@ def exported_scores(
         exported: answers by its runtime.
         batches: images `[N, C, H, W]` and classes `[N]`.
         classes: names of the data's.
+        observe: called with every batch: images, leaf logits `[N, L, K]` and classes `[N]`.
 
     Raises:
         DataError: there is not one logit for each class, or a class is out of range.
@@ -41,6 +46,7 @@ def exported_scores(
         require_labels(target, len(classes))
         scores.add(logits, target)
         gains.add(logits, target)
+        observe(images, logits, target)
     return scores, gains
 
 

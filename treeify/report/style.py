@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -27,6 +28,7 @@ _SETTINGS: Any = {
     "svg.fonttype": "none",
     "pdf.fonttype": 42,
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica", "sans-serif"],
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.titlesize": 9,
@@ -62,11 +64,17 @@ _R = TypeVar("_R")
 
 
 @contextmanager
-def styled() -> Iterator[None]:
-    """Let matplotlib draw and save in this style for a while, whatever the user has set."""
-    with matplotlib.rc_context():
+def styled(name: str = "treeify") -> Iterator[None]:
+    """Let matplotlib draw and save in this style for a while, whatever the user has set.
+
+    Files of the same figure and name are the same, bit by bit.
+    """
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Names may be in any script; a page has the reader's fonts.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SETTINGS)
+        matplotlib.rcParams["svg.hashsalt"] = name
         yield
 
 

@@ -1,0 +1,134 @@
+"""One pass over the held-out images: what every nested size answers to each of them."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from treeify.anytime.confidence import confidence
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.data import Data, Preparation
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.deploy.exported_scores import exported_scores
+from treeify.evaluation.comparison import Gains
+from treeify.evaluation.metrics import Batch, Scores, measure
+from treeify.losses import nested_logits
+from treeify.report.results import Answers, Thumbnail
+from treeify.tree import Tree
+
+# Thumbnails of each size and of each direction, and the longer side of each in pixels.
+_THUMBNAILS, _PIXELS = 4, 64
+
+
+def answers_of(hne: HierarchicalEnsemble, batches: Iterable[Batch], data: Data) -> Answers:
+    """What an ensemble answers to the images of `data` that `batches` go through.
+
+    Raises:
+        DataError, InputError: as of `treeify.evaluation.metrics.measure`.
+    """
+    observed = _Observed(hne.tree, data)
+    scores = measure(hne, batches, observe=observed.add)
+    return observed.answers(scores, hne.tree.nested_sizes)
+
+
+def answers_of_export(exported: ExportedEnsemble, batches: Iterable[Batch], data: Data) -> Answers:
+    """The same of an export, of the sizes at which its steps end.
+
+    Raises:
+        DataError, InputError: as of `treeify.deploy.exported_scores`.
+    """
+    observed = _Observed(exported.tree, data)
+    scores, _ = exported_scores(exported, batches, data.classes, observe=observed.add)
+    return observed.answers(scores, exported.sizes)
+
+
+@dataclass
+class _Observed:
+    """What is kept of every batch: no logits, of which a data set may have gigabytes."""
+
+    tree: Tree
+    data: Data
+    gains: Gains = field(init=False)
+    targets: list[Tensor] = field(default_factory=list)
+    nested: list[Tensor] = field(default_factory=list)
+    confidences: list[Tensor] = field(default_factory=list)
+    thumbnails: dict[tuple[int, bool], list[Thumbnail]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.gains = Gains(self.tree)
+
+    def add(self, images: Tensor, logits: Tensor, target: Tensor) -> None:
+        """Observe images `[N, C, H, W]`, leaf logits `[N, L, K]` and classes `[N]`."""
+        self.gains.add(logits, target)
+        nested = nested_logits(logits.float(), self.tree)
+        classes = nested.argmax(-1).T.cpu()
+        self.targets.append(target.cpu())
+        self.nested.append(classes)
+        self.confidences.append(confidence(nested).T.cpu())
+        if self.data.preparation is not None and images.ndim == 4:
+            self._keep_changed(images, classes, target.cpu(), self.data.preparation)
+
+    def _keep_changed(
+        self, images: Tensor, classes: Tensor, target: Tensor, preparation: Preparation
+    ) -> None:
+        """Keep the first images that a size makes right or wrong."""
+        correct = classes == target
+        names = self.data.classes
+        for index, size in enumerate(self.tree.nested_sizes[1:], 1):
+            for better in (True, False):
+                kept = self.thumbnails.setdefault((size, better), [])
+                changed = (correct[index] == better) & (correct[index - 1] != better)
+                for image in changed.nonzero()[: _THUMBNAILS - len(kept), 0].tolist():
+                    before, after = (names[classes[step, image]] for step in (index - 1, index))
+                    url = _data_url(images[image], preparation)
+                    kept.append(Thumbnail(url, names[target[image]], before, after, size))
+
+    def answers(self, scores: Scores, sizes: Sequence[int]) -> Answers:
+        """All of it, of some of the nested sizes."""
+        results, gains = scores.result(), self.gains.result()
+        kept = [index for index, size in enumerate(self.tree.nested_sizes) if size in sizes]
+        preparation = self.data.preparation
+        return Answers(
+            split=self.data.split,
+            preparation=None if preparation is None else str(preparation),
+            classes=self.data.classes,
+            target=torch.cat(self.targets),
+            nested=torch.cat(self.nested, 1)[kept],
+            confidence=torch.cat(self.confidences, 1)[kept],
+            scores=tuple(results[index] for index in kept),
+            gains=tuple(gains[index] for index in kept),
+            leaf_accuracy=scores.leaf_accuracy(),
+            thumbnails=tuple(
+                thumbnail
+                for (size, _), thumbnails in self.thumbnails.items()
+                for thumbnail in thumbnails
+                if size in sizes and len(kept) == len(self.tree.nested_sizes)
+            ),
+        )
+
+
+def _data_url(image: Tensor, preparation: Preparation) -> str:
+    """A prepared image `[C, H, W]` as a small PNG that a page can hold."""
+    pixels = image.detach().float().cpu()
+    if preparation.mean is not None and preparation.std is not None:
+        mean, std = (
+            torch.tensor(part)[:, None, None] for part in (preparation.mean, preparation.std)
+        )
+        pixels = pixels * std + mean
+    else:  # in whatever range they are
+        low, high = pixels.amin(), pixels.amax()
+        pixels = (pixels - low) / (high - low).clamp(min=1e-6)
+    array = (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
+    grey = array.shape[0] not in (3, 4) or bool((array == array[:1]).all())
+    picture = Image.fromarray(array[0].numpy() if grey else array[:3].permute(1, 2, 0).numpy())
+    if max(picture.size) > _PIXELS:
+        picture.thumbnail((_PIXELS, _PIXELS))
+    content = io.BytesIO()
+    picture.save(content, "PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"

@@ -1,0 +1,192 @@
+"""A directory -> what is known of it: runs, ensembles by themselves, and exports."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from treeify.conversion import checkpoint
+from treeify.conversion.ensemble import HierarchicalEnsemble
+from treeify.conversion.saved_config import read_config
+from treeify.deploy.exported import ExportedEnsemble
+from treeify.deploy.exported_scores import exported_seconds
+from treeify.deploy.saved import (
+    checkpoint_in,
+    data_for_export,
+    data_section,
+    exported_in,
+    held_out_data,
+    recipe_of,
+    skips_damaged,
+)
+from treeify.engine import timing
+from treeify.errors import CheckpointError, DataError, InputError, RecipeError, TreeifyError
+from treeify.evaluation.cost import answer_seconds, base_cost, costs
+from treeify.evaluation.metrics import placed
+from treeify.parity.verify import verify
+from treeify.report import exported_facts, training_facts, tree_facts
+from treeify.report.answers import answers_of, answers_of_export
+from treeify.report.results import Answers, Conversion, Result, Times
+from treeify.training.distributed import resolve_device
+from treeify.training.loaders import held_out_loader, noting
+from treeify.training.model import check_classes
+from treeify.training.recipe import DataRecipe
+
+# As of `treeify eval`, so that numbers are the same to the last digit.
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is measured, and on what.
+
+    Args:
+        data: keys of the recipe's data section to set, as `key=value`.
+        latency: whether to time answers.
+        check: whether to compare ensembles with their untouched architecture.
+        trust: whether what directories name may be imported.
+        device: that ensembles are measured on.
+    """
+
+    data: Sequence[str] = ()
+    latency: bool = True
+    check: bool = True
+    trust: bool = False
+    device: str = "auto"
+
+
+def read(directory: Path, name: str, options: Options) -> Result:
+    """What a run, an ensemble or an export holds, and what it answers to its held-out images.
+
+    Args:
+        directory: of it, or a checkpoint of a run.
+        name: of it on the page.
+        options: what is measured.
+
+    Raises:
+        CheckpointError: it is none of these, or damaged.
+        DataError, RecipeError: the data that were asked for cannot be read.
+    """
+    exported = exported_in(directory, options.device)
+    if exported is not None:
+        return _of_export(exported, name, options)
+    return _of_checkpoint(directory, name, options)
+
+
+def _of_checkpoint(directory: Path, name: str, options: Options) -> Result:
+    path = checkpoint_in(directory, trust=options.trust)
+    hne = checkpoint.load(path, trust=options.trust).to(resolve_device(options.device)).eval()
+    recipe = recipe_of(path, trust=options.trust)
+    conversion = hne.conversion
+    result = Result(
+        name,
+        directory,
+        "run" if recipe else "ensemble",
+        sizes=costs(hne),
+        base=base_cost(hne),
+        levels=tree_facts.levels_of(hne),
+        latencies=tree_facts.latencies_of(hne),
+        budgets=tuple(hne.budgets.values()),
+        conversion=Conversion(conversion.packed_fraction, conversion.fallbacks, conversion.notes),
+        origin={"checkpoint": str(path), **tree_facts.origin_of(read_config(path, trust=True))},
+    )
+    if recipe is None:
+        result = _lacking(result, "training", "It is an ensemble by itself: no run wrote it.")
+    else:
+        result = training_facts.with_training(result, recipe)
+    return _measured(result, hne, path, options)
+
+
+def _measured(result: Result, hne: HierarchicalEnsemble, path: Path, options: Options) -> Result:
+    """The same with what is measured here: answers, times and parity."""
+    base = hne.leaf(0).eval()
+    x = placed(hne.example_images(1), hne)
+    found = _section(path, options)
+    if isinstance(found, str):
+        result = _lacking(result, "answers", found)
+    else:
+        try:
+            data = held_out_data(path, found, options.data, hne.example[0], trust=options.trust)
+            check_classes(hne, data)
+            skipped: set[str] = set()
+            skip = skips_damaged(path, trust=options.trust)
+            batches = noting(held_out_loader(data.held_out, _BATCH, skip=skip), skipped)
+            answers = replace(answers_of(hne, batches, data), skipped=tuple(sorted(skipped)))
+            x = placed(data.example()[None], hne)
+            result = _with_answers(result, answers, found)
+            if tuple(x.shape[1:]) != hne.example:
+                result = replace(result, sizes=costs(hne, x))
+        except (DataError, OSError) as error:
+            if options.data:
+                raise
+            result = _lacking(result, "answers", _first_line(error))
+    if options.latency:
+        with suppress(InputError):
+            seconds = answer_seconds(hne, x, base=base)
+            result = replace(result, times=Times(seconds, timing.describe(x.device)))
+    else:
+        result = _lacking(result, "times", "Answers were not timed, as --no-latency says.")
+    return _verified(result, hne, options)
+
+
+def _verified(result: Result, hne: HierarchicalEnsemble, options: Options) -> Result:
+    """The same with how far the ensemble is from its untouched architecture."""
+    if not options.check:
+        return _lacking(result, "parity", "It was not checked, as --no-verify says.")
+    try:
+        figures = asdict(verify(hne, hne.example_images(2)))
+    except TreeifyError as error:
+        return _lacking(result, "parity", _first_line(error))
+    deviations = {key: value for key, value in figures.items() if isinstance(value, float)}
+    return replace(result, parity=deviations)
+
+
+def _of_export(exported: ExportedEnsemble, name: str, options: Options) -> Result:
+    result = replace(exported_facts.result_of(exported, name), path=exported.path)
+    x = exported.example_images(1)
+    if not options.data:
+        result = _lacking(
+            result,
+            "answers",
+            "An export does not say what it was measured on: name data with --data.",
+        )
+    else:
+        section = data_section(exported.path, options.data, trust=options.trust)
+        data = data_for_export(exported, section, options.data)
+        batches = held_out_loader(data.held_out, _BATCH)
+        with timing.threads(1):  # see `exported_scores`
+            answers = answers_of_export(exported, batches, data)
+        x = data.example()[None]
+        result = _with_answers(result, answers, section)
+    if options.latency:
+        with timing.threads(1):
+            times = Times(exported_seconds(exported, x), exported.machine)
+        return replace(result, times=times)
+    return _lacking(result, "times", "Answers were not timed, as --no-latency says.")
+
+
+def _section(path: Path, options: Options) -> DataRecipe | str:
+    """The data to measure on, or why they are not known."""
+    try:
+        return data_section(path, options.data, trust=options.trust)
+    except (RecipeError, CheckpointError) as error:
+        if options.data:
+            raise
+        if isinstance(error, RecipeError):
+            return "It does not say what data to use: name them with --data."
+        return _first_line(error)
+
+
+def _with_answers(result: Result, answers: Answers, section: DataRecipe) -> Result:
+    return replace(result, answers=answers, data_set=section.name)
+
+
+def _lacking(result: Result, what: str, why: str) -> Result:
+    return replace(result, missing={**result.missing, what: why})
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).splitlines()[0]
+    return text[0].upper() + text[1:]

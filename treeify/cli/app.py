@@ -46,6 +46,10 @@ COMMANDS = {
         "benchmark",
         "Measure how fast ensembles and exports answer here, side by side.",
     ),
+    "push": (
+        "push",
+        "Publish an ensemble on the Hugging Face hub, with a card of what was measured.",
+    ),
     "verify": (
         "verify",
         "Convert models and prove that every leaf equals the untouched architecture.",

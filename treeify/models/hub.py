@@ -140,7 +140,7 @@ def _snapshot(repository: Repository, names: tuple[str, ...], *, revision: str |
     from huggingface_hub import snapshot_download
 
     patterns = [f"{repository.folder}/{name}" if repository.folder else name for name in names]
-    with explained(str(repository)), _quiet():
+    with explained(str(repository)), quiet():
         fetch = partial(
             snapshot_download, repository.name, revision=revision, allow_patterns=patterns
         )
@@ -231,7 +231,7 @@ def _not_ours(repository: Repository, folder: Path) -> CheckpointError:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No bars of progress where nobody watches them, as the hub shows them even in a pipe."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,

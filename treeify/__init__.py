@@ -69,7 +69,7 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used: `treeify --help` need not wait for torch."""
-    if name in ("data", "errors", "losses", "models"):
+    if name in ("data", "errors", "losses", "models", "report"):
         return import_module(f"treeify.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'treeify' has no attribute {name!r}")

@@ -49,6 +49,9 @@ COMMANDS = {
     "push": (
         "push",
         "Publish an ensemble on the Hugging Face hub, with a card of what was measured.",
+    "report": (
+        "report",
+        "Show what runs, ensembles, exports and grids reached: one page of figures and numbers.",
     ),
     "verify": (
         "verify",

@@ -9,6 +9,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from treeify import files
+from treeify.cli.classes import (
+    check_confusion,
+    check_size,
+    class_rows,
+    class_table,
+    confusion_text,
+)
 from treeify.cli.options import Device, Json, Trust, Weights
 from treeify.cli.output import check_file, print_json, say, write_text
 from treeify.cli.scores import as_csv, base_row, rows_of, score_rows, score_tables
@@ -28,6 +35,7 @@ from treeify.deploy.saved import (
 )
 from treeify.engine import timing
 from treeify.errors import CheckpointError, InputError
+from treeify.evaluation.classes import NamedClasses
 from treeify.evaluation.comparison import base_model_of, compare, is_leaf, verdict
 from treeify.evaluation.cost import Cost, answer_seconds
 from treeify.evaluation.metrics import placed
@@ -65,6 +73,21 @@ def evaluate(
         bool,
         typer.Option("--latency/--no-latency", help="Time answers for one image, about 3 seconds."),
     ] = True,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Also show every size's accuracy on each class.")
+    ] = False,
+    confusion: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Also write how many images of each class are named each class: to a name that"
+            " ends in .csv or .json.",
+        ),
+    ] = None,
+    confusion_leaves: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --confusion: the nested size it is of, else all leaves."),
+    ] = None,
     csv: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -83,6 +106,8 @@ def evaluate(
 
         treeify eval my_ensemble --data name=image_folder --data root=photos --csv scores.csv
 
+        treeify eval runs/digits_hne --per-class --confusion confusion.csv
+
         treeify eval runs/my_run --weights my_model.pth
     """
     exported = exported_in(directory, device)
@@ -91,14 +116,23 @@ def evaluate(
     path = checkpoint_in(directory, trust=trust) if exported is None else directory
     if csv is not None:
         check_file(csv, "--csv")
+    check_confusion(confusion, confusion_leaves, csv)
     section = data_section(path, data or (), trust=trust)
-    options = _Options(section, data or (), batch_size, workers, latency)
+    options = _Options(section, data or (), batch_size, workers, latency, confusion_leaves)
     if exported is None:
         found = _of_checkpoint(path, options, weights, device, trust=trust)
     else:
         found = _of_export(exported, options)
     if csv is not None:
         write_text(csv, as_csv(found.rows, found.single, found.base), "--csv")
+    if confusion is not None:
+        origin = {"ensemble": str(path), "split": found.data.split}
+        text = confusion_text(
+            confusion, found.classes, found.data.classes, confusion_leaves, origin
+        )
+        write_text(confusion, text, "--confusion")
+    sizes = [row["leaves"] for row in found.rows]
+    classes = class_rows(found.classes, found.data.classes, sizes) if per_class else None
     if as_json:
         base = None if found.base is None else {**found.base, "leaves": None}
         report = {
@@ -108,12 +142,17 @@ def evaluate(
             "base": base and {**base, "weights": found.weights},
             "scores": found.rows,
             "leaf_accuracy": found.single,
+            "per_class": classes,
             "verdict": found.verdict,
             "notes": found.notes,
             "machine": found.machine,
         }
         print_json(report)
-    _show(Console(quiet=as_json), path, found)
+    console = Console(quiet=as_json)
+    _show(console, path, found, classes)
+    if confusion is not None:
+        size = "all" if confusion_leaves is None else confusion_leaves
+        say(console, f"Confusion by {size} of the leaves is in {confusion}")
 
 
 def _check_no_weights(weights: Path | None, directory: Path) -> None:
@@ -132,6 +171,7 @@ class _Options(NamedTuple):
     batch_size: int
     workers: int
     latency: bool
+    confusion_leaves: int | None
 
     def batches(self, data: Data, skipped: set[str], *, skip: bool) -> Iterator[Batch]:
         """Its held-out images; those that could not be read are added to a set."""
@@ -145,6 +185,7 @@ class _Found(NamedTuple):
     data: Data
     rows: list[dict[str, Any]]
     single: Sequence[float]
+    classes: NamedClasses
     verdict: str | None
     notes: list[str]
     skipped: set[str]
@@ -154,10 +195,14 @@ class _Found(NamedTuple):
     has_names: bool = True
 
 
-def _show(console: Console, path: Path, found: _Found) -> None:
+def _show(
+    console: Console, path: Path, found: _Found, classes: Sequence[dict[str, Any]] | None
+) -> None:
     accuracies = ", ".join(f"{accuracy:.2f}" for accuracy in found.single)
     rows = found.rows if found.base is None else [found.base, *found.rows]
     say(console, *score_tables(rows), f"Each leaf by itself, %: {accuracies}")
+    if classes is not None:
+        say(console, class_table(classes))
     verdict = [] if found.verdict is None else [found.verdict]
     say(console, *verdict, *found.notes, f"{path}; {found.data.split}.")
     if found.data.preparation is not None:
@@ -175,13 +220,15 @@ def _of_checkpoint(
     path: Path, options: _Options, weights: Path | None, device: str, *, trust: bool
 ) -> _Found:
     hne = checkpoint.load(path, trust=trust).to(resolve_device(device)).eval()
+    check_size(options.confusion_leaves, hne.tree.nested_sizes)
     base, weights, unfit = _base_model(hne, weights, path, trust=trust)
     data = held_out_data(path, options.section, options.data, hne.example[0], trust=trust)
     check_classes(hne, data)
     skipped: set[str] = set()
     batches = options.batches(data, skipped, skip=skips_damaged(path, trust=trust))
     measured = base if weights is not None else None
-    scores, gains, base_score = compare(hne, batches, measured)
+    classes = NamedClasses(hne.tree, len(data.classes))
+    scores, gains, base_score = compare(hne, batches, measured, observe=classes.add_batch)
     x = placed(data.example()[None], hne)
     machine = timing.describe(x.device) if options.latency else None
     seconds = answer_seconds(hne, x, base=base) if options.latency else None
@@ -192,6 +239,7 @@ def _of_checkpoint(
         data,
         rows,
         scores.leaf_accuracy(),
+        classes,
         verdict(differences[-1], cost, 100 - rows[0]["accuracy"], gains.images),
         [*unfit, *_base_notes(base, hne, weights), *_size_notes(hne, x)],
         skipped,
@@ -204,12 +252,14 @@ def _of_checkpoint(
 
 def _of_export(exported: ExportedEnsemble, options: _Options) -> _Found:
     """The same of an export, for the sizes at which its steps end."""
+    check_size(options.confusion_leaves, exported.sizes)
     data = data_for_export(exported, options.section, options.data)
     skipped: set[str] = set()
     batches = options.batches(data, skipped, skip=False)
+    classes = NamedClasses(exported.tree, len(data.classes))
     # Two pools of threads that spin in one process, the export's and PyTorch's, slow each other.
     with timing.threads(1):
-        scores, gains = exported_scores(exported, batches, data.classes)
+        scores, gains = exported_scores(exported, batches, data.classes, observe=classes.add_batch)
         x = data.example()[None]
         seconds = exported_seconds(exported, x) if options.latency else None
     kept = [scores.tree.nested_sizes.index(size) for size in exported.sizes]
@@ -234,6 +284,7 @@ def _of_export(exported: ExportedEnsemble, options: _Options) -> _Found:
         data,
         rows,
         scores.leaf_accuracy(),
+        classes,
         worth,
         ["An export: its runtime answered, without PyTorch."],
         skipped,

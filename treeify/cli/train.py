@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from accelerate import PartialState
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -18,10 +19,12 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
 from treeify.cli.options import InputSize, Weights
 from treeify.cli.output import say
 from treeify.cli.scores import score_rows, score_table
+from treeify.cli.sparks import live_line, summary
 from treeify.errors import RecipeError
 from treeify.training import shipped_recipes
 from treeify.training.distributed import leave
@@ -29,7 +32,7 @@ from treeify.training.events import Epoch, Reporter, Result, RunSize, Step
 from treeify.training.folder_recipe import folder_recipe
 from treeify.training.recipe import Recipe
 from treeify.training.recipe_file import load_recipe
-from treeify.training.run_directory import is_run, recipe_in
+from treeify.training.run_directory import RunDirectory, is_run, recipe_in
 from treeify.training.trainer import train as run_training
 
 INTERRUPTED = 130  # what shells report for a process that Ctrl-C ended
@@ -124,7 +127,7 @@ def train(
             reporter=display,
         )
     if PartialState().is_main_process:
-        _print_result(console, result)
+        _print_result(console, result, display.epochs)
     leave()
     if result.interrupted:
         sys.exit(INTERRUPTED)
@@ -202,12 +205,26 @@ def _recipe_file(file: Path | None, resume: Path | None) -> Path:
     )
 
 
+class _Progress(Progress):
+    """A progress bar with a line of text below it, once there is one."""
+
+    def __init__(self, *columns: Any, below: Callable[[], str], **options: Any) -> None:
+        self.below = below  # drawn while it is constructed
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if line := self.below():
+            yield Text(line, no_wrap=True, overflow="crop")
+
+
 class _Display(Reporter):
     """A live line on a terminal; elsewhere, where nothing can be redrawn, a line per epoch."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.progress = Progress(
+        self.epochs: list[Epoch] = []  # also those of before, where a run goes on
+        self.progress = _Progress(
             TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=6),  # all of it fits 80 columns
             MofNCompleteColumn(),
@@ -216,9 +233,10 @@ class _Display(Reporter):
             console=console,
             disable=not console.is_terminal,
             transient=True,
+            below=lambda: live_line(self.epochs, console.encoding),
         )
         self.task: TaskID | None = None
-        self.epochs = 0
+        self.last_epoch = 0
         self.held_out = "-"
 
     def __enter__(self) -> _Display:
@@ -230,7 +248,7 @@ class _Display(Reporter):
 
     def started(self, run: RunSize) -> None:
         """Say what is trained on what, and where; begin the live line."""
-        self.epochs = run.epochs
+        self.last_epoch = run.epochs
         images = len(run.data.train)  # type: ignore[arg-type]
         where = f"{run.processes} processes, " if run.processes > 1 else ""
         say(
@@ -248,6 +266,8 @@ class _Display(Reporter):
         if run.done:
             total = run.epochs * run.steps
             say(self.console, f"Going on after step {run.done:,} of {total:,}.")
+            rows = RunDirectory(run.directory).metrics()
+            self.epochs = [row for row in rows if row.epoch <= run.done // run.steps]
         self.task = self.progress.add_task(
             "",
             total=run.epochs * run.steps,
@@ -270,12 +290,13 @@ class _Display(Reporter):
         )
 
     def finished_epoch(self, epoch: Epoch) -> None:
+        self.epochs.append(epoch)
         accuracy = epoch.held_out[-1].accuracy
         self.held_out = f"{accuracy:.1f} %"
         if not self.console.is_terminal:
             say(
                 self.console,
-                f"epoch {epoch.epoch}/{self.epochs}  loss {epoch.loss:.3f}  "
+                f"epoch {epoch.epoch}/{self.last_epoch}  loss {epoch.loss:.3f}  "
                 f"accuracy {epoch.train[-1].accuracy:.2f} % training, {accuracy:.2f} % held out  "
                 f"{epoch.seconds:.1f} s"
                 + (f"  {epoch.skipped} images skipped" if epoch.skipped else ""),
@@ -285,11 +306,11 @@ class _Display(Reporter):
         say(self.console, message, style="yellow")
 
 
-def _print_result(console: Console, result: Result) -> None:
+def _print_result(console: Console, result: Result, history: Sequence[Epoch]) -> None:
     run, last = result.run, result.last
     if last is not None:
         say(console, score_table(score_rows(run.hne, last.held_out, last.train)))
-        say(console, f"Data: {run.data.split}.")
+        say(console, f"Data: {run.data.split}.", *summary(history, console.encoding))
     state = run.directory / "last"
     if result.interrupted:
         epochs = last.epoch if last else run.done // run.steps  # its metrics may be lost

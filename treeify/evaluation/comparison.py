@@ -1,13 +1,13 @@
 """Whether leaves are worth their cost: beside one leaf, one another and the base model."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from treeify.arguments import require_type
+from treeify.arguments import require_callable, require_type
 from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.conversion.trained import load_trained
 from treeify.engine.packed_tensors import named_tensors
@@ -89,7 +89,11 @@ class Gains:
 
 
 def compare(
-    hne: HierarchicalEnsemble, batches: Iterable[Batch], base: nn.Module | None = None
+    hne: HierarchicalEnsemble,
+    batches: Iterable[Batch],
+    base: nn.Module | None = None,
+    *,
+    observe: Callable[[Tensor, Tensor, Tensor], None] = lambda images, logits, target: None,
 ) -> tuple[Scores, Gains, Score | None]:
     """Scores, gains over one leaf, and the base model's score, in one pass over the images.
 
@@ -97,22 +101,25 @@ def compare(
         hne: the ensemble; every module's mode is put back.
         batches: images [N, 3, H, W] and classes [N].
         base: the base model in evaluation mode, if it is to be measured too.
+        observe: called with every batch: images, leaf logits [N, L, K] and classes [N].
 
     Raises:
         DataError: as of `treeify.evaluation.metrics.measure`.
         InputError: as there, or the base model is no module.
     """
     require_ensemble(hne)
+    require_callable("observe", observe, "images, leaf logits and classes")
     if base is not None:
         require_type("base", base, nn.Module, "the base model, an nn.Module")
     gains, base_scores = Gains(hne.tree), Scores(Tree())
 
-    def observe(x: Tensor, logits: Tensor, target: Tensor) -> None:
+    def count(x: Tensor, logits: Tensor, target: Tensor) -> None:
         gains.add(logits, target)
+        observe(x, logits, target)
         if base is not None:
             base_scores.add(base(x)[:, None], target)
 
-    scores = measure(hne, batches, observe=observe)
+    scores = measure(hne, batches, observe=count)
     return scores, gains, None if base is None else base_scores.result()[0]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from xml.etree import ElementTree
 
@@ -30,7 +29,7 @@ def inline_svg(chart: Chart, identifier: str) -> str:
         chart: its figure is drawn, its title and description are read out.
         identifier: begins every name in the element: unique in the page.
     """
-    root = ElementTree.fromstring(_svg(chart, identifier))
+    root = ElementTree.fromstring(style.drawn(chart.figure, identifier, "svg"))
     for element in root.iter():
         element.tag = _local(element.tag)
         element.attrib = {_local(key): value for key, value in element.attrib.items()}
@@ -57,14 +56,6 @@ def inline_svg(chart: Chart, identifier: str) -> str:
         element.text = text
         root.insert(position, element)
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _svg(chart: Chart, identifier: str) -> str:
-    """As matplotlib writes it, the same every time."""
-    content = io.StringIO()
-    with style.styled(identifier):
-        chart.figure.savefig(content, format="svg", transparent=True, metadata={"Date": None})
-    return content.getvalue()
 
 
 def _compact(value: str) -> str:

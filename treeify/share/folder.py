@@ -103,6 +103,13 @@ def write_folder(
     return sorted(path.relative_to(final) for path in final.rglob("*") if path.is_file())
 
 
+def _write_report(contents: Contents, file: Path, name: str) -> None:
+    from treeify.report.api import Report
+    from treeify.report.sections.section import Contents as Reported
+
+    file.write_text(Report(Reported((contents.result,))).html(name), encoding="utf-8")
+
+
 def _write_ensemble(
     contents: Contents, draft: Path, choices: Choices, observe: Callable[[str], None]
 ) -> None:

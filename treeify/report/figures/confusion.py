@@ -11,16 +11,12 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from treeify.evaluation.classes import confusion_matrix
 from treeify.report import style
 from treeify.report.chart import AnyColumn, Chart, Table
 
 # Drawn, of however many there are.
 _PAIRS, _CLASSES, _MATRIX = 12, 25, 20
-
-
-def confusion_matrix(target: Tensor, answer: Tensor, classes: int) -> Tensor:
-    """How many images of each class `[N]` were answered with each class `[N]`: `[K, K]`."""
-    return torch.bincount(target * classes + answer, minlength=classes**2).view(classes, classes)
 
 
 @style.in_style

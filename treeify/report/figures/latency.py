@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
+from treeify.anytime.confidence import Budget
 from treeify.report import style
 from treeify.report.chart import AnyColumn, Chart, Table
 from treeify.report.figures.trade_off import without_empty
@@ -142,3 +143,60 @@ def first_of(tables: Sequence[LatencyTable]) -> LatencyTable | None:
     """The table of single images, or else the first."""
     single = [table for table in tables if " 1x" in table.situation]
     return next(iter((*single, *tables)), None)
+
+
+@style.in_style
+def budgets(
+    chosen: Sequence[Budget], *, name: str = "budgets", title: str = "Who stops where"
+) -> Chart:
+    """At which size images stop, for every mean of MACs that thresholds were chosen for.
+
+    Args:
+        chosen: as `treeify calibrate` keeps them.
+        name: of the chart.
+        title: of the chart.
+    """
+    ordered = sorted(chosen, key=lambda budget: budget.target_macs)
+    sizes = ordered[0].sizes
+    figure, ax = style.axes(1.2 + 0.3 * len(ordered))
+    places = range(len(ordered))
+    left = [0.0] * len(ordered)
+    for index, size in enumerate(sizes):
+        widths = [
+            100 * budget.fractions[index] if budget.sizes == sizes and budget.fractions else 0.0
+            for budget in ordered
+        ]
+        shade = 0.25 + 0.75 * index / max(1, len(sizes) - 1)
+        leaves = str(size)
+        ax.barh(places, widths, 0.66, left, color=style.SERIES[0], alpha=shade, label=leaves, lw=0)
+        left = [before + width for before, width in zip(left, widths, strict=True)]
+    ax.set_yticks(places, [style.count(budget.target_macs) for budget in ordered])
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("% of the images")
+    ax.set_ylabel("mean MACs")
+    style.legend_below(figure, columns=len(sizes), title="leaves", handlelength=1.2)
+    headings: list[AnyColumn] = [
+        ("target MACs", ",d"),
+        ("mean MACs", ",.0f"),
+        ("accuracy %", ".2f"),
+        *((f"stop at {size} %", ".1f") for size in sizes),
+        "thresholds",
+    ]
+    rows = [
+        (
+            budget.target_macs,
+            budget.macs,
+            100 * budget.accuracy,
+            *(100 * fraction for fraction in budget.fractions),
+            ", ".join(f"{threshold:.4f}" for threshold in budget.thresholds),
+        )
+        for budget in ordered
+        if budget.sizes == sizes and len(budget.fractions) == len(sizes)
+    ]
+    text = (
+        "Images stop as soon as the likeliest class is probable enough; thresholds let their mean"
+        " cost be the target. Accuracy and fractions: on images that they were not chosen on."
+    )
+    return Chart(name, title, text, figure, Table.of(headings, rows))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,17 +38,15 @@ def reliability(
     Source: Guo et al., On Calibration of Modern Neural Networks, ICML 2017.
     """
     figure, ax = style.axes(3.6)
-    ax.plot([0, 100], [0, 100], color=style.MUTED, linestyle=(0, (4, 3)), linewidth=1)
-    ax.text(
-        97, 92, "as right as sure", ha="right", va="top", fontsize=8, color=style.MUTED, rotation=0
-    )
+    look: dict[str, Any] = {"color": style.MUTED, "linestyle": (0, (4, 3)), "linewidth": 1}
+    ax.plot([0, 100], [0, 100], label="as right as sure", **look)
     rows = []
     for index, (size, error) in enumerate(zip(sizes, errors, strict=True)):
         bins = _bins(confidence[index], correct[index])
         leaves = "1 leaf" if size == 1 else f"{size} leaves"
-        look = {**style.line(index), "linewidth": 1.2}
+        curve = {**style.line(index), "linewidth": 1.2}
         label = f"{leaves}, calibration error {error:.1f} %"
-        ax.plot([row[1] for row in bins], [row[2] for row in bins], label=label, zorder=3, **look)
+        ax.plot([row[1] for row in bins], [row[2] for row in bins], label=label, zorder=3, **curve)
         most = max(row[0] for row in bins)
         areas = [20 + 160 * row[0] / most for row in bins]
         points = [row[1] for row in bins], [row[2] for row in bins]

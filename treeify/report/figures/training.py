@@ -153,8 +153,8 @@ def epoch_times(
     ]
     total = sum(seconds)
     text = (
-        f"Training and evaluation of {len(epochs)} epochs took {_duration(total)}. Waiting for"
-        " images is given as a fraction of the training time, and drawn as if all of an epoch were."
+        f"Training and evaluation of {len(epochs)} epochs took {_duration(total)}. Waiting was"
+        " measured as a fraction of the training time, and is drawn as that of the whole epoch."
     )
     return Chart(name, title, text, figure, Table.of(headings, rows))
 

@@ -1,0 +1,186 @@
+"""Sections on accuracy: the trade-off, single leaves, and how much leaves differ."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+
+from treeify.evaluation.metrics import Score
+from treeify.report.chart import Chart
+from treeify.report.figures.leaves import leaf_accuracy, logit_std
+from treeify.report.figures.trade_off import Unit, trade_off
+from treeify.report.results import GridResult, Result, Variant
+from treeify.report.sections.section import Contents, Draft, Section, each_lacks
+from treeify.report.series import BaseModel, BudgetPoint, Curve, Spread
+
+_Value = Callable[[Score], float]
+
+
+def trade_off_section(contents: Contents) -> Section:
+    """Accuracy against MACs, and against milliseconds where they were measured."""
+    draft = Draft("trade-off", "The trade-off")
+    draft.warnings += mixed(contents)
+    curves = _curves(contents, attrgetter("accuracy"), draft.missing)
+    if curves:
+        draft.charts.append(_against_macs(contents, curves))
+    if contents.beside is not None:
+        draft.missing.append(contents.beside)
+    timed = [each for each in contents.results if each.times is not None and each.scores]
+    if timed:
+        draft.charts.append(_against_time(timed))
+    draft.missing += [
+        contents.say(result.missing["times"], result)
+        for result in contents.results
+        if "times" in result.missing and result.scores
+    ]
+    if contents.grids:
+        draft.missing.append("Grids are not timed: give one of a grid's runs for milliseconds.")
+    known = [each for each in contents.results if each.base and each.scores]
+    if known:
+        draft.missing.append(
+            "The base model's accuracy is not known here: treeify eval --weights measures it."
+        )
+    return draft.section()
+
+
+def leaves_section(contents: Contents) -> Section:
+    """Accuracy of nested sizes over single leaves."""
+    draft = Draft("leaves", "Single leaves")
+    for result in contents.results:
+        answers = result.answers
+        if answers is None:
+            draft.missing.append(contents.say(why_no_answers(result), result))
+            continue
+        nested = [Spread.of([score.accuracy]) for score in answers.scores]
+        single = [Spread.of([accuracy]) for accuracy in answers.leaf_accuracy]
+        sizes = [score.leaves for score in answers.scores]
+        chart = leaf_accuracy(sizes, nested, single, note=f"{answers.split}.")
+        draft.charts.append(contents.mark(chart, result))
+    draft.missing += each_lacks(contents, contents.grids, "The accuracy of every leaf")
+    return draft.section()
+
+
+def spread_section(contents: Contents) -> Section:
+    """Accuracy and the deviation of logits against MACs."""
+    draft = Draft("spread", "Accuracy and how much leaves differ")
+    draft.warnings += mixed(contents)
+    accuracies = _curves(contents, attrgetter("accuracy"), draft.missing)
+    deviations = _curves(contents, attrgetter("logit_std"), draft.missing)
+    if accuracies:
+        draft.charts.append(
+            trade_off(accuracies, name="accuracy_of_sizes", title="Accuracy of the nested sizes")
+        )
+        draft.charts.append(logit_std(deviations))
+    return draft.section()
+
+
+def mixed(contents: Contents) -> list[str]:
+    """Says so where accuracies do not compare."""
+    if len(set(contents.data_sets.values())) < 2:
+        return []
+    sets = ", ".join(f"{name}: {data}" for name, data in contents.data_sets.items())
+    return [f"These were measured on different data, so their accuracies do not compare: {sets}."]
+
+
+def why_no_answers(result: Result) -> str:
+    """Why nothing was measured on held-out images."""
+    return result.missing.get("answers", "Nothing was measured on held-out images.")
+
+
+def _against_macs(contents: Contents, curves: Sequence[Curve]) -> Chart:
+    bases = [
+        each.base.macs for each in contents.owners if each.base is not None and _has_scores(each)
+    ]
+    base, note = None, ""
+    if len(set(bases)) == 1:
+        base = BaseModel("base model", bases[0])
+    elif bases:
+        note = "The base models cost differently, so they are left out."
+    budgets = [
+        BudgetPoint(f"{result.name}, budgets", budget.macs, 100 * budget.accuracy)
+        for result in contents.results
+        for budget in result.budgets
+        if budget.images
+    ]
+    if budgets:
+        note += " Budgets: as treeify calibrate reported them on the half not chosen on."
+    note += _where_from(contents)
+    return trade_off(
+        curves, base=base, budgets=budgets, published=contents.published, note=note.strip()
+    )
+
+
+def _where_from(contents: Contents) -> str:
+    if any(result.answers is None and result.epochs for result in contents.results):
+        return " Scores that were not measured here are those of the run's last epoch."
+    splits = {result.answers.split for result in contents.results if result.answers is not None}
+    return f" Images: {'; '.join(sorted(splits))}." if splits else ""
+
+
+def _against_time(results: Sequence[Result]) -> Chart:
+    curves, machines, bases = [], [], []
+    for result in results:
+        assert result.times is not None
+        milliseconds = {size: 1e3 * time for size, time in result.times.seconds.items()}
+        scores = [score for score in result.scores if score.leaves in milliseconds]
+        curves.append(
+            Curve(
+                result.name,
+                tuple(score.leaves for score in scores),
+                tuple(milliseconds[score.leaves] for score in scores),
+                tuple(Spread.of([score.accuracy]) for score in scores),
+            )
+        )
+        machines.append(result.times.machine)
+        if 0 in milliseconds:
+            bases.append(milliseconds[0])
+    unit: Unit = "ms"
+    return trade_off(
+        curves,
+        unit=unit,
+        base=BaseModel("base model", bases[0]) if len(results) == len(bases) == 1 else None,
+        name="trade_off_ms",
+        title="Accuracy against time",
+        note="Medians for one image, measured for this page:"
+        f" {'; '.join(dict.fromkeys(machines))}.",
+    )
+
+
+def _curves(contents: Contents, value: _Value, missing: list[str]) -> list[Curve]:
+    """A curve for every result and every variant whose scores and costs are known."""
+    curves = []
+    for result in contents.results:
+        if result.scores:
+            macs = {cost.leaves: cost.macs for cost in result.sizes}
+            curves.append(_curve(result.name, [result.scores], macs, value))
+        else:
+            missing.append(contents.say(why_no_answers(result), result))
+    for grid in contents.grids:
+        for variant in grid.variants:
+            name = f"{grid.name}, {variant.name}" if contents.are_several else variant.name
+            if variant.sizes:
+                curves.append(_of_variant(name, variant, value))
+        missing += [
+            contents.say(grid.missing[key], grid) for key in ("sizes",) if key in grid.missing
+        ]
+    return curves
+
+
+def _of_variant(name: str, variant: Variant, value: _Value) -> Curve:
+    macs = {cost.leaves: cost.macs for cost in variant.sizes}
+    return _curve(name, [run.held_out for run in variant.runs], macs, value)
+
+
+def _curve(
+    name: str, seeds: Sequence[Sequence[Score]], macs: dict[int, int], value: _Value
+) -> Curve:
+    sizes = [score.leaves for score in seeds[0] if score.leaves in macs]
+    spreads = [
+        Spread.of([value(score) for seed in seeds for score in seed if score.leaves == size])
+        for size in sizes
+    ]
+    return Curve(name, tuple(sizes), tuple(float(macs[size]) for size in sizes), tuple(spreads))
+
+
+def _has_scores(each: Result | GridResult) -> bool:
+    return bool(each.scores) if isinstance(each, Result) else any(v.sizes for v in each.variants)

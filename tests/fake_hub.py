@@ -109,10 +109,12 @@ class _Handler(BaseHTTPRequestHandler):
             return
         name = f"{values.get('organization')}/{values['name']}"
         url = {"url": f"{self.server.address}/{name}"}
+        # As one version of the client says it or another.
+        is_private = bool(values.get("private")) or values.get("visibility") == "private"
         if name in self.server.repos:
             self._answer(409, {"error": "You already created this model repo", **url})
             return
-        self.server.add(name, {".gitattributes": b""}, private=bool(values.get("private")))
+        self.server.add(name, {".gitattributes": b""}, private=is_private)
         self._answer(200, url)
 
     def _of_repo(

@@ -46,12 +46,13 @@ COMMANDS = {
         "benchmark",
         "Measure how fast ensembles and exports answer here, side by side.",
     ),
-    "push": (
-        "push",
-        "Publish an ensemble on the Hugging Face hub, with a card of what was measured.",
     "report": (
         "report",
         "Show what runs, ensembles, exports and grids reached: one page of figures and numbers.",
+    ),
+    "push": (
+        "push",
+        "Publish an ensemble on the Hugging Face hub, with a card of what was measured.",
     ),
     "verify": (
         "verify",

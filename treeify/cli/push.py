@@ -86,19 +86,12 @@ def push(
 
         treeify predict hf-hub:me/digits digit.png
     """
-    names = [] if extras is None else [name.strip() for name in extras.split(",")]
-    if extras is not None and not all(names):
-        raise InputError(
-            f"--with {extras!r} names nothing.",
-            expected="export, report, or export,report",
-            next_step="Leave it out for the ensemble and its card alone.",
-        )
     console = Console(quiet=as_json)
     with console.status("reading") as status:
         pushed = publish(
             directory,
             repository,
-            extras=names,
+            extras=_names(extras),
             as_timm=as_timm,
             data=data or (),
             licence=licence,
@@ -116,6 +109,18 @@ def push(
     say(console, *_summary(pushed, is_timm=as_timm is not None))
 
 
+def _names(extras: str | None) -> list[str]:
+    """What `--with` names."""
+    names = [] if extras is None else [name.strip() for name in extras.split(",")]
+    if not all(names):
+        raise InputError(
+            f"--with {extras!r} names nothing.",
+            expected="export, report, or export,report",
+            next_step="Leave it out for the ensemble and its card alone.",
+        )
+    return names
+
+
 def _summary(pushed: Pushed, *, is_timm: bool) -> list[str]:
     lines = [f"{path.as_posix()}" for path in pushed.files]
     if pushed.folder is not None:
@@ -125,5 +130,9 @@ def _summary(pushed: Pushed, *, is_timm: bool) -> list[str]:
         return lines
     lines.append(f"Pushed: {pushed.url}")
     source = f"hf-hub:{pushed.repository}"
-    use = f"timm.create_model({source!r}, pretrained=True)" if is_timm else f"treeify.load({source!r})"
+    use = (
+        f"timm.create_model({source!r}, pretrained=True)"
+        if is_timm
+        else f"treeify.load({source!r})"
+    )
     return [*lines, f"Load it: {use}"]

@@ -29,12 +29,7 @@ def explained(
     try:
         yield
     # Some of the client's errors are the system's, some those of its transport, and some neither.
-    except (
-        OSError,
-        errors.HTTPError,
-        errors.EntryNotFoundError,
-        errors.HFValidationError,
-    ) as error:
+    except (OSError, ValueError, errors.HTTPError, errors.EntryNotFoundError) as error:
         where, details = _problem(error, writes)
         raise error_class(f"{subject} {where}.", **{"found": _reason(error), **details}) from error
 
@@ -60,6 +55,11 @@ def _problem(error: Exception, writes: bool) -> tuple[str, Mapping[str, str]]:
         }
     if isinstance(error, errors.HFValidationError):
         return "names no repository of the hub", {"expected": NAMED}
+    if isinstance(error, ValueError) and _status(error) is None:  # of the card, before the upload
+        return "is not taken as it is", {
+            "expected": "a card whose metadata the hub knows",
+            "next_step": "Correct the licence's or the base model's name. Nothing was committed.",
+        }
     if _status(error) in (401, 403):
         return "is not open to you", {
             "expected": f"a token that may {'write' if writes else 'read'} there",

@@ -17,6 +17,15 @@ LIBRARY = "treeify"
 _TAGS = ["treeify", "hierarchical-neural-ensemble", "anytime-inference", "image-classification"]
 _TASK = ("image-classification", "Image classification")
 _MOST_CLASSES = 1000
+_ORIGIN = (
+    ("base model", "base model"),
+    ("splits", "splits"),
+    ("saved by", "saved by"),
+    ("machine", "trained on"),
+    ("versions", "trained with"),
+    ("started", "training began"),
+    ("commit", "commit of treeify"),
+)
 _PAPER = "Ruiz & Verbeek, Anytime Inference with Distilled Hierarchical Neural Ensembles, AAAI 2021"
 
 
@@ -32,6 +41,7 @@ class Subject:
         preparation: of images; None if it is not known.
         licence: its identifier, as the user gave it; None if nobody said it.
         base_model: the hub's name of the weights that it began with; None if that is not known.
+        is_from_scratch: whether it is known to have begun with random weights.
         picture: of accuracy against MACs, or why there is none.
         extras: what else is in the repository, by its path there.
     """
@@ -43,6 +53,7 @@ class Subject:
     preparation: Preparation | None
     licence: str | None = None
     base_model: str | None = None
+    is_from_scratch: bool = False
     picture: Picture | str = "No picture was made."
     extras: Mapping[str, str] = field(default_factory=dict)
 
@@ -120,10 +131,11 @@ def _summary(subject: Subject) -> str:
     if subject.architecture is not None:
         base = literal(subject.architecture)
     text = (
-        f"An image classifier that gives a first answer early, and better ones if there is time: {base} as a"
-        f" tree of {_leaves(sizes[-1].leaves)} that share their early layers ({plain(_PAPER)}), made"
-        f" by treeify {version('treeify')}. The first leaf takes {sizes[0].macs:,} multiply-accumulates"
-        f" (MACs) an image, all of them {sizes[-1].macs:,}; answers are the mean over the leaves so far."
+        f"An image classifier that gives a first answer early, and better ones if there is time:"
+        f" {base} as a tree of {_leaves(sizes[-1].leaves)} that share their early layers"
+        f" ({plain(_PAPER)}), made by treeify {version(LIBRARY)}. The first leaf takes"
+        f" {sizes[0].macs:,} multiply-accumulates (MACs) an image, all of them {sizes[-1].macs:,};"
+        " an answer is the mean over the leaves so far."
     )
     if subject.extras:
         listed = "; ".join(f"{literal(path)}: {what}" for path, what in subject.extras.items())
@@ -152,7 +164,8 @@ def _accuracy(result: Result) -> str:
         )
     if result.answers is not None:
         lines.append(
-            f"Measured on this ensemble, data {literal(result.data_set)}: {plain(result.answers.split)}."
+            f"Measured on this ensemble, data set {literal(result.data_set)}:"
+            f" {plain(result.answers.split)}."
         )
     elif scores:
         lines.append("As training wrote them down after its last epoch, on the held-out images.")
@@ -202,7 +215,9 @@ def _use(subject: Subject) -> str:
     command = f"treeify predict {source} photo.jpg --deadline 20ms" if is_known else ""
     blocks = [f"```python\n{code}\n```", *notes]
     if command:
-        blocks.append(f"Or on the command line, after `pip install treeify`:\n\n```\n{command}\n```")
+        blocks.append(
+            f"Or on the command line, after `pip install treeify`:\n\n```\n{command}\n```"
+        )
     return "\n\n".join(blocks)
 
 
@@ -247,8 +262,11 @@ def _data(subject: Subject) -> str:
         return "What it was trained on is not known: no run wrote it."
     text = f"Trained on the data set {literal(result.origin['data'])}"
     if "loss" in result.origin:
-        text += f" with the loss {literal(result.origin['loss'])}, seed {plain(result.origin['seed'])}"
+        text += (
+            f" with the loss {literal(result.origin['loss'])}, seed {plain(result.origin['seed'])}"
+        )
     text += f", {len(result.epochs)} epochs" if result.epochs else ""
+    text += ", from random weights" if subject.is_from_scratch else ""
     return text + ". `recipe.yaml` says all of it, but for where files lay."
 
 
@@ -261,13 +279,15 @@ def _licence(subject: Subject) -> str:
     else:
         lines.append(f"{plain(subject.licence)}, as whoever published it says.")
     if subject.base_model is not None:
-        lines.append(f"It began with the weights of {literal(subject.base_model)}, which have theirs.")
+        lines.append(
+            f"It began with the weights of {literal(subject.base_model)}, which have theirs."
+        )
     return " ".join(lines)
 
 
 def _limits(subject: Subject) -> Iterator[str]:
     result = subject.result
-    if subject.base_model is None:
+    if subject.base_model is None and not subject.is_from_scratch:
         yield "Which trained weights it began with, if any, is not stated."
     if result.answers is not None:
         images = len(result.answers.target)
@@ -286,15 +306,14 @@ def _limits(subject: Subject) -> Iterator[str]:
             f" {worst:.2g} of the tolerance."
         )
     elif "parity" in result.missing:
-        yield f"Leaves were not compared with the base architecture: {plain(result.missing['parity'])}"
-    yield "Measured on the machine named below only."
+        reason = plain(result.missing["parity"])
+        yield f"Leaves were not compared with the base architecture: {reason}"
 
 
 def _origin(subject: Subject) -> str:
-    keys = ("base model", "splits", "image", "saved by", "machine", "versions", "started", "commit")
     origin = subject.result.origin
-    rows = [f"- {key}: {plain(origin[key], 500)}" for key in keys if origin.get(key)]
-    return "\n".join([*rows, f"- card: treeify {version('treeify')}"])
+    rows = [f"- {what}: {plain(origin[key], 500)}" for key, what in _ORIGIN if origin.get(key)]
+    return "\n".join([*rows, f"- card: treeify {version(LIBRARY)}"])
 
 
 def _leaves(count: int) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import timm
 import yaml
 
 from treeify.conversion import checkpoint
@@ -14,7 +15,7 @@ from treeify.conversion.saved_config import CONFIG, read_config, scored_ensemble
 from treeify.deploy.exported import looks_exported
 from treeify.deploy.saved import checkpoint_in, preparation_in, recipe_of
 from treeify.errors import InputError
-from treeify.models.hub import local_path
+from treeify.models.builders import TIMM
 from treeify.report.reading import Options, read
 from treeify.report.results import Result
 from treeify.training.recipe_file import values_of_run
@@ -45,9 +46,51 @@ class Contents:
     recipe: dict[str, Any] | None
     files: dict[str, Path]
 
+    @property
+    def base_model(self) -> str | None:
+        """The hub's name of the trained weights that a run began with, where its recipe tells."""
+        model = self._model
+        name = str(model.get("name", "")).removeprefix(TIMM)
+        if not model.get("pretrained") or not timm.is_model(name):
+            return None
+        found = timm.get_pretrained_cfg(name)
+        return None if found is None else found.hf_hub_id
+
+    @property
+    def is_from_scratch(self) -> bool:
+        """Whether a run's recipe says that it began with random weights."""
+        model = self._model
+        return bool(model) and not model.get("pretrained") and model.get("weights") is None
+
+    @property
+    def _model(self) -> dict[str, Any]:
+        model = (self.recipe or {}).get("model")
+        return model if isinstance(model, dict) else {}
+
+
+def load_ensemble(directory: Path, *, trust: bool = False) -> tuple[HierarchicalEnsemble, Path]:
+    """The ensemble in a directory, which knows its images, and the path of its checkpoint.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+        InputError: it is an export.
+    """
+    if looks_exported(directory):
+        raise InputError(
+            f"{directory} is an export, which goes with what it was exported from.",
+            expected="a run, one of its checkpoints, or an ensemble",
+            next_step="Push that, with its export beside it: treeify push DIR org/name"
+            " --with export",
+        )
+    path = checkpoint_in(directory, trust=trust)
+    hne = checkpoint.load(path, trust=trust)
+    if hne.preparation is None and len(hne.example) == 3:  # an earlier version saved it
+        hne.preparation = preparation_in(path, trust=trust)
+    return hne, path
+
 
 def read_contents(
-    directory: str | Path, name: str, data: Sequence[str] = (), *, trust: bool = False
+    directory: Path, name: str, data: Sequence[str] = (), *, trust: bool = False
 ) -> Contents:
     """Read an ensemble, and measure it where its data can be had.
 
@@ -62,18 +105,7 @@ def read_contents(
         DataError, RecipeError: the data that were asked for cannot be read.
         InputError: it is an export.
     """
-    directory = local_path(directory)
-    if looks_exported(directory):
-        raise InputError(
-            f"{directory} is an export, which goes with what it was exported from.",
-            expected="a run, one of its checkpoints, or an ensemble",
-            next_step="Push that, with its export beside it: treeify push DIR org/name"
-            " --with export",
-        )
-    path = checkpoint_in(directory, trust=trust)
-    hne = checkpoint.load(path, trust=trust)
-    if hne.preparation is None and len(hne.example) == 3:  # an earlier version saved it
-        hne.preparation = preparation_in(path, trust=trust)
+    hne, path = load_ensemble(directory, trust=trust)
     file, recipe = recipe_of(path, trust=trust), None
     result = read(directory, name, Options(data, latency=False, trust=trust))
     shared = {CONFIG: path / CONFIG}

@@ -2,17 +2,18 @@
 
 import shutil
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from treeify.conversion import saved_config
 from treeify.deploy.directory import publish
 from treeify.deploy.exporter import export
-from treeify.errors import CheckpointError, ExportError, InputError
+from treeify.errors import CheckpointError
+from treeify.models.hub import local_path
 from treeify.share import picture
 from treeify.share.card import Subject, card, listed_extras
-from treeify.share.contents import Contents, as_yaml, read_contents
-from treeify.share.timm_repository import timm_architecture, write_leaf
+from treeify.share.contents import Contents, as_yaml, load_ensemble, read_contents
+from treeify.share.timm_repository import write_leaf
 from treeify.training.run_directory import RECIPE
 
 EXTRAS = ("export", "report")
@@ -82,17 +83,18 @@ def write_folder(
         LeafError: there is no such leaf.
     """
     check_folder(final)
-    observe("reading and measuring")
-    contents = read_contents(directory, choices.name, choices.data, trust=choices.trust)
-    if choices.as_timm is not None:
-        timm_architecture(contents.hne)
+    directory = local_path(directory)
+    if (leaf := choices.as_timm) is None:
+        observe("reading and measuring")
+        contents = read_contents(directory, choices.name, choices.data, trust=choices.trust)
 
-    def write(draft: Path) -> None:
-        if choices.as_timm is not None:
-            leaf, licence = choices.as_timm, choices.licence
-            write_leaf(contents.hne, leaf, draft, choices.repository, licence)
-        else:
+        def write(draft: Path) -> None:
             _write_ensemble(contents, draft, choices, observe)
+    else:
+        hne, _ = load_ensemble(directory, trust=choices.trust)
+
+        def write(draft: Path) -> None:
+            write_leaf(hne, leaf, draft, choices.repository, choices.licence)
 
     try:
         publish(final, write, overwrite=True)
@@ -135,7 +137,8 @@ def _write_ensemble(
         contents.hne.example,
         contents.hne.preparation,
         choices.licence,
-        choices.base_model,
+        choices.base_model or contents.base_model,
+        contents.is_from_scratch,
         drawn,
         listed_extras([name for name in EXTRAS if name in choices.extras]),
     )

@@ -5,16 +5,21 @@ from collections.abc import Iterable, Sequence
 
 from treeify.errors import printable
 
-# What Markdown, or HTML within it, may take for more than a character.
-_SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|~$<>&-])")
-_ENTITIES = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+# What Markdown takes for more than a character within a line, HTML within it, and what becomes a
+# link or a mention by itself.
+_SPECIAL = re.compile(r"[\\`*_{}\[\]|~$<>&@]|:(?=//)|\.(?<=www\.)", re.IGNORECASE)
+_ESCAPED = "\\`*_{}[]|~$"
 
 
 def plain(value: object, most: int = 200) -> str:
-    """A value as text that is read as it stands: in one line, and nothing in it is markup."""
-    text = " ".join(printable(str(value)).split())
+    """A value as text that is read as it stands, within a line; nothing in it is markup."""
+    text = printable(" ".join(str(value).split()))
     text = text if len(text) <= most else f"{text[: most - 1]}…"
-    return _SPECIAL.sub(lambda match: _ENTITIES.get(match[0], f"\\{match[0]}"), text)
+    return _SPECIAL.sub(lambda match: _escaped(match[0]), text)
+
+
+def _escaped(character: str) -> str:
+    return f"\\{character}" if character in _ESCAPED else f"&#{ord(character)};"
 
 
 def literal(value: object) -> str:

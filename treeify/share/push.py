@@ -92,6 +92,8 @@ def push(
         InputError: an argument does not fit, or the hub cannot be written to.
         LeafError: there is no such leaf.
     """
+    require_iterable("extras", extras, f"some of {', '.join(EXTRAS)}")
+    require_iterable("data", data, "keys and values, such as ['name=digits']")
     choices = Choices(
         repository, tuple(extras), as_timm, tuple(data), licence, base_model, trust=trust
     )
@@ -125,13 +127,13 @@ def _check(choices: Choices, flags: dict[str, bool]) -> None:
             found=described(choices.repository),
             next_step="Name your account, or an organisation's, and the repository.",
         )
-    require_iterable("extras", choices.extras, f"some of {', '.join(EXTRAS)}")
     for extra in choices.extras:
         if extra not in EXTRAS:
             close = nearest(str(extra), EXTRAS)
             raise InputError(
                 "this cannot go with an ensemble.",
-                expected=f"some of {', '.join(EXTRAS)}" + (f" (did you mean {close}?)" * bool(close)),
+                expected=f"some of {', '.join(EXTRAS)}"
+                + (f" (did you mean {close}?)" * bool(close)),
                 found=described(extra),
                 next_step="Leave it out, or choose among these.",
             )
@@ -158,7 +160,7 @@ def require_token(repository: str) -> None:
             f"nobody is logged in to the hub, so {repository} cannot be written to.",
             expected="a token that may write there",
             found="none",
-            next_step="Log in: hf auth login, or set HF_TOKEN=... Or write the files alone: --dry-run"
+            next_step="Log in: hf auth login, or HF_TOKEN=... Or write the files alone: --dry-run"
             " (dry_run=True).",
         )
 

@@ -127,7 +127,8 @@ def _card(
 
 # {plain(name)}
 
-Leaf {leaf} of a hierarchical neural ensemble of treeify's, by itself: a plain {literal(architecture)} of timm.
+Leaf {leaf} of a hierarchical neural ensemble of treeify's, by itself: timm's plain
+{literal(architecture)}.
 
 ```python
 import timm

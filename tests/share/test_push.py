@@ -59,6 +59,20 @@ def test_a_second_push_replaces_the_first(
 
 
 @pytest.mark.usefixtures("logged_in")
+def test_models_of_others_are_not_overwritten(converted: Path, hub: fake_hub.Hub) -> None:
+    files = {"config.json": b'{"model_type": "bert"}', "README.md": b"mine"}
+    repo = hub.add("org/bert", files)
+    with pytest.raises(InputError, match="holds a model of another library"):
+        treeify.push(converted, "org/bert")
+    assert repo.files == files
+    treeify.push(converted, "org/bert", create_pr=True)
+    assert repo.files == files
+    hub.add("org/leaf", {"config.json": b'{"architecture": "resnet18"}'})
+    treeify.push(converted, "org/leaf", as_timm=0)
+    assert b"test_resnet" in hub.repos["org/leaf"].files["config.json"]
+
+
+@pytest.mark.usefixtures("logged_in")
 def test_branches_and_pull_requests(converted: Path, hub: fake_hub.Hub) -> None:
     treeify.push(converted, "org/name", revision="next")
     repo = hub.repos["org/name"]

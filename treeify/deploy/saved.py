@@ -95,7 +95,8 @@ def keep_measurements(
 def recipe_of(path: Path, *, trust: bool = False) -> Path | None:
     """The recipe of the run that wrote a checkpoint; None if no run did."""
     path = path.resolve()
-    if (beside := path / RECIPE).is_file() and read_config(path, trust=trust):  # it was pushed
+    beside = path / RECIPE
+    if beside.is_file() and (path / saved_config.CONFIG).is_file():  # as it was pushed
         if not trust:
             files.require_inside(beside, path)
         return beside

@@ -9,8 +9,9 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,6 +114,19 @@ def ensemble_named(name: str) -> Path | None:
     return Path(name) if files.is_directory(Path(name)) else None
 
 
+def is_of_others(repository: Repository) -> bool:
+    """Whether a repository holds a model that is neither treeify's nor timm's.
+
+    Raises:
+        CheckpointError: it cannot be looked at.
+    """
+    folder = _description(repository)
+    if _holds(folder) is not None or not (folder / _CONFIG).is_file():
+        return False
+    config = _json(folder / _CONFIG)
+    return not isinstance(config, dict) or "architecture" not in config
+
+
 def _text(path: str | Path) -> str:
     return path.as_posix() if isinstance(path, Path) else path
 
@@ -140,7 +154,9 @@ def _snapshot(repository: Repository, names: tuple[str, ...], *, revision: str |
     from huggingface_hub import snapshot_download
 
     patterns = [f"{repository.folder}/{name}" if repository.folder else name for name in names]
-    with explained(str(repository)), quiet():
+    # On a terminal somebody watches.
+    bars = nullcontext() if sys.stderr.isatty() else quiet()
+    with explained(str(repository)), bars:
         fetch = partial(
             snapshot_download, repository.name, revision=revision, allow_patterns=patterns
         )
@@ -154,12 +170,18 @@ def _snapshot(repository: Repository, names: tuple[str, ...], *, revision: str |
 
 def _holds(folder: Path) -> str | None:
     """Which file says that a folder holds something of treeify's; None if it does not."""
-    with suppress(OSError, ValueError, AttributeError):
-        config = json.loads(files.read_bytes(folder / _CONFIG, _MOST_BYTES))
-        return _CONFIG if {"format", "splits", "fingerprint"} <= config.keys() else None
-    with suppress(OSError, ValueError, AttributeError):
-        manifest = json.loads(files.read_bytes(folder / _MANIFEST, _MOST_BYTES))
-        return _MANIFEST if manifest.get("format") == "treeify-export" else None
+    config = _json(folder / _CONFIG)
+    if isinstance(config, dict) and {"format", "splits", "fingerprint"} <= config.keys():
+        return _CONFIG
+    manifest = _json(folder / _MANIFEST)
+    is_export = isinstance(manifest, dict) and manifest.get("format") == "treeify-export"
+    return _MANIFEST if is_export and config is None else None
+
+
+def _json(file: Path) -> Any:
+    """What a file holds, which anybody may have written; None if that is no JSON."""
+    with suppress(OSError, ValueError, RecursionError):
+        return json.loads(files.read_bytes(file, _MOST_BYTES))
     return None
 
 
@@ -209,9 +231,7 @@ def _linked(source: Path, target: Path) -> bool:
 
 def _not_ours(repository: Repository, folder: Path) -> CheckpointError:
     """Says what a repository is instead, and how that is used."""
-    config: Any = None
-    with suppress(OSError, ValueError):
-        config = json.loads(files.read_bytes(folder / _CONFIG, _MOST_BYTES))
+    config = _json(folder / _CONFIG)
     if not isinstance(config, dict):
         found, next_step = f"no {_CONFIG}, and no {_MANIFEST}", None
     elif "architecture" in config and "format" not in config:
@@ -232,7 +252,7 @@ def _not_ours(repository: Repository, folder: Path) -> CheckpointError:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars of progress where nobody watches them, as the hub shows them even in a pipe."""
+    """Keep the hub's client from drawing bars of progress, as it does even in a pipe."""
     from huggingface_hub.utils import (
         are_progress_bars_disabled,
         disable_progress_bars,

@@ -6,18 +6,29 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from treeify.arguments import as_path, require_flag, require_integer, require_iterable
+from treeify.arguments import (
+    as_path,
+    require_callable,
+    require_flag,
+    require_integer,
+    require_iterable,
+    require_type,
+)
 from treeify.deploy.directory import require_packages
 from treeify.errors import CheckpointError, InputError, described, nearest
 from treeify.models.downloads import without_retries
-from treeify.models.hub import quiet
+from treeify.models.hub import Repository, is_of_others, quiet
 from treeify.models.hub_errors import explained
 from treeify.share.folder import EXPORT, EXTRAS, REPORT, Choices, check_folder, write_folder
 from treeify.share.picture import FILE as PICTURE
+from treeify.training.run_directory import METRICS, RECIPE
 
 _ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 # What earlier pushes may have left, and this one does not write again.
-_REPLACED = ("model.safetensors", "model-*.safetensors", f"{EXPORT}/*", REPORT, PICTURE)
+_REPLACED = (
+    *("model.safetensors", "model-*.safetensors", RECIPE, METRICS),
+    *(f"{EXPORT}/*", REPORT, PICTURE),
+)
 
 
 @dataclass(frozen=True)
@@ -92,12 +103,18 @@ def push(
         InputError: an argument does not fit, or the hub cannot be written to.
         LeafError: there is no such leaf.
     """
+    require_callable("observe", observe, "what is being done, as text")
+    texts = {"licence": licence, "base_model": base_model, "revision": revision}
+    for name, text in texts.items():
+        require_type(name, text, str | None, "text, or None")  # type: ignore[arg-type]
     require_iterable("extras", extras, f"some of {', '.join(EXTRAS)}")
     require_iterable("data", data, "keys and values, such as ['name=digits']")
     choices = Choices(
         repository, tuple(extras), as_timm, tuple(data), licence, base_model, trust=trust
     )
-    _check(choices, {"private": private, "create_pr": create_pr, "dry_run": dry_run})
+    _check(
+        choices, {"private": private, "create_pr": create_pr, "dry_run": dry_run, "trust": trust}
+    )
     path = as_path("directory", directory, CheckpointError)
     if dry_run and out is None:
         out = Path("pushed") / choices.name
@@ -174,6 +191,8 @@ def _upload(
     api = HfApi(library_name="treeify")
     with explained(repository, InputError, writes=True), quiet(), without_retries():
         api.create_repo(repository, private=private, exist_ok=True)
+        if not create_pr:
+            _require_ours(repository)
         if revision is not None and not create_pr:
             api.create_branch(repository, branch=revision, exist_ok=True)
         commit = api.upload_folder(
@@ -185,3 +204,13 @@ def _upload(
             delete_patterns=[*_REPLACED],
         )
     return commit.pr_url or commit.commit_url, commit.oid
+
+
+def _require_ours(repository: str) -> None:
+    """Raise InputError where another model would be overwritten."""
+    if is_of_others(Repository(repository)):
+        raise InputError(
+            f"{repository} holds a model of another library, and is not overwritten.",
+            expected="a new repository, or one of treeify's or timm's",
+            next_step="Name another one, or open a pull request: --create-pr (create_pr=True).",
+        )

@@ -46,13 +46,14 @@ def test_published_points_say_where_they_are_from_and_how_exact_they_are() -> No
         name, source, kind = "Other", "Somebody, 2019, figure 5", "digitised"
         points = ((1e6, 70.0), (2e6, 72.0))
 
-    budgets = [BudgetPoint("budgets", 120.0, 62.0)]
+    budgets = [BudgetPoint("a", 120.0, 62.0)]
     chart = trade_off([curve("a", [1.0], [2.0], [3.0])], published=[Read()], budgets=budgets)
     assert chart.table.cells[-1] == [
-        "Other (digitised: Somebody, 2019, figure 5)",
+        "Other",
         "-",
         "2,000,000",
         "72.00",
+        "digitised: Somebody, 2019, figure 5",
     ]
     assert "read off a plot in Somebody, 2019, figure 5" in chart.description
     assert "Crosses" in chart.description

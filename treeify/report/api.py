@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from treeify.report.chart import Chart
 from treeify.report.contents import sections, summary
 from treeify.report.grids import is_grid, read_grid
 from treeify.report.page import page
+from treeify.report.published import data_sets, published
 from treeify.report.reading import Options
 from treeify.report.reading import read as read_result
 from treeify.report.results import GridResult, Result
@@ -123,6 +124,7 @@ def read(
     verify: bool = True,
     trust: bool = False,
     device: str = "auto",
+    weights: str | Path | None = None,
 ) -> Report:
     """Read runs, ensembles, exports and grids, and measure them on their held-out images.
 
@@ -135,6 +137,7 @@ def read(
         verify: compare ensembles with their untouched architecture.
         trust: import what the directories name, if whoever wrote them is trusted.
         device: that ensembles are measured on.
+        weights: trained weights of the base model of the one directory, to measure it too.
 
     Returns:
         The report.
@@ -147,19 +150,43 @@ def read(
     if not directories:
         raise InputError("there is nothing to report on.", expected="a run's directory, or several")
     require_iterable("data", data, "keys and values, such as ['name=digits']")
+    if weights is not None and len(directories) > 1:
+        raise InputError(
+            "weights of one base model were given, and several directories.",
+            expected="one directory with weights",
+        )
     if beside is not None:
         require_member("beside", beside, (PUBLISHED,), PUBLISHED)
-    options = Options(tuple(data), latency, verify, trust, device)
+    paths = [local_path(each) for each in directories]
+    if data and all(map(is_grid, paths)):
+        raise InputError(
+            "data were named, and grids are not measured.",
+            expected="data with runs, ensembles or exports",
+            next_step="Leave --data out, or give the grid's runs.",
+        )
+    options = Options(
+        tuple(data), latency, verify, trust, device, None if weights is None else Path(weights)
+    )
     results: list[Result] = []
     grids: list[GridResult] = []
-    paths = [local_path(each) for each in directories]
     for path, name in zip(paths, _names(paths), strict=True):
         if is_grid(path):
             grids.append(read_grid(path, name, trust=trust))
         else:
             results.append(read_result(path, name, options))
     contents = Contents(tuple(results), tuple(grids))
-    return Report(contents)
+    return Report(contents if beside is None else _with_published(contents))
+
+
+def _with_published(contents: Contents) -> Contents:
+    """The same with the points that were published for its data sets, or why there are none."""
+    names = sorted(set(contents.data_sets.values()))
+    found = [series for name in names for series in published(name)]
+    if found:
+        return replace(contents, published=tuple(found))
+    known, own = (", ".join(sets) or "none that is known" for sets in (data_sets(), names))
+    text = f"No published points are known for its data ({own}); there are some for {known}."
+    return replace(contents, beside=text)
 
 
 def _numbers(chart: Chart) -> dict[str, Any]:
@@ -170,7 +197,8 @@ def _numbers(chart: Chart) -> dict[str, Any]:
 
 def _names(paths: Sequence[Path]) -> list[str]:
     """A name for each path: its last part, or as many of the last as tell it from the others."""
-    parts = [path.resolve().parts for path in paths]
+    # Not resolved: `best` is a link, and a name that says more than what it leads to.
+    parts = [(path.resolve() if ".." in path.parts else path.absolute()).parts for path in paths]
     names = []
     for index, own in enumerate(parts):
         others = [other for position, other in enumerate(parts) if position != index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,8 @@ class Row:
     seed: int
     train: Annotated[tuple[Score, ...], Field(min_length=1)]
     held_out: Annotated[tuple[Score, ...], Field(min_length=1)]
+    versions: dict[str, str | None] | None = None
+    commit: str | None = None
 
 
 _ROWS = TypeAdapter(Annotated[list[Row], Field(min_length=1)])
@@ -104,34 +107,54 @@ def read_grid(path: Path, name: str, *, trust: bool = False) -> GridResult:
         epochs = () if run is None else tuple(RunDirectory(run).metrics())
         by_variant[row.variant].append(SeedRun(row.seed, row.held_out, row.train, epochs))
     missing: dict[str, str] = {}
-    sizes: dict[str, tuple[Cost, ...]] = {}
-    base = None
-    for variant in by_variant:
-        path_of_one = next((run for (each, _), run in runs.items() if each == variant), None)
-        if path_of_one is None:
-            missing["sizes"] = "What sizes cost is not known: the grid's runs are not there."
-            continue
-        try:
-            hne = checkpoint.load(checkpoint_in(path_of_one, trust=trust), trust=trust)
-        except (TreeifyError, OSError) as error:
-            missing["sizes"] = str(error).splitlines()[0]
-        else:
-            sizes[variant], base = costs(hne), base_cost(hne)
+    variants, base = [], None
+    for variant, seeds in by_variant.items():
+        costs_of_one = _costs(runs, variant, missing, trust=trust)
+        base = base if costs_of_one is None else costs_of_one[1]
+        variants.append(Variant(variant, tuple(seeds), costs_of_one[0] if costs_of_one else ()))
     return GridResult(
-        name,
-        path,
-        tuple(
-            Variant(variant, tuple(seeds), sizes.get(variant, ()))
-            for variant, seeds in by_variant.items()
-        ),
-        _data_set(runs),
-        base,
-        {"grid": str(path), "runs": f"{len(rows)} of {len(by_variant)} variants"},
-        missing,
+        name, path, tuple(variants), _data_set(runs), base, _origin(path, rows, runs), missing
     )
 
 
-def _last_epochs(runs: dict[tuple[str, int], Path]) -> list[Row]:
+def _costs(
+    runs: Mapping[tuple[str, int], Path], variant: str, missing: dict[str, str], *, trust: bool
+) -> tuple[tuple[Cost, ...], Cost] | None:
+    """What the nested sizes of a variant and its base model cost; else it is said why not."""
+    run = next((path for (name, _), path in runs.items() if name == variant), None)
+    if run is None:
+        missing["sizes"] = "What its sizes cost is not known: the grid's runs are not there."
+        return None
+    try:
+        hne = checkpoint.load(checkpoint_in(run, trust=trust), trust=trust)
+    except (TreeifyError, OSError) as error:
+        missing["sizes"] = str(error).splitlines()[0]
+        return None
+    return costs(hne), base_cost(hne)
+
+
+def _origin(
+    path: Path, rows: Sequence[Row], runs: Mapping[tuple[str, int], Path]
+) -> dict[str, str]:
+    seeds = sorted({row.seed for row in rows})
+    variants = list(dict.fromkeys(row.variant for row in rows))
+    facts = {
+        "grid": str(path),
+        "runs": f"{len(rows)}, of {len(variants)} variants: {', '.join(variants)}",
+        "seeds": ", ".join(map(str, seeds)),
+    }
+    versions = {f"{name} {number}" for row in rows for name, number in (row.versions or {}).items()}
+    if versions:
+        facts["versions"] = ", ".join(sorted(versions))
+    if commits := sorted({row.commit for row in rows if row.commit}):
+        facts["commit"] = ", ".join(commits)
+    for run in list(runs.values())[:1]:
+        with suppress(TreeifyError):
+            facts["machine"] = RunDirectory(run).environment().platform
+    return facts
+
+
+def _last_epochs(runs: Mapping[tuple[str, int], Path]) -> list[Row]:
     rows = []
     for (variant, seed), path in runs.items():
         if epochs := RunDirectory(path).metrics():
@@ -139,7 +162,7 @@ def _last_epochs(runs: dict[tuple[str, int], Path]) -> list[Row]:
     return rows
 
 
-def _data_set(runs: dict[tuple[str, int], Path]) -> str | None:
+def _data_set(runs: Mapping[tuple[str, int], Path]) -> str | None:
     """The name of the data set, if the runs have one and the same."""
     names = set()
     for path in runs.values():

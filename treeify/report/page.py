@@ -54,7 +54,8 @@ def page(sections: Sequence[Section], title: str, summary: Sequence[tuple[str, s
     template = environment.get_template(TEMPLATE)
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return template.render(
-        sections=sections,
+        shown=[section for section in sections if not section.is_empty],
+        left_out=[section for section in sections if section.is_empty],
         title=title,
         summary=summary,
         light={name: value for value, name in VARIABLES.items()},

@@ -13,6 +13,7 @@ from treeify.conversion.saved_config import read_config
 from treeify.deploy.exported import ExportedEnsemble
 from treeify.deploy.exported_scores import exported_seconds
 from treeify.deploy.saved import (
+    base_model_in,
     checkpoint_in,
     data_for_export,
     data_section,
@@ -48,6 +49,7 @@ class Options:
         check: whether to compare ensembles with their untouched architecture.
         trust: whether what directories name may be imported.
         device: that ensembles are measured on.
+        weights: trained weights of the base model, to measure it too.
     """
 
     data: Sequence[str] = ()
@@ -55,6 +57,7 @@ class Options:
     check: bool = True
     trust: bool = False
     device: str = "auto"
+    weights: Path | None = None
 
 
 def read(directory: Path, name: str, options: Options) -> Result:
@@ -101,7 +104,10 @@ def _of_checkpoint(directory: Path, name: str, options: Options) -> Result:
 
 def _measured(result: Result, hne: HierarchicalEnsemble, path: Path, options: Options) -> Result:
     """The same with what is measured here: answers, times and parity."""
-    base = hne.leaf(0).eval()
+    base, weights, notes = base_model_in(hne, options.weights, path, trust=options.trust)
+    if weights is None:
+        notes = notes or ["The base model's accuracy is not known: --weights PATH measures it."]
+        result = _lacking(result, "base", " ".join(notes))
     x = placed(hne.example_images(1), hne)
     found = _section(path, options)
     if isinstance(found, str):
@@ -113,7 +119,10 @@ def _measured(result: Result, hne: HierarchicalEnsemble, path: Path, options: Op
             skipped: set[str] = set()
             skip = skips_damaged(path, trust=options.trust)
             batches = noting(held_out_loader(data.held_out, _BATCH, skip=skip), skipped)
-            answers = replace(answers_of(hne, batches, data), skipped=tuple(sorted(skipped)))
+            answers = replace(
+                answers_of(hne, batches, data, base if weights is not None else None),
+                skipped=tuple(sorted(skipped)),
+            )
             x = placed(data.example()[None], hne)
             result = _with_answers(result, answers, found)
             if tuple(x.shape[1:]) != hne.example:
@@ -175,7 +184,7 @@ def _section(path: Path, options: Options) -> DataRecipe | str:
         if options.data:
             raise
         if isinstance(error, RecipeError):
-            return "It does not say what data to use: name them with --data."
+            return "What to measure it on is not known: name data with --data."
         return _first_line(error)
 
 

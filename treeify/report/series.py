@@ -56,9 +56,12 @@ class BaseModel:
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """Images that stop by confidence: mean cost per image, and accuracy in percent."""
+    """Images that stop by confidence: mean cost per image, and accuracy in percent.
 
-    name: str
+    They are drawn in the colour of the curve of that name.
+    """
+
+    curve: str
     cost: float
     accuracy: float
 
@@ -77,6 +80,10 @@ class PublishedSeries(Protocol):
     @property
     def kind(self) -> Literal["printed", "digitised"]:
         """How exact it is."""
+
+    @property
+    def macs_are(self) -> str:
+        """Who counted the MACs, and how."""
 
     @property
     def points(self) -> Sequence[tuple[float, float]]:

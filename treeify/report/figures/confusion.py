@@ -50,7 +50,7 @@ def matrix(
             if len(classes) <= 12:
                 text = f"{value:.0f}" if value >= 1 else "<1"
                 ink = style.PAPER if value > 55 else style.INK
-                ax.text(column, row, text, ha="center", va="center", fontsize=7.5, color=ink)
+                ax.text(column, row, text, ha="center", va="center", fontsize=8, color=ink)
     names = [style.short(each, 14) for each in classes]
     turned = 90 if max(map(len, names)) > 3 else 0
     ax.set_xticks(range(len(classes)), names, rotation=turned)
@@ -232,7 +232,7 @@ def changes(
     ):
         heights = [sign * value for value in values]
         bars = ax.bar(places, heights, width=0.62, color=style.SERIES[index], label=label)
-        ax.bar_label(bars, [f"{value:,}" for value in values], padding=2, fontsize=8)
+        ax.bar_label(bars, [f"{value:,}" if value else "" for value in values], padding=2)
     ax.axhline(0, color=style.MUTED, linewidth=0.8)
     ax.margins(y=0.18)
     ax.set_xticks(places, [f"{start} to {stop}" for start, stop in steps])

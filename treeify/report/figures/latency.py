@@ -158,7 +158,7 @@ def budgets(
     """
     ordered = sorted(chosen, key=lambda budget: budget.target_macs)
     sizes = ordered[0].sizes
-    figure, ax = style.axes(1.2 + 0.3 * len(ordered))
+    figure, ax = style.axes(max(2.0, 1.2 + 0.3 * len(ordered)))
     places = range(len(ordered))
     left = [0.0] * len(ordered)
     for index, size in enumerate(sizes):
@@ -182,7 +182,7 @@ def budgets(
         ("mean MACs", ",.0f"),
         ("accuracy %", ".2f"),
         *((f"stop at {size} %", ".1f") for size in sizes),
-        "thresholds",
+        ("thresholds", ""),
     ]
     rows = [
         (

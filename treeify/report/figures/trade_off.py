@@ -15,6 +15,9 @@ Unit = Literal["MACs", "ms"]
 _AXIS = {"MACs": "MACs per image", "ms": "milliseconds per image"}
 _FORMAT = {"MACs": ",.0f", "ms": ".3f"}
 
+# Labels of points that are nearer would overlap; fractions of the axes.
+_NEAR = 0.1
+
 
 @style.in_style
 def trade_off(
@@ -40,28 +43,34 @@ def trade_off(
         title: of the chart.
         note: what else a reader should know, sentences.
     """
-    figure, ax = style.axes(3.5)
+    figure, ax = style.axes(3.5 + 0.14 * len(published))
     for index, curve in enumerate(curves):
         draw_curve(ax, index, curve)
-    if len(curves) == 1:
-        _label_sizes(ax, curves[0])
-    _draw_budgets(ax, budgets)
-    _draw_published(ax, published)
+    ax.margins(y=0.12)
+    _draw_budgets(ax, budgets, [curve.name for curve in curves])
+    _draw_published(ax, published, len(curves))
     style.log_costs(ax.xaxis, style.count if unit == "MACs" else style.number)
     ax.set_xlabel(_AXIS[unit])
     ax.set_ylabel("accuracy, %")
     if base is not None:
         _draw_base(ax, base, sorted({size for curve in curves for size in curve.leaves}))
+    style.accuracies(ax.yaxis)
+    if len(curves) == 1:
+        _label_sizes(ax, curves[0])
     style.legend_below(figure)
     rows = [
         *_curve_rows(curves),
         *_base_rows(base, curves),
-        *((point.name, None, point.cost, point.accuracy, None, None) for point in budgets),
         *(
-            (f"{series.name} ({series.kind}: {series.source})", None, *point, None, None)
-            for series in published
-            for point in series.points
+            (f"{point.curve}, budgets", None, point.cost, point.accuracy, None, None)
+            for point in budgets
         ),
+    ]
+    rows = [(*row, None) for row in rows]
+    rows += [
+        (series.name, None, *point, None, None, f"{series.kind}: {series.source}")
+        for series in published
+        for point in series.points
     ]
     table = Table.of(
         [
@@ -71,6 +80,7 @@ def trade_off(
             ("accuracy %", ".2f"),
             ("least", ".2f"),
             ("most", ".2f"),
+            "source",
         ],
         rows,
     )
@@ -104,10 +114,14 @@ def without_empty(table: Table) -> Table:
 
 def _label_sizes(ax: Axes, curve: Curve) -> None:
     """How many leaves each point has; of several curves this would be too much to read."""
+    labelled: list[tuple[float, float]] = []
     for size, cost, value in zip(curve.leaves, curve.costs, curve.values, strict=True):
-        text = "1 leaf" if size == 1 else f"{size}"
+        x, y = ax.transAxes.inverted().transform(ax.transData.transform((cost, value.mean)))
+        if any(abs(x - other) < _NEAR and abs(y - above) < _NEAR for other, above in labelled):
+            continue  # the label of a point beside it is there
+        labelled.append((x, y))
         ax.annotate(
-            text,
+            "1 leaf" if size == 1 else f"{size}",
             (cost, value.mean),
             xytext=(5, -3),
             textcoords="offset points",
@@ -116,7 +130,6 @@ def _label_sizes(ax: Axes, curve: Curve) -> None:
             fontsize=8,
             color=style.MUTED,
         )
-    ax.margins(y=0.15)
 
 
 def _draw_base(ax: Axes, base: BaseModel, sizes: Sequence[int]) -> None:
@@ -139,37 +152,30 @@ def _draw_base(ax: Axes, base: BaseModel, sizes: Sequence[int]) -> None:
     top.spines["top"].set_visible(True)
 
 
-def _draw_budgets(ax: Axes, budgets: Sequence[BudgetPoint]) -> None:
-    for index, name in enumerate(dict.fromkeys(point.name for point in budgets)):
-        points = sorted((point.cost, point.accuracy) for point in budgets if point.name == name)
+def _draw_budgets(ax: Axes, budgets: Sequence[BudgetPoint], names: Sequence[str]) -> None:
+    for name in dict.fromkeys(point.curve for point in budgets):
+        points = sorted((point.cost, point.accuracy) for point in budgets if point.curve == name)
         costs, accuracies = zip(*points, strict=True)
         ax.plot(
             costs,
             accuracies,
-            color=style.colour(index),
+            color=style.colour(names.index(name)) if name in names else style.MUTED,
             marker="x",
             linestyle=(0, (1, 1.2)),
             linewidth=1.2,
-            label=style.short(name),
+            label=f"{style.short(name)}, budgets",
             zorder=3,
         )
 
 
-def _draw_published(ax: Axes, published: Sequence[PublishedSeries]) -> None:
-    for index, series in enumerate(published):
+def _draw_published(ax: Axes, published: Sequence[PublishedSeries], before: int) -> None:
+    """Points of others, with open marks and in the colours after those of `before` curves."""
+    for index, series in enumerate(published, before):
         costs, accuracies = zip(*series.points, strict=True)
         digitised = ", read off a plot" if series.kind == "digitised" else ""
-        ax.plot(
-            costs,
-            accuracies,
-            color=style.MUTED,
-            marker=style.MARKERS[-1 - index % len(style.MARKERS)],
-            markerfacecolor=style.PAPER,
-            linestyle=style.DASHES[index % len(style.DASHES)],
-            linewidth=1,
-            label=style.short(series.name) + digitised,
-            zorder=2,
-        )
+        look = style.line(index) | {"linestyle": (0, (1, 1)), "linewidth": 1, "markersize": 4}
+        label = style.short(series.name) + digitised
+        ax.plot(costs, accuracies, markerfacecolor=style.PAPER, label=label, zorder=2, **look)
 
 
 def _curve_rows(curves: Sequence[Curve]) -> list[tuple[Any, ...]]:
@@ -215,7 +221,11 @@ def _description(
         sentences.append(
             "Crosses: images that stop as soon as they are confident enough, at their mean cost."
         )
-    for series in published:
-        how = "printed in" if series.kind == "printed" else "read off a plot in"
-        sentences.append(f"{series.name}: {how} {series.source}.")
+    if published:
+        sentences.append("Open marks are not measured here, but as others published them.")
+    sources = dict.fromkeys((series.source, series.kind) for series in published)
+    for source, kind in sources:
+        names = [each.name for each in published if (each.source, each.kind) == (source, kind)]
+        how = "printed in" if kind == "printed" else "read off a plot in"
+        sentences.append(f"{'; '.join(names)}: {how} {source}.")
     return " ".join(sentences)

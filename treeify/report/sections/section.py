@@ -5,10 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import count
 
 from treeify.report.chart import Chart, Table
 from treeify.report.results import GridResult, Result, Thumbnail
 from treeify.report.series import PublishedSeries
+
+# Characters of a name in a file's name, whose length systems limit.
+_LONGEST = 60
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,17 @@ class Contents:
         if not self.are_several:
             return chart
         title = f"{chart.title}: {owner.name}"
-        return replace(chart, name=f"{chart.name}_{slug(owner.name)}", title=title)
+        return replace(chart, name=f"{chart.name}_{self._slugs[owner.name]}", title=title)
+
+    @cached_property
+    def _slugs(self) -> dict[str, str]:
+        """Every name as part of a file's name, of its own."""
+        slugs: dict[str, str] = {}
+        for owner in self.owners:
+            part = re.sub(r"[^\w-]+", "_", owner.name).strip("_")[-_LONGEST:] or "run"
+            numbered = (part if number == 1 else f"{part}_{number}" for number in count(1))
+            slugs[owner.name] = next(each for each in numbered if each not in slugs.values())
+        return slugs
 
     def say(self, text: str, owner: Result | GridResult) -> str:
         """A sentence about one of several results, which says of which."""
@@ -95,6 +110,11 @@ class Section:
     missing: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether it has nothing to show."""
+        return not (self.charts or self.facts or self.galleries)
+
 
 @dataclass
 class Draft:
@@ -122,11 +142,6 @@ class Draft:
 
 
 Gather = Callable[[Contents], Section]
-
-
-def slug(name: str) -> str:
-    """A name as part of a file's name."""
-    return re.sub(r"[^\w-]+", "_", name).strip("_") or "run"
 
 
 def each_lacks(contents: Contents, of: Sequence[GridResult], what: str) -> list[str]:

@@ -70,6 +70,11 @@ def conversion_section(contents: Contents) -> Section:
                 table = Table.of(["operation and reason", ("nodes", ",d")], rows)
                 title = contents.say("What runs branch by branch", result)
                 draft.facts.append(Facts(title, table=table))
+        differences = [each.difference for each in result.steps if each.difference is not None]
+        if differences:
+            text = f"{max(differences):.2g} of the largest logit, from PyTorch's, when written"
+            title = contents.say("How exact its files are", result)
+            draft.facts.append(Facts(title, (("largest difference", text),)))
         if result.parity is not None:
             draft.charts.append(contents.mark(parity(result.parity), result))
         elif "parity" in result.missing:

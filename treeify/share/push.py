@@ -65,7 +65,7 @@ def push(
     dry_run: bool = False,
     out: str | Path | None = None,
     trust: bool = False,
-    observe: Callable[[str], None] = lambda what: None,
+    observe: Callable[[str], None] | None = None,
 ) -> Pushed:
     """Publish an ensemble on the Hugging Face hub, with a card of what was measured.
 
@@ -103,6 +103,7 @@ def push(
         InputError: an argument does not fit, or the hub cannot be written to.
         LeafError: there is no such leaf.
     """
+    observe = _say_nothing if observe is None else observe
     require_callable("observe", observe, "what is being done, as text")
     texts = {"licence": licence, "base_model": base_model, "revision": revision}
     for name, text in texts.items():
@@ -131,6 +132,10 @@ def push(
         observe("uploading")
         url, commit = _upload(written, repository, private, revision, create_pr)
     return Pushed(repository, tuple(files), folder, url, commit)
+
+
+def _say_nothing(what: str) -> None:
+    """Hear what is being done, and leave it at that."""
 
 
 def _check(choices: Choices, flags: dict[str, bool]) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,18 @@ from typing import Any
 import fake_hub
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 
 import treeify
 from treeify.conversion.saving import save_measurements
 from treeify.data import Preparation
+from treeify.errors import printable
+from treeify.share.card import card
 from treeify.share.contents import read_contents
+from treeify.share.subject import Subject
 from treeify.training.run_directory import RunDirectory
 
 CODE = re.compile(r"```python\n(.*?)```", re.DOTALL)
@@ -163,10 +169,43 @@ def test_names_of_classes_break_nothing(converted: Path, tmp_path: Path) -> None
     assert "日本語" in text
 
 
+def test_a_reader_of_markdown_sees_names_as_text(converted: Path, tmp_path: Path) -> None:
+    hne = treeify.load(converted)
+    assert isinstance(hne.preparation, Preparation)
+    hne.preparation = replace(hne.preparation, classes=HOSTILE)
+    treeify.save(hne, tmp_path / "mine")
+    body = card_of(tmp_path / "mine", tmp_path / "out").split("\n---\n", 1)[1]
+    tokens = MarkdownIt("commonmark").enable("table").parse(body)
+    inline = [child for token in tokens for child in token.children or ()]
+    kinds = {token.type for token in [*tokens, *inline]}
+    assert not kinds & {"html_block", "html_inline", "image", "link_open"}
+    read = "".join(child.content for child in inline if child.type in ("text", "text_special"))
+    shown = (printable(" ".join(name.split())) for name in HOSTILE)
+    assert all(name in read for name in shown)
+
+
+def test_scores_of_training_stand_in_for_data_that_are_gone(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "run", symlinks=True)
+    recipe = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
+    recipe["data"] = {"name": "image_folder", "root": "/nowhere/photos", "size": 8}
+    (tmp_path / "run" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    text = card_of(tmp_path / "run", tmp_path / "out")
+    assert "As training wrote them down after its last epoch" in text
+    last = RunDirectory(trained).metrics()[-1].held_out[-1]
+    assert f"| {last.accuracy:.2f} |" in text
+    assert "/nowhere" not in text
+    # The scores are of the newest state alone.
+    other = sorted((tmp_path / "run" / "checkpoints").iterdir())[0]
+    shutil.copytree(other, tmp_path / "run" / "checkpoints" / "step-00000001-epoch-0001")
+    older = tmp_path / "run" / "checkpoints" / "step-00000001-epoch-0001"
+    text = card_of(older, tmp_path / "older")
+    assert "Its accuracy was not measured." in text
+    assert "accuracy %" not in text
+    assert not (tmp_path / "older" / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_names_of_data_sets_break_nothing(hostile: str, trained: Path) -> None:
-    from treeify.share.card import Subject, card
-
     contents = read_contents(trained, "name")
     result = replace(
         contents.result, data_set=hostile, origin={**contents.result.origin, "data": hostile}

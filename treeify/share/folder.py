@@ -11,8 +11,9 @@ from treeify.deploy.exporter import export
 from treeify.errors import CheckpointError
 from treeify.models.hub import local_path
 from treeify.share import picture
-from treeify.share.card import Subject, card, listed_extras
+from treeify.share.card import card
 from treeify.share.contents import Contents, as_yaml, load_ensemble, read_contents
+from treeify.share.subject import Subject, listed_extras
 from treeify.share.timm_repository import write_leaf
 from treeify.training.run_directory import RECIPE
 

@@ -13,6 +13,7 @@ from runner import run
 
 import treeify
 from treeify.data import Preparation
+from treeify.deploy.exporter import export
 from treeify.training.trainer import train
 
 NAME = "hf-hub:org/name"
@@ -31,12 +32,25 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(runs.recipe(folder, *overrides), out=folder / "run").run.directory
 
 
+@pytest.fixture(scope="module")
+def published(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a push of the run puts into its repository, an export with it."""
+    out = tmp_path_factory.mktemp("published") / "name"
+    pushed = treeify.push(trained, "org/name", dry_run=True, out=out)
+    hne = treeify.load(out)
+    exported = export(hne, out / "export", tune=False).path
+    paths = [*pushed.files, *(path.relative_to(out) for path in exported.iterdir())]
+    return {path.as_posix(): (out / path).read_bytes() for path in paths}
+
+
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: Path) -> Iterator[fake_hub.Hub]:
+def hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: dict[str, bytes]
+) -> Iterator[fake_hub.Hub]:
     """A hub to which the run was pushed."""
     with fake_hub.serving(tmp_path / "cache", monkeypatch) as server:
         monkeypatch.setenv("HF_TOKEN", fake_hub.TOKEN)
-        treeify.push(trained, "org/name")
+        server.add("org/name", published)
         yield server
 
 
@@ -89,7 +103,13 @@ COMMANDS = {
 
 
 @pytest.mark.usefixtures("hub")
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(name, marks=pytest.mark.thorough if name in ("export", "report") else ())
+        for name in COMMANDS
+    ],
+)
 def test_commands_take_the_name(command: str) -> None:
     done = run(*COMMANDS[command])
     assert done.exit_code == 0, done.output
@@ -110,15 +130,16 @@ def test_calibrating_leaves_the_cache_as_it_is(hub: fake_hub.Hub, tmp_path: Path
     assert hub.repos["org/name"].files["config.json"] in before
 
 
-def test_an_export_in_a_repository_answers(hub: fake_hub.Hub, trained: Path) -> None:
-    treeify.push(trained, "org/name", extras=["export"])
-    done = run("predict", f"{NAME}/export", "digit.png", "--json")
-    assert done.exit_code == 0, done.output
-    one, other = (
-        [image["answers"] for image in json.loads(text)["images"]]
-        for text in (done.output, run("predict", NAME, "digit.png", "--json").output)
-    )
-    assert len(one[0]) == len(other[0])
+@pytest.mark.usefixtures("hub")
+def test_an_export_in_a_repository_answers() -> None:
+    texts = [
+        run("predict", name, "digit.png", "--json").output for name in (NAME, f"{NAME}/export")
+    ]
+    one, other = (json.loads(text)["images"][0]["answers"] for text in texts)
+    assert len(one) == 3
+    for ours, exported in zip(one, other, strict=True):
+        assert (ours["leaves"], ours["label"]) == (exported["leaves"], exported["label"])
+        assert ours["probability"] == pytest.approx(exported["probability"], abs=1e-4)
 
 
 def test_recipes_take_the_name(hub: fake_hub.Hub, tmp_path: Path) -> None:
@@ -138,6 +159,19 @@ def test_what_cannot_be_had_is_one_message(hub: fake_hub.Hub) -> None:
         assert done.exit_code == 2
         assert done.output.startswith("CheckpointError: ")
         assert "Expected" in done.output
+
+
+def test_nothing_that_a_recipe_in_a_repository_names_is_imported(
+    hub: fake_hub.Hub, published: dict[str, bytes]
+) -> None:
+    recipe = published["recipe.yaml"].replace(b"name: digits\n", b"name: os:system\n")
+    assert recipe != published["recipe.yaml"]
+    hub.add("org/hostile", {**published, "recipe.yaml": recipe})
+    done = run("eval", "hf-hub:org/hostile")
+    assert done.exit_code == 2
+    assert "names a data set that would be imported: data.name='os:system'" in done.output
+    named = run("eval", "hf-hub:org/hostile", "--data", "name=digits", "--no-latency")
+    assert named.exit_code == 0, named.output
 
 
 def test_a_directory_may_be_called_local(trained: Path) -> None:

@@ -142,23 +142,22 @@ def test_the_best_state_has_its_own_numbers(trained: Path, tmp_path: Path) -> No
 
 @pytest.mark.usefixtures("logged_in")
 def test_an_ensemble_of_the_hub_is_pushed_again(converted: Path, hub: fake_hub.Hub) -> None:
-    treeify.push(converted, "org/name")
+    hub.add("org/name", {path.name: path.read_bytes() for path in converted.iterdir()})
     treeify.push(NAME, "other/copy")
     assert same(treeify.load("hf-hub:other/copy"), treeify.load(converted))
 
 
 @pytest.mark.parametrize("broken", ["preupload", "commit", "repos/create"])
 def test_a_failure_in_the_middle_changes_nothing(
-    broken: str, trained: Path, converted: Path, hub: fake_hub.Hub, logged_in: None
+    broken: str, converted: Path, hub: fake_hub.Hub, logged_in: None
 ) -> None:
-    treeify.push(converted, "org/name")
-    repo = hub.repos["org/name"]
+    repo = hub.add("org/name", {"README.md": b"as it was"})
     before, sha = dict(repo.files), repo.branches["main"]
     hub.broken = broken
     with pytest.raises(
         InputError, match=r"org/name cannot be written to[\s\S]*broke down[\s\S]*Noth"
     ):
-        treeify.push(trained, "org/name")
+        treeify.push(converted, "org/name")
     assert (repo.files, repo.branches["main"]) == (before, sha)
 
 

@@ -146,7 +146,9 @@ def _fetched(repository: Repository) -> Path:
 
 def _description(repository: Repository) -> Path:
     """A snapshot's folder with the files that say what it holds, if they are there."""
-    return _snapshot(repository, (_CONFIG, _MANIFEST), revision=repository.revision)
+    # The last is in nearly all of them: where nothing matches, the hub's client prints a warning.
+    names = (_CONFIG, _MANIFEST, ".gitattributes")
+    return _snapshot(repository, names, revision=repository.revision)
 
 
 def _snapshot(repository: Repository, names: tuple[str, ...], *, revision: str | None) -> Path:

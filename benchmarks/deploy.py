@@ -1,17 +1,19 @@
 """Is every multiply-accumulate of an exported ensemble as cheap as in its base model? ONNX Runtime.
 
-`python benchmarks/deploy.py` measures, in one process and in turns: the base model exported by
-itself, the first answer of the ensemble, all its steps one after the other, and one call of a file
-that computes all leaves at once. E is (T_base * MACs_hne / MACs_base) / T. PyTorch, tuned, is
-measured after that: two pools of threads that spin in one process slow each other. Deadlines are
+`python benchmarks/deploy.py` measures, in one process per row and in turns: the base model exported
+by itself, the first answer of the ensemble, all its steps one after the other, and one call of a
+file that computes all leaves at once. E is (T_base * MACs_hne / MACs_base) / T. PyTorch, tuned, is
+measured in another process: two pools of threads that spin in one slow each other. Deadlines are
 those of `benchmarks/anytime.py`.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -25,7 +27,7 @@ import torch
 from torch import nn
 
 from treeify.deploy import export
-from treeify.deploy.runtime import Anytime
+from treeify.deploy.runtime import Anytime, OnnxRuntimeGraph, Threads
 from treeify.engine import timing
 
 CASES = (*common.CIFAR, *common.IMAGENET)
@@ -37,7 +39,9 @@ NAMES = (
     "vit_tiny_patch16_224",
     "efficientnet_b0",
 )
-BATCHES, THREADS = (1, 8, 32), (1, 2)
+BATCHES = (1, 8, 32)
+# By how a row calls them; two threads are those of each step, or of all.
+POOLS = {"1": Threads(1), "2": Threads(2), "2 shared": Threads(2, shared=True)}
 # Forms are chosen by measuring at these sizes; every row runs the same files.
 _ROUNDS = 200
 
@@ -57,39 +61,11 @@ def base_graph(base: nn.Module, size: int, file: Path) -> None:
     program.save(file)
 
 
-def session(file: Path, threads: int) -> onnxruntime.InferenceSession:
-    """A file in the runtime, with the options of `Anytime`."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-
-
-def in_turns(
-    actions: dict[str, Callable[[], Any]], budget: float, rounds: int = _ROUNDS
-) -> dict[str, list[float]]:
-    """Seconds of actions that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in actions}
-    for action in actions.values():
-        action()
-    begin = perf_counter()
-    while len(times["base"]) < rounds and (
-        perf_counter() - begin < budget or len(times["base"]) < 5
-    ):
-        for name, action in actions.items():
-            start = perf_counter()
-            action()
-            times[name].append(perf_counter() - start)
-    return times
-
-
 def measure(report: common.Report, case: common.Case, budget: float) -> None:
-    """One row per batch size and number of threads."""
+    """One row per batch size and pool of threads."""
     rows = {
-        (batch, threads): f"{case.name}, batch {batch}, threads {threads}"
-        for threads in THREADS
+        (batch, pool): f"{case.name}, batch {batch}, threads {threads}"
+        for threads, pool in POOLS.items()
         for batch in BATCHES
     }
     if not any(report.wanted(row) for row in rows.values()):
@@ -102,24 +78,16 @@ def measure(report: common.Report, case: common.Case, budget: float) -> None:
     steps = export(hne, folder / "steps", verify=False)
     export(hne, folder / "call", sizes=[hne.leaves], verify=False)
     size = sum(row["bytes"] for row in steps.manifest["steps"])
-    for (batch, threads), row in rows.items():
+    for (batch, pool), row in rows.items():
         if not report.wanted(row):
             continue
         x = np.random.default_rng(0).normal(size=(batch, 3, case.size, case.size))
         images = x.astype(np.float32)
-        alone = session(folder / "base.onnx", threads)
-        (name,) = (each.name for each in alone.get_inputs())
-        chain = Anytime(folder / "steps", threads=threads, preload="all")
-        call = Anytime(folder / "call", threads=threads, preload="all")
-        actions: dict[str, Callable[[], Any]] = {
-            "base": lambda: alone.run(None, {name: images}),  # noqa: B023 - called at once
-            "first": lambda: chain.session(images).advance(),  # noqa: B023
-            "steps": lambda: list(chain.anytime(images)),  # noqa: B023
-            "call": lambda: call.predict(images),  # noqa: B023
-        }
-        times = in_turns(actions, budget)
-        typical = {key: median(each) for key, each in times.items()}
-        torch_time = pytorch(hne, torch.from_numpy(images), threads, budget)
+        # A process of its own: PyTorch's threads are not there, and sharing is settled once in it.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            times = process.submit(onnx_times, folder, images, pool, budget).result()
+        typical = timing.medians(times)
+        torch_time = pytorch(hne, torch.from_numpy(images), pool.number or 1, budget)
         report.add(
             row,
             macs_ratio=ratio,
@@ -137,6 +105,23 @@ def measure(report: common.Report, case: common.Case, budget: float) -> None:
         )
 
 
+def onnx_times(folder: Path, images: Any, pool: Threads, budget: float) -> timing.Times:
+    """Seconds of the base model and of all ways to answer, in turns."""
+    base = OnnxRuntimeGraph(str(folder / "base.onnx"), pool)
+    chain, call = (
+        Anytime(folder / name, threads=pool.number, preload="all", shared_threads=pool.shared)
+        for name in ("steps", "call")
+    )
+    actions: dict[str, Callable[[], Any]] = {
+        "base": lambda: base.run({base.inputs[0]: images}, base.outputs),
+        "first": lambda: chain.session(images).advance(),
+        "steps": lambda: list(chain.anytime(images)),
+        "call": lambda: call.predict(images),
+    }
+    cpu = torch.device("cpu")
+    return timing.alternate(actions, cpu, repeats=_ROUNDS, budget=budget, at_least=5)
+
+
 def pytorch(hne: Any, x: torch.Tensor, threads: int, budget: float) -> float:
     """Median seconds of one call in PyTorch, tuned for these images."""
     torch.set_num_threads(threads)
@@ -150,18 +135,24 @@ def pytorch(hne: Any, x: torch.Tensor, threads: int, budget: float) -> float:
 
 
 def deadlines(
-    report: common.Report, case: common.Case, budget: float, *, threads: int, load: bool
+    report: common.Report, case: common.Case, budget: float, *, pool: Threads, load: bool
 ) -> None:
     """How often deadlines of one image are kept, and with how many of the leaves that would fit."""
-    state = f"{'one core busy' if load else 'idle'}, threads {threads}"
-    row = f"{case.name}, deadlines, {state}"
+    row = f"{case.name}, deadlines, {'one core busy' if load else 'idle'}, threads {pool.number}"
     if not report.wanted(row):
         return
     hne = case.ensemble(case.base())
     folder = Path(tempfile.mkdtemp()) / "steps"
     export(hne, folder, verify=False)
-    x = np.random.default_rng(0).normal(size=(1, 3, case.size, case.size)).astype(np.float32)
-    model = Anytime(folder, threads=threads, preload="all")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        report.add(row, **process.submit(kept, folder, pool, budget, load=load).result())
+
+
+def kept(folder: Path, pool: Threads, budget: float, *, load: bool) -> dict[str, Any]:
+    """What became of many deadlines."""
+    model = Anytime(folder, threads=pool.number, preload="all", shared_threads=pool.shared)
+    _, *shape = model.shape
+    x = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
     with anytime.busy(load):
         known = model.calibrate(x, repeats=200, budget=budget)
         first, full = known.slow[0, 1], known.slow[0, model.leaves]
@@ -179,19 +170,17 @@ def deadlines(
                 leaves.append(int(answer.leaves[0]))
                 best.append(most_in(model, x, deadline))
     over = [each for each in late if each > 0]
-    report.add(
-        row,
-        **{
-            "hits_%": 100 * sum(each <= 0 for each in late) / len(late),
-            "leaves_%": 100 * sum(leaves) / sum(best),
-            "misses_by_ms": 1e3 * median(over) if over else 0.0,
-        },
-        worst_miss_ms=1e3 * max(over, default=0.0),
-        first_ms=1e3 * first,
-        full_ms=1e3 * full,
-        answers=len(late),
-        onnxruntime=onnxruntime.__version__,
-    )
+    return {
+        "hits_%": 100 * sum(each <= 0 for each in late) / len(late),
+        "leaves_%": 100 * sum(leaves) / sum(best),
+        "misses_by_ms": 1e3 * median(over) if over else 0.0,
+        "worst_miss_ms": 1e3 * max(over, default=0.0),
+        "first_ms": 1e3 * first,
+        "full_ms": 1e3 * full,
+        "answers": len(late),
+        "threads": pool._asdict(),
+        "onnxruntime": onnxruntime.__version__,
+    }
 
 
 def most_in(model: Anytime, x: Any, deadline: float) -> int:
@@ -222,8 +211,8 @@ def main() -> None:
         if case.name in NAMES:
             measure(report, case, options.budget)
     for case in common.CIFAR:
-        deadlines(report, case, options.budget, threads=2, load=False)
-        deadlines(report, case, options.budget, threads=1, load=True)
+        deadlines(report, case, options.budget, pool=POOLS["2 shared"], load=False)
+        deadlines(report, case, options.budget, pool=POOLS["1"], load=True)
     report.show()
 
 

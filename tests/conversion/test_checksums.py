@@ -3,6 +3,7 @@
 import json
 import os
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,21 @@ def test_checksums_are_those_of_other_tools(tmp_path: Path) -> None:
     checksums.check_file(paths[1], expected["inner/some"])
     with pytest.raises(CheckpointError, match=f"checksum {expected['empty']}"):
         checksums.check_file(paths[1], expected["empty"])
+
+
+@pytest.mark.parametrize("error", [None, ValueError])
+def test_a_file_is_checked_while_it_is_used(tmp_path: Path, error: type[Exception] | None) -> None:
+    def use(expected: str) -> None:
+        with checksums.checking(tmp_path / "file", expected):
+            if error is not None:
+                raise error("from a file that may be damaged")
+
+    (tmp_path / "file").write_bytes(b"content")
+    with pytest.raises(error) if error else nullcontext():
+        use(f"{zlib.crc32(b'content'):08x}")
+    with pytest.raises(CheckpointError, match="damaged") as raised:
+        use("00000000")
+    assert isinstance(raised.value.__context__, error or type(None))
 
 
 def test_what_is_no_ordinary_file_is_not_read(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import treeify
@@ -77,6 +77,30 @@ def test_sizes_where_no_step_ends_are_refused() -> None:
     for sizes, message in {(3,): "no step ends at 3", (4, 1): "do not increase"}.items():
         with pytest.raises(LeafError, match=message):
             steps(hne, sizes)
+
+
+class Quadrants(nn.Module):
+    """What it computes of an image depends on the size that it was traced with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        height, width = x.shape[-2:]
+        x = self.body(x[..., : height // 2, : width // 2]) * (height / width)
+        return self.head(x.mean((2, 3)))
+
+
+def test_steps_for_images_of_another_size_are_those_of_the_converted_model() -> None:
+    hne = treeify.hierarchicalize(
+        Quadrants(), ["body"], init="perturb", example_input=torch.zeros(1, 3, 8, 8)
+    ).eval()
+    chain = steps(hne, input_size=(20, 12))
+    assert chain[0].examples[0].shape[-2:] == (20, 12)
+    check_chain(hne, chain, torch.rand(3, 3, 20, 12))
 
 
 def ensemble(case: zoo.Case, shape: str) -> treeify.HierarchicalEnsemble:

@@ -6,7 +6,8 @@ import pytest
 import small
 import torch
 
-from treeify.errors import DataError
+from treeify.errors import DataError, InputError
+from treeify.evaluation.classes import NamedClasses
 from treeify.evaluation.comparison import Gain, Gains, base_model_of, compare, is_leaf, verdict
 from treeify.tree import Tree
 
@@ -49,6 +50,19 @@ def test_one_pass_scores_the_ensemble_and_the_base_model() -> None:
     assert score.nll == pytest.approx(scores.result()[0].nll, rel=1e-4)
     assert gains.images == scores.images == 4
     assert compare(hne, batches)[2] is None
+
+
+def test_an_observer_is_called_with_what_is_counted() -> None:
+    hne = small.ensemble()
+    named = NamedClasses(hne.tree, small.CLASSES)
+    target = torch.tensor([0, 1, 2, 3, 3])
+    batches = [(small.images(3), target[:3]), (small.images(2), target[3:])]
+    scores, *_ = compare(hne, batches, observe=named.add_batch)
+    assert torch.equal(named.labels, target)
+    correct = named.confusion().diagonal().sum()
+    assert scores.result()[-1].accuracy == pytest.approx(100 * correct.item() / 5)
+    with pytest.raises(InputError, match="observe"):
+        compare(hne, batches, observe="print")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,43 @@ def load(
         CheckpointError: the directory is missing, damaged, of another format, of another model, or
             names a function that is not trusted; or the repository cannot be had.
     """
-    path = local_path(as_path("path", path, CheckpointError))
-    config, weights = _read(path, trust=trust, verify=verify)
+    return _loaded(
+        local_path(as_path("path", path, CheckpointError)), model, trust=trust, verify=verify
+    )
+
+
+def _loaded(
+    path: Path, model: nn.Module | None, *, trust: bool, verify: bool
+) -> HierarchicalEnsemble:
+    """An ensemble, read again where another process saves one over it meanwhile."""
+    while True:
+        config = read_config(path, trust=trust, verify=verify)
+        file, _ = weights_in(path, config)
+        try:
+            with opened(path, config, verify=verify, trust=trust) as reader:
+                names = reader.keys()
+                weights = {name: reader.get_tensor(name) for name in names}
+                return _built(path, config, weights, model, trust=trust)
+        except (CheckpointError, OSError, SafetensorError) as error:
+            if read_config(path, trust=trust, verify=verify)["identity"] != config["identity"]:
+                continue
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{file} is missing, truncated or damaged: {error}",
+                next_step="Copy it again from where it was saved.",
+            ) from error
+
+
+def _built(
+    path: Path,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    model: nn.Module | None,
+    *,
+    trust: bool,
+) -> HierarchicalEnsemble:
+    """The ensemble of a checkpoint's configuration and weights."""
     check_leaves(path, config["splits"], weights)
     architecture = None if model is not None else architecture_in(path, config, trust=trust)
     limit = nullcontext() if trust else memory_limit(path, config, weights)
@@ -71,27 +106,6 @@ def load(
     # Last: a memory format that was tuned is given to tensors that are there.
     hne.measurements = hne.saved_measurements[path.resolve()] = measurements_in(path, config)
     return hne.eval()
-
-
-def _read(path: Path, *, trust: bool, verify: bool) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A checkpoint's configuration and weights."""
-    while True:
-        config = read_config(path, trust=trust, verify=verify)
-        file, _ = weights_in(path, config)
-        try:
-            with opened(path, config, verify=verify, trust=trust) as reader:
-                names = reader.keys()
-                return config, {name: reader.get_tensor(name) for name in names}
-        except (CheckpointError, OSError, SafetensorError) as error:
-            # Another process may have saved an ensemble over it in between.
-            if read_config(path, trust=trust, verify=verify)["identity"] != config["identity"]:
-                continue
-            if isinstance(error, CheckpointError):
-                raise
-            raise CheckpointError(
-                f"{file} is missing, truncated or damaged: {error}",
-                next_step="Copy it again from where it was saved.",
-            ) from error
 
 
 def measurements_in(path: Path, config: Mapping[str, Any]) -> Measurements:

@@ -10,7 +10,9 @@ billion times. SHA-256 takes three times as long, up to a fifth of what loading 
 import json
 import mmap
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,24 @@ def check_file(file: Path, expected: str) -> None:
             found=found,
             next_step=_ADVICE,
         )
+
+
+@contextmanager
+def checking(file: Path, expected: str) -> Iterator[None]:
+    """Check a file in a thread while it is used; what was made of a damaged one must not be kept.
+
+    Raises:
+        CheckpointError: at the end, the file is missing or has another checksum, whatever other
+            error there was: that explains it.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        check = pool.submit(check_file, file, expected)
+        try:
+            yield
+        except Exception:
+            check.result()
+            raise
+        check.result()
 
 
 def seal(values: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@ Nothing that it names is imported, opened or called here, and no link is followe
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -159,19 +159,21 @@ def opened(
 ) -> Iterator[Any]:
     """Open a checkpoint's weights, which must be those that its configuration is of.
 
+    They are verified in a thread meanwhile: keep nothing of them before this ends.
+
     Yields:
         A reader of safetensors.
 
     Raises:
-        CheckpointError: they are others, or not what was written.
+        CheckpointError: they are others, or, at the end, not what was written.
         OSError, SafetensorError: they are missing, truncated, or cannot be read.
     """
     file, checksum = weights_in(path, config)
     check_weights_file(file, trust=trust)
-    if verify and checksum is not None:
-        checksums.check_file(file, checksum)
+    known = checksum if verify else None
+    check = nullcontext() if known is None else checksums.checking(file, known)
     # Opening compares the file's length with what its header says.
-    with safe_open(file, framework="pt") as reader:
+    with check, safe_open(file, framework="pt") as reader:
         if (reader.metadata() or {}).get("identity") != config["identity"]:
             raise CheckpointError(
                 f"{path}: {file.name} and {CONFIG} come from different saves.",

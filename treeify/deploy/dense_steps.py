@@ -16,6 +16,7 @@ from treeify.arguments import require_integer, require_iterable
 from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
 from treeify.deploy.dense import Template, template
 from treeify.deploy.level_call import LevelCall
+from treeify.deploy.resized import resized
 from treeify.deploy.step import Key, Step
 from treeify.deploy.step_draft import Choose, Draft, spans_between
 from treeify.deploy.values import IMAGES, Layout, crossing_layouts
@@ -50,7 +51,8 @@ def steps(
         LeafError: a size is no nested one, or sizes do not increase.
         ExportError: the model cannot be exported.
     """
-    plans = StepPlans(hne, batch=batch, input_size=input_size)
+    require_ensemble(hne)
+    plans = StepPlans(resized(hne, input_size), batch=batch)
     return plans.steps(plans.check_sizes(sizes))
 
 
@@ -60,20 +62,13 @@ class StepPlans:
     The arguments are those of `steps`.
     """
 
-    def __init__(
-        self,
-        hne: HierarchicalEnsemble,
-        *,
-        batch: int | None = None,
-        input_size: tuple[int, int] | None = None,
-    ) -> None:
+    def __init__(self, hne: HierarchicalEnsemble, *, batch: int | None = None) -> None:
         require_ensemble(hne)
         self.dynamic = batch is None
         self.hne = _plain(hne)
         self.tree = self.hne.tree
         self.program: Program = self.hne.evaluation_program
-        shape = self.hne.example if input_size is None else (self.hne.example[0], *input_size)
-        self.image_shape = tuple(shape)
+        self.image_shape = tuple(self.hne.example)
         self.images = IMAGES if batch is None else require_batch(batch)
         small, large = (self._record(count) for count in (self.images, self.images + 1))
         self.output = small.pop(OUTPUT)

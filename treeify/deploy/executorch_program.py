@@ -16,6 +16,7 @@ from treeify.arguments import as_path, require_flag
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.deploy.dense import exported
 from treeify.deploy.dense_steps import StepPlans
+from treeify.deploy.resized import resized
 from treeify.errors import ExportError
 
 # The method that returns what the others are, as JSON.
@@ -104,7 +105,7 @@ def export_executorch(
             f"{path} is there already.",
             next_step="Choose another one, or pass overwrite=True.",
         )
-    plans = StepPlans(hne, batch=batch, input_size=input_size)
+    plans = StepPlans(resized(hne, input_size), batch=batch)
     steps = plans.steps(plans.check_sizes(sizes))
     names = [f"step_{number:02d}" for number in range(1, len(steps) + 1)]
     methods = tuple(

@@ -3,22 +3,19 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from treeify.arguments import as_path
-from treeify.conversion.assemble import assemble
 from treeify.conversion.ensemble import HierarchicalEnsemble, require_ensemble
-from treeify.conversion.initialize import Source
 from treeify.deploy import runtime
 from treeify.deploy.dense_steps import StepPlans, key_of
 from treeify.deploy.directory import check_writable, publish, require_packages
 from treeify.deploy.formats import MANIFEST, README, RUNTIME
 from treeify.deploy.manifest import manifest_of, row_of
 from treeify.deploy.readme import readme
+from treeify.deploy.resized import resized
 from treeify.engine.program import PACKED
 from treeify.errors import ExportError, InputError
 
@@ -127,8 +124,7 @@ def export(
     require_packages()
     final = as_path("out", out, ExportError)
     check_writable(final, overwrite=overwrite)
-    if input_size is not None and tuple(hne.example[1:]) != tuple(input_size):
-        hne = resized(hne, input_size)
+    hne = resized(hne, input_size)
     plans = StepPlans(hne, batch=None if batch == "dynamic" else int(batch))
     chosen = plans.check_sizes(sizes)
     writer = _Writer(plans, chosen, name or final.name, observe, tune=tune, verify=verify)
@@ -158,25 +154,6 @@ def _calibration(
 
     images = calibration_images("int8", int8, shape)
     return images, comparison(images, labels, held_out, shape)
-
-
-def resized(hne: HierarchicalEnsemble, input_size: tuple[int, int]) -> HierarchicalEnsemble:
-    """The same ensemble for images of another size."""
-    like = hne.example_images(1)
-    x = like.new_zeros((1, hne.example[0], *input_size))
-    other = assemble(
-        hne.leaf(0), hne.architecture, list(hne.conversion.splits.specs), example_input=x
-    )
-    tensors = hne.packed_tensors
-
-    def branch(leaf: int) -> dict[str, Tensor]:
-        return {key: hne.part(key, leaf, tensor) for key, tensor in tensors.items()}
-
-    other.fill(Source(branch, by_leaf=True))
-    if hne.preparation is not None:
-        other.preparation = replace(hne.preparation, size=input_size)
-    other.budgets = dict(hne.budgets)
-    return other.eval()
 
 
 @dataclass

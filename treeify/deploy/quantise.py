@@ -20,7 +20,7 @@ from treeify.deploy.quantisation_report import (
     compare_quantised,
 )
 from treeify.deploy.quantised_graph import has_vnni, quantise_graph
-from treeify.deploy.runtime import Anytime, Array, OnnxRuntimeGraph
+from treeify.deploy.runtime import Anytime, Array, OnnxRuntimeGraph, Threads
 from treeify.errors import InputError, described
 
 _EXPECTED = "prepared images, [N, C, H, W] float32, together or in batches"
@@ -95,9 +95,7 @@ def calibration_feeds(model: Anytime, number: int, images: Array) -> Iterator[di
         Arrays by the names of the step's inputs, of one batch.
     """
     rows = model.manifest["steps"]
-    graphs = [
-        OnnxRuntimeGraph(str(model.path / row["file"]), 1, spinning=False) for row in rows[:number]
-    ]
+    graphs = [OnnxRuntimeGraph(str(model.path / row["file"]), Threads(1)) for row in rows[:number]]
     names = [value["name"] for value in rows[number]["inputs"]]
     for _, batch in batches(images, batch_of(model)):
         values = {"images": batch}

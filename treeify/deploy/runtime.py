@@ -130,6 +130,10 @@ class Anytime:
     Two that spin in one process, this and PyTorch's say, slow each other tenfold: then pass
     `spinning=False`, or leave the other a single thread (`torch.set_num_threads(1)`).
 
+    Every step has a pool of its own, which is woken when the step begins and told to sleep when it
+    ends; in a small network that takes as long as computing. `shared_threads` keeps one awake for
+    all steps and models: the process then has no other sessions of ONNX Runtime than such.
+
     Args:
         directory: what `treeify export` wrote.
         threads: that compute one call; by default as many as there are physical cores.
@@ -138,6 +142,8 @@ class Anytime:
             one, or `none`, which waits until a step is needed. The first one is opened at once.
         verify: compare every file with its checksum when it is opened.
         spinning: whether the engine's idle threads wait busily.
+        shared_threads: use the threads that ONNX Runtime lets all sessions of a process share,
+            which spin. The first to ask for them says how many there are.
 
     Attributes:
         name: what was exported.
@@ -152,7 +158,8 @@ class Anytime:
 
     Raises:
         ExportError: it is no export, of another version, or a file is missing or damaged.
-        EngineError: there is no such engine, or it is not installed.
+        EngineError: there is no such engine, it is not installed, or the process shares its threads
+            in another way.
         InputError: another argument is of a wrong kind.
     """
 
@@ -165,6 +172,7 @@ class Anytime:
         preload: str = "next",
         verify: bool = True,
         spinning: bool = True,
+        shared_threads: bool = False,
     ) -> None:
         is_path = isinstance(directory, str | os.PathLike)
         _require(is_path, "directory", "the path of an exported directory", directory)
@@ -175,8 +183,11 @@ class Anytime:
             raise EngineError(
                 "there is no such engine.", expected=f"one of {known}", found=_described(engine)
             )
+        if shared_threads:
+            _require(engine == "onnxruntime", "engine", "'onnxruntime' to share threads", engine)
+            _require(spinning, "spinning", "True where threads are shared", spinning)
         self.path, self.threads, self.engine = Path(directory), threads, engine
-        self.verify, self.spinning = verify, spinning
+        self.verify, self.spinning, self.shared_threads = verify, spinning, shared_threads
         self.manifest = manifest = _read_manifest(self.path)
         self._steps, self._batch_dims = _steps_of(manifest)
         self.name: str = manifest["name"]
@@ -209,8 +220,8 @@ class Anytime:
             self._open_ahead(range(count))
         cores = "all cores" if threads is None else f"threads: {threads}"
         version = str(sys.modules[engine].__version__).partition("-")[0]
-        spins = "" if spinning else ", not spinning"
-        self._setting = f"{_machine()}, {engine} {version}, {cores}{spins}"
+        how = ", shared" if shared_threads else "" if spinning else ", not spinning"
+        self._setting = f"{_machine()}, {engine} {version}, {cores}{how}"
 
     def session(self, images: Array) -> "Session":
         """Anytime inference on a batch, to be advanced, stopped and resumed as you like.
@@ -1019,38 +1030,94 @@ def _machine() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+class Threads(NamedTuple):
+    """That compute one call of a step.
+
+    Args:
+        number: how many; None for all cores.
+        spinning: whether they wait busily for the next.
+        shared: whether they are those of the process, not the step's own.
+    """
+
+    number: int | None = None
+    spinning: bool = True
+    shared: bool = False
+
+
 class Graph(Protocol):
     """A step that an engine has opened; threads may run it at once.
 
     Args:
         model: the file's content, or its path.
-        threads: that compute one call; None for all cores.
-        spinning: whether they wait busily for the next.
+        threads: that compute one call.
     """
 
     inputs: Sequence[str]
     outputs: Sequence[str]
 
-    def __init__(self, model: bytes | str, threads: int | None, *, spinning: bool) -> None: ...
+    def __init__(self, model: bytes | str, threads: Threads) -> None: ...
 
     def run(self, arrays: dict[str, Array], outputs: Sequence[str]) -> Sequence[Array]:
         """Some outputs, from the arrays of all inputs."""
 
 
+class _SharedThreads:
+    """The threads that all of a process's sessions of ONNX Runtime share, once somebody asks."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process = self._count = 0
+
+    def require(self, count: int | None) -> None:
+        """Make them, or raise EngineError unless there are so many; None takes what is there."""
+        import onnxruntime
+
+        with self._lock:
+            if not self._process:
+                try:
+                    onnxruntime.set_global_thread_pool_sizes(count or 0, 1)
+                except Exception as error:  # it has none, or whoever made them did not do it here
+                    raise EngineError(
+                        "ONNX Runtime cannot share so many threads in this process.",
+                        found=_first_line(error),
+                        next_step="Pass shared_threads=False, or let Anytime make the threads.",
+                    ) from error
+                self._process, self._count = os.getpid(), count or 0
+        if self._process != os.getpid():
+            raise EngineError(
+                "the threads to share are another process's, from which this one was forked.",
+                next_step='Start processes by multiprocessing.get_context("spawn").',
+            )
+        if count is not None and count != self._count:
+            raise EngineError(
+                "this process's sessions share another number of threads.",
+                expected=f"threads={self._count or None}, as the first of them",
+                found=f"threads={count}",
+            )
+
+
+_SHARED_THREADS = _SharedThreads()
+
+
 class OnnxRuntimeGraph:
     """A step in ONNX Runtime, which reads numpy's memory and lends its own to the outputs."""
 
-    def __init__(self, model: bytes | str, threads: int | None, *, spinning: bool) -> None:
+    def __init__(self, model: bytes | str, threads: Threads) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
         options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
         options.log_severity_level = 3  # errors only
-        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-        # Every step has threads of its own: those of one must not spin while the next one computes.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        if threads.shared:
+            _SHARED_THREADS.require(threads.number)
+            options.use_per_session_threads = False
+        else:
+            options.intra_op_num_threads = threads.number or 0
+            options.inter_op_num_threads = 1
+            spins = str(int(threads.spinning))
+            options.add_session_config_entry("session.intra_op.allow_spinning", spins)
+            # The threads of one step must not spin while the next one computes.
+            options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         self._run = session.run
         self.inputs: Sequence[str] = [value.name for value in session.get_inputs()]
@@ -1065,13 +1132,13 @@ class OnnxRuntimeGraph:
 class OpenVinoGraph:
     """A step in OpenVINO, which reads numpy's memory; outputs are copied."""
 
-    def __init__(self, model: bytes | str, threads: int | None, *, spinning: bool) -> None:
+    def __init__(self, model: bytes | str, threads: Threads) -> None:
         import openvino
 
         # Processors with bfloat16 would compute in it by themselves: other numbers than PyTorch's.
         options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-        if threads is not None:
-            options["INFERENCE_NUM_THREADS"] = str(threads)
+        if threads.number is not None:
+            options["INFERENCE_NUM_THREADS"] = str(threads.number)
         core = openvino.Core()
         graph = core.read_model(model)
         # As they were written: where compiling removes operations, outputs have several names.
@@ -1136,7 +1203,10 @@ def _open_graph(model: Anytime, step: Step) -> Graph:
     content, path = _read_step(model, step), model.path / step.files[0]["file"]
     again = "Copy it again from where it was exported, or export again."
     try:
-        graph = ENGINES[model.engine](content, model.threads, spinning=model.spinning)
+        threads = Threads(model.threads, model.spinning, model.shared_threads)
+        graph = ENGINES[model.engine](content, threads)
+    except EngineError:
+        raise
     except ImportError as error:
         extra = _EXTRAS[model.engine]
         raise EngineError(
@@ -1144,6 +1214,12 @@ def _open_graph(model: Anytime, step: Step) -> Graph:
             next_step=f"pip install {model.engine}, or pip install 'treeify[{extra}]'.",
         ) from error
     except Exception as error:  # engines have errors of their own
+        if "use_per_session_threads" in str(error):
+            raise EngineError(
+                "all sessions of ONNX Runtime in this process share threads.",
+                found=_first_line(error),
+                next_step="Pass shared_threads=True.",
+            ) from error
         raise ExportError(
             f"{path} cannot be opened by {model.engine}.",
             found=_first_line(error),

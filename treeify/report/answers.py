@@ -123,7 +123,7 @@ class _Observed:
 
 
 def _data_url(image: Tensor, preparation: Preparation) -> str:
-    """A prepared image `[C, H, W]` as a small PNG that a page can hold."""
+    """A prepared image `[C, H, W]` as a small one that a page can hold."""
     pixels = image.detach().float().cpu()
     if preparation.mean is not None and preparation.std is not None:
         mean, std = (
@@ -136,8 +136,10 @@ def _data_url(image: Tensor, preparation: Preparation) -> str:
     array = (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
     grey = array.shape[0] not in (3, 4) or bool((array == array[:1]).all())
     picture = Image.fromarray(array[0].numpy() if grey else array[:3].permute(1, 2, 0).numpy())
-    if max(picture.size) > _PIXELS:
-        picture.thumbnail((_PIXELS, _PIXELS))
+    is_photo = max(picture.size) > _PIXELS
+    picture.thumbnail((_PIXELS, _PIXELS))
     content = io.BytesIO()
-    picture.save(content, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    kind = "JPEG" if is_photo else "PNG"  # small ones are shown pixel by pixel
+    picture.save(content, kind, optimize=True)
+    encoded = base64.b64encode(content.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{encoded}"

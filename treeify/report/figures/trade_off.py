@@ -8,7 +8,7 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 
 from treeify.report import style
-from treeify.report.chart import Chart, Table
+from treeify.report.chart import AnyColumn, Chart, Table
 from treeify.report.series import BaseModel, BudgetPoint, Curve, PublishedSeries
 
 Unit = Literal["MACs", "ms"]
@@ -54,10 +54,24 @@ def trade_off(
     ax.set_ylabel("accuracy, %")
     if base is not None:
         _draw_base(ax, base, sorted({size for curve in curves for size in curve.leaves}))
-    style.accuracies(ax.yaxis)
+    if not any(curve.has_spread for curve in curves):  # else bands show what is noise
+        style.accuracies(ax.yaxis)
     if len(curves) == 1:
         _label_sizes(ax, curves[0])
     style.legend_below(figure)
+    table = _table(curves, unit, base, budgets, published)
+    text = _description(curves, unit, base, budgets, published)
+    return Chart(name, title, f"{text} {note}".strip(), figure, table)
+
+
+def _table(
+    curves: Sequence[Curve],
+    unit: Unit,
+    base: BaseModel | None,
+    budgets: Sequence[BudgetPoint],
+    published: Sequence[PublishedSeries],
+) -> Table:
+    """Every point that is drawn, and what as many networks cost."""
     rows = [
         *_curve_rows(curves),
         *_base_rows(base, curves),
@@ -72,20 +86,16 @@ def trade_off(
         for series in published
         for point in series.points
     ]
-    table = Table.of(
-        [
-            "series",
-            ("leaves", "d"),
-            (unit, _FORMAT[unit]),
-            ("accuracy %", ".2f"),
-            ("least", ".2f"),
-            ("most", ".2f"),
-            "source",
-        ],
-        rows,
-    )
-    text = _description(curves, unit, base, budgets, published)
-    return Chart(name, title, f"{text} {note}".strip(), figure, without_empty(table))
+    columns: list[AnyColumn] = [
+        "series",
+        ("leaves", "d"),
+        (unit, _FORMAT[unit]),
+        ("accuracy %", ".2f"),
+        ("least", ".2f"),
+        ("most", ".2f"),
+        "source",
+    ]
+    return without_empty(Table.of(columns, rows))
 
 
 def draw_curve(ax: Axes, index: int, curve: Curve) -> None:

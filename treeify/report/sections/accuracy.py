@@ -91,13 +91,13 @@ def why_no_answers(result: Result) -> str:
 
 
 def _against_macs(contents: Contents, curves: Sequence[Curve]) -> Chart:
-    bases = [
+    macs = {
         each.base.macs for each in contents.owners if each.base is not None and _has_scores(each)
-    ]
+    }
     base, note = None, ""
-    if len(set(bases)) == 1:
-        base = BaseModel("base model", bases[0])
-    elif bases:
+    if len(macs) == 1:
+        base = BaseModel("base model", macs.pop(), _base_accuracy(contents))
+    elif macs:
         note = "The base models cost differently, so they are left out."
     budgets = [
         BudgetPoint(result.name, budget.macs, 100 * budget.accuracy)
@@ -112,15 +112,18 @@ def _against_macs(contents: Contents, curves: Sequence[Curve]) -> Chart:
 
 
 def _beside_published(contents: Contents, curves: Sequence[Curve]) -> Chart:
-    counts = "; ".join(
-        dict.fromkeys(f"{series.name}: {series.macs_are}" for series in contents.published)
-    )
+    counts = dict.fromkeys(series.macs_are for series in contents.published)
+    names = {
+        count: [each.name for each in contents.published if each.macs_are == count]
+        for count in counts
+    }
+    whose = "; ".join(f"{count} ({', '.join(names[count])})" for count in counts)
     return trade_off(
         curves,
         published=contents.published,
         name="published",
         title="Beside what was published",
-        note=f"What their MACs are: {counts}.",
+        note=f"Their MACs: {whose}.",
     )
 
 

@@ -28,6 +28,7 @@ ROOMS = (
     "training",
     "deploy",
     "report",
+    "share",
     "cli",
 )
 ORDER = (*FILES, *ROOMS)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from treeify.errors import TreeifyError
     from treeify.parity.verify import verify
     from treeify.planning.plan import plan
+    from treeify.share.push import push
     from treeify.tree import Tree
 
 __version__ = version("treeify")
@@ -48,6 +49,7 @@ __all__ = [
     "losses",
     "pack",
     "plan",
+    "push",
     "save",
     "tune_allocator",
     "verify",
@@ -61,6 +63,7 @@ _HOMES = {
     "load": "conversion.checkpoint",
     "pack": "conversion.api",
     "plan": "planning.plan",
+    "push": "share.push",
     "save": "conversion.saving",
     "tune_allocator": "engine.allocator",
     "verify": "parity.verify",

@@ -38,6 +38,7 @@ from treeify.evaluation.classes import NamedClasses
 from treeify.evaluation.comparison import compare, is_leaf, verdict
 from treeify.evaluation.cost import Cost, answer_seconds
 from treeify.evaluation.metrics import placed
+from treeify.models.hub import local_path
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import Batch, held_out_loader, noting
 from treeify.training.model import check_classes
@@ -48,8 +49,10 @@ def evaluate(
     directory: Annotated[
         Path,
         typer.Argument(
+            metavar="DIRECTORY",
+            parser=local_path,
             help="Run directory (its last checkpoint is taken), or a checkpoint such as "
-            "runs/NAME/best."
+            "runs/NAME/best; also as hf-hub:org/name@revision.",
         ),
     ],
     data: Annotated[

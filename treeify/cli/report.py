@@ -8,6 +8,7 @@ from rich.console import Console
 
 from treeify.cli.options import Device, Json, Trust, Weights
 from treeify.cli.output import print_json, say
+from treeify.models.hub import local_path
 from treeify.report import writing
 
 
@@ -16,8 +17,9 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN_OR_DIR...",
+            parser=local_path,
             help="Run directories or checkpoints, saved ensembles, exports, and directories of"
-            " treeify ablate.",
+            " treeify ablate; also hf-hub:org/name@revision.",
         ),
     ],
     out: Annotated[

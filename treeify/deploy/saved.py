@@ -96,6 +96,11 @@ def keep_measurements(
 def recipe_of(path: Path, *, trust: bool = False) -> Path | None:
     """The recipe of the run that wrote a checkpoint; None if no run did."""
     path = path.resolve()
+    beside = path / RECIPE
+    if beside.is_file() and (path / saved_config.CONFIG).is_file():  # as it was pushed
+        if not trust:
+            files.require_inside(beside, path)
+        return beside
     state = path.parent if path.name == EMA else path
     run = state.parent.parent if state.parent.name == STATES else state.parent
     recipe = run / RECIPE

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from treeify import files
 from treeify.arguments import require_iterable, require_member
 from treeify.errors import InputError
+from treeify.models.hub import local_path
 from treeify.report import style, writing
 from treeify.report.chart import Chart
 from treeify.report.contents import sections, summary
@@ -146,7 +147,7 @@ def read(
         DataError, RecipeError: the data that were asked for cannot be read.
         InputError: no directory is given, or an argument does not fit.
     """
-    paths = [Path(each) for each in directories]
+    paths = [local_path(each) for each in directories]
     _check(paths, data, beside, weights)
     options = Options(
         tuple(data), latency, verify, trust, device, None if weights is None else Path(weights)

@@ -36,7 +36,7 @@ def first_leaves(
 
 
 def main() -> None:
-    """Train for two epochs and measure the first and the last size."""
+    """Train for three epochs and measure the first and the last size."""
     torch.manual_seed(0)
     data = digits(held_out=1200)
     hne = treeify.hierarchicalize(

@@ -26,7 +26,6 @@ extensions = [
 exclude_patterns = ["results/cifar10_jpeg/*"]
 
 myst_heading_anchors = 4  # `page.md#a-heading` is how pages link to sections
-myst_enable_extensions: list[str] = []
 
 default_role = "code"  # docstrings quote code as `this`
 highlight_language = "none"  # fences without a language are commands and listings
@@ -36,12 +35,10 @@ autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "show-inheritance": True}
 napoleon_numpy_docstring = False
 python_use_unqualified_type_names = True
-maximum_signature_line_length = 80
+maximum_signature_line_length = 100
 
 html_theme = "furo"
 html_title = "treeify"
-html_static_path = ["style"]
-html_css_files = ["site.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"top_of_page_buttons": []}

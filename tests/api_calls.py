@@ -416,6 +416,17 @@ def _conversions() -> dict[str, Call]:
             "no such leaves|cannot be the leaves",
         ),
         "load": Call(treeify.load, {"path": Path("no such place")}, {"path": lambda value: False}),
+        "push": Call(
+            treeify.push,
+            {"directory": Path("no such place"), "repository": "org/name", "dry_run": True},
+            dict.fromkeys(
+                [
+                    *("directory", "repository", "extras", "as_timm", "data", "licence"),
+                    *("base_model", "private", "revision", "create_pr", "out", "trust", "observe"),
+                ],
+                lambda value: False,  # there is nothing to push
+            ),
+        ),
         "save": Call(
             treeify.save,
             {"hne": ensemble(), "path": Path("setup.cfg/below")},

@@ -256,3 +256,16 @@ def test_links_out_of_a_folder_are_refused_but_those_of_the_hubs_cache(tmp_path:
         files.require_inside(snapshot / name, snapshot)
     with pytest.raises(CheckpointError, match="weights is a link that leads out of"):
         files.require_inside(snapshot / "weights", snapshot)
+
+
+def test_of_two_who_publish_at_once_the_first_stays(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+
+    def write(draft: Path) -> None:
+        (draft / "file").write_text("second")
+        final.mkdir()
+        (final / "file").write_text("first")
+
+    files.publish(final, write)
+    assert (final / "file").read_text() == "first"
+    assert [*tmp_path.iterdir()] == [final]

@@ -27,6 +27,7 @@ ROOMS = (
     "training",
     "deploy",
     "report",
+    "share",
     "cli",
 )
 ORDER = (*FILES, *ROOMS)

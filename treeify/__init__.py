@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from treeify.engine.allocator import tune_allocator
     from treeify.errors import TreeifyError
     from treeify.parity.verify import verify
+    from treeify.share.push import push
     from treeify.tree import Tree
 
 __version__ = version("treeify")
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "losses",
     "pack",
+    "push",
     "save",
     "tune_allocator",
     "verify",
@@ -58,6 +60,7 @@ _HOMES = {
     "hierarchicalize": "conversion.api",
     "load": "conversion.checkpoint",
     "pack": "conversion.api",
+    "push": "share.push",
     "save": "conversion.saving",
     "tune_allocator": "engine.allocator",
     "verify": "parity.verify",

@@ -143,7 +143,11 @@ def publish(final: Path, write: Callable[[Path], None]) -> None:
         write(draft)
         for path in [*draft.rglob("*"), draft]:
             _bring_to_disk(path)
-        draft.rename(final)
+        try:
+            draft.rename(final)
+        except OSError:
+            if not final.is_dir():  # which another writer may have made in between
+                raise
         _bring_to_disk(final.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)

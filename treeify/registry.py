@@ -16,11 +16,21 @@ from treeify.errors import RecipeError, TreeifyError, nearest
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+# What stands before a repository of the Hugging Face hub, or before a directory, in a path's place,
+# as in timm's names of models; `treeify.models.hub` opens them.
+HUB, LOCAL = "hf-hub:", "local-dir:"
+
+
 def _absolute(path: str) -> str:
+    if path.startswith(HUB):
+        return path
+    path = path.removeprefix(LOCAL)
     return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - of a pattern as well
 
 
 def _absolute_if_there(name: str) -> str:
+    if name.startswith(LOCAL):  # stays, since it tells a directory from a name
+        return LOCAL + _absolute(name)
     path = _absolute(name)
     return path if os.path.exists(path) else name  # noqa: PTH110
 

@@ -92,6 +92,30 @@ def test_commands_for_new_users_run(name: str) -> None:
         assert done.exit_code == 0, f"{command} {rest}\n{done.output}"
 
 
+REPORT_QUICK = {
+    "train": ["schedule.epochs=1"],
+    "calibrate": ["--no-tune", "--repeats", "10"],
+    "report": ["--no-latency", "--no-verify", "--overwrite"],
+}
+
+
+def test_commands_of_the_page_on_reports_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TREEIFY_TUNE_ALLOCATOR", "0")
+    Path("recipes").symlink_to(ROOT / "recipes")
+    page = (ROOT / "docs" / "report.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^treeify (\w+) (.*)", page, re.MULTILINE)
+    there = [rest for _, rest in commands if not re.search(r"my_ensemble|table1", rest)]
+    assert len(there) >= 5
+    for command, rest in commands:
+        if rest in there:
+            done = run(command, *shlex.split(rest), *REPORT_QUICK[command])
+            assert done.exit_code == 0, f"{command} {rest}\n{done.output}"
+    assert {path.name for path in tmp_path.glob("*.html")} == {"report.html", "both.html"}
+
+
 def test_readme_names_its_two_commands() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "pip install -e . && treeify train recipes/digits_hne.yaml" in text

@@ -103,7 +103,7 @@ def test_ten_thousand_mistakes(mistake: tuple[str, dict[str, Any]]) -> None:
 def test_calls_are_right_as_they_stand(name: str) -> None:
     """Else no mistake would be one."""
     call = calls()[name]
-    nothing = ("load", "image_folder", "cifar10", "timm_dataset", "webdataset")
+    nothing = ("load", "push", "image_folder", "cifar10", "timm_dataset", "webdataset")
     if name in (*nothing, "save", "hne.fill"):  # there is nothing to read, or they write
         return
     with warnings.catch_warnings():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from runner import run as run_command
 
 import treeify
 from treeify.errors import CheckpointError, DataError, InputError, TreeifyError
-from treeify.report.api import Report, read
+from treeify.report.api import Report, read, with_published
+from treeify.report.published import published
 
 ALL = {
     *("trade_off", "trade_off_ms", "tree", "level_costs", "leaf_accuracy", "accuracy_of_sizes"),
@@ -48,6 +50,33 @@ def test_numbers_are_those_of_treeify_eval(report: Report, run: Path) -> None:
     assert [row["by itself %"] for row in rows(report, "leaf_accuracy")] == found["leaf_accuracy"]
     deviations = [row["logit std"] for row in rows(report, "logit_std")]
     assert deviations == [row["logit_std"] for row in found["scores"]]
+
+
+def test_the_base_model_stands_beside_where_its_weights_are_known(
+    report: Report, run: Path, tmp_path: Path
+) -> None:
+    (unknown,) = (row for row in rows(report, "trade_off") if row["series"] == "base model")
+    assert unknown["accuracy %"] is None
+    torch.save(treeify.load(run / "last").leaf(1).state_dict(), tmp_path / "base.pth")
+    known = read(run, weights=tmp_path / "base.pth", verify=False)
+    singles = [row["by itself %"] for row in rows(known, "leaf_accuracy")]
+    for name in ("trade_off", "trade_off_ms"):
+        (row,) = (row for row in rows(known, name) if row["series"] == "base model")
+        assert row["accuracy %"] == singles[1]
+    with pytest.raises(InputError, match="several directories"):
+        read(run, run, weights=tmp_path / "base.pth")
+
+
+def test_published_points_stand_in_a_figure_of_their_own(report: Report) -> None:
+    (result,) = report.contents.results
+    contents = replace(report.contents, results=(replace(result, data_set="cifar10"),))
+    beside = Report(with_published(contents))
+    found = [row for row in rows(beside, "published") if row["source"] is not None]
+    assert {(row["series"], row["MACs"], row["accuracy %"]) for row in found} == {
+        (series.name, *point) for series in published("cifar10") for point in series.points
+    }
+    assert all(row["source"].startswith(("printed: ", "digitised: ")) for row in found)
+    assert rows(beside, "trade_off") == rows(report, "trade_off")
 
 
 def test_what_changes_adds_up_to_the_accuracies(report: Report) -> None:

@@ -55,7 +55,9 @@ def check_alone(page: str) -> Elements:
             assert not key.startswith("on"), (tag, key)
             if key in ("src", "href", "xlink:href", "srcset", "action", "poster"):
                 assert value is not None
-                assert value.startswith(("#", "data:image/png;base64,")), (tag, key, value)
+                assert value.startswith(
+                    ("#", "data:image/png;base64,", "data:image/jpeg;base64,")
+                ), (tag, key, value)
                 if value.startswith("#"):
                     assert value[1:] in names
     for target in re.findall(r"url\(([^)]*)\)", page):

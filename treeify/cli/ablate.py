@@ -16,6 +16,7 @@ from treeify.cli.options import Json
 from treeify.cli.output import Column, print_json, say, table
 from treeify.cli.train import INTERRUPTED
 from treeify.errors import RecipeError
+from treeify.training import shipped_recipes
 from treeify.training.ablation import MOST_SEEDS, GridRun, ablate, expand, load_grid, results
 from treeify.training.ablation import table as scores
 from treeify.training.distributed import leave
@@ -23,7 +24,12 @@ from treeify.training.events import Epoch, Reporter
 
 
 def run_grid(
-    grid: Annotated[Path, typer.Argument(help="YAML grid.")],
+    grid: Annotated[
+        Path,
+        typer.Argument(
+            help="YAML grid, or the name of one that comes with treeify (treeify recipes)."
+        ),
+    ],
     seeds: Annotated[
         int | None,
         typer.Option(
@@ -52,9 +58,10 @@ def run_grid(
 
     For example:
 
-        treeify ablate recipes/ablations/digits.yaml --seeds 5
+        treeify ablate ablations/digits --seeds 5
     """
     console = Console(quiet=as_json)
+    grid = shipped_recipes.find(grid)
     directory = Path("runs") / load_grid(grid).name if out is None else out
     runs = expand(grid, directory, seeds)
     finished = show or ablate(

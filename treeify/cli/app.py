@@ -30,6 +30,7 @@ COMMANDS = {
         "train",
         "Train a hierarchical neural ensemble from a recipe, or on a folder of images.",
     ),
+    "recipes": ("recipes", "List the recipes that come with treeify, show one, or copy it."),
     "eval": ("evaluate", "Measure a trained ensemble on held-out images, for every nested size."),
     "ablate": ("run_grid", "Train a grid of recipes with several seeds, and compare them."),
     "predict": ("predict", "Classify images, with answers that get better while there is time."),
@@ -48,6 +49,10 @@ COMMANDS = {
     "report": (
         "report",
         "Show what runs, ensembles, exports and grids reached: one page of figures and numbers.",
+    ),
+    "push": (
+        "push",
+        "Publish an ensemble on the Hugging Face hub, with a card of what was measured.",
     ),
     "verify": (
         "verify",
@@ -177,7 +182,7 @@ def options(
 
         treeify convert resnet18 --splits 4 --out my_ensemble
 
-        treeify train recipes/digits_hne.yaml
+        treeify train digits_hne
 
         treeify train --data photos --model resnet18
 

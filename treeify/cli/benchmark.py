@@ -39,6 +39,7 @@ from treeify.deploy.speed import (
 from treeify.engine import timing
 from treeify.evaluation.comparison import base_model_of
 from treeify.evaluation.metrics import Scores, measure
+from treeify.models.hub import local_path
 from treeify.training.loaders import held_out_loader
 from treeify.training.model import check_classes
 
@@ -53,7 +54,9 @@ def benchmark(
         list[Path],
         typer.Argument(
             metavar="DIR...",
-            help="Exports, saved ensembles, or run directories (the last checkpoint is taken).",
+            parser=local_path,
+            help="Exports, saved ensembles, or run directories (the last checkpoint is taken), also"
+            " as hf-hub:org/name@revision.",
         ),
     ],
     data: Annotated[

@@ -8,7 +8,6 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from treeify import files
 from treeify.cli.classes import (
     check_confusion,
     check_size,
@@ -25,20 +24,21 @@ from treeify.data import Data
 from treeify.deploy.exported import ExportedEnsemble
 from treeify.deploy.exported_scores import exported_scores, exported_seconds
 from treeify.deploy.saved import (
+    base_model_in,
     checkpoint_in,
     data_for_export,
     data_section,
     exported_in,
     held_out_data,
-    origin_of,
     skips_damaged,
 )
 from treeify.engine import timing
-from treeify.errors import CheckpointError, InputError
+from treeify.errors import InputError
 from treeify.evaluation.classes import NamedClasses
-from treeify.evaluation.comparison import base_model_of, compare, is_leaf, verdict
+from treeify.evaluation.comparison import compare, is_leaf, verdict
 from treeify.evaluation.cost import Cost, answer_seconds
 from treeify.evaluation.metrics import placed
+from treeify.models.hub import local_path
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import Batch, held_out_loader, noting
 from treeify.training.model import check_classes
@@ -49,8 +49,10 @@ def evaluate(
     directory: Annotated[
         Path,
         typer.Argument(
+            metavar="DIRECTORY",
+            parser=local_path,
             help="Run directory (its last checkpoint is taken), or a checkpoint such as "
-            "runs/NAME/best."
+            "runs/NAME/best; also as hf-hub:org/name@revision.",
         ),
     ],
     data: Annotated[
@@ -218,7 +220,7 @@ def _of_checkpoint(
 ) -> _Found:
     hne = checkpoint.load(path, trust=trust).to(resolve_device(device)).eval()
     check_size(options.confusion_leaves, hne.tree.nested_sizes)
-    base, weights, unfit = _base_model(hne, weights, path, trust=trust)
+    base, weights, unfit = base_model_in(hne, weights, path, trust=trust)
     data = held_out_data(path, options.section, options.data, hne.example[0], trust=trust)
     check_classes(hne, data)
     skipped: set[str] = set()
@@ -288,23 +290,6 @@ def _of_export(exported: ExportedEnsemble, options: _Options) -> _Found:
         exported.machine if options.latency else None,
         has_names=exported.classes is not None,
     )
-
-
-def _base_model(
-    hne: HierarchicalEnsemble, weights: Path | None, path: Path, *, trust: bool
-) -> tuple[nn.Module, Path | None, list[str]]:
-    """The base model, where its weights are from if that is known, and why those do not fit."""
-    origin = origin_of(path, trust=trust) if weights is None else None
-    if origin is not None and not trust:  # it may be any file, in any format
-        note = f"The run says it began with the weights in {origin}: --weights {origin} reads them."
-        return base_model_of(hne, None), None, [note]
-    if origin is not None and (files.is_file(origin) or files.is_directory(origin)):
-        try:
-            return base_model_of(hne, origin, trust=True), origin, []
-        except CheckpointError:  # its head is for other classes, say
-            note = f"The weights in {origin}, which the run began with, are of another model."
-            return base_model_of(hne, None), None, [note]
-    return base_model_of(hne, weights, trust=trust), weights, []
 
 
 def _base_notes(base: nn.Module, hne: HierarchicalEnsemble, weights: Path | None) -> Iterator[str]:

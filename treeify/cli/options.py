@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from treeify.cli import quantities
+from treeify.models.hub import local_path
 
 Name = Annotated[
     str,
@@ -24,7 +25,7 @@ Weights = Annotated[
     typer.Option(
         metavar="PATH",
         help="Trained weights of the model: a file (.pth, .pt, .ckpt, .safetensors), or the"
-        " directory of an ensemble or a run.",
+        " directory of an ensemble or a run, also as hf-hub:org/name.",
     ),
 ]
 Out = Annotated[
@@ -36,7 +37,12 @@ Overwrite = Annotated[
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the parity check.")]
 SavedEnsemble = Annotated[
     Path,
-    typer.Argument(help="Saved ensemble, or run directory (its last checkpoint is taken)."),
+    typer.Argument(
+        metavar="DIRECTORY",
+        parser=local_path,
+        help="Saved ensemble, or run directory (its last checkpoint is taken), also as"
+        " hf-hub:org/name@revision.",
+    ),
 ]
 Trust = Annotated[
     bool,

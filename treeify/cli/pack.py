@@ -20,7 +20,7 @@ def pack(
         typer.Argument(
             metavar="PATH...",
             help="Trained weights, a network each, in the order of the leaves: files, or"
-            " directories of ensembles, of which leaf 0 is taken.",
+            " directories of ensembles, of which leaf 0 is taken, also as hf-hub:org/name.",
         ),
     ],
     splits: Annotated[

@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from treeify.cli.options import Device, Json, Trust
+from treeify.cli.options import Device, Json, Trust, Weights
 from treeify.cli.output import print_json, say
+from treeify.models.hub import local_path
 from treeify.report import writing
 
 
@@ -16,8 +17,9 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN_OR_DIR...",
+            parser=local_path,
             help="Run directories or checkpoints, saved ensembles, exports, and directories of"
-            " treeify ablate.",
+            " treeify ablate; also hf-hub:org/name@revision.",
         ),
     ],
     out: Annotated[
@@ -52,6 +54,7 @@ def report(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Write over what is there.")
     ] = False,
+    weights: Weights = None,
     latency: Annotated[
         bool,
         typer.Option("--latency/--no-latency", help="Time answers for one image, about 3 seconds."),
@@ -98,6 +101,7 @@ def report(
             verify=not no_verify,
             trust=trust,
             device=device,
+            weights=weights,
         )
     written = []
     with console.status("drawing"):

@@ -26,6 +26,7 @@ from treeify.cli.output import say
 from treeify.cli.scores import score_rows, score_table
 from treeify.cli.sparks import live_line, summary
 from treeify.errors import RecipeError
+from treeify.training import shipped_recipes
 from treeify.training.distributed import leave
 from treeify.training.events import Epoch, Reporter, Result, RunSize, Step
 from treeify.training.folder_recipe import folder_recipe
@@ -42,7 +43,8 @@ def train(
         list[str] | None,
         typer.Argument(
             metavar="[RECIPE] [KEY=VALUE]...",
-            help="YAML recipe, and recipe keys to set, the values in YAML, e.g. optimizer.lr=0.05.",
+            help="YAML recipe, or the name of one that comes with treeify (treeify recipes), and"
+            " recipe keys to set, the values in YAML, e.g. optimizer.lr=0.05.",
         ),
     ] = None,
     data: Annotated[
@@ -95,9 +97,9 @@ def train(
 
     For example:
 
-        treeify train recipes/digits_hne.yaml
+        treeify train digits_hne
 
-        treeify train recipes/digits_hne.yaml loss.name=independent seed=1 --out runs/independent
+        treeify train digits_hne loss.name=independent seed=1 --out runs/independent
 
         treeify train --data photos --model resnet18 --pretrained
 
@@ -107,7 +109,7 @@ def train(
 
         treeify train --resume runs/independent --more-epochs 10
 
-        torchrun --nproc-per-node 2 -m treeify train recipes/digits_hne.yaml
+        torchrun --nproc-per-node 2 -m treeify train digits_hne
     """
     console = Console()
     file, overrides = _parse(arguments or [])
@@ -186,20 +188,19 @@ def _recipe_file(file: Path | None, resume: Path | None) -> Path:
     """The recipe to train by: the one given, else that of the run to go on with."""
     if file is None and resume is not None:
         return recipe_in(resume)
-    if file is not None and file.is_file():
-        return file
-    folder = file if file is not None and file.is_dir() else None
-    if folder is not None and is_run(folder):
-        next_step = f"Go on with the run in it: treeify train --resume {folder}"
+    if file is not None and not (path := shipped_recipes.find(file)).is_dir():
+        return path
+    if file is not None and is_run(file):
+        next_step = f"Go on with the run in it: treeify train --resume {file}"
     else:
         next_step = (
             "To train on a folder of images without one:"
-            f" treeify train --data {folder or 'FOLDER'} --model resnet18"
+            f" treeify train --data {file or 'FOLDER'} --model resnet18"
         )
     raise RecipeError(
         "there is no recipe." if file is None else f"{str(file)!r} is no recipe.",
-        expected="a YAML file, as docs/recipes.md describes it",
-        found=None if file is None else "a directory" if folder else "no such file",
+        expected="a YAML file, as docs/recipes.md describes it, or a name of treeify recipes",
+        found=None if file is None else "a directory",
         next_step=next_step,
     )
 

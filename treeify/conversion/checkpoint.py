@@ -22,6 +22,7 @@ from treeify.conversion.saved_config import (
 )
 from treeify.engine.packed_tensors import get_tensor, named_tensors
 from treeify.errors import CheckpointError, TreeifyError
+from treeify.models.hub import local_path
 from treeify.tracing.trace import plain_tensors
 
 # Before the names of buffers that no state dict has; no module's path has a space.
@@ -38,7 +39,7 @@ def load(
     """Read an ensemble that `save` wrote, without running anything that its files name.
 
     Args:
-        path: the directory.
+        path: the directory; or `hf-hub:org/name@revision`, a repository that `treeify push` wrote.
         model: the base model, where treeify cannot build it by itself (an ensemble made from a
             module of the user's own). Its weights do not matter, and it is not modified.
         trust: whether a function of whoever wrote the directory (`package.module:function`) may be
@@ -53,9 +54,11 @@ def load(
 
     Raises:
         CheckpointError: the directory is missing, damaged, of another format, of another model, or
-            names a function that is not trusted.
+            names a function that is not trusted; or the repository cannot be had.
     """
-    return _loaded(as_path("path", path, CheckpointError), model, trust=trust, verify=verify)
+    return _loaded(
+        local_path(as_path("path", path, CheckpointError)), model, trust=trust, verify=verify
+    )
 
 
 def _loaded(

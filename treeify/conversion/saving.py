@@ -39,6 +39,7 @@ from treeify.conversion.saved_config import (
 from treeify.data.preparation import PREPARATION, Preparation
 from treeify.errors import CheckpointError
 from treeify.models.fingerprint import fingerprint
+from treeify.models.hub import is_remote
 from treeify.models.saved_architecture import without_weights
 from treeify.models.versions import MODEL_LIBRARIES, versions_of
 
@@ -65,6 +66,12 @@ def save(hne: HierarchicalEnsemble, path: str | Path, *, overwrite: bool = False
     """
     require_ensemble(hne)
     path = as_path("path", path, CheckpointError)
+    if is_remote(path):
+        raise CheckpointError(
+            f"{path} is a repository of the hub, and no directory.",
+            expected="a directory",
+            next_step="Save it in one, then push that: treeify.push(DIRECTORY, 'org/name').",
+        )
     check_writable(path, overwrite=overwrite)
     is_new = not path.exists()
     identity = uuid.uuid4().hex

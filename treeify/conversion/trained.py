@@ -13,6 +13,7 @@ from treeify.conversion.saved_config import read_config, scored_ensemble
 from treeify.data.preparation import Preparation
 from treeify.engine.packed_tensors import get_parent, named_tensors
 from treeify.models.fingerprint import fingerprint
+from treeify.models.hub import local_path
 from treeify.models.load_weights import load_into
 from treeify.models.saved_architecture import is_trusted
 from treeify.models.weights import Weights, read_weights
@@ -98,7 +99,7 @@ def load_trained(
     Args:
         base: the base model. Not modified.
         path: a file, see `treeify.models.weights.read_weights`; or the directory of an ensemble or
-            of a run, whose averaged ensemble is preferred.
+            of a run, whose averaged ensemble is preferred, also as `hf-hub:org/name@revision`.
         num_classes: as in `treeify.models.load_weights.load_into`.
         name: of the base model, if the user gave one: a directory may have the same.
         trust: as in `treeify.load`, for a directory.
@@ -106,7 +107,7 @@ def load_trained(
     Raises:
         CheckpointError: there are no weights, they do not fit, or the directory is not trusted.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
         model = copy_model(base)
         return Trained(model, tuple(load_into(model, read_weights(path), num_classes)))

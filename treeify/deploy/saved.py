@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from treeify import files
 from treeify.conversion import saved_config, saving
@@ -17,6 +17,7 @@ from treeify.data import Data, Preparation, UnreadableImageError
 from treeify.data.conventions import of_data_set, of_trained_weights
 from treeify.deploy.exported import ExportedEnsemble, looks_exported
 from treeify.errors import CheckpointError, DataError, InputError, RecipeError
+from treeify.evaluation.comparison import base_model_of
 from treeify.models.architecture import Architecture
 from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_of_run, data_recipe, values_of_run
@@ -95,6 +96,11 @@ def keep_measurements(
 def recipe_of(path: Path, *, trust: bool = False) -> Path | None:
     """The recipe of the run that wrote a checkpoint; None if no run did."""
     path = path.resolve()
+    beside = path / RECIPE
+    if beside.is_file() and (path / saved_config.CONFIG).is_file():  # as it was pushed
+        if not trust:
+            files.require_inside(beside, path)
+        return beside
     state = path.parent if path.name == EMA else path
     run = state.parent.parent if state.parent.name == STATES else state.parent
     recipe = run / RECIPE
@@ -191,6 +197,37 @@ def origin_of(path: Path, *, trust: bool = False) -> Path | None:
     model = values_of_run(recipe).get("model") if recipe else None
     weights = model.get("weights") if isinstance(model, dict) else None
     return Path(weights) if isinstance(weights, str) else None
+
+
+def base_model_in(
+    hne: HierarchicalEnsemble, weights: Path | None, path: Path, *, trust: bool
+) -> tuple[nn.Module, Path | None, list[str]]:
+    """The base model of a checkpoint's ensemble, in evaluation mode.
+
+    Args:
+        hne: the ensemble.
+        weights: trained weights of the base model; by default those that the run began with, if it
+            is trusted.
+        path: the checkpoint.
+        trust: whether those may be read, and directories of weights may name what is imported.
+
+    Returns:
+        The base model, where its weights are from if that is known, and why others do not fit.
+
+    Raises:
+        CheckpointError: the weights cannot be read, or are of another model.
+    """
+    origin = origin_of(path, trust=trust) if weights is None else None
+    if origin is not None and not trust:  # it may be any file, in any format
+        note = f"The run says it began with the weights in {origin}: --weights {origin} reads them."
+        return base_model_of(hne, None), None, [note]
+    if origin is not None and (files.is_file(origin) or files.is_directory(origin)):
+        try:
+            return base_model_of(hne, origin, trust=True), origin, []
+        except CheckpointError:  # its head is for other classes, say
+            note = f"The weights in {origin}, which the run began with, are of another model."
+            return base_model_of(hne, None), None, [note]
+    return base_model_of(hne, weights, trust=trust), weights, []
 
 
 def skips_damaged(path: Path, *, trust: bool = False) -> bool:

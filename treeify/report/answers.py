@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from treeify.anytime.confidence import confidence
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data, Preparation
 from treeify.deploy.exported import ExportedEnsemble
 from treeify.deploy.exported_scores import exported_scores
-from treeify.evaluation.comparison import Gains
-from treeify.evaluation.metrics import Batch, Scores, measure
+from treeify.evaluation.comparison import Gains, compare
+from treeify.evaluation.metrics import Batch, Score, Scores
 from treeify.losses import nested_logits
 from treeify.report.results import Answers, Thumbnail
 from treeify.tree import Tree
@@ -26,15 +26,26 @@ from treeify.tree import Tree
 _THUMBNAILS, _PIXELS = 4, 64
 
 
-def answers_of(hne: HierarchicalEnsemble, batches: Iterable[Batch], data: Data) -> Answers:
+def answers_of(
+    hne: HierarchicalEnsemble,
+    batches: Iterable[Batch],
+    data: Data,
+    base: nn.Module | None = None,
+) -> Answers:
     """What an ensemble answers to the images of `data` that `batches` go through.
+
+    Args:
+        hne: the ensemble.
+        batches: images `[N, C, H, W]` and classes `[N]`.
+        data: where they are from.
+        base: the base model in evaluation mode, if its accuracy is to be measured too.
 
     Raises:
         DataError, InputError: as of `treeify.evaluation.metrics.measure`.
     """
     observed = _Observed(hne.tree, data)
-    scores = measure(hne, batches, observe=observed.add)
-    return observed.answers(scores, hne.tree.nested_sizes)
+    scores, gains, base_score = compare(hne, batches, base, observe=observed.add)
+    return observed.answers(scores, gains, hne.tree.nested_sizes, base_score)
 
 
 def answers_of_export(exported: ExportedEnsemble, batches: Iterable[Batch], data: Data) -> Answers:
@@ -44,8 +55,8 @@ def answers_of_export(exported: ExportedEnsemble, batches: Iterable[Batch], data
         DataError, InputError: as of `treeify.deploy.exported_scores`.
     """
     observed = _Observed(exported.tree, data)
-    scores, _ = exported_scores(exported, batches, data.classes, observe=observed.add)
-    return observed.answers(scores, exported.sizes)
+    scores, gains = exported_scores(exported, batches, data.classes, observe=observed.add)
+    return observed.answers(scores, gains, exported.sizes)
 
 
 @dataclass
@@ -54,18 +65,13 @@ class _Observed:
 
     tree: Tree
     data: Data
-    gains: Gains = field(init=False)
     targets: list[Tensor] = field(default_factory=list)
     nested: list[Tensor] = field(default_factory=list)
     confidences: list[Tensor] = field(default_factory=list)
     thumbnails: dict[tuple[int, bool], list[Thumbnail]] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.gains = Gains(self.tree)
-
     def add(self, images: Tensor, logits: Tensor, target: Tensor) -> None:
         """Observe images `[N, C, H, W]`, leaf logits `[N, L, K]` and classes `[N]`."""
-        self.gains.add(logits, target)
         nested = nested_logits(logits.float(), self.tree)
         classes = nested.argmax(-1).T.cpu()
         self.targets.append(target.cpu())
@@ -89,9 +95,11 @@ class _Observed:
                     url = _data_url(images[image], preparation)
                     kept.append(Thumbnail(url, names[target[image]], before, after, size))
 
-    def answers(self, scores: Scores, sizes: Sequence[int]) -> Answers:
+    def answers(
+        self, scores: Scores, gains: Gains, sizes: Sequence[int], base: Score | None = None
+    ) -> Answers:
         """All of it, of some of the nested sizes."""
-        results, gains = scores.result(), self.gains.result()
+        results, differences = scores.result(), gains.result()
         kept = [index for index, size in enumerate(self.tree.nested_sizes) if size in sizes]
         preparation = self.data.preparation
         return Answers(
@@ -102,7 +110,8 @@ class _Observed:
             nested=torch.cat(self.nested, 1)[kept],
             confidence=torch.cat(self.confidences, 1)[kept],
             scores=tuple(results[index] for index in kept),
-            gains=tuple(gains[index] for index in kept),
+            gains=tuple(differences[index] for index in kept),
+            base=base,
             leaf_accuracy=scores.leaf_accuracy(),
             thumbnails=tuple(
                 thumbnail
@@ -114,7 +123,7 @@ class _Observed:
 
 
 def _data_url(image: Tensor, preparation: Preparation) -> str:
-    """A prepared image `[C, H, W]` as a small PNG that a page can hold."""
+    """A prepared image `[C, H, W]` as a small one that a page can hold."""
     pixels = image.detach().float().cpu()
     if preparation.mean is not None and preparation.std is not None:
         mean, std = (
@@ -127,8 +136,10 @@ def _data_url(image: Tensor, preparation: Preparation) -> str:
     array = (255 * pixels.clamp(0, 1)).round().to(torch.uint8)
     grey = array.shape[0] not in (3, 4) or bool((array == array[:1]).all())
     picture = Image.fromarray(array[0].numpy() if grey else array[:3].permute(1, 2, 0).numpy())
-    if max(picture.size) > _PIXELS:
-        picture.thumbnail((_PIXELS, _PIXELS))
+    is_photo = max(picture.size) > _PIXELS
+    picture.thumbnail((_PIXELS, _PIXELS))
     content = io.BytesIO()
-    picture.save(content, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+    kind = "JPEG" if is_photo else "PNG"  # small ones are shown pixel by pixel
+    picture.save(content, kind, optimize=True)
+    encoded = base64.b64encode(content.getvalue()).decode()
+    return f"data:image/{kind.lower()};base64,{encoded}"

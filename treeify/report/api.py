@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from treeify import files
 from treeify.arguments import require_iterable, require_member
 from treeify.errors import InputError
+from treeify.models.hub import local_path
 from treeify.report import style, writing
 from treeify.report.chart import Chart
 from treeify.report.contents import sections, summary
@@ -123,6 +124,7 @@ def read(
     verify: bool = True,
     trust: bool = False,
     device: str = "auto",
+    weights: str | Path | None = None,
 ) -> Report:
     """Read runs, ensembles, exports and grids, and measure them on their held-out images.
 
@@ -135,6 +137,7 @@ def read(
         verify: compare ensembles with their untouched architecture.
         trust: import what the directories name, if whoever wrote them is trusted.
         device: that ensembles are measured on.
+        weights: trained weights of the base model of the one directory, to measure it too.
 
     Returns:
         The report.
@@ -144,19 +147,11 @@ def read(
         DataError, RecipeError: the data that were asked for cannot be read.
         InputError: no directory is given, or an argument does not fit.
     """
-    if not directories:
-        raise InputError("there is nothing to report on.", expected="a run's directory, or several")
-    require_iterable("data", data, "keys and values, such as ['name=digits']")
-    if beside is not None:
-        require_member("beside", beside, (PUBLISHED,), PUBLISHED)
-    paths = [Path(each) for each in directories]
-    if data and all(map(is_grid, paths)):
-        raise InputError(
-            "data were named, and grids are not measured.",
-            expected="data with runs, ensembles or exports",
-            next_step="Leave --data out, or give the grid's runs.",
-        )
-    options = Options(tuple(data), latency, verify, trust, device)
+    paths = [local_path(each) for each in directories]
+    _check(paths, data, beside, weights)
+    options = Options(
+        tuple(data), latency, verify, trust, device, None if weights is None else Path(weights)
+    )
     results: list[Result] = []
     grids: list[GridResult] = []
     for path, name in zip(paths, _names(paths), strict=True):
@@ -165,10 +160,30 @@ def read(
         else:
             results.append(read_result(path, name, options))
     contents = Contents(tuple(results), tuple(grids))
-    return Report(contents if beside is None else _with_published(contents))
+    return Report(contents if beside is None else with_published(contents))
 
 
-def _with_published(contents: Contents) -> Contents:
+def _check(paths: Sequence[Path], data: Sequence[str], beside: str | None, weights: object) -> None:
+    """Raise InputError where the arguments of `read` do not fit each other."""
+    if not paths:
+        raise InputError("there is nothing to report on.", expected="a run's directory, or several")
+    require_iterable("data", data, "keys and values, such as ['name=digits']")
+    if weights is not None and len(paths) > 1:
+        raise InputError(
+            "weights of one base model were given, and several directories.",
+            expected="one directory with weights",
+        )
+    if beside is not None:
+        require_member("beside", beside, (PUBLISHED,), PUBLISHED)
+    if data and all(map(is_grid, paths)):
+        raise InputError(
+            "data were named, and grids are not measured.",
+            expected="data with runs, ensembles or exports",
+            next_step="Leave --data out, or give the grid's runs.",
+        )
+
+
+def with_published(contents: Contents) -> Contents:
     """The same with the points that were published for its data sets, or why there are none."""
     names = sorted(set(contents.data_sets.values()))
     found = [series for name in names for series in published(name)]

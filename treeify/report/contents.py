@@ -37,24 +37,21 @@ def summary(contents: Contents) -> list[tuple[str, str]]:
     if contents.are_several or not contents.results:
         return []
     (result,) = contents.results
-    leaves = result.sizes[-1].leaves
-    values = [("leaves", f"{leaves}")]
-    if result.scores:
-        first, last = result.scores[0], result.scores[-1]
-        values.append(
-            (
-                "accuracy, 1 leaf" if first.leaves == 1 else "first accuracy",
-                f"{first.accuracy:.2f} %",
-            )
+    first, last = result.sizes[0].leaves, result.sizes[-1].leaves
+    values = [("leaves", f"{last}")]
+    values += [
+        (
+            f"accuracy, {score.leaves} {'leaf' if score.leaves == 1 else 'leaves'}",
+            f"{score.accuracy:.2f} %",
         )
-        values.append((f"accuracy, {last.leaves} leaves", f"{last.accuracy:.2f} %"))
-    if result.base is not None and result.base.macs:
+        for score in dict.fromkeys((*result.scores[:1], *result.scores[-1:]))
+    ]
+    if result.base is not None and result.base.macs and last > 1:
         ratio = result.sizes[-1].macs / result.base.macs
-        values.append((f"MACs, {leaves} leaves to 1", f"{ratio:.2f} x"))
+        values.append((f"MACs, {last} leaves to 1", f"{ratio:.2f} x"))
     if result.times is not None:
-        first_time, last_time = (
-            1e3 * result.times.seconds[size] for size in (result.sizes[0].leaves, leaves)
-        )
-        values.append((f"ms, 1 to {leaves} leaves", f"{first_time:.3g} to {last_time:.3g}"))
+        ends = dict.fromkeys((first, last))
+        times = (f"{1e3 * result.times.seconds[size]:.3g}" for size in ends)
+        values.append((f"ms, {' to '.join(map(str, ends))} leaves", " to ".join(times)))
     values.append(("parameters", style.count(result.sizes[-1].parameters)))
     return values

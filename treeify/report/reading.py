@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from torch import Tensor, nn
 
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -13,6 +14,7 @@ from treeify.conversion.saved_config import read_config
 from treeify.deploy.exported import ExportedEnsemble
 from treeify.deploy.exported_scores import exported_seconds
 from treeify.deploy.saved import (
+    base_model_in,
     checkpoint_in,
     data_for_export,
     data_section,
@@ -28,7 +30,7 @@ from treeify.evaluation.metrics import placed
 from treeify.parity.verify import verify
 from treeify.report import exported_facts, training_facts, tree_facts
 from treeify.report.answers import answers_of, answers_of_export
-from treeify.report.results import Answers, Conversion, Result, Times
+from treeify.report.results import Conversion, Result, Times
 from treeify.training.distributed import resolve_device
 from treeify.training.loaders import held_out_loader, noting
 from treeify.training.model import check_classes
@@ -36,6 +38,7 @@ from treeify.training.recipe import DataRecipe
 
 # As of `treeify eval`, so that numbers are the same to the last digit.
 _BATCH = 128
+_NOT_TIMED = "Answers were not timed, as --no-latency says."
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class Options:
         check: whether to compare ensembles with their untouched architecture.
         trust: whether what directories name may be imported.
         device: that ensembles are measured on.
+        weights: trained weights of the base model, to measure it too.
     """
 
     data: Sequence[str] = ()
@@ -55,6 +59,7 @@ class Options:
     check: bool = True
     trust: bool = False
     device: str = "auto"
+    weights: Path | None = None
 
 
 def read(directory: Path, name: str, options: Options) -> Result:
@@ -101,34 +106,53 @@ def _of_checkpoint(directory: Path, name: str, options: Options) -> Result:
 
 def _measured(result: Result, hne: HierarchicalEnsemble, path: Path, options: Options) -> Result:
     """The same with what is measured here: answers, times and parity."""
-    base = hne.leaf(0).eval()
-    x = placed(hne.example_images(1), hne)
-    found = _section(path, options)
-    if isinstance(found, str):
-        result = _lacking(result, "answers", found)
-    else:
-        try:
-            data = held_out_data(path, found, options.data, hne.example[0], trust=options.trust)
-            check_classes(hne, data)
-            skipped: set[str] = set()
-            skip = skips_damaged(path, trust=options.trust)
-            batches = noting(held_out_loader(data.held_out, _BATCH, skip=skip), skipped)
-            answers = replace(answers_of(hne, batches, data), skipped=tuple(sorted(skipped)))
-            x = placed(data.example()[None], hne)
-            result = _with_answers(result, answers, found)
-            if tuple(x.shape[1:]) != hne.example:
-                result = replace(result, sizes=costs(hne, x))
-        except (DataError, OSError) as error:
-            if options.data:
-                raise
-            result = _lacking(result, "answers", _first_line(error))
-    if options.latency:
-        with suppress(InputError):
-            seconds = answer_seconds(hne, x, base=base)
-            result = replace(result, times=Times(seconds, timing.describe(x.device)))
-    else:
-        result = _lacking(result, "times", "Answers were not timed, as --no-latency says.")
-    return _verified(result, hne, options)
+    base, weights, notes = base_model_in(hne, options.weights, path, trust=options.trust)
+    if weights is None:
+        notes = notes or ["The base model's accuracy is not known: --weights PATH measures it."]
+        result = _lacking(result, "base", " ".join(notes))
+    result, x = _answered(result, hne, path, options, None if weights is None else base)
+    return _verified(_timed(result, hne, x, base, options), hne, options)
+
+
+def _answered(
+    result: Result,
+    hne: HierarchicalEnsemble,
+    path: Path,
+    options: Options,
+    base: nn.Module | None,
+) -> tuple[Result, Tensor]:
+    """The same with the answers to the held-out images, and one image of their size."""
+    blank = placed(hne.example_images(1), hne)
+    section = _section(path, options)
+    if isinstance(section, str):
+        return _lacking(result, "answers", section), blank
+    try:
+        data = held_out_data(path, section, options.data, hne.example[0], trust=options.trust)
+        check_classes(hne, data)
+        skipped: set[str] = set()
+        skip = skips_damaged(path, trust=options.trust)
+        batches = noting(held_out_loader(data.held_out, _BATCH, skip=skip), skipped)
+        answers = replace(answers_of(hne, batches, data, base), skipped=tuple(sorted(skipped)))
+        x = placed(data.example()[None], hne)
+    except (DataError, OSError) as error:
+        if options.data:
+            raise
+        return _lacking(result, "answers", _first_line(error)), blank
+    sizes = result.sizes if tuple(x.shape[1:]) == hne.example else costs(hne, x)
+    return replace(result, answers=answers, data_set=section.name, sizes=sizes), x
+
+
+def _timed(
+    result: Result, hne: HierarchicalEnsemble, x: Tensor, base: nn.Module, options: Options
+) -> Result:
+    """The same with the time of an answer for one image."""
+    if not options.latency:
+        return _lacking(result, "times", _NOT_TIMED)
+    try:
+        seconds = answer_seconds(hne, x, base=base)
+    except InputError as error:  # it takes several images at once only
+        return _lacking(result, "times", _first_line(error))
+    return replace(result, times=Times(seconds, timing.describe(x.device)))
 
 
 def _verified(result: Result, hne: HierarchicalEnsemble, options: Options) -> Result:
@@ -159,12 +183,12 @@ def _of_export(exported: ExportedEnsemble, name: str, options: Options) -> Resul
         with timing.threads(1):  # see `exported_scores`
             answers = answers_of_export(exported, batches, data)
         x = data.example()[None]
-        result = _with_answers(result, answers, section)
+        result = replace(result, answers=answers, data_set=section.name)
     if options.latency:
         with timing.threads(1):
             times = Times(exported_seconds(exported, x), exported.machine)
         return replace(result, times=times)
-    return _lacking(result, "times", "Answers were not timed, as --no-latency says.")
+    return _lacking(result, "times", _NOT_TIMED)
 
 
 def _section(path: Path, options: Options) -> DataRecipe | str:
@@ -177,10 +201,6 @@ def _section(path: Path, options: Options) -> DataRecipe | str:
         if isinstance(error, RecipeError):
             return "What to measure it on is not known: name data with --data."
         return _first_line(error)
-
-
-def _with_answers(result: Result, answers: Answers, section: DataRecipe) -> Result:
-    return replace(result, answers=answers, data_set=section.name)
 
 
 def _lacking(result: Result, what: str, why: str) -> Result:

@@ -110,6 +110,7 @@ class Answers:
         scores: of each size.
         gains: of each size over one leaf.
         leaf_accuracy: of every leaf by itself, in percent.
+        base: the score of the base model, if its weights are known.
         thumbnails: some of the images whose answers a size changed.
         skipped: images that could not be read.
     """
@@ -123,6 +124,7 @@ class Answers:
     scores: tuple[Score, ...]
     gains: tuple[Gain, ...]
     leaf_accuracy: tuple[float, ...]
+    base: Score | None = None
     thumbnails: tuple[Thumbnail, ...] = ()
     skipped: tuple[str, ...] = ()
 

@@ -132,6 +132,15 @@ def log_costs(axis: Any, formatted: Callable[[float, object], str]) -> None:
     axis.set_major_formatter(FuncFormatter(formatted))
 
 
+def accuracies(axis: Any, least: float = 4.0) -> None:
+    """An axis of percent that shows at least so many: a few images are no landslide."""
+    low, high = axis.get_view_interval()
+    missing = max(0.0, least - (high - low)) / 2
+    low, high = low - missing, high + missing
+    above = max(0.0, high - 100.5)
+    axis.set_view_interval(max(0.0, low - above), high - above, ignore=True)
+
+
 def legend_below(figure: Figure, columns: int = 2, **options: Any) -> None:
     """The legend of everything that has a name, under the axes; long names stand alone."""
     labels = [label for ax in figure.axes for label in ax.get_legend_handles_labels()[1]]

@@ -33,7 +33,7 @@ def with_training(result: Result, recipe_file: Path) -> Result:
     if not epochs:
         missing["training"] = f"{directory.path / METRICS} holds no epoch that can be read."
     rates: tuple[float, ...] = ()
-    origin = {"run": str(directory.path), **result.origin}
+    origin = {**result.origin}
     try:
         recipe = load_recipe(recipe_file)
     except RecipeError as error:

@@ -2,19 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor, nn
 
-from treeify import files, losses
+from treeify import losses
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.conversion.saved_config import scored_ensemble
 from treeify.data import Preparation
 from treeify.errors import RecipeError, quoted
 from treeify.models.architecture import Architecture
+from treeify.models.hub import ensemble_named
 from treeify.training.recipe import LossRecipe, MixRecipe, Recipe, TeacherRecipe
 
 
@@ -71,8 +71,7 @@ def load_teacher(
 
     They are in the order of `classes`, where the names of both are known.
     """
-    path = Path(recipe.name)
-    if files.is_directory(path):
+    if (path := ensemble_named(recipe.name)) is not None:
         directory = scored_ensemble(path, trust=recipe.trust)
         teacher: nn.Module = checkpoint.load(directory, trust=recipe.trust)
     else:

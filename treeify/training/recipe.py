@@ -124,7 +124,7 @@ class ModelRecipe(Section):
             `perturb`.
         weights: begin with trained weights of your own: a file (.pth, .safetensors, ...), or the
             directory of an ensemble or a run. One that splits alike goes on as it is, branch by
-            branch; of another, leaf 0 is the model.
+            branch; of another, leaf 0 is the model. `hf-hub:org/name@revision` is such a directory.
         trust: whether a directory of weights may have functions of its own imported and called.
         splits: how many, or their names.
         fanout: children per split.
@@ -206,7 +206,7 @@ class TeacherRecipe(Section):
 
     Args:
         name: timm or torchvision name with its trained weights, or the directory of an ensemble or
-            run of treeify's.
+            run of treeify's, also as `hf-hub:org/name@revision`.
         kwargs: its builder's arguments.
         trust: whether a directory may have functions of its own imported and called.
         weight: of this term in the sum.

@@ -182,7 +182,7 @@ def budgets(
         ("mean MACs", ",.0f"),
         ("accuracy %", ".2f"),
         *((f"stop at {size} %", ".1f") for size in sizes),
-        "thresholds",
+        ("thresholds", ""),
     ]
     rows = [
         (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from treeify.report import style
 from treeify.report.chart import AnyColumn, Chart, Table
@@ -34,38 +37,47 @@ def leaf_accuracy(
     Source: Ruiz & Verbeek, AAAI 2021, figure 4.
     """
     figure, ax = style.axes(3.0)
-    positions = range(1, len(single) + 1)
-    ax.bar(
-        positions,
-        [value.mean for value in single],
-        color=style.SERIES[5],
-        alpha=0.55,
-        width=0.8,
-        label="single leaves",
-    )
-    ax.plot(leaves, [value.mean for value in nested], label="first leaves", **style.line(0))
-    low = min((value.low for value in (*nested, *single)), default=0)
-    high = max((value.high for value in (*nested, *single)), default=100)
-    if any(value.seeds > 1 for value in (*nested, *single)):
-        errors = [[v.mean - v.low for v in single], [v.high - v.mean for v in single]]
-        ax.errorbar(
-            positions, [v.mean for v in single], errors, fmt="none", color=style.MUTED, lw=0.9
-        )
-        bounds = [value.low for value in nested], [value.high for value in nested]
-        ax.fill_between(leaves, *bounds, color=style.SERIES[0], alpha=0.15, linewidth=0)
-    margin = max(0.5, 0.15 * (high - low))
-    ax.set_ylim(max(0, low - 2 * margin), min(100.5, high + margin))
-    ax.set_xlim(0.4, len(single) + 0.6)
-    ax.set_xticks(_ticks(len(single)))
-    ax.grid(visible=False, axis="x")
+    _draw_leaves(ax, leaves, nested, single)
     ax.set_xlabel("leaf, in the order of the tree; number of first leaves")
     ax.set_ylabel("accuracy, %")
     style.legend_below(figure)
-    sizes = dict(zip(leaves, nested, strict=True))
+    table = _leaf_table(dict(zip(leaves, nested, strict=True)), single)
+    text = (
+        "Bars: each leaf alone, in the order in which leaves are added. Line: the mean logits of as"
+        " many first leaves. The axis does not begin at 0."
+    )
+    return Chart(name, title, f"{text} {note}".strip(), figure, table)
+
+
+def _draw_leaves(
+    ax: Axes, leaves: Sequence[int], nested: Sequence[Spread], single: Sequence[Spread]
+) -> None:
+    positions, means = range(1, len(single) + 1), [value.mean for value in single]
+    bars: dict[str, Any] = {"color": style.SERIES[5], "alpha": 0.55, "width": 0.8}
+    ax.bar(positions, means, label="single leaves", **bars)
+    ax.plot(leaves, [value.mean for value in nested], label="first leaves", **style.line(0))
+    if any(value.seeds > 1 for value in (*nested, *single)):
+        errors = [[value.mean - value.low for value in single]]
+        errors.append([value.high - value.mean for value in single])
+        ax.errorbar(positions, means, errors, fmt="none", color=style.MUTED, linewidth=0.9)
+        bounds = [value.low for value in nested], [value.high for value in nested]
+        ax.fill_between(leaves, *bounds, color=style.SERIES[0], alpha=0.15, linewidth=0)
+    low = min(value.low for value in (*nested, *single))
+    high = max(value.high for value in (*nested, *single))
+    margin = max(0.5, 0.15 * (high - low))
+    ax.set_ylim(max(0, low - 2 * margin), min(100.5, high + margin))
+    if not any(value.seeds > 1 for value in single):  # else bars of errors show what is noise
+        style.accuracies(ax.yaxis)
+    ax.set_xlim(0.4, len(single) + 0.6)
+    ax.set_xticks(_ticks(len(single)))
+    ax.grid(visible=False, axis="x")
+
+
+def _leaf_table(nested: Mapping[int, Spread], single: Sequence[Spread]) -> Table:
     has_spread = any(value.seeds > 1 for value in single)
     rows = []
     for leaf, value in enumerate(single, 1):
-        together = sizes.get(leaf)
+        together = nested.get(leaf)
         row = [leaf, value.mean, together and together.mean]
         rows.append([*row, value.low, value.high] if has_spread else row)
     columns: list[AnyColumn] = [
@@ -75,11 +87,7 @@ def leaf_accuracy(
     ]
     if has_spread:
         columns += [("by itself, least", ".2f"), ("by itself, most", ".2f")]
-    text = (
-        "Bars: each leaf alone, in the order in which leaves are added. Line: the mean logits of as"
-        " many first leaves. The axis does not begin at 0."
-    )
-    return Chart(name, title, f"{text} {note}".strip(), figure, Table.of(columns, rows))
+    return Table.of(columns, rows)
 
 
 def _ticks(leaves: int) -> list[int]:

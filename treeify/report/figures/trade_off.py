@@ -8,7 +8,7 @@ from typing import Any, Literal
 from matplotlib.axes import Axes
 
 from treeify.report import style
-from treeify.report.chart import Chart, Table
+from treeify.report.chart import AnyColumn, Chart, Table
 from treeify.report.series import BaseModel, BudgetPoint, Curve, PublishedSeries
 
 Unit = Literal["MACs", "ms"]
@@ -46,6 +46,7 @@ def trade_off(
     figure, ax = style.axes(3.5 + 0.14 * len(published))
     for index, curve in enumerate(curves):
         draw_curve(ax, index, curve)
+    ax.margins(y=0.12)
     _draw_budgets(ax, budgets, [curve.name for curve in curves])
     _draw_published(ax, published, len(curves))
     style.log_costs(ax.xaxis, style.count if unit == "MACs" else style.number)
@@ -53,9 +54,24 @@ def trade_off(
     ax.set_ylabel("accuracy, %")
     if base is not None:
         _draw_base(ax, base, sorted({size for curve in curves for size in curve.leaves}))
+    if not any(curve.has_spread for curve in curves):  # else bands show what is noise
+        style.accuracies(ax.yaxis)
     if len(curves) == 1:
         _label_sizes(ax, curves[0])
     style.legend_below(figure)
+    table = _table(curves, unit, base, budgets, published)
+    text = _description(curves, unit, base, budgets, published)
+    return Chart(name, title, f"{text} {note}".strip(), figure, table)
+
+
+def _table(
+    curves: Sequence[Curve],
+    unit: Unit,
+    base: BaseModel | None,
+    budgets: Sequence[BudgetPoint],
+    published: Sequence[PublishedSeries],
+) -> Table:
+    """Every point that is drawn, and what as many networks cost."""
     rows = [
         *_curve_rows(curves),
         *_base_rows(base, curves),
@@ -70,20 +86,16 @@ def trade_off(
         for series in published
         for point in series.points
     ]
-    table = Table.of(
-        [
-            "series",
-            ("leaves", "d"),
-            (unit, _FORMAT[unit]),
-            ("accuracy %", ".2f"),
-            ("least", ".2f"),
-            ("most", ".2f"),
-            "source",
-        ],
-        rows,
-    )
-    text = _description(curves, unit, base, budgets, published)
-    return Chart(name, title, f"{text} {note}".strip(), figure, without_empty(table))
+    columns: list[AnyColumn] = [
+        "series",
+        ("leaves", "d"),
+        (unit, _FORMAT[unit]),
+        ("accuracy %", ".2f"),
+        ("least", ".2f"),
+        ("most", ".2f"),
+        "source",
+    ]
+    return without_empty(Table.of(columns, rows))
 
 
 def draw_curve(ax: Axes, index: int, curve: Curve) -> None:
@@ -112,7 +124,6 @@ def without_empty(table: Table) -> Table:
 
 def _label_sizes(ax: Axes, curve: Curve) -> None:
     """How many leaves each point has; of several curves this would be too much to read."""
-    ax.margins(y=0.15)
     labelled: list[tuple[float, float]] = []
     for size, cost, value in zip(curve.leaves, curve.costs, curve.values, strict=True):
         x, y = ax.transAxes.inverted().transform(ax.transData.transform((cost, value.mean)))

@@ -137,6 +137,7 @@ def epoch_times(
     ax.bar(numbers, seconds, width=0.9, color=style.SERIES[5], label="training and evaluation")
     ax.bar(numbers, waiting, width=0.9, color=style.SERIES[1], label="waiting for images")
     _of_epochs(ax)
+    ax.set_xlim(numbers[0] - 0.6, numbers[-1] + 0.6)
     ax.set_ylim(bottom=0)
     ax.set_ylabel("seconds")
     style.legend_below(figure)
@@ -174,7 +175,7 @@ def _marker(numbers: Sequence[int], index: int) -> str:
 
 
 def _of_epochs(ax: Axes) -> None:
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     ax.set_xlabel("epoch")
 
 

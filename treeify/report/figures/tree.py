@@ -74,36 +74,32 @@ def tree(levels: Sequence[Level], *, name: str = "tree", title: str = "The tree"
 
 
 def _draw_branches(ax: Axes, levels: Sequence[Level]) -> None:
-    drawn = min(_MOST, levels[-1].branches)
-    ratio = levels[-1].branches / drawn
+    leaves = levels[-1].branches
+    drawn = min(_MOST, leaves)
     most = max((level.macs or 0 for level in levels), default=0)
-    before: list[float] = []
+    parents: list[float] = []
+    above = leaves  # below a branch of the level before
     for level in levels:
-        below = levels[-1].branches // level.branches / ratio
-        count = min(level.branches, max(1, round(drawn / below)))
-        heights = [(index + 0.5) / count for index in range(count)]
+        below = leaves // level.branches
+        # In the middle of its leaves that are drawn.
+        heights = [
+            (start + min(start + below, drawn)) / 2 / drawn for start in range(0, drawn, below)
+        ]
         width = 1.0 + 7.0 * (level.macs or 0) / most if most else 2.0
-        is_looped = level.execution == "looped"
         for height in heights:
             ax.plot(
                 [level.number, level.number + 0.8],
                 [height, height],
                 color=style.colour(_FORMS.get(level.execution or "", 0)),
-                linewidth=min(width, 120 / count),
-                linestyle=(0, (1.2, 0.4)) if is_looped else "-",
+                linewidth=min(width, 120 / len(heights)),
+                linestyle=(0, (1.2, 0.4)) if level.execution == "looped" else "-",
                 solid_capstyle="round",
             )
-        if before:
-            for index, height in enumerate(heights):
-                parent = before[index * len(before) // count]
-                ax.plot(
-                    [level.number - 0.2, level.number],
-                    [parent, height],
-                    color=style.MUTED,
-                    linewidth=0.8,
-                    zorder=1,
-                )
-        before = heights
+        for index, height in enumerate(heights if parents else ()):
+            parent = parents[index * below // above]
+            ends = [level.number - 0.2, level.number], [parent, height]
+            ax.plot(*ends, color=style.MUTED, linewidth=0.8, zorder=1)
+        parents, above = heights, below
 
 
 def _caption(level: Level, levels: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import sqrt
 from operator import attrgetter
 
 from treeify.evaluation.metrics import Score
@@ -37,11 +38,11 @@ def trade_off_section(contents: Contents) -> Section:
     ]
     if contents.grids:
         draft.missing.append("Grids are not timed: give one of a grid's runs for milliseconds.")
-    known = [each for each in contents.results if each.base and each.scores]
-    if known:
-        draft.missing.append(
-            "The base model's accuracy is not known here: treeify eval --weights measures it."
-        )
+    draft.missing += [
+        contents.say(result.missing["base"], result)
+        for result in contents.results
+        if "base" in result.missing and result.scores
+    ]
     return draft.section()
 
 
@@ -90,13 +91,13 @@ def why_no_answers(result: Result) -> str:
 
 
 def _against_macs(contents: Contents, curves: Sequence[Curve]) -> Chart:
-    bases = [
+    macs = {
         each.base.macs for each in contents.owners if each.base is not None and _has_scores(each)
-    ]
+    }
     base, note = None, ""
-    if len(set(bases)) == 1:
-        base = BaseModel("base model", bases[0])
-    elif bases:
+    if len(macs) == 1:
+        base = BaseModel("base model", macs.pop(), _base_accuracy(contents))
+    elif macs:
         note = "The base models cost differently, so they are left out."
     budgets = [
         BudgetPoint(result.name, budget.macs, 100 * budget.accuracy)
@@ -111,23 +112,37 @@ def _against_macs(contents: Contents, curves: Sequence[Curve]) -> Chart:
 
 
 def _beside_published(contents: Contents, curves: Sequence[Curve]) -> Chart:
-    counts = "; ".join(
-        dict.fromkeys(f"{series.name}: {series.macs_are}" for series in contents.published)
-    )
+    counts = dict.fromkeys(series.macs_are for series in contents.published)
+    names = {
+        count: [each.name for each in contents.published if each.macs_are == count]
+        for count in counts
+    }
+    whose = "; ".join(f"{count} ({', '.join(names[count])})" for count in counts)
     return trade_off(
         curves,
         published=contents.published,
         name="published",
         title="Beside what was published",
-        note=f"What their MACs are: {counts}.",
+        note=f"Their MACs: {whose}.",
     )
 
 
 def _where_from(contents: Contents) -> str:
     if any(result.answers is None and result.epochs for result in contents.results):
         return " Scores that were not measured here are those of the run's last epoch."
-    splits = {result.answers.split for result in contents.results if result.answers is not None}
-    return f" Images: {'; '.join(sorted(splits))}." if splits else ""
+    measured = [result.answers for result in contents.results if result.answers is not None]
+    if not measured:
+        return ""
+    splits = sorted({answers.split for answers in measured})
+    errors = [
+        sqrt(score.accuracy * (100 - score.accuracy) / len(answers.target))
+        for answers in measured
+        for score in answers.scores
+    ]
+    return (
+        f" Images: {'; '.join(splits)}; the standard error of an accuracy is up to"
+        f" {max(errors):.2f} points."
+    )
 
 
 def _against_time(results: Sequence[Result]) -> Chart:
@@ -151,7 +166,9 @@ def _against_time(results: Sequence[Result]) -> Chart:
     return trade_off(
         curves,
         unit=unit,
-        base=BaseModel("base model", bases[0]) if len(results) == len(bases) == 1 else None,
+        base=BaseModel("base model", bases[0], _accuracy_of_base(results[0]))
+        if len(results) == len(bases) == 1
+        else None,
         name="trade_off_ms",
         title="Accuracy against time",
         note="Medians for one image, measured for this page:"
@@ -193,6 +210,17 @@ def _curve(
         for size in sizes
     ]
     return Curve(name, tuple(sizes), tuple(float(macs[size]) for size in sizes), tuple(spreads))
+
+
+def _base_accuracy(contents: Contents) -> float | None:
+    """Of the base model, if it is known and one and the same."""
+    known = {_accuracy_of_base(result) for result in contents.results if result.scores}
+    return known.pop() if len(known) == 1 else None
+
+
+def _accuracy_of_base(result: Result) -> float | None:
+    base = None if result.answers is None else result.answers.base
+    return None if base is None else base.accuracy
 
 
 def _has_scores(each: Result | GridResult) -> bool:

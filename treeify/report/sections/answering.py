@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from treeify.report.figures.changes import changes
 from treeify.report.figures.confusion import (
-    changes,
     class_accuracy,
     has_matrix,
     matrix,

@@ -1,7 +1,10 @@
 """A loss of one's own, in a loop of one's own and in a recipe.
 
-`own_loss:first_leaves` names it to `treeify train` (`loss.name`) where this file is in the current
-directory; its keyword-only parameters are options of the recipe (`loss.emphasis=2`).
+Its keyword-only parameters are options of recipes: where this file is in the current directory,
+
+treeify train digits_hne loss.name=own_loss:first_leaves loss.emphasis=2
+
+trains with it.
 
 python examples/own_loss.py
 """
@@ -17,7 +20,6 @@ from treeify.data import digits
 from treeify.models import cifar_resnet50
 
 
-@losses.register("first_leaves")
 def first_leaves(
     logits: Tensor, target: Tensor, tree: treeify.Tree, *, emphasis: float = 2.0
 ) -> Tensor:
@@ -30,7 +32,7 @@ def first_leaves(
         emphasis: weight of the first size; weights fall evenly to 1.
     """
     nested = losses.nested_logits(logits, tree)  # [N, sizes, K]: what users of the ensemble get
-    weights = torch.linspace(emphasis, 1, nested.shape[1])
+    weights = torch.linspace(emphasis, 1, nested.shape[1], device=logits.device)
     errors = [F.cross_entropy(answer, target) for answer in nested.unbind(1)]
     return (weights * torch.stack(errors)).sum()
 

@@ -126,6 +126,20 @@ def test_readme_names_its_two_commands() -> None:
     assert 'pip install -e ".[test]" && pytest' in text
 
 
+def test_what_readme_claims_stands_on_the_page_it_names() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    gains = text.partition("| you gain |")[2].partition("\n\n")[0].splitlines()
+    rows = [row for row in gains if "](docs/" in row]
+    assert len(rows) >= 4
+    for row in rows:
+        (path,) = re.findall(r"\]\((docs/[^)#]+)", row)
+        page = (ROOT / path).read_text(encoding="utf-8").replace(",", "")
+        numbers = re.findall(r"\d+\.\d\d|\d+\.\d(?= %)|\d,\d{3}", row)
+        assert numbers
+        for number in numbers:
+            assert re.search(rf"(?<![\d.]){number.replace(',', '')}(?!\d)", page), (number, path)
+
+
 def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text(encoding="utf-8")):

@@ -2,9 +2,11 @@
 
 import re
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
+from runner import run
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -35,3 +37,18 @@ def test_it_is_short_and_on_the_page(path: Path) -> None:
     assert source.count("\n") <= 65
     assert f"python examples/{path.name}" in source
     assert f"../examples/{path.name}" in (ROOT / "docs" / "examples.md").read_text("utf-8")
+
+
+def test_a_recipe_takes_the_loss_as_its_example_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = (ROOT / "examples" / "own_loss.py").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^treeify (train .*)$", source, re.MULTILINE)
+    monkeypatch.chdir(ROOT / "examples")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setitem(sys.modules, "own_loss", None)  # and what is there before comes back
+    del sys.modules["own_loss"]
+    out = str(tmp_path / "run")
+    done = run(*command.split(), "schedule.epochs=1", "schedule.warmup_epochs=0", "--out", out)
+    assert done.exit_code == 0, done.output
+    assert "emphasis: 2" in (tmp_path / "run" / "recipe.yaml").read_text(encoding="utf-8")

@@ -42,6 +42,8 @@ def _command(name: str, command: Any) -> Iterator[str]:
     yield _help(command)
     yield f"```{{program}} {name}\n```"
     for parameter in command.params:
+        if getattr(parameter, "hidden", False):
+            continue
         signature, text = parameter.get_help_record(context)
         signature = signature.replace(" / ", ", ")  # a switch and its opposite
         yield f"```{{option}} {signature}\n{text}\n```"

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,10 @@ def test_latencies_deadlines_and_budgets_are_the_saved_ones(report: Report, run:
         deadline = 1e3 * latencies.typical[key] * latencies.margins[key]
         assert row["deadline ms from"] == approx(deadline)
     ((target, budget),) = hne.budgets.items()
+    (timed,) = (row for row in rows(report, "trade_off_ms") if row["series"] == "tiny, budgets")
+    ways = [latencies.typical[0, 1], latencies.typical[1, 2], latencies.typical[2, 4]]
+    seconds = [sum(ways[:count]) for count in (1, 2, 3)]
+    assert timed["ms"] == approx(1e3 * sum(map(mul, budget.fractions, seconds)))
     (row,) = rows(report, "budgets")
     assert (row["target MACs"], row["accuracy %"]) == (target, approx(100 * budget.accuracy))
 
@@ -274,3 +279,34 @@ def test_an_ensemble_and_its_modes_are_left_alone(run: Path) -> None:
     torch.manual_seed(3)
     read(run, latency=False)
     assert (run / "last" / "config.json").read_bytes() == config
+
+
+def test_nothing_that_a_run_names_is_imported_without_trust(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    values = yaml.safe_load((copy / "recipe.yaml").read_text(encoding="utf-8"))
+    values["loss"] = {"name": "no_such_module:loss"}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    report = read(copy, latency=False, verify=False)
+    assert {"rates", "reliability"} <= report.figures.keys()
+    values["data"] = {"name": "no_such_module:data"}
+    values["schedule"] = {"name": "no_such_schedule", "epochs": 2}
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(values))
+    report = read(copy, latency=False, verify=False)
+    assert not {"rates", "reliability"} & report.figures.keys()
+    page = report.html()
+    assert "would be imported" in page
+    assert "learning rates do not follow" in page
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "environment.json", "recipe.yaml"])
+def test_links_that_lead_out_of_a_run_are_not_followed(
+    run: Path, tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, symlinks=True)
+    (copy / name).unlink()
+    (copy / name).symlink_to(run / name)
+    with pytest.raises(CheckpointError, match="leads out of"):
+        read(copy)
+    assert "loss" in read(copy, latency=False, verify=False, trust=True).figures

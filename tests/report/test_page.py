@@ -7,8 +7,11 @@ from html.parser import HTMLParser
 import pytest
 
 from treeify.report.api import Report
+from treeify.report.results import Conversion
 
-HOSTILE = "<script>alert(1)</script>&\"'$x_1$ {{ 7 * 7 }} ]]> --> </title></svg>"
+HOSTILE = (
+    "<script>alert(1)</script>&\"'$x_1$ {{ 7 * 7 }} ]]> --> </title></svg>\x00\x1b[31m\u202e\udcff"
+)
 
 
 class Elements(HTMLParser):
@@ -122,6 +125,8 @@ def test_names_are_text_whatever_they_say(report: Report) -> None:
     contents = replace(report.contents, results=(hostile,))
     html = Report(contents).html(HOSTILE)
     check_alone(html)
+    assert not re.search("[\x00\x1b\u202e\udcff]", html)
+    assert html.encode()
     assert "&lt;script&gt;alert(1)" in html
     assert "{{ 7 * 7 }}" in html
 
@@ -140,3 +145,16 @@ def test_long_names_and_other_scripts_are_drawn(report: Report, name: str) -> No
     html = Report(contents).html()
     check_alone(html)
     assert name in html
+
+
+def test_what_runs_branch_by_branch_is_listed_with_its_reason(report: Report) -> None:
+    (result,) = report.contents.results
+    fallbacks = {"sort: no rule for <sort>": 3, "roll: shifts differ": 1}
+    conversion = Conversion(0.5, fallbacks, ("keeps <all> activations",))
+    contents = replace(report.contents, results=(replace(result, conversion=conversion),))
+    html = Report(contents).html()
+    check_alone(html)
+    assert "50.0% of the branches&#39; MACs" in html
+    assert re.search(r"<td>sort: no rule for &lt;sort&gt;</td><td[^>]*>3</td>", html)
+    assert "keeps &lt;all&gt; activations" in html
+    assert "every operation has a rule" not in html

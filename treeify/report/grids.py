@@ -18,8 +18,9 @@ from treeify.errors import CheckpointError, TreeifyError
 from treeify.evaluation.cost import Cost, base_cost, costs
 from treeify.evaluation.metrics import Score
 from treeify.report.results import GridResult, SeedRun, Variant
+from treeify.training.events import Epoch
 from treeify.training.recipe_file import values_of_run
-from treeify.training.run_directory import RECIPE, RunDirectory, is_run
+from treeify.training.run_directory import METRICS, RECIPE, RunDirectory, is_run
 
 RESULTS = "results.json"
 # Grids may have thousands of runs, of a few kilobytes each.
@@ -81,7 +82,9 @@ def is_grid(path: Path) -> bool:
 
 
 def read_grid(path: Path, name: str, *, trust: bool = False) -> GridResult:
-    """What is known of a grid; runs that have not finished are left out.
+    """What is known of a grid: of the runs in its file of results, which have finished.
+
+    Without the file, the last epoch of every run that is there counts, finished or not.
 
     Args:
         path: the directory, or its file of results.
@@ -89,12 +92,12 @@ def read_grid(path: Path, name: str, *, trust: bool = False) -> GridResult:
         trust: whether what its runs name may be imported.
 
     Raises:
-        CheckpointError: it cannot be read, or no run has finished.
+        CheckpointError: it cannot be read, or no run has written metrics.
     """
     directory = path if path.is_dir() else path.parent
     runs = runs_below(directory)
     file = directory / RESULTS if path.is_dir() else path
-    rows = read_rows(file) if file.is_file() else _last_epochs(runs)
+    rows = read_rows(file) if file.is_file() else _last_epochs(runs, directory, trust=trust)
     if not rows:
         raise CheckpointError(
             f"no run in {path} has written metrics yet.",
@@ -104,9 +107,11 @@ def read_grid(path: Path, name: str, *, trust: bool = False) -> GridResult:
     by_variant: dict[str, list[SeedRun]] = defaultdict(list)
     for row in rows:
         run = runs.get((row.variant, row.seed))
-        epochs = () if run is None else tuple(RunDirectory(run).metrics())
+        epochs = () if run is None else tuple(_epochs(run, directory, trust=trust))
         by_variant[row.variant].append(SeedRun(row.seed, row.held_out, row.train, epochs))
     missing: dict[str, str] = {}
+    if not file.is_file():
+        missing["results"] = f"There is no {RESULTS}: runs are shown as far as they have got."
     variants, base = [], None
     for variant, seeds in by_variant.items():
         costs_of_one = _costs(runs, variant, missing, trust=trust)
@@ -154,10 +159,19 @@ def _origin(
     return facts
 
 
-def _last_epochs(runs: Mapping[tuple[str, int], Path]) -> list[Row]:
+def _epochs(run: Path, directory: Path, *, trust: bool) -> list[Epoch]:
+    """What a run of a grid wrote down, unless a link leads out of the grid that is not trusted."""
+    if not trust:
+        files.require_inside(run / METRICS, directory)
+    return RunDirectory(run).metrics()
+
+
+def _last_epochs(
+    runs: Mapping[tuple[str, int], Path], directory: Path, *, trust: bool
+) -> list[Row]:
     rows = []
     for (variant, seed), path in runs.items():
-        if epochs := RunDirectory(path).metrics():
+        if epochs := _epochs(path, directory, trust=trust):
             rows.append(Row(variant, seed, epochs[-1].train, epochs[-1].held_out))
     return rows
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from treeify.errors import printable
 from treeify.report import style
 from treeify.report.chart import Chart, Table
 from treeify.report.sections.section import Section
@@ -53,7 +54,7 @@ def page(sections: Sequence[Section], title: str, summary: Sequence[tuple[str, s
     environment.filters["is_short"] = _is_short
     template = environment.get_template(TEMPLATE)
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    return template.render(
+    rendered = template.render(
         shown=[section for section in sections if not section.is_empty],
         left_out=[section for section in sections if section.is_empty],
         title=title,
@@ -62,6 +63,8 @@ def page(sections: Sequence[Section], title: str, summary: Sequence[tuple[str, s
         dark={name: _DARK[value] for value, name in VARIABLES.items()},
         made=f"treeify {version('treeify')}, {made}",
     )
+    # Names of files may be no text, and others may turn the direction of writing.
+    return printable(rendered)
 
 
 def _figure(chart: Chart) -> Markup:

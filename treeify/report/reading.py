@@ -100,7 +100,7 @@ def _of_checkpoint(directory: Path, name: str, options: Options) -> Result:
     if recipe is None:
         result = _lacking(result, "training", "It is an ensemble by itself: no run wrote it.")
     else:
-        result = training_facts.with_training(result, recipe)
+        result = training_facts.with_training(result, recipe, trust=options.trust)
     return _measured(result, hne, path, options)
 
 

@@ -14,6 +14,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from treeify.errors import printable
+
 # Text and lines, less important ones, the grid, and what is behind everything.
 INK, MUTED, GRID, PAPER = "#1b1f24", "#59636e", "#dde1e6", "#fefefe"
 # Okabe and Ito, Color Universal Design, 2008; without its yellow, which white paper swallows.
@@ -150,7 +152,8 @@ def legend_below(figure: Figure, columns: int = 2, **options: Any) -> None:
 
 
 def short(text: str, most: int = 28) -> str:
-    """A name as long as a figure has room for."""
+    """A name as long as a figure has room for, without what no figure can hold."""
+    text = printable(text)
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

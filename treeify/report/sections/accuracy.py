@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, pairwise
 from math import sqrt
-from operator import attrgetter
+from operator import attrgetter, mul
 
 from treeify.evaluation.metrics import Score
 from treeify.report.chart import Chart
+from treeify.report.figures.latency import first_of
 from treeify.report.figures.leaves import leaf_accuracy, logit_std
 from treeify.report.figures.trade_off import Unit, trade_off
 from treeify.report.results import GridResult, Result, Variant
-from treeify.report.sections.section import Contents, Draft, Section, each_lacks
+from treeify.report.sections.section import Contents, Draft, Section, only_of_runs
 from treeify.report.series import BaseModel, BudgetPoint, Curve, Spread
 
 _Value = Callable[[Score], float]
@@ -59,7 +61,7 @@ def leaves_section(contents: Contents) -> Section:
         sizes = [score.leaves for score in answers.scores]
         chart = leaf_accuracy(sizes, nested, single, note=f"{answers.split}.")
         draft.charts.append(contents.mark(chart, result))
-    draft.missing += each_lacks(contents, contents.grids, "The accuracy of every leaf")
+    draft.missing += only_of_runs(contents, "The accuracy of every leaf")
     return draft.section()
 
 
@@ -162,6 +164,10 @@ def _against_time(results: Sequence[Result]) -> Chart:
         machines.append(result.times.machine)
         if 0 in milliseconds:
             bases.append(milliseconds[0])
+    budgets = [point for result in results for point in _budgets_in_time(result)]
+    note = f"Medians for one image, measured for this page: {'; '.join(dict.fromkeys(machines))}."
+    if budgets:
+        note += " Of budgets: means of the times that treeify calibrate measured."
     unit: Unit = "ms"
     return trade_off(
         curves,
@@ -169,11 +175,25 @@ def _against_time(results: Sequence[Result]) -> Chart:
         base=BaseModel("base model", bases[0], _accuracy_of_base(results[0]))
         if len(results) == len(bases) == 1
         else None,
+        budgets=budgets,
         name="trade_off_ms",
         title="Accuracy against time",
-        note="Medians for one image, measured for this page:"
-        f" {'; '.join(dict.fromkeys(machines))}.",
+        note=note,
     )
+
+
+def _budgets_in_time(result: Result) -> Iterator[BudgetPoint]:
+    """The mean milliseconds of images that stop by confidence, at every size on the way."""
+    table = first_of(result.latencies)
+    if table is None:
+        return
+    typical = {(row.start, row.stop): row.typical for row in table.transitions}
+    for budget in result.budgets:
+        steps = [typical.get(step) for step in pairwise((0, *budget.sizes))]
+        if budget.images and None not in steps:
+            times = accumulate(step for step in steps if step is not None)
+            seconds = sum(map(mul, budget.fractions, times))
+            yield BudgetPoint(result.name, 1e3 * seconds, 100 * budget.accuracy)
 
 
 def _curves(contents: Contents, value: _Value, missing: list[str]) -> list[Curve]:
@@ -190,9 +210,7 @@ def _curves(contents: Contents, value: _Value, missing: list[str]) -> list[Curve
             name = f"{grid.name}, {variant.name}" if contents.are_several else variant.name
             if variant.sizes:
                 curves.append(_of_variant(name, variant, value))
-        missing += [
-            contents.say(grid.missing[key], grid) for key in ("sizes",) if key in grid.missing
-        ]
+        missing += [contents.say(grid.missing[key], grid) for key in grid.missing]
     return curves
 
 

@@ -14,7 +14,7 @@ from treeify.report.figures.confusion import (
 from treeify.report.figures.reliability import reliability
 from treeify.report.results import Answers, Result
 from treeify.report.sections.accuracy import why_no_answers
-from treeify.report.sections.section import Contents, Draft, Gallery, Section, each_lacks
+from treeify.report.sections.section import Contents, Draft, Gallery, Section, only_of_runs
 
 
 def reliability_section(contents: Contents) -> Section:
@@ -30,7 +30,7 @@ def reliability_section(contents: Contents) -> Section:
             [answers.scores[index].calibration_error for index in shown],
         )
         draft.charts.append(contents.mark(chart, result))
-    draft.missing += each_lacks(contents, contents.grids, "Calibration")
+    draft.missing += only_of_runs(contents, "Calibration")
     return draft.section()
 
 
@@ -51,7 +51,7 @@ def confusion_section(contents: Contents) -> Section:
             charts.append(matrix(answers.classes, answers.target, last))
         draft.charts += [contents.mark(chart, result) for chart in charts]
         draft.galleries += _galleries(contents, result, answers)
-    draft.missing += each_lacks(contents, contents.grids, "Confusion")
+    draft.missing += only_of_runs(contents, "Confusion")
     return draft.section()
 
 

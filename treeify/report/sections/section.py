@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
@@ -144,9 +144,9 @@ class Draft:
 Gather = Callable[[Contents], Section]
 
 
-def each_lacks(contents: Contents, of: Sequence[GridResult], what: str) -> list[str]:
-    """What grids are not read for: a single run of them is."""
+def only_of_runs(contents: Contents, what: str) -> list[str]:
+    """A sentence for each grid about what is not read of its runs."""
     return [
         contents.say(f"{what} is of a single run: give one of the grid's runs.", grid)
-        for grid in of
+        for grid in contents.grids
     ]

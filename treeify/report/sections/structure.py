@@ -6,7 +6,7 @@ from treeify.report.chart import Table
 from treeify.report.figures.packing import packed_levels, parity
 from treeify.report.figures.tree import export_steps, level_costs, tree
 from treeify.report.results import Result
-from treeify.report.sections.section import Contents, Draft, Facts, Section, each_lacks
+from treeify.report.sections.section import Contents, Draft, Facts, Section, only_of_runs
 
 
 def tree_section(contents: Contents) -> Section:
@@ -20,7 +20,7 @@ def tree_section(contents: Contents) -> Section:
             charts.append(export_steps(result.steps))
         draft.charts += [contents.mark(chart, result) for chart in charts]
         draft.facts.append(_sizes(contents, result))
-    draft.missing += each_lacks(contents, contents.grids, "The tree")
+    draft.missing += only_of_runs(contents, "The tree")
     return draft.section()
 
 
@@ -79,7 +79,7 @@ def conversion_section(contents: Contents) -> Section:
             draft.charts.append(contents.mark(parity(result.parity), result))
         elif "parity" in result.missing:
             draft.missing.append(contents.say(result.missing["parity"], result))
-    draft.missing += each_lacks(contents, contents.grids, "The conversion")
+    draft.missing += only_of_runs(contents, "The conversion")
     return draft.section()
 
 

@@ -384,6 +384,18 @@ def _is_batch(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] == 3
 
 
+def _is_range(value: Any) -> bool:
+    """Numbers of leaves that a plan may be asked for."""
+    if isinstance(value, list | tuple):
+        ordered = len(value) == 2 and all(is_int(end, 2, 1024) for end in value)
+        return ordered and value[0] <= value[1]
+    return is_int(value, 2, 1024)
+
+
+def _is_limit(value: Any) -> bool:
+    return value is None or (is_number(value) and 0 < value < math.inf)
+
+
 def _conversions() -> dict[str, Call]:
     return {
         "hierarchicalize": Call(
@@ -402,6 +414,24 @@ def _conversions() -> dict[str, Call]:
             treeify.hierarchicalize,
             {"model": small.SmallNet(), "example_input": small.EXAMPLE, "splits": 1},
             {"model": lambda value: isinstance(value, small.SmallNet)},
+        ),
+        "plan": Call(
+            treeify.plan,
+            {"model": small.SmallNet(), "example_input": small.EXAMPLE, "leaves": 4},
+            {
+                "model": lambda value: isinstance(value, small.SmallNet),
+                "example_input": lambda value: value is None or is_images(value, 1),
+                "leaves": _is_range,
+                "fanouts": lambda value: (
+                    isinstance(value, SEVERAL) and all(is_int(each, 2, 1024) for each in value)
+                ),
+                "pick": lambda value: is_int(value, 1),
+                "all_points": is_flag,
+                "max_params": _is_limit,
+                "max_mb": _is_limit,
+                "first_macs": _is_limit,
+            },
+            "nearest possible|too few split points|no tree has|one budget|no fanouts|pick is no",
         ),
         "pack": Call(
             treeify.pack,

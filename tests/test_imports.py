@@ -24,6 +24,7 @@ ROOMS = (
     "conversion",
     "evaluation",
     "parity",
+    "planning",
     "training",
     "deploy",
     "report",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from treeify.engine.allocator import tune_allocator
     from treeify.errors import TreeifyError
     from treeify.parity.verify import verify
+    from treeify.planning.plan import plan
     from treeify.share.push import push
     from treeify.tree import Tree
 
@@ -47,6 +48,7 @@ __all__ = [
     "load",
     "losses",
     "pack",
+    "plan",
     "push",
     "save",
     "tune_allocator",
@@ -60,6 +62,7 @@ _HOMES = {
     "hierarchicalize": "conversion.api",
     "load": "conversion.checkpoint",
     "pack": "conversion.api",
+    "plan": "planning.plan",
     "push": "share.push",
     "save": "conversion.saving",
     "tune_allocator": "engine.allocator",

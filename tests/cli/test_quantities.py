@@ -31,9 +31,44 @@ def test_counts(text: str, count: int) -> None:
     assert quantities.count(text, "--budget") == count
 
 
+@pytest.mark.parametrize(
+    ("text", "milliseconds"),
+    [("40", 40), ("40ms", 40), ("0.005s", 5), ("2.5 ms", 2.5), ("800us", 0.8)],
+)
+def test_milliseconds(text: str, milliseconds: float) -> None:
+    assert quantities.milliseconds(text, "--max-ms") == pytest.approx(milliseconds)
+
+
+@pytest.mark.parametrize(
+    ("text", "megabytes"), [("120", 120), ("120MB", 120), ("1.5GB", 1500), ("64 kB", 0.064)]
+)
+def test_megabytes(text: str, megabytes: float) -> None:
+    assert quantities.megabytes(text, "--max-mb") == pytest.approx(megabytes)
+
+
+@pytest.mark.parametrize(("text", "ends"), [("8", (8, 8)), ("4..32", (4, 32)), (" 4..4 ", (4, 4))])
+def test_ranges(text: str, ends: tuple[int, int]) -> None:
+    assert quantities.bounds(text, "--leaves") == ends
+
+
+@pytest.mark.parametrize("text", ["", "..", "4..", "0..4", "8..4", "4-8", "4...8", "-4", "4..x"])
+def test_what_is_no_range(text: str) -> None:
+    with pytest.raises(InputError, match=r"--leaves .* is no range"):
+        quantities.bounds(text, "--leaves")
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "1 minute", "nan"])
+def test_what_is_no_milliseconds_or_megabytes(text: str) -> None:
+    with pytest.raises(InputError, match=r"--max-ms .* is no duration"):
+        quantities.milliseconds(text, "--max-ms")
+    with pytest.raises(InputError, match=r"--max-mb .* is no size of a file"):
+        quantities.megabytes(text, "--max-mb")
+
+
 def test_numbers_of_thousands_of_digits_are_none() -> None:
     many = "9" * 5000
     parsers = (quantities.seconds, quantities.count, quantities.numbers, quantities.size)
+    parsers += (quantities.milliseconds, quantities.megabytes, quantities.bounds)
     for parse in (*parsers, quantities.part):
         for text in (many, f"{many}x8", f"1/{many}"):
             with pytest.raises(InputError, match="--option"):
@@ -57,6 +92,10 @@ def test_what_is_no_count(text: str) -> None:
 def test_units_in_the_wrong_case_are_corrected() -> None:
     with pytest.raises(InputError, match="Did you mean 20ms"):
         quantities.seconds("20MS", "--deadline")
+    with pytest.raises(InputError, match="Did you mean 20ms"):
+        quantities.milliseconds("20MS", "--max-ms")
+    with pytest.raises(InputError, match="Did you mean 20MB"):
+        quantities.megabytes("20mb", "--max-mb")
     with pytest.raises(InputError, match=r"Did you mean 1\.2G"):
         quantities.count("1.2g", "--budget")
 

@@ -79,7 +79,7 @@ def first_hours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("first_hours")
-@pytest.mark.parametrize("name", ["your_model", "your_data", "splits", "faq", "deploy"])
+@pytest.mark.parametrize("name", ["your_model", "your_data", "splits", "plan", "faq", "deploy"])
 def test_commands_for_new_users_run(name: str) -> None:
     page = (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
     commands = re.findall(r"^treeify (\w+) ([^#\n]*)", page, re.MULTILINE)

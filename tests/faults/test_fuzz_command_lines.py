@@ -72,6 +72,7 @@ lines = st.one_of(
 # Each command as it may be right, and what an option's value may be.
 RIGHT = {
     "splits": ["small:build"],
+    "plan": ["small:build", "--input-size", "8", "--leaves", "4"],
     "convert": ["small:build", "--input-size", "8", "--no-verify"],
     "pack": ["small:build", "a.pth", "b.pth", "--splits", "input", "--no-verify"],
     "train": ["recipe.yaml"],
@@ -84,6 +85,8 @@ RIGHT = {
 }
 # They take as long as one says.
 ENDLESS = {"--epochs", "--more-epochs", "--all", "--repeats", "--retry", "--tune"}
+# Or seconds, since they measure.
+ENDLESS |= {"--measure", "--max-ms", "--first-ms"}
 VALUES = [
     *("0", "1", "2", "3", "7", "64", "-1", "1000", str(2**31), str(2**63), str(10**30)),
     *("0.5", "1e-3", "1e308", "1e-400", "99.9", "60k", "1.2G", "20us", "1e9s", "8", "8x8", "1e9x8"),

@@ -24,6 +24,10 @@ _UsageError: Any = typer.BadParameter.__base__
 # Modules are imported when their command runs: `treeify --help` need not wait for torch.
 COMMANDS = {
     "splits": ("splits", "List the points where a model can be split."),
+    "plan": (
+        "plan",
+        "Choose where to split a model, and into how many branches, by what that costs.",
+    ),
     "convert": ("convert", "Convert a classifier into a hierarchical neural ensemble."),
     "pack": ("pack", "Pack trained networks of one architecture into an ensemble."),
     "train": (
@@ -179,6 +183,8 @@ def options(
     From a name to a trained ensemble:
 
         treeify splits resnet18
+
+        treeify plan resnet18 --max-macs 6G
 
         treeify convert resnet18 --splits 4 --out my_ensemble
 

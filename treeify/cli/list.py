@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from treeify.cli.options import Json, count
-from treeify.cli.output import Column, print_json, say, table
+from treeify.cli.output import Column, print_json, say, short, table
 from treeify.models.builders import TIMM, family, library_names
 from treeify.parity import results
 from treeify.parity.results import Row
@@ -120,16 +120,11 @@ def _cells(name: str, row: Row | None) -> tuple[str, ...]:
     if row is None:
         return name, family(name), "?", "?", "?", "no"
     fraction = "?" if row.packed_fraction is None else f"{row.packed_fraction:.1%}"
-    return name, row.family or "", _count(row.parameters), _count(row.macs), fraction, _checked(row)
+    return name, row.family or "", _short(row.parameters), _short(row.macs), fraction, _checked(row)
 
 
-def _count(number: int | None) -> str:
-    """Three digits and a unit that `--max-params` takes; JSON has all digits."""
-    if number is None:
-        return "?"
-    units = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
-    size, unit = next(((size, unit) for size, unit in units if number >= size), (1, ""))
-    return f"{number / size:.3g}{unit}"
+def _short(number: int | None) -> str:
+    return "?" if number is None else short(number)
 
 
 def _checked(row: Row) -> str:

@@ -60,6 +60,21 @@ def duration(name: str, help: str) -> Any:
     return _parsed(name, quantities.seconds, "TIME", help)
 
 
+def milliseconds(name: str, help: str) -> Any:
+    """An option such as `--max-ms 40`."""
+    return _parsed(name, quantities.milliseconds, "MS", help)
+
+
+def megabytes(name: str, help: str) -> Any:
+    """An option such as `--max-mb 120`."""
+    return _parsed(name, quantities.megabytes, "MB", help)
+
+
+def bounds(name: str, help: str) -> Any:
+    """An option such as `--leaves 4..32`."""
+    return _parsed(name, quantities.bounds, "RANGE", help)
+
+
 def count(name: str, help: str, metavar: str = "COUNT") -> Any:
     """An option such as `--budget 60M`."""
     return _parsed(name, quantities.count, metavar, help)

@@ -110,6 +110,13 @@ def table_width(console: Console, table: Table) -> int:
     return max(console.width, least)
 
 
+def short(number: float) -> str:
+    """Three digits and a unit that options such as `--max-params` take: `1.82G`."""
+    units = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
+    size, unit = next(((size, unit) for size, unit in units if number >= size), (1, ""))
+    return f"{number / size:.3g}{unit}"
+
+
 def print_json(values: Any) -> None:
     """Print values as JSON; they may hold dataclasses, paths and tuples."""
     typer.echo(json.dumps(to_jsonable_python(values, by_alias=True), indent=2))

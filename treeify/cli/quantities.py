@@ -16,8 +16,17 @@ _DIGITS = r"\d{1,30}"
 _NUMBER = rf"(?:{_DIGITS}(?:\.{_DIGITS})?|\.{_DIGITS})(?:e[+-]?\d{{1,2}})?"
 _GROUPED = r"[1-9]\d{0,2}(?:[_,]\d{3}){1,9}"  # 60,000,000, as tables show counts
 _SECONDS = {"": Decimal(1), "s": Decimal(1), "ms": Decimal("1e-3"), "us": Decimal("1e-6")}
+_MILLISECONDS = {"": Decimal(1), "ms": Decimal(1), "s": Decimal(1000), "us": Decimal("1e-3")}
+_MEGABYTES = {"": Decimal(1), "MB": Decimal(1), "kB": Decimal("1e-3"), "GB": Decimal(1000)}
 _COUNTS = {"": Decimal(1), "k": Decimal(10**3), "K": Decimal(10**3)}
 _COUNTS |= {"M": Decimal(10**6), "G": Decimal(10**9), "T": Decimal(10**12)}
+
+
+class Bounds(NamedTuple):
+    """The least and the most of a number."""
+
+    least: int
+    most: int
 
 
 class Part(NamedTuple):
@@ -48,6 +57,41 @@ def seconds(text: str, option: str) -> float:
             next_step=_unit_meant(text, _SECONDS),
         )
     return float(value)
+
+
+def milliseconds(text: str, option: str) -> float:
+    """A duration in milliseconds, from a number with `ms`, `s`, `us` or no unit after it."""
+    value = _quantity(text, _MILLISECONDS)
+    if not value:
+        raise InputError(
+            f"{option} {text!r} is no duration.",
+            expected="a time above 0: 5 or 5ms, 0.005s",
+            next_step=_unit_meant(text, _MILLISECONDS),
+        )
+    return float(value)
+
+
+def megabytes(text: str, option: str) -> float:
+    """Megabytes of 10^6 bytes, from a number with `MB`, `kB`, `GB` or no unit after it."""
+    value = _quantity(text, _MEGABYTES)
+    if not value:
+        raise InputError(
+            f"{option} {text!r} is no size of a file.",
+            expected="megabytes above 0: 120 or 120MB, 1.5GB",
+            next_step=_unit_meant(text, _MEGABYTES),
+        )
+    return float(value)
+
+
+def bounds(text: str, option: str) -> Bounds:
+    """The least and the most of a whole number above 0, such as `4..32`, or `8` for both."""
+    match = re.fullmatch(r"([1-9]\d{0,8})(?:\.\.([1-9]\d{0,8}))?", text.strip())
+    if match is None or (match[2] and int(match[1]) > int(match[2])):
+        raise InputError(
+            f"{option} {text!r} is no range of whole numbers above 0.",
+            expected=f"one number, or the least and the most: {option} 8, {option} 4..32",
+        )
+    return Bounds(int(match[1]), int(match[2] or match[1]))
 
 
 def count(text: str, option: str) -> int:

@@ -70,12 +70,16 @@ def enclosing(scope: str) -> Iterator[str]:
 
 
 def levels(graph: fx.Graph, names: Sequence[str]) -> dict[fx.Node, int]:
-    """Every node's level: the number of splits among its ancestors, itself included.
+    """Every node's level: the number of splits among its ancestors, itself included."""
+    return levels_within(Dependencies(graph), names)
+
+
+def levels_within(dependencies: Dependencies, names: Sequence[str]) -> dict[fx.Node, int]:
+    """The same for a graph whose dependencies are known.
 
     A node without ancestors (a parameter, a constant) takes the lowest level that reads it; one
     that nothing reads (`self.scale.data.clamp_(0, 1)`) that of the lowest reader of the same state.
     """
-    dependencies = Dependencies(graph)
     masks = [dependencies.behind(name) for name in names]
     nodes = dependencies.nodes
     level = {node: sum(mask >> index & 1 for mask in masks) for index, node in enumerate(nodes)}

@@ -189,7 +189,7 @@ def slots(skeleton: nn.Module, uses: Iterable[tuple[fx.Node, int]]) -> dict[str,
     # By identity, since tied tensors have several keys and one level.
     lowest: dict[int, int] = {}
     for node, level in uses:
-        for key in _read_by(node, skeleton, tensors):
+        for key in keys_read_by(node, skeleton, tensors):
             identity = id(tensors[key])
             lowest[identity] = min(level, lowest.get(identity, level))
     return {
@@ -198,7 +198,7 @@ def slots(skeleton: nn.Module, uses: Iterable[tuple[fx.Node, int]]) -> dict[str,
     }
 
 
-def _read_by(node: fx.Node, skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+def keys_read_by(node: fx.Node, skeleton: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
     """Keys of the tensors that a node reads."""
     target = str(node.target)
     if node.op == "get_attr":

@@ -174,12 +174,16 @@ def _drop(session_of: Callable[[], Any], **arguments: Any) -> Any:
     return session.advance()
 
 
+@cache
+def _calibrated() -> treeify.HierarchicalEnsemble:
+    hne = small.ensemble()
+    for count in (1, IMAGES):
+        hne.calibrate(small.images(count), repeats=2)
+    return hne
+
+
 def _predicted(**arguments: Any) -> Any:
-    hne = ensemble()
-    if not hne.latencies:
-        for count in (1, IMAGES):
-            hne.calibrate(small.images(count), repeats=2)
-    return hne.predict(**arguments)
+    return _calibrated().predict(**arguments)
 
 
 def _set(name: str) -> Callable[[Any], None]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from runner import run
 from torch.testing import assert_close
 
@@ -196,3 +197,26 @@ def test_a_directory_without_a_run_gives_its_own_name(monkeypatch: pytest.Monkey
     treeify.save(treeify.load("run/last", trust=True), "run/best")
     assert run("export", "run/best", "--trust").exit_code == 0
     assert arguments["name"] == "run"
+
+
+def test_a_library_s_model_names_imagenet_s_classes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for classes, names in {
+        "1000": ("tench, Tinca tinca", "goldfish, Carassius auratus"),
+        "7": None,
+    }.items():
+        options = ("--splits", "1", "--num-classes", classes, "--out", classes, "--no-verify")
+        assert run("convert", "test_resnet", *options).exit_code == 0
+        result = run("export", classes, "--no-tune", "--no-verify", "--out", f"export{classes}")
+        assert result.exit_code == 0, result.output
+        found = Anytime(f"export{classes}", threads=1).classes
+        assert (found and tuple(found[:2])) == names
+    Image.new("RGB", (40, 40)).save("a.png")
+    labels = [
+        json.loads(run("predict", directory, "a.png", "--top", "1000", "--json").stdout)
+        for directory in ("1000", "export1000")
+    ]
+    first, second = (str(each).count("goldfish, Carassius auratus") for each in labels)
+    assert first == second > 0

@@ -32,6 +32,7 @@ def test_the_tutorial_runs_from_top_to_bottom(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TREEIFY_TUNE_ALLOCATOR", "0")
     monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "path_importer_cache", {})  # what it says of "." ends with the test
     monkeypatch.setitem(sys.modules, "mine", None)  # and what is there before comes back
     del sys.modules["mine"]
     names: dict[str, Any] = {}

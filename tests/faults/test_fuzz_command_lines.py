@@ -82,6 +82,10 @@ RIGHT = {
     "calibrate": ["ensemble", "--no-tune", "--repeats", "10"],
     "verify": ["test_resnet", "--shard", "2/2"],
     "list": ["test_resnet"],
+    "report": ["ensemble", "--no-latency", "--no-verify", "--out", "page.html"],
+    "push": ["ensemble", "a/b", "--dry-run"],
+    "recipes": ["digits_hne"],
+    "benchmark": ["ensemble", "--repeats", "3"],
 }
 # They take as long as one says.
 ENDLESS = {"--epochs", "--more-epochs", "--all", "--repeats", "--retry", "--tune"}

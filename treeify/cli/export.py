@@ -4,9 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -35,6 +37,7 @@ from treeify.deploy.saved import (
     data_section,
     held_out_data,
     held_out_images,
+    library_classes,
     preparation_in,
     recipe_of,
     training_images,
@@ -124,6 +127,7 @@ def export(
         hne = checkpoint.load(path, trust=trust).eval()
         if hne.preparation is None and len(hne.example) == 3:  # an earlier version saved it
             hne.preparation = preparation_in(path, trust=trust)
+        _name_classes(hne, path, trust=trust)
     quantising: dict[str, Any] = {}
     if int8:
         with console.status("reading images to calibrate on"):
@@ -159,6 +163,17 @@ def _check(directory: Path, calibrate: Sequence[str] | None, int8: bool) -> None
             expected="a run, one of its checkpoints, or a converted ensemble",
             next_step="Export what it was made from again, or copy its files.",
         )
+
+
+def _name_classes(hne: HierarchicalEnsemble, path: Path, *, trust: bool) -> None:
+    """Let a library's model name ImageNet's classes, as `treeify predict` does."""
+    if hne.preparation is None or hne.preparation.classes is not None:
+        return
+    with torch.inference_mode():
+        logits = hne.predict(hne.example_images(1))
+    if isinstance(logits, torch.Tensor) and logits.ndim == 2:
+        classes = library_classes(hne, path, logits.shape[-1], trust=trust)
+        hne.preparation = replace(hne.preparation, classes=classes)
 
 
 def _images_for_int8(

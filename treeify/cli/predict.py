@@ -25,9 +25,9 @@ from treeify.deploy.exported import ExportedEnsemble
 from treeify.deploy.saved import (
     checkpoint_in,
     exported_in,
+    library_classes,
     preparation_in,
     preparation_of_export,
-    recipe_of,
 )
 from treeify.engine import timing
 from treeify.errors import DataError, InputError
@@ -254,14 +254,11 @@ def _labels(
         return labels
     if isinstance(hne, ExportedEnsemble):
         return None
-    custom = hne.architecture is None or ":" in hne.architecture.name or recipe_of(path)
-    if classes != 1000 or custom:
-        return None
-    notes.append("Labels: ImageNet-1k's, as the architecture has 1,000 classes (else --labels).")
-    from timm.data.imagenet_info import ImageNetInfo  # after `treeify.data.timm_utils`
-
-    info = ImageNetInfo()
-    return [info.index_to_description(index) for index in range(classes)]
+    if (names := library_classes(hne, path, classes)) is not None:
+        notes.append(
+            "Labels: ImageNet-1k's, as the architecture has 1,000 classes (else --labels)."
+        )
+    return names
 
 
 def _saved_budget(hne: Ensemble, target: int, path: Path) -> Budget:

@@ -23,6 +23,8 @@ from treeify.training.recipe import DataRecipe
 from treeify.training.recipe_file import data_of_run, data_recipe, values_of_run
 from treeify.training.run_directory import CHECKPOINTS, RECIPE, STATES
 
+_IMAGENET_CLASSES = 1000
+
 
 def exported_in(directory: Path, device: str = "auto") -> ExportedEnsemble | None:
     """The export that a directory is; None if it is none.
@@ -110,6 +112,30 @@ def recipe_of(path: Path, *, trust: bool = False) -> Path | None:
     if not trust:
         files.require_inside(recipe, run)
     return recipe
+
+
+def library_classes(
+    hne: HierarchicalEnsemble, path: Path, count: int, *, trust: bool = False
+) -> tuple[str, ...] | None:
+    """ImageNet-1k's names, which the outputs of a model of timm's or torchvision's have.
+
+    Args:
+        hne: a checkpoint's ensemble.
+        path: the checkpoint.
+        count: how many outputs it has.
+        trust: whether links may lead out of the run.
+
+    Returns:
+        A name for each output; None for any other number than 1,000, a model of the user's own, or
+        one that a run has trained.
+    """
+    architecture = hne.architecture
+    is_own = architecture is None or ":" in architecture.name
+    if count != _IMAGENET_CLASSES or is_own or recipe_of(path, trust=trust):
+        return None
+    from timm.data.imagenet_info import ImageNetInfo  # after `treeify.data.timm_utils`
+
+    return tuple(ImageNetInfo().label_descriptions())
 
 
 def preparation_in(

@@ -215,3 +215,12 @@ def test_weights_that_do_not_match(saved: Path) -> None:
         config["files"][weights.name] = checksums.checksum(weights)
     with pytest.raises(CheckpointError, match=r"a tensor 'head.bias'"):
         treeify.load(saved, trust=True)
+
+
+def test_a_run_says_where_its_ensemble_is(tmp_path: Path) -> None:
+    ensemble = tmp_path / "run" / "checkpoints" / "step-1"
+    treeify.save(small.ensemble(), ensemble / "ema")
+    (tmp_path / "run" / "last").symlink_to("checkpoints/step-1")
+    with pytest.raises(CheckpointError, match="It is a run; its last ensemble is") as raised:
+        treeify.load(tmp_path / "run")
+    assert str(ensemble / "ema") in str(raised.value)

@@ -13,6 +13,13 @@ def test_values_and_the_lines_of_their_keys() -> None:
     assert parse("") == (None, None)
 
 
+@pytest.mark.parametrize("text", ["1:2", "12:30:45", "-1:2", "1:2.5", "0:2", "1:70"])
+def test_a_split_is_no_number_to_the_base_60(text: str) -> None:
+    assert parse(f"splits: [{text}, {text}]")[0] == {"splits": [text, text]}
+    assert parse(f"'{text}'")[0] == text
+    assert parse("{a: 12, b: 1.5, c: 2024-01-01}")[0]["a"] == 12
+
+
 def test_a_key_twice_is_said_with_both_lines() -> None:
     check_keys(parse("a: {x: 1}\nb: {x: 1}")[1])
     with pytest.raises(ValueError, match=r"the key a\.x is there twice, in lines 1 and 2"):

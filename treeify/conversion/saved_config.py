@@ -68,10 +68,12 @@ def read_config(path: Path, *, trust: bool = False, verify: bool = True) -> dict
             f" treeify convert NAME --weights {path}",
         )
     if not file.exists():
+        last = scored_ensemble(path, trust=True) if (path / LAST).is_dir() else None
         raise CheckpointError(
             f"{path} holds no ensemble.",
             expected=f"a directory with {CONFIG} and {WEIGHTS}, written by treeify.save",
             found="no such directory" if not path.is_dir() else f"no {CONFIG}",
+            next_step=f"It is a run; its last ensemble is {last}." if last else None,
         )
     if not trust:
         files.require_inside(file, path)

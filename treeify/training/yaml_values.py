@@ -63,6 +63,9 @@ def check_keys(node: yaml.Node | None) -> None:
         lines[path] = line
 
 
+_BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-9]+)+(\.[0-9_]*)?")
+
+
 class _Loader(yaml.SafeLoader):
     """A loader that stops at the first value beyond a limit; it has then read no further."""
 
@@ -92,6 +95,12 @@ class _Loader(yaml.SafeLoader):
         self._require(depth <= DEEPEST, f"nested deeper than {DEEPEST} levels", mark)
         self._extents[node] = count, depth
         return node
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+        """The tag of a node: `1:2` is a split, and no number to the base 60 as in YAML 1.1."""
+        if kind is yaml.ScalarNode and implicit[0] and _BASE_60.fullmatch(value):
+            return "tag:yaml.org,2002:str"
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 
     def construct_yaml_int(self, node: Any) -> int:
         """A number that fits 64 bits, as tensors and files hold them."""

@@ -14,6 +14,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 from tiny_exports import MACS, SIZES, Tiny
 
 from treeify.anytime.session import mean_over_leaves
+from treeify.deploy import runtime
 from treeify.deploy.runtime import Answer, Anytime, Prediction, _mean
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-6}
@@ -285,3 +286,36 @@ def test_openvino_reads_the_same_files(tmp_path: Path, options: dict[str, Any]) 
         logits = session.leaf_logits
     assert_allclose(before, tiny.logits(images, 1), **TOLERANCE)
     assert_allclose(logits, tiny.leaf_logits(images[[2, 0]]), **TOLERANCE)
+
+
+def test_steps_are_found_from_another_directory(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny.path.parent)
+    model = Anytime(tiny.path.name, threads=1, preload="none")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    images = tiny.images(2)
+    assert_allclose(model.predict(images), tiny.logits(images), **TOLERANCE)
+
+
+@pytest.mark.parametrize("preload", ["none", "all"])
+def test_a_step_that_vanishes_while_it_is_opened(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, preload: str
+) -> None:
+    check = runtime._check_file
+
+    def check_then_lose(*arguments: Any, **options: Any) -> Path:
+        path = check(*arguments, **options)
+        if opened:
+            path.unlink()
+        return path
+
+    opened: list[Anytime] = []
+    monkeypatch.setattr(runtime, "_check_file", check_then_lose)
+    model = Anytime(tiny.path, threads=1, preload="none")
+    opened.append(model)
+    if preload == "all":
+        model._open_ahead([1])
+    with pytest.raises(runtime.ExportError, match="missing, truncated or exchanged"):
+        model.predict(tiny.images(1))

@@ -186,7 +186,8 @@ class Anytime:
         if shared_threads:
             _require(engine == "onnxruntime", "engine", "'onnxruntime' to share threads", engine)
             _require(spinning, "spinning", "True where threads are shared", spinning)
-        self.path, self.threads, self.engine = Path(directory), threads, engine
+        # Later steps are opened when the process may be in another directory.
+        self.path, self.threads, self.engine = Path(directory).absolute(), threads, engine
         self.verify, self.spinning, self.shared_threads = verify, spinning, shared_threads
         self.manifest = manifest = _read_manifest(self.path)
         self._steps, self._batch_dims = _steps_of(manifest)
@@ -1189,9 +1190,15 @@ def _read_step(model: Anytime, step: Step) -> bytes | str:
     paths = [_check_file(model.path, entry, verify=model.verify) for entry in step.files]
     content: bytes | str = str(paths[0])
     for entry, path in zip(step.files, paths, strict=True) if model.verify else ():
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as part:
-            read: bytes | mmap.mmap = bytes(part) if len(paths) == 1 else part
-            found = hashlib.sha256(read).hexdigest()
+        try:
+            with (
+                path.open("rb") as file,
+                mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as part,
+            ):
+                read: bytes | mmap.mmap = bytes(part) if len(paths) == 1 else part
+                found = hashlib.sha256(read).hexdigest()
+        except (OSError, ValueError) as error:  # gone or emptied since it was looked at
+            raise _damaged(path, f"SHA-256 {entry['sha256']}", _first_line(error)) from error
         if found != entry["sha256"]:
             raise _damaged(path, f"SHA-256 {entry['sha256']}", found)
         content = read if isinstance(read, bytes) else content

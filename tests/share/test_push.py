@@ -16,7 +16,7 @@ import yaml
 import treeify
 from treeify.deploy.exported import ExportedEnsemble
 from treeify.errors import CheckpointError, InputError, LeafError, TreeifyError
-from treeify.share.places import text_without_places
+from treeify.share.places import recipe_without_places, text_without_places
 from treeify.training.trainer import train
 
 NAME = "hf-hub:org/name"
@@ -229,11 +229,18 @@ def test_places_of_unreadable_images_stay_here(tmp_path: Path) -> None:
     assert_nowhere(shared, str(tmp_path), "private run", "0.png")
 
 
+def test_recipes_without_places() -> None:
+    recipe = {"out": "/runs/x", "a": ["~/nets/w.pth", {"b": "/data/photos"}], "c": "relative/path"}
+    cleaned = {"a": ["w.pth", {"b": "photos"}], "c": "relative/path"}
+    assert recipe_without_places(recipe) == cleaned
+
+
 @pytest.mark.parametrize(
     ("text", "cleaned"),
     [
         ("weights: /home/me/my nets/w.pth, 'model'", "weights: (a path, left out)"),
         ("began with ~/w.pth", "began with (a path, left out)"),
+        ("began with file:///home/me/w.pth", "began with (a path, left out)"),
         ("from '../nets/w.pth'", "from '(a path, left out)"),
         (r"weights: C:\nets\w.pth", "weights: (a path, left out)"),
         ("weights: hf-hub:timm/resnet18.a1_in1k", "weights: hf-hub:timm/resnet18.a1_in1k"),

@@ -24,7 +24,9 @@ _REASONS = {
     "times": "Answers were not timed.",
 }
 # An absolute path, or one from the home or working directory, up to the end: it may hold spaces.
-_PLACE = re.compile(r"(?<![^\s'\"(\[=:,])(?:~|\.{1,2}|[A-Za-z]:)?(?:/(?!/)|\\)\S.*", re.DOTALL)
+_PLACE = re.compile(
+    r"(?<![^\s'\"(\[=:,])(?:~\w*|\.{1,2}|[A-Za-z]:|file://)?(?:/(?!/)|\\)\S.*", re.DOTALL
+)
 
 
 def recipe_without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,11 +37,15 @@ def recipe_without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
             return {key: clean(inner) for key, inner in value.items()}
         if isinstance(value, list):
             return [clean(inner) for inner in value]
-        is_place = isinstance(value, str) and os.path.isabs(value)  # noqa: PTH117 - text
-        return Path(value).name if is_place else value
+        return Path(value).name if isinstance(value, str) and _is_place(value) else value
 
     cleaned: dict[str, Any] = clean({key: inner for key, inner in recipe.items() if key != "out"})
     return cleaned
+
+
+def _is_place(text: str) -> bool:
+    """Whether a value is an absolute path, or one from somebody's home directory."""
+    return text.startswith("~") or os.path.isabs(text)  # noqa: PTH117 - it may be any text
 
 
 def text_without_places(text: str) -> str:
@@ -61,6 +67,7 @@ def result_without_places(result: Result, name: str, recipe: str | None) -> Resu
     return replace(
         result,
         path=Path(name),
+        data_set=result.data_set and text_without_places(result.data_set),
         origin={
             key: text_without_places(result.origin[key]) for key in _ORIGIN if key in result.origin
         },

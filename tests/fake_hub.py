@@ -159,12 +159,13 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "deletedFile":
                 del files[value["path"]]
-        pr = f"refs/pr/{len(repo.commits)}"
+        number = 1 + sum(name.startswith("refs/pr/") for name in repo.branches)
+        pr = f"refs/pr/{number}"
         new = repo.commit(files, message, pr if create_pr else branch)
         answer = {"success": True, "commitOid": new}
         answer["commitUrl"] = f"{self.server.address}/{name}/commit/{new}"
         if create_pr:
-            answer["pullRequestUrl"] = f"{self.server.address}/{name}/discussions/1"
+            answer["pullRequestUrl"] = f"{self.server.address}/{name}/discussions/{number}"
         self._answer(200, answer)
 
     def _resolve(self, parts: list[str]) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from treeify.errors import CheckpointError
+from treeify.errors import CheckpointError, TreeifyError
 
 try:
     import fcntl
@@ -39,6 +39,19 @@ def is_file(path: Path) -> bool:
 def is_directory(path: Path) -> bool:
     """Whether there is a directory, likewise."""
     return os.path.isdir(path)  # noqa: PTH112
+
+
+def check_new(
+    folder: Path, error_class: type[TreeifyError], next_step: str = "Choose another one."
+) -> None:
+    """Raise an error of some class unless a directory is new or empty."""
+    exists = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not exists.is_dir():
+        raise error_class(f"{exists} is a file.", expected="a directory, new or empty")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise error_class(
+            f"{folder} is not empty.", expected="a new or empty directory", next_step=next_step
+        )
 
 
 def check_regular(path: Path) -> None:

@@ -75,10 +75,22 @@ def test_a_push(trained: Path, hub: fake_hub.Hub) -> None:
     assert "treeify.load('hf-hub:org/third')" in done.output
 
 
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(
+    ("option", "revision"), [(["--revision", "dev"], "dev"), (["--create-pr"], "refs/pr/1")]
+)
+def test_where_it_is_loaded_from(option: list[str], revision: str) -> None:
+    done = run("push", NAME, "org/third", *option)
+    assert done.exit_code == 0, done.output
+    assert f"treeify.load('hf-hub:org/third@{revision}')" in done.output
+    assert treeify.load(f"hf-hub:org/third@{revision}").leaves == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["name"], "Expected org/name"),
+        (["me/a--b"], "Expected org/name"),
         (["org/name", "--with", "exprot"], "did you mean 'export'"),
         (["org/name", "--with", ""], "names nothing"),
         (["org/name", "--as-timm", "0"], "no model of timm's"),

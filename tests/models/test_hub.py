@@ -6,8 +6,10 @@ import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fake_hub
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -18,6 +20,7 @@ from treeify.conversion import checksums
 from treeify.errors import CheckpointError
 from treeify.models import hub as repositories
 from treeify.models.hub import Repository, ensemble_named, local_path
+from treeify.models.hub_errors import explained
 
 NAME = "hf-hub:org/name"
 
@@ -70,7 +73,10 @@ def test_names(text: str, repository: Repository) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["hf-hub:", "hf-hub:name", "hf-hub:org/name@", "hf-hub:org/name/../x", "hf-hub:a b/c"],
+    [
+        *("hf-hub:", "hf-hub:name", "hf-hub:org/name@", "hf-hub:org/name/../x", "hf-hub:a b/c"),
+        *("hf-hub:org/a--b", "hf-hub:org/name.git", "hf-hub:-org/name"),
+    ],
 )
 def test_names_that_cannot_be(text: str) -> None:
     with pytest.raises(CheckpointError, match=r"names no repository[\s\S]*Expected hf-hub:org/na"):
@@ -215,6 +221,57 @@ def test_a_fetch_that_fails_leaves_no_half_copy(
     assert not (tmp_path / "cache" / "assets").exists()
     hub.broken = ""
     assert treeify.load(NAME).leaves == 2
+
+
+def test_a_partial_fetch_is_not_kept(
+    saved: Path, hub: fake_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("org/name", content(saved))
+    fetch = huggingface_hub.snapshot_download
+
+    def fetch_description(name: str, allow_patterns: list[str], **options: Any) -> str:
+        """As versions of the client do that find nothing else in the cache, without a network."""
+        return fetch(name, allow_patterns=["config.json"], **options)
+
+    with monkeypatch.context() as context:
+        context.setattr(huggingface_hub, "snapshot_download", fetch_description)
+        with pytest.raises(CheckpointError, match=r"is not whole[\s\S]*no model[\s\S]*Try again"):
+            treeify.load(NAME)
+    assert not (tmp_path / "cache" / "assets").exists()
+    assert treeify.load(NAME).leaves == 2
+
+
+@pytest.mark.parametrize("lacking", ["step-1.onnx", "step-1.onnx.data"])
+def test_a_partial_export_is_not_kept(lacking: str, hub: fake_hub.Hub) -> None:
+    step = {"file": "step-1.onnx", "data": {"file": "step-1.onnx.data"}}
+    manifest = {"format": "treeify-export", "steps": [step]}
+    files = {"ensemble.json": json.dumps(manifest).encode()}
+    repo = hub.add("org/name", {**files, "step-1.onnx": b"1", "step-1.onnx.data": b"1"})
+    whole = repo.branches["main"]
+    repo.commit({name: data for name, data in repo.files.items() if name != lacking}, "partial")
+    with pytest.raises(CheckpointError, match=rf"is not whole[\s\S]*no {lacking}\b"):
+        local_path(NAME)
+    assert (local_path(f"{NAME}@{whole}") / lacking).is_file()
+
+
+@pytest.mark.parametrize(
+    ("writes", "message"),
+    [
+        (False, r"cannot be fetched[\s\S]*hf download"),
+        (True, r"cannot be written to[\s\S]*Nothing"),
+    ],
+)
+def test_a_page_of_a_proxy_is_no_card(writes: bool, message: str) -> None:
+    with (
+        pytest.raises(CheckpointError, match=message),
+        explained("hf-hub:org/name", writes=writes),
+    ):
+        json.loads("<html>log in</html>")
+
+
+def test_a_value_that_is_read_is_no_card() -> None:
+    with pytest.raises(CheckpointError, match="cannot be fetched"), explained("hf-hub:org/name"):
+        raise ValueError("no such encoding")
 
 
 def test_two_processes_may_fetch_at_once(saved: Path, hub: fake_hub.Hub) -> None:

@@ -42,7 +42,13 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def test_timm_reads_the_leaf(leaf: int, saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     pushed = treeify.push(
-        saved, "org/leaf", as_timm=leaf, dry_run=True, out=out, licence="apache-2.0"
+        saved,
+        "org/leaf",
+        as_timm=leaf,
+        dry_run=True,
+        out=out,
+        licence="apache-2.0",
+        base_model="timm/test_resnet.r160_in1k",
     )
     assert sorted(map(str, pushed.files)) == ["README.md", "config.json", "model.safetensors"]
     hne = treeify.load(saved)
@@ -61,6 +67,8 @@ def test_timm_reads_the_leaf(leaf: int, saved: Path, tmp_path: Path) -> None:
     assert not {"tag", "license", "hf_hub_id", "url"} & config["pretrained_cfg"].keys()
     card = ModelCard.load(out / "README.md").data
     assert (card.library_name, card.license) == ("timm", "apache-2.0")
+    assert card.base_model == "timm/test_resnet.r160_in1k"
+    assert "the weights of `timm/test_resnet.r160_in1k`" in (out / "README.md").read_text()
 
 
 @pytest.mark.usefixtures("logged_in")

@@ -9,6 +9,7 @@ from rich.console import Console
 from treeify.cli.options import Json, SavedEnsemble, Trust
 from treeify.cli.output import print_json, say
 from treeify.errors import InputError
+from treeify.models.hub import Repository
 from treeify.share.push import Pushed
 from treeify.share.push import push as publish
 
@@ -52,7 +53,10 @@ def push(
         ),
     ] = None,
     private: Annotated[
-        bool, typer.Option("--private", help="Make a repository that only its owners see.")
+        bool,
+        typer.Option(
+            "--private", help="Make one that only its owners see; a public one is refused."
+        ),
     ] = False,
     revision: Annotated[
         str | None, typer.Option(help="Branch to commit to; by default the main one.")
@@ -129,7 +133,7 @@ def _summary(pushed: Pushed, *, is_timm: bool) -> list[str]:
         lines.append("A dry run: nothing was sent.")
         return lines
     lines.append(f"Pushed: {pushed.url}")
-    source = f"hf-hub:{pushed.repository}"
+    source = str(Repository(pushed.repository, revision=pushed.revision))
     use = (
         f"timm.create_model({source!r}, pretrained=True)"
         if is_timm

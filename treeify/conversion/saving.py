@@ -204,15 +204,9 @@ def _merged(theirs: Measurements, before: Measurements | None, ours: Measurement
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
     """Raise CheckpointError unless a checkpoint may be written to `path`."""
-    exists = next(each for each in (path, *path.absolute().parents) if each.exists())
-    if not exists.is_dir():
-        raise CheckpointError(f"{exists} is a file.", expected="a directory, new or empty")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise CheckpointError(
-            f"{path} is not empty.",
-            expected="a new or empty directory",
-            next_step="Choose another one, or pass --overwrite (overwrite=True).",
-        )
+    if not (overwrite and path.is_dir()):
+        next_step = "Choose another one, or pass --overwrite (overwrite=True)."
+        files.check_new(path, CheckpointError, next_step)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The directory of an export: what it needs, whether it may be written, and writing it at once."""
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
@@ -32,18 +33,10 @@ def is_export(path: Path) -> bool:
 
 def check_writable(final: Path, *, overwrite: bool) -> None:
     """Raise ExportError unless an export may be written there."""
-    exists = next(each for each in (final, *final.absolute().parents) if each.exists())
-    if not exists.is_dir():
-        raise ExportError(f"{exists} is a file.", expected="a directory, new or empty")
-    if not final.is_dir() or not any(final.iterdir()):
-        return
-    if not overwrite:
-        raise ExportError(
-            f"{final} is not empty.",
-            expected="a new or empty directory",
-            next_step="Choose another one, or pass --overwrite (overwrite=True).",
-        )
-    if not is_export(final):
+    if not (overwrite and final.is_dir()):
+        next_step = "Choose another one, or pass --overwrite (overwrite=True)."
+        files.check_new(final, ExportError, next_step)
+    elif any(final.iterdir()) and not is_export(final):
         raise ExportError(
             f"{final} holds something else than an export, and is not overwritten.",
             expected=f"a directory with {MANIFEST}",
@@ -52,22 +45,29 @@ def check_writable(final: Path, *, overwrite: bool) -> None:
 
 
 def publish(final: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
-    """Make the directory at once; what was there stays until then."""
-    if not final.exists():
-        made = [parent for parent in final.absolute().parents if not parent.exists()]
-        try:
-            files.publish(final, write)
-        except BaseException:
-            for parent in made:  # the innermost first; others may have put something there
-                with suppress(OSError):
-                    parent.rmdir()
-            raise
-        return
+    """Make the directory at once; what was there stays until then.
+
+    Args:
+        final: its name.
+        write: fills a directory of another name; what it raises is passed on.
+        overwrite: whether what is there then is removed.
+
+    Raises:
+        OSError: it cannot be written, or holds something; nothing has changed.
+    """
+    made = [parent for parent in final.absolute().parents if not parent.exists()]
     fresh = files.unused(final.with_name(f"{final.name}-new"))
-    files.publish(fresh, write)
-    if any(final.iterdir()):
-        assert overwrite
-        files.withdraw(final)
-    else:
-        final.rmdir()
-    fresh.rename(final)
+    try:
+        files.publish(fresh, write)
+        if overwrite and final.is_dir() and any(final.iterdir()):
+            files.withdraw(final)
+        elif final.is_dir():
+            final.rmdir()  # fails where others have put something there in between
+        fresh.rename(final)
+    except BaseException:
+        if final.exists() or not overwrite:  # else it may be all there is
+            shutil.rmtree(fresh, ignore_errors=True)
+        for parent in made:  # the innermost first; others may have put something there
+            with suppress(OSError):
+                parent.rmdir()
+        raise

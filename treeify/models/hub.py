@@ -5,35 +5,42 @@ beside it, is a copy of treeify's own (`huggingface_hub.cached_assets_path`), of
 files are links to the same bytes on the disk where the file system has such links.
 """
 
-import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from treeify import files
-from treeify.errors import CheckpointError
+from treeify.errors import CheckpointError, joined
 from treeify.models.downloads import without_retries
+from treeify.models.hub_contents import (
+    CARD,
+    CONFIG,
+    MANIFEST,
+    content,
+    is_of_timm,
+    is_tagged,
+    kind_of,
+    missing_files,
+)
 from treeify.models.hub_errors import NAMED, explained
 from treeify.registry import HUB, LOCAL
 
-# What says what a repository holds, and the files of it that are opened.
-_CONFIG, _MANIFEST = "config.json", "ensemble.json"
+# The files of a repository that are opened.
 _OF_ENSEMBLE = (
-    *(_CONFIG, "model.safetensors", "model-*.safetensors"),
+    *(CONFIG, "model.safetensors", "model-*.safetensors"),
     *("recipe.yaml", "metrics.jsonl", "environment.json"),
 )
-_OF_EXPORT = (_MANIFEST, "*.onnx", "*.onnx.data", "*.onnx_data")
-_MOST_BYTES = 2**24
+_OF_EXPORT = (MANIFEST, "*.onnx", "*.onnx.data", "*.onnx_data")
 # Files of fewer bytes are copied: somebody may edit them.
 _SMALL = 2**20
-_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# What a repository has that holds no model yet; a push replaces none but the second.
+_BARE = (".gitattributes", CARD)
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ class Repository:
         organisation, _, rest = path.partition("/")
         name, _, folder = rest.partition("/")
         parts = folder.split("/") if folder else []
-        is_name = _ID.fullmatch(f"{organisation}/{name}") and (bool(revision) or not at)
+        is_name = is_repository_name(f"{organisation}/{name}") and (bool(revision) or not at)
         if not is_name or any(not re.fullmatch(r"(?!\.+$)[\w.-]+", part) for part in parts):
             raise CheckpointError(
                 f"{text!r} names no repository of the hub.",
@@ -75,6 +82,18 @@ class Repository:
         """As users write it."""
         folder = f"/{self.folder}" if self.folder else ""
         return f"{HUB}{self.name}{folder}" + (f"@{self.revision}" if self.revision else "")
+
+
+def is_repository_name(text: str) -> bool:
+    """Whether the hub may have a repository of this name, `org/name`."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
 
 
 def is_remote(path: str | Path) -> bool:
@@ -107,24 +126,33 @@ def ensemble_named(name: str) -> Path | None:
     """
     if name.startswith(HUB):
         repository = Repository.of(name)
-        return _fetched(repository) if _holds(_description(repository)) else None
+        return _fetched(repository) if kind_of(_description(repository)) else None
     if name.startswith(LOCAL):
         folder = local_path(name)
-        return folder if _holds(folder) or not files.is_file(folder / _CONFIG) else None
+        return folder if kind_of(folder) or not files.is_file(folder / CONFIG) else None
     return Path(name) if files.is_directory(Path(name)) else None
 
 
-def is_of_others(repository: Repository) -> bool:
-    """Whether a repository holds a model that is neither treeify's nor timm's.
+def is_of_others(repository: Repository, *, as_timm: bool = False) -> bool:
+    """Whether a repository holds something that treeify did not write.
+
+    Args:
+        repository: at a revision.
+        as_timm: whether a model as timm writes it may be treeify's.
 
     Raises:
         CheckpointError: it cannot be looked at.
     """
-    folder = _description(repository)
-    if _holds(folder) is not None or not (folder / _CONFIG).is_file():
+    from huggingface_hub import HfApi
+
+    with explained(str(repository)), without_retries():
+        names = HfApi().list_repo_files(repository.name, revision=repository.revision)
+    if set(names) <= {*_BARE}:
         return False
-    config = _json(folder / _CONFIG)
-    return not isinstance(config, dict) or "architecture" not in config
+    folder = _snapshot(repository, (CONFIG, MANIFEST, *_BARE), revision=repository.revision)
+    if kind_of(folder) is not None or is_tagged(folder / CARD):
+        return False
+    return not (as_timm and is_of_timm(content(folder / CONFIG)))
 
 
 def _text(path: str | Path) -> str:
@@ -134,10 +162,10 @@ def _text(path: str | Path) -> str:
 def _fetched(repository: Repository) -> Path:
     """A directory with a repository's files, those of the newest commit that can be had."""
     folder = _description(repository)
-    kind = _holds(folder)
+    kind = kind_of(folder)
     if kind is None:
         raise _not_ours(repository, folder)
-    patterns = _OF_ENSEMBLE if kind == _CONFIG else _OF_EXPORT
+    patterns = _OF_ENSEMBLE if kind == CONFIG else _OF_EXPORT
     # By its commit: a branch may have moved on in between.
     commit = Path(*folder.parts[: -len(Path(repository.folder).parts) or None]).name
     snapshot = _snapshot(repository, patterns, revision=commit)
@@ -147,7 +175,7 @@ def _fetched(repository: Repository) -> Path:
 def _description(repository: Repository) -> Path:
     """A snapshot's folder with the files that say what it holds, if they are there."""
     # The last is in nearly all of them: where nothing matches, the hub's client prints a warning.
-    names = (_CONFIG, _MANIFEST, ".gitattributes")
+    names = (CONFIG, MANIFEST, ".gitattributes")
     return _snapshot(repository, names, revision=repository.revision)
 
 
@@ -170,23 +198,6 @@ def _snapshot(repository: Repository, names: tuple[str, ...], *, revision: str |
     return Path(folder, repository.folder)
 
 
-def _holds(folder: Path) -> str | None:
-    """Which file says that a folder holds something of treeify's; None if it does not."""
-    config = _json(folder / _CONFIG)
-    if isinstance(config, dict) and {"format", "splits", "fingerprint"} <= config.keys():
-        return _CONFIG
-    manifest = _json(folder / _MANIFEST)
-    is_export = isinstance(manifest, dict) and manifest.get("format") == "treeify-export"
-    return _MANIFEST if is_export and config is None else None
-
-
-def _json(file: Path) -> Any:
-    """What a file holds, which anybody may have written; None if that is no JSON."""
-    with suppress(OSError, ValueError, RecursionError):
-        return json.loads(files.read_bytes(file, _MOST_BYTES))
-    return None
-
-
 def _copy(repository: Repository, snapshot: Path, patterns: tuple[str, ...], commit: str) -> Path:
     """A directory of treeify's with a snapshot's files; one that exists stays as it is.
 
@@ -194,13 +205,21 @@ def _copy(repository: Repository, snapshot: Path, patterns: tuple[str, ...], com
     the cache, since treeify replaces files and never writes into them.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: files are missing, or it cannot be written.
     """
     from huggingface_hub import cached_assets_path
     from huggingface_hub.utils import filter_repo_objects
 
     names = [path.name for path in snapshot.iterdir() if path.is_file()]
     chosen = [*filter_repo_objects(names, allow_patterns=[*patterns])]
+    if missing := missing_files(snapshot, chosen):
+        # Without a network there is what was fetched before, maybe the description alone.
+        raise CheckpointError(
+            f"{repository} is not whole: files are missing that it names.",
+            expected="all of them, in the repository or, without a network, in the hub's cache",
+            found=f"no {joined(missing)}",
+            next_step="Try again with a connection to the hub, or ask its author to push again.",
+        )
 
     def write(draft: Path) -> None:
         for name in chosen:
@@ -233,20 +252,20 @@ def _linked(source: Path, target: Path) -> bool:
 
 def _not_ours(repository: Repository, folder: Path) -> CheckpointError:
     """Says what a repository is instead, and how that is used."""
-    config = _json(folder / _CONFIG)
+    config = content(folder / CONFIG)
     if not isinstance(config, dict):
-        found, next_step = f"no {_CONFIG}, and no {_MANIFEST}", None
-    elif "architecture" in config and "format" not in config:
+        found, next_step = f"no {CONFIG}, and no {MANIFEST}", None
+    elif is_of_timm(config):
         found = f"a model of timm, {str(config['architecture'])!r:.100}"
         next_step = (
             "Make an ensemble of it: treeify.hierarchicalize(timm.create_model("
             f"'{repository}', pretrained=True), splits=4, init='perturb')"
         )
     else:
-        found, next_step = f"a {_CONFIG} of another library", None
+        found, next_step = f"a {CONFIG} of another library", None
     return CheckpointError(
         f"{repository} is no repository of treeify's.",
-        expected=f"{_CONFIG} of an ensemble, or {_MANIFEST} of an export, as treeify push writes",
+        expected=f"{CONFIG} of an ensemble, or {MANIFEST} of an export, as treeify push writes",
         found=found,
         next_step=next_step or "Look for another: those of treeify's have the tag treeify.",
     )

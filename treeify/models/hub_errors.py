@@ -1,5 +1,6 @@
 """What the client of the Hugging Face hub raises, as one message with the way out."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -55,7 +56,7 @@ def _problem(error: Exception, writes: bool) -> tuple[str, Mapping[str, str]]:
         }
     if isinstance(error, errors.HFValidationError):
         return "names no repository of the hub", {"expected": NAMED}
-    if isinstance(error, ValueError) and _status(error) is None:  # of the card, before the upload
+    if writes and _is_of_card(error):
         return "is not taken as it is", {
             "expected": "a card whose metadata the hub knows",
             "next_step": "Correct the licence's or the base model's name. Nothing was committed.",
@@ -76,6 +77,12 @@ def _problem(error: Exception, writes: bool) -> tuple[str, Mapping[str, str]]:
         "next_step": "Without a network, name a directory: fetch it where there is one (hf download"
         " ORG/NAME --local-dir DIR), copy it here, and load DIR, or local-dir:DIR.",
     }
+
+
+def _is_of_card(error: Exception) -> bool:
+    """Whether the hub refuses a card, before the upload; a proxy's page is no JSON either."""
+    is_answer = not isinstance(error, json.JSONDecodeError)
+    return isinstance(error, ValueError) and is_answer and _status(error) is None
 
 
 def _status(error: BaseException) -> int | None:

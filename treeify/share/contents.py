@@ -1,6 +1,5 @@
 """What a directory has to share: its ensemble, what is known of it, and the files beside it."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,14 +17,9 @@ from treeify.errors import InputError
 from treeify.models.builders import TIMM
 from treeify.report.reading import Options, read
 from treeify.report.results import Result
+from treeify.share.places import recipe_without_places, result_without_places
 from treeify.training.recipe_file import values_of_run
 from treeify.training.run_directory import METRICS
-
-# What is said of where it comes from; directories and commands of whoever shares it are not.
-_ORIGIN = (
-    *("recipe", "data", "loss", "seed", "started", "machine", "versions", "commit"),
-    *("base model", "splits", "image", "saved by", "identity"),
-)
 
 
 @dataclass(frozen=True)
@@ -112,42 +106,16 @@ def read_contents(
     weights, _ = weights_in(path, read_config(path, trust=trust))
     shared[weights.name] = weights
     if file is not None:
-        recipe = without_places(values_of_run(file))
+        recipe = recipe_without_places(values_of_run(file))
         if scored_ensemble(file.parent, trust=trust).resolve() == path.resolve():
             shared[METRICS] = file.parent / METRICS
         else:  # the last epoch's scores are another state's
             result = replace(result, epochs=(), rates=())
     shared = {key: value for key, value in shared.items() if value.is_file()}
-    return Contents(hne, path, _without_places(result, name, recipe), recipe, shared)
-
-
-def without_places(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe of the last parts of its absolute paths, which are nobody else's."""
-
-    def clean(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: clean(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [clean(inner) for inner in value]
-        is_place = isinstance(value, str) and os.path.isabs(value)  # noqa: PTH117 - text
-        return Path(value).name if is_place else value
-
-    cleaned: dict[str, Any] = clean({key: inner for key, inner in recipe.items() if key != "out"})
-    return cleaned
+    published = result_without_places(result, name, None if recipe is None else as_yaml(recipe))
+    return Contents(hne, path, published, recipe, shared)
 
 
 def as_yaml(recipe: dict[str, Any]) -> str:
     """The text of `recipe.yaml`."""
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)
-
-
-def _without_places(result: Result, name: str, recipe: dict[str, Any] | None) -> Result:
-    """The same without paths, commands and images of whoever shares it."""
-    answers = result.answers and replace(result.answers, thumbnails=())
-    return replace(
-        result,
-        path=Path(name),
-        origin={key: result.origin[key] for key in _ORIGIN if key in result.origin},
-        recipe=None if recipe is None else as_yaml(recipe),
-        answers=answers,
-    )

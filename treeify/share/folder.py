@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from treeify import files
 from treeify.conversion import saved_config
 from treeify.deploy.directory import publish
 from treeify.deploy.exporter import export
@@ -50,16 +51,6 @@ class Choices:
         return self.repository.partition("/")[2]
 
 
-def check_folder(final: Path) -> None:
-    """Raise CheckpointError unless a folder is new or empty."""
-    if final.exists() and (not final.is_dir() or any(final.iterdir())):
-        raise CheckpointError(
-            f"{final} is not empty." if final.is_dir() else f"{final} is a file.",
-            expected="a new or empty directory",
-            next_step="Choose another one, or remove it.",
-        )
-
-
 def write_folder(
     directory: str | Path,
     final: Path,
@@ -83,7 +74,7 @@ def write_folder(
         InputError: the directory or what was chosen does not fit.
         LeafError: there is no such leaf.
     """
-    check_folder(final)
+    files.check_new(final, CheckpointError)
     directory = local_path(directory)
     if (leaf := choices.as_timm) is None:
         observe("reading and measuring")
@@ -95,10 +86,10 @@ def write_folder(
         hne, _ = load_ensemble(directory, trust=choices.trust)
 
         def write(draft: Path) -> None:
-            write_leaf(hne, leaf, draft, choices.repository, choices.licence)
+            write_leaf(hne, leaf, draft, choices.repository, choices.licence, choices.base_model)
 
     try:
-        publish(final, write, overwrite=True)
+        publish(final, write, overwrite=False)
     except OSError as error:
         raise CheckpointError(
             f"{final} cannot be written: {error}", next_step="Nothing has changed there."

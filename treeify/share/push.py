@@ -1,11 +1,11 @@
 """A directory -> a repository of the Hugging Face hub, in one commit; or its folder alone."""
 
-import re
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from treeify import files
 from treeify.arguments import (
     as_path,
     require_callable,
@@ -16,19 +16,9 @@ from treeify.arguments import (
 )
 from treeify.deploy.directory import require_packages
 from treeify.errors import CheckpointError, InputError, described, nearest
-from treeify.models.downloads import without_retries
-from treeify.models.hub import Repository, is_of_others, quiet
-from treeify.models.hub_errors import explained
-from treeify.share.folder import EXPORT, EXTRAS, REPORT, Choices, check_folder, write_folder
-from treeify.share.picture import FILE as PICTURE
-from treeify.training.run_directory import METRICS, RECIPE
-
-_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-# What earlier pushes may have left, and this one does not write again.
-_REPLACED = (
-    *("model.safetensors", "model-*.safetensors", RECIPE, METRICS),
-    *(f"{EXPORT}/*", REPORT, PICTURE),
-)
+from treeify.models.hub import is_repository_name
+from treeify.share.folder import EXTRAS, Choices, write_folder
+from treeify.share.upload import require_token, upload
 
 
 @dataclass(frozen=True)
@@ -41,6 +31,8 @@ class Pushed:
         folder: that was written; None if it was for the upload alone.
         url: of the commit, or of the pull request; None for a dry run.
         commit: its hash; None for a dry run.
+        revision: the branch or the pull request that has it, as `hf-hub:org/name@revision` names
+            it; None for the main branch.
     """
 
     repository: str
@@ -48,6 +40,7 @@ class Pushed:
     folder: Path | None = None
     url: str | None = None
     commit: str | None = None
+    revision: str | None = None
 
 
 def push(
@@ -84,7 +77,7 @@ def push(
         licence: of the weights, such as `apache-2.0`; else the card says that nobody said it.
         base_model: the hub's name of the weights that it began with, such as
             `timm/resnet18.a1_in1k`.
-        private: make a repository that only its owners see.
+        private: make a repository that only its owners see; one that is public is refused.
         revision: branch to commit to, made if it is not there; by default the main one.
         create_pr: open a pull request instead.
         dry_run: write the folder alone, and ask the hub for nothing.
@@ -97,7 +90,8 @@ def push(
         What was written, and where.
 
     Raises:
-        CheckpointError: there is no ensemble, it is damaged, or the folder cannot be written.
+        CheckpointError: there is no ensemble, it is damaged, the folder cannot be written, or what
+            the repository holds cannot be looked at.
         DataError, RecipeError: the data that were asked for cannot be read.
         ExportError: it cannot be exported.
         InputError: an argument does not fit, or the hub cannot be written to.
@@ -121,17 +115,24 @@ def push(
         out = Path("pushed") / choices.name
     folder = None if out is None else as_path("out", out, CheckpointError)
     if folder is not None:
-        check_folder(folder)
+        files.check_new(folder, CheckpointError)
     if dry_run:
         assert folder is not None
         return Pushed(repository, tuple(write_folder(path, folder, choices, observe)), folder)
     require_token(repository)
     with tempfile.TemporaryDirectory() as scratch:
         written = folder or Path(scratch, choices.name)
-        files = write_folder(path, written, choices, observe)
+        names = write_folder(path, written, choices, observe)
         observe("uploading")
-        url, commit = _upload(written, repository, private, revision, create_pr)
-    return Pushed(repository, tuple(files), folder, url, commit)
+        commit = upload(
+            written,
+            repository,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            as_timm=as_timm is not None,
+        )
+    return Pushed(repository, tuple(names), folder, commit.url, commit.oid, commit.revision)
 
 
 def _say_nothing(what: str) -> None:
@@ -142,10 +143,10 @@ def _check(choices: Choices, flags: dict[str, bool]) -> None:
     """Raise InputError for what cannot be meant."""
     for name, value in flags.items():
         require_flag(name, value)
-    if not isinstance(choices.repository, str) or not _ID.fullmatch(choices.repository):
+    if not isinstance(choices.repository, str) or not is_repository_name(choices.repository):
         raise InputError(
             "there is no repository of this name.",
-            expected="org/name: letters, digits, and - _ . within them",
+            expected="org/name: letters, digits, and - _ . within them, none of - . twice in a row",
             found=described(choices.repository),
             next_step="Name your account, or an organisation's, and the repository.",
         )
@@ -164,58 +165,10 @@ def _check(choices: Choices, flags: dict[str, bool]) -> None:
     if choices.as_timm is None:
         return
     require_integer("as_timm", choices.as_timm, 0)
-    if choices.extras:
+    if choices.extras or choices.data:
         raise InputError(
-            "a leaf as timm writes it goes alone.",
-            expected="as_timm (--as-timm) without extras (--with)",
-            found=", ".join(choices.extras),
+            "a leaf as timm writes it goes alone, and is not measured.",
+            expected="as_timm (--as-timm) without extras (--with) and data (--data)",
+            found=", ".join([*choices.extras, *choices.data]),
             next_step="Push the ensemble with them to a repository of its own.",
-        )
-
-
-def require_token(repository: str) -> None:
-    """Raise InputError where nobody is logged in."""
-    from huggingface_hub import get_token
-
-    if get_token() is None:
-        raise InputError(
-            f"nobody is logged in to the hub, so {repository} cannot be written to.",
-            expected="a token that may write there",
-            found="none",
-            next_step="Log in: hf auth login, or HF_TOKEN=... Or write the files alone: --dry-run"
-            " (dry_run=True).",
-        )
-
-
-def _upload(
-    folder: Path, repository: str, private: bool, revision: str | None, create_pr: bool
-) -> tuple[str, str]:
-    """Put a folder into a repository in one commit; its address, and its hash."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(library_name="treeify")
-    with explained(repository, InputError, writes=True), quiet(), without_retries():
-        api.create_repo(repository, private=private, exist_ok=True)
-        if not create_pr:
-            _require_ours(repository)
-        if revision is not None and not create_pr:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=repository,
-            folder_path=folder,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message="Pushed by treeify",
-            delete_patterns=[*_REPLACED],
-        )
-    return commit.pr_url or commit.commit_url, commit.oid
-
-
-def _require_ours(repository: str) -> None:
-    """Raise InputError where another model would be overwritten."""
-    if is_of_others(Repository(repository)):
-        raise InputError(
-            f"{repository} holds a model of another library, and is not overwritten.",
-            expected="a new repository, or one of treeify's or timm's",
-            next_step="Name another one, or open a pull request: --create-pr (create_pr=True).",
         )

@@ -42,7 +42,12 @@ def timm_architecture(hne: HierarchicalEnsemble) -> Architecture:
 
 
 def write_leaf(
-    hne: HierarchicalEnsemble, leaf: int, folder: Path, repository: str, licence: str | None
+    hne: HierarchicalEnsemble,
+    leaf: int,
+    folder: Path,
+    repository: str,
+    licence: str | None,
+    base_model: str | None,
 ) -> None:
     """Write what timm itself writes of a model, and compare what it reads back.
 
@@ -52,6 +57,7 @@ def write_leaf(
         folder: exists.
         repository: `org/name`, for the card.
         licence: identifier, for the card.
+        base_model: the hub's name of the weights that it began with, likewise.
 
     Raises:
         InputError: the base model is none of timm's.
@@ -74,7 +80,7 @@ def write_leaf(
         safe_serialization=True,
     )
     (folder / "README.md").write_text(
-        _card(architecture, leaf, repository, licence, preparation), encoding="utf-8"
+        _card(architecture, leaf, repository, licence, base_model, preparation), encoding="utf-8"
     )
     _compare(model, folder, hne.example_images(2))
 
@@ -110,17 +116,20 @@ def _card(
     leaf: int,
     repository: str,
     licence: str | None,
+    base_model: str | None,
     preparation: Preparation | None,
 ) -> str:
     from huggingface_hub import ModelCardData
 
     tags = ["image-classification", "timm", "treeify"]
-    data = ModelCardData(library_name="timm", license=licence, tags=tags)
+    data = ModelCardData(library_name="timm", license=licence, base_model=base_model, tags=tags)
     name = repository.partition("/")[2]
     images = "How images were prepared in training is not known."
     if preparation is not None and preparation.is_known:
         images = f"Images: {plain(preparation, 500)}."
     terms = "nobody said it" if licence is None else plain(licence)
+    if base_model is not None:
+        terms += f"; it began with the weights of {literal(base_model)}, which have theirs"
     return f"""---
 {data.to_yaml()}
 ---

@@ -186,7 +186,7 @@ def _of_export(exported: ExportedEnsemble, name: str, options: Options) -> Resul
         result = replace(result, answers=answers, data_set=section.name)
     if options.latency:
         with timing.threads(1):
-            times = Times(exported_seconds(exported, x), exported.machine)
+            times = Times(exported_seconds(exported, x), exported.model.setting)
         return replace(result, times=times)
     return _lacking(result, "times", _NOT_TIMED)
 

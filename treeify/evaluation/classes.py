@@ -97,8 +97,11 @@ class NamedClasses:
         self._named: list[Tensor] = []
         self._labels: list[Tensor] = []
 
-    def add(self, logits: Tensor, target: Tensor) -> None:
+    def add(self, logits: Tensor, target: Tensor) -> Tensor:
         """Observe a batch of leaf logits [N, L, K] with classes [N].
+
+        Returns:
+            The class that every nested size names for each image of the batch, `[N, S]`.
 
         Raises:
             DataError: a class is out of range.
@@ -114,8 +117,10 @@ class NamedClasses:
             )
         require_labels(target, self.classes)
         nested = nested_logits(logits.detach().float(), self.tree)
-        self._named.append(nested.argmax(-1).cpu())
+        named = nested.argmax(-1).cpu()
+        self._named.append(named)
         self._labels.append(target.long().cpu())
+        return named
 
     def add_batch(self, images: Tensor, logits: Tensor, target: Tensor) -> None:
         """The same, as whoever measures calls an observer: with the images [N, C, H, W], too."""

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import treeify
+from treeify.deploy.exported import ExportedEnsemble
 from treeify.errors import CheckpointError
+from treeify.report import reading
 from treeify.report.api import Report, read
 from treeify.report.exported_facts import _latency_table
 from treeify.report.figures.latency import deadlines, first_of
@@ -75,7 +77,6 @@ def test_single_images_are_drawn_before_batches() -> None:
 def test_an_export_s_calibrations_tell_batch_and_machine(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     from treeify.deploy import export
-    from treeify.deploy.exported import ExportedEnsemble
 
     hne = treeify.load(run / "last")
     path = tmp_path / "exported"
@@ -97,3 +98,24 @@ def test_an_export_s_calibrations_tell_batch_and_machine(run: Path, tmp_path: Pa
     (measured, *_) = exported.model.latencies.values()
     with pytest.raises(CheckpointError, match="latencies of no shape"):
         _latency_table(replace(measured, situation="fast"), path)
+
+
+def test_an_export_of_a_fixed_number_is_timed_for_one_image(
+    converted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    from treeify.deploy import export
+
+    export(treeify.load(converted, trust=True), tmp_path / "exported", batch=4, tune=False)
+    images = []
+    seconds = reading.exported_seconds
+
+    def counted(exported: ExportedEnsemble, x: torch.Tensor) -> dict[int, float]:
+        images.append(len(x))
+        return seconds(exported, x, budget=0.1)
+
+    monkeypatch.setattr(reading, "exported_seconds", counted)
+    (result,) = read(tmp_path / "exported").contents.results
+    assert images == [1]
+    assert result.times is not None
+    assert result.times.seconds.keys() == {1, 2, 4}

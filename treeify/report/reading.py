@@ -169,7 +169,7 @@ def _verified(result: Result, hne: HierarchicalEnsemble, options: Options) -> Re
 
 def _of_export(exported: ExportedEnsemble, name: str, options: Options) -> Result:
     result = replace(exported_facts.result_of(exported, name), path=exported.path)
-    x = exported.example_images(1)
+    x = exported.example_images(1)[:1]  # one also where it answers a fixed number
     if not options.data:
         result = _lacking(
             result,

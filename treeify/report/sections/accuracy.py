@@ -218,7 +218,7 @@ def _why_no_budgets_in_time(result: Result) -> str:
         found = f"single images were calibrated elsewhere ({'; '.join(machines)})"
     return (
         f"Budgets have no milliseconds per image: {found}."
-        f" treeify calibrate {result.path} measures one image here."
+        f" treeify calibrate {result.path} measures one image here, if it takes a single one."
     )
 
 

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -118,6 +118,32 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         _bring_to_disk(path.parent)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def replace_all(contents: Mapping[Path, bytes]) -> None:
+    """Write several files: none is replaced before all are on the disk.
+
+    Args:
+        contents: of each file, by its name.
+
+    Raises:
+        OSError: one cannot be written; all are as they were.
+    """
+    drafts = {path: _draft(path) for path in contents}
+    try:
+        for path, content in contents.items():
+            if path.is_dir():  # which no rename replaces
+                raise OSError(errno.EISDIR, "it is a directory, not a file", str(path))
+            drafts[path].write_bytes(content)
+            _bring_to_disk(drafts[path])
+        for path, draft in drafts.items():
+            draft.replace(path)
+        for folder in {path.parent for path in contents}:
+            _bring_to_disk(folder)
+    finally:
+        for draft in drafts.values():
+            with suppress(OSError):
+                draft.unlink(missing_ok=True)
 
 
 def append_line(path: Path, line: str) -> None:

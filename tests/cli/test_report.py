@@ -62,6 +62,7 @@ def test_report_writes_figures_by_themselves_and_numbers_as_json(here: Path) -> 
         (["run", "--data", "root"], "root"),
         (["run", "--data", "name=no_such_data"], "no_such_data"),
         (["run", "old"], "those of another version"),
+        (["run", "./run"], "given twice"),
     ],
 )
 def test_report_refuses_bad_input_and_writes_nothing(

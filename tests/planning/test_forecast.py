@@ -1,11 +1,19 @@
 """Forecasts: what they add up to, between and beyond what was measured; and real ones."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import small
+import torch
+from torch import nn
 
 import treeify
 from treeify.conversion.assemble import trace_model
+from treeify.planning import forecast as forecast_module
+from treeify.planning import measure as measure_module
 from treeify.planning.forecast import Forecast, _at_all, _origin, forecast
 from treeify.planning.measure import measured
 from treeify.tree import Tree
@@ -66,6 +74,40 @@ def test_less_time_is_spent_behind_later_points(real: Forecast) -> None:
         assert stage1 > stage2 > head > 0
     assert real.whole > real.behind[1][0]
     assert "threads" in real.machine
+
+
+def test_times_of_a_batch_are_divided_by_its_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    def eight_seconds(action: Callable[[], Any], _: torch.device) -> float:
+        for _round in range(3):
+            action()
+        return 8.0
+
+    model = small.build().eval()
+    traced = replace(trace_model(model, None, small.EXAMPLE), batch=4)
+    monkeypatch.setattr(forecast_module, "_median_seconds", eight_seconds)
+    assert forecast(model, traced, ["stage1"], [1]).whole == pytest.approx(2.0)
+    monkeypatch.setattr(measure_module, "answer_seconds", lambda *_, **__: {1: 8.0, 2: 12.0})
+    assert measured(model, traced, None, ["stage1:2"]) == (2.0, 3.0)
+
+
+class OfPairs(nn.Module):
+    """Takes images in pairs, and no single one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, padding=1)
+        self.second = nn.Linear(4 * 8 * 8, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pairs = self.first(x).reshape(-1, 2, 4 * 8 * 8)
+        return self.second(pairs).flatten(0, 1)
+
+
+def test_a_plan_says_that_its_times_are_parts_of_a_batch_s() -> None:
+    pairs = treeify.plan(OfPairs(), example_input=torch.zeros(2, 3, 8, 8), max_ms=1000)
+    assert "answers 2 images at once" in "".join(pairs.notes)
+    single = treeify.plan(small.build(), example_input=small.EXAMPLE, max_ms=1000)
+    assert "at once" not in "".join(single.notes)
 
 
 def test_plans_by_time_have_forecasts_and_measure_beside_them() -> None:

@@ -91,10 +91,10 @@ def test_what_changes_adds_up_to_the_accuracies(report: Report) -> None:
         assert row["become right"] - row["become wrong"] == row["net"] == after - before
         assert row["still wrong"] == images - after
     by_class = rows(report, "class_accuracy")
-    right = sum(row["images"] * row["all leaves %"] / 100 for row in by_class)
+    right = sum(row["images"] * row["4 leaves %"] / 100 for row in by_class)
     assert right == approx(correct[-1])
     pairs = rows(report, "worst_pairs")
-    assert sum(row["all leaves"] for row in pairs) == images - correct[-1]
+    assert sum(row["4 leaves"] for row in pairs) == images - correct[-1]
     assert sum(row["images"] for row in rows(report, "confusion")) == images
 
 
@@ -240,6 +240,10 @@ def test_what_cannot_be_reported_on_is_refused(run: Path, tmp_path: Path) -> Non
         read(tmp_path / "nowhere")
     with pytest.raises(InputError, match="beside"):
         read(run, beside="others")
+    (tmp_path / "link").symlink_to(run)
+    for again in (run, run / ".." / run.name, tmp_path / "link"):
+        with pytest.raises(InputError, match="given twice"):
+            read(run, again)
 
 
 def test_files_are_written_whole_or_not_at_all(report: Report, tmp_path: Path) -> None:
@@ -271,6 +275,14 @@ def test_figures_are_written_by_themselves(
     assert before == {path: path.read_bytes() for path in paths}  # the same every time
     with pytest.raises(InputError, match="gif"):
         report.write_figures(tmp_path / "others", "gif")
+    first, *_, last = paths
+    first.write_bytes(b"older")
+    last.unlink()
+    last.mkdir()
+    with pytest.raises(DataError, match="is a directory"):
+        report.write_figures(tmp_path / "figures", format, overwrite=True)
+    assert first.read_bytes() == b"older"
+    assert len(list((tmp_path / "figures").iterdir())) == len(paths)
     assert not (tmp_path / "others").exists()
 
 

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 import runs
+import torch
 
+import treeify
 from treeify.errors import CheckpointError, InputError
+from treeify.models.architecture import Architecture
 from treeify.report.api import read
 from treeify.report.grids import is_grid
 from treeify.training.ablation import ablate, expand, results
@@ -91,6 +94,57 @@ def test_results_of_another_version_are_refused(tmp_path: Path, text: str) -> No
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(CheckpointError, match="no results, or those of another version"):
         read(tmp_path)
+
+
+def test_base_models_that_differ_are_left_out(grid: Path, tmp_path: Path) -> None:
+    assert read(grid).contents.grids[0].base is not None
+    copy = tmp_path / "out"
+    shutil.copytree(grid, copy, symlinks=True)
+    other = treeify.hierarchicalize(
+        Architecture("treeify.models:cifar_resnet50", {"num_classes": 10, "width": 0.5}),
+        ["block3", "block4"],
+        init="fresh",
+        example_input=torch.zeros(1, 3, 8, 8),
+    )
+    for last in copy.glob("L_HD/seed*/last"):
+        last.unlink()
+        treeify.save(other, last)
+    found = read(copy)
+    assert found.contents.grids[0].base is None
+    assert "different base models" in " ".join(found.sections[0].missing)
+    (chart,) = (chart for chart in found.charts if chart.name == "trade_off")
+    assert "base model" not in {row[0] for row in chart.table.rows}
+
+
+def test_it_is_said_which_variant_s_costs_are_not_known(grid: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(grid, copy, symlinks=True)
+    shutil.rmtree(copy / "L_I")
+    for config in copy.glob("L_HD/seed*/checkpoints/*/config.json"):
+        config.write_text("{")
+    missing = read(copy).contents.grids[0].missing
+    assert missing["sizes of L_I"] == "What L_I costs is not known: no run of it is there."
+    assert missing["sizes of L_HD"].startswith("What L_HD costs is not known: ")
+    assert "config.json" in missing["sizes of L_HD"]
+
+
+@pytest.mark.parametrize(
+    "name", ["recipe.yaml", "environment.json", "metrics.jsonl", "", "../../results.json"]
+)
+def test_links_that_lead_out_of_a_grid_are_not_followed(
+    grid: Path, tmp_path: Path, name: str
+) -> None:
+    copy = tmp_path / "out"
+    shutil.copytree(grid, copy, symlinks=True)
+    run = copy / "L_I" / "seed0"
+    if name:
+        (run / name).unlink()
+    else:
+        shutil.rmtree(run)
+    (run / name).resolve().symlink_to((grid / "L_I" / "seed0" / name).resolve())
+    with pytest.raises(CheckpointError, match="leads out of"):
+        read(copy)
+    assert len(read(copy, trust=True).contents.grids[0].variants) == 2
 
 
 def test_data_are_not_named_for_grids(grid: Path) -> None:

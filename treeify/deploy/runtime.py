@@ -153,6 +153,7 @@ class Anytime:
         classes: names of the outputs, or None.
         budgets: sizes and confidence thresholds, by the mean MACs per image that they spend.
         shape: of the images, `("batch", C, H, W)`, or with a number for "batch".
+        setting: the machine, the engine and its threads, one phrase, which latencies are of.
         droppable: whether images can leave the batch between steps.
         manifest: all of ensemble.json.
 
@@ -222,7 +223,7 @@ class Anytime:
         cores = "all cores" if threads is None else f"threads: {threads}"
         version = str(sys.modules[engine].__version__).partition("-")[0]
         how = ", shared" if shared_threads else "" if spinning else ", not spinning"
-        self._setting = f"{_machine()}, {engine} {version}, {cores}{how}"
+        self.setting = f"{_machine()}, {engine} {version}, {cores}{how}"
 
     def session(self, images: Array) -> "Session":
         """Anytime inference on a batch, to be advanced, stopped and resumed as you like.
@@ -457,7 +458,7 @@ class Anytime:
 
     def _situation(self, images: Array) -> str:
         """What latencies are of: the images' shape, the machine, the engine and its threads."""
-        return f"{'x'.join(map(str, images.shape))} {images.dtype}, {self._setting}"
+        return f"{'x'.join(map(str, images.shape))} {images.dtype}, {self.setting}"
 
     def _advance_until(
         self, session: "Session", deadline: float, begin: float, observe: Observer | None

@@ -43,6 +43,41 @@ def confusion_matrix(labels: Tensor, named: Tensor, classes: int) -> Tensor:
     return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
 
+def confused_pairs(labels: Tensor, named: Tensor, classes: int) -> dict[tuple[int, int], int]:
+    """How many images of a class are named another one, in memory that classes do not add to.
+
+    Args:
+        labels: their true classes, [N].
+        named: what they are named, [N].
+        classes: how many there are.
+
+    Returns:
+        Counts by true and named class, of the pairs that occur.
+    """
+    wrong = labels != named
+    codes, counts = torch.unique(labels[wrong] * classes + named[wrong], return_counts=True)
+    pairs = (divmod(code, classes) for code in codes.tolist())
+    return dict(zip(pairs, counts.tolist(), strict=True))
+
+
+def per_class(labels: Tensor, named: Tensor, classes: int) -> tuple[ClassScore, ...]:
+    """The accuracy of every nested size on the images of each class.
+
+    Args:
+        labels: their true classes, [N].
+        named: what every size names them, [N, S].
+        classes: how many there are.
+    """
+    images = torch.bincount(labels, minlength=classes)
+    correct = torch.zeros(classes, named.shape[1], dtype=torch.double)
+    correct.index_add_(0, labels, (named == labels[:, None]).double())
+    percent = (100 * correct / images[:, None]).tolist()
+    return tuple(
+        ClassScore(index, count, tuple(accuracies) if count else None)
+        for index, (count, accuracies) in enumerate(zip(images.tolist(), percent, strict=True))
+    )
+
+
 class NamedClasses:
     """The class that every nested sub-ensemble names for each image, gathered over batches.
 
@@ -62,8 +97,11 @@ class NamedClasses:
         self._named: list[Tensor] = []
         self._labels: list[Tensor] = []
 
-    def add(self, logits: Tensor, target: Tensor) -> None:
+    def add(self, logits: Tensor, target: Tensor) -> Tensor:
         """Observe a batch of leaf logits [N, L, K] with classes [N].
+
+        Returns:
+            The class that every nested size names for each image of the batch, `[N, S]`.
 
         Raises:
             DataError: a class is out of range.
@@ -79,8 +117,10 @@ class NamedClasses:
             )
         require_labels(target, self.classes)
         nested = nested_logits(logits.detach().float(), self.tree)
-        self._named.append(nested.argmax(-1).cpu())
+        named = nested.argmax(-1).cpu()
+        self._named.append(named)
         self._labels.append(target.long().cpu())
+        return named
 
     def add_batch(self, images: Tensor, logits: Tensor, target: Tensor) -> None:
         """The same, as whoever measures calls an observer: with the images [N, C, H, W], too."""
@@ -132,15 +172,7 @@ class NamedClasses:
         Raises:
             DataError: there is no image.
         """
-        labels, named = self.labels, self.named
-        images = torch.bincount(labels, minlength=self.classes)
-        correct = torch.zeros(self.classes, named.shape[1], dtype=torch.double)
-        correct.index_add_(0, labels, (named == labels[:, None]).double())
-        percent = (100 * correct / images[:, None]).tolist()
-        return tuple(
-            ClassScore(index, count, tuple(accuracies) if count else None)
-            for index, (count, accuracies) in enumerate(zip(images.tolist(), percent, strict=True))
-        )
+        return per_class(self.labels, self.named, self.classes)
 
     def _index(self, leaves: int | None) -> int:
         sizes = self.tree.nested_sizes

@@ -134,7 +134,8 @@ class _SideBySide:
         splits = [f"{INPUT}:{branches}"] if branches > 1 else []
         source = initial_weights(base, None, "copy", 0)
         self._hne = assemble(base, None, splits, source, traced=traced).eval()
-        self._images = self._hne.example_images(traced.batch)
+        self._batch = traced.batch
+        self._images = self._hne.example_images(self._batch)
         self._plan = self._hne.tune(self._images, training=False, repeats=5, budget=_TUNING).plan
         device = self._images.device
         # The program that answers, with a clock around every operation.
@@ -150,14 +151,15 @@ class _SideBySide:
 
     @torch.no_grad()
     def seconds(self) -> dict[str, float]:
-        """The median seconds of every operation for one image.
+        """The median seconds of every operation for one image: its part of those of the batch.
 
         Together they take what whole answers do: clocks take time themselves, and operations in a
         row are faster than one by one.
         """
         device = self._images.device
         # One after the other, since in turns they would drive one another's weights out of caches.
-        whole = _median_seconds(partial(self._hne.predict, self._images), device)
+        answer = partial(self._hne.predict, self._images)
+        whole = _median_seconds(answer, device) / self._batch
         _median_seconds(self._answer_in_parts, device)
         rounds = self._rounds[1:]  # the first only warms up
         parts = {name: median(times[name] for times in rounds) for name in rounds[0]}

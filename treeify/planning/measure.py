@@ -21,7 +21,8 @@ def measured(
 ) -> tuple[float, ...]:
     """Seconds for one image of every nested size, run as tuned here.
 
-    A model that takes several images together gets as many as it needs.
+    A model that takes several images together gets as many as it needs, and each image its part
+    of the time.
 
     Args:
         base: the base model, whose weights every branch has: they do not change what it takes.
@@ -34,4 +35,4 @@ def measured(
     x = hne.example_images(traced.batch)
     hne.tune(x, training=False, repeats=5, budget=_TUNING)
     seconds = answer_seconds(hne, x, budget=_TIMING)
-    return tuple(seconds[size] for size in hne.tree.nested_sizes)
+    return tuple(seconds[size] / traced.batch for size in hne.tree.nested_sizes)

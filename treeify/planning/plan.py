@@ -108,7 +108,7 @@ def plan(
         points=len(costs.points),
         optimal=optimal,
         candidates=tuple(trees),
-        notes=tuple(_notes(budget, costs, times)),
+        notes=tuple(_notes(budget, costs, times, traced.batch)),
     ).pick(pick)
     return _with_measured(result, base, traced) if measure else result
 
@@ -122,7 +122,7 @@ def _with_measured(result: SplitPlan, base: nn.Module, traced: Traced) -> SplitP
     return replace(result, candidates=tuple(trees))
 
 
-def _notes(budget: Budget, costs: SplitCosts, times: Forecast | None) -> Iterator[str]:
+def _notes(budget: Budget, costs: SplitCosts, times: Forecast | None, batch: int) -> Iterator[str]:
     """What a user should know of a plan."""
     if not budget.asked:
         ratio = budget.most / costs.whole[MACS]
@@ -138,6 +138,11 @@ def _notes(budget: Budget, costs: SplitCosts, times: Forecast | None) -> Iterato
             f"Times are forecast for one image from {numbers} networks side by side, measured on"
             f" {times.machine}."
         )
+        if batch > 1:
+            yield (
+                f"The model answers {batch} images at once: times for one image are those of"
+                f" {batch} divided by {batch}."
+            )
 
 
 def _require_points(costs: SplitCosts, model: str) -> None:

@@ -16,6 +16,7 @@ from treeify.conversion.ensemble import HierarchicalEnsemble
 from treeify.data import Data, Preparation
 from treeify.deploy.exported import ExportedEnsemble
 from treeify.deploy.exported_scores import exported_scores
+from treeify.evaluation.classes import NamedClasses
 from treeify.evaluation.comparison import Gains, compare
 from treeify.evaluation.metrics import Batch, Score, Scores
 from treeify.losses import nested_logits
@@ -65,20 +66,19 @@ class _Observed:
 
     tree: Tree
     data: Data
-    targets: list[Tensor] = field(default_factory=list)
-    nested: list[Tensor] = field(default_factory=list)
+    named: NamedClasses = field(init=False)
     confidences: list[Tensor] = field(default_factory=list)
     thumbnails: dict[tuple[int, bool], list[Thumbnail]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.named = NamedClasses(self.tree, len(self.data.classes))
+
     def add(self, images: Tensor, logits: Tensor, target: Tensor) -> None:
         """Observe images `[N, C, H, W]`, leaf logits `[N, L, K]` and classes `[N]`."""
-        nested = nested_logits(logits.float(), self.tree)
-        classes = nested.argmax(-1).T.cpu()
-        self.targets.append(target.cpu())
-        self.nested.append(classes)
-        self.confidences.append(confidence(nested).T.cpu())
+        named = self.named.add(logits, target)
+        self.confidences.append(confidence(nested_logits(logits.float(), self.tree)).T.cpu())
         if self.data.preparation is not None and images.ndim == 4:
-            self._keep_changed(images, classes, target.cpu(), self.data.preparation)
+            self._keep_changed(images, named.T, target.cpu(), self.data.preparation)
 
     def _keep_changed(
         self, images: Tensor, classes: Tensor, target: Tensor, preparation: Preparation
@@ -106,8 +106,8 @@ class _Observed:
             split=self.data.split,
             preparation=None if preparation is None else str(preparation),
             classes=self.data.classes,
-            target=torch.cat(self.targets),
-            nested=torch.cat(self.nested, 1)[kept],
+            target=self.named.labels,
+            nested=self.named.named.T[kept],
             confidence=torch.cat(self.confidences, 1)[kept],
             scores=tuple(results[index] for index in kept),
             gains=tuple(differences[index] for index in kept),

@@ -145,7 +145,7 @@ def read(
     Raises:
         CheckpointError: a directory is none of these, or damaged.
         DataError, RecipeError: the data that were asked for cannot be read.
-        InputError: no directory is given, or an argument does not fit.
+        InputError: no directory is given, or one twice, or an argument does not fit.
     """
     paths = [local_path(each) for each in directories]
     _check(paths, data, beside, weights)
@@ -180,6 +180,14 @@ def _check(paths: Sequence[Path], data: Sequence[str], beside: str | None, weigh
             "data were named, and grids are not measured.",
             expected="data with runs, ensembles or exports",
             next_step="Leave --data out, or give the grid's runs.",
+        )
+    resolved = [path.resolve() for path in paths]
+    again = [path for index, path in enumerate(paths) if resolved[index] in resolved[:index]]
+    if again:
+        raise InputError(
+            f"{again[0]} is given twice, or is a link to another of the directories.",
+            expected="each directory once",
+            next_step="Leave it out.",
         )
 
 

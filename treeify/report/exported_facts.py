@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from treeify.deploy.formats import MANIFEST
 from treeify.errors import CheckpointError
 from treeify.evaluation.cost import Cost
 from treeify.report.results import ExportedStep, LatencyTable, Level, Result, Transition
+
+# As the runtime says what latencies are of: shape, type, then machine, engine and threads.
+_SITUATION = re.compile(r"(?P<images>(?P<batch>[1-9]\d*)(x\d+)+ \w+), (?P<machine>.+)")
 
 
 def result_of(exported: ExportedEnsemble, name: str) -> Result:
@@ -75,18 +79,28 @@ def _latencies(exported: ExportedEnsemble) -> tuple[LatencyTable, ...]:
         measured = exported.model.latencies
     except runtime.ExportError as error:
         raise CheckpointError(str(error)) from error
-    return tuple(
-        LatencyTable(
-            latencies.situation,
-            latencies.situation,
-            "as exported",
-            tuple(
-                Transition(*key, seconds, latencies.slow[key], latencies.margins[key])
-                for key, seconds in latencies.typical.items()
-            ),
-            latencies.repeats,
+    return tuple(_latency_table(latencies, exported.path) for latencies in measured.values())
+
+
+def _latency_table(latencies: runtime.Latencies, path: Path) -> LatencyTable:
+    situation = _SITUATION.fullmatch(latencies.situation)
+    if situation is None:
+        raise CheckpointError(
+            f"{path} holds latencies of no shape of images.",
+            expected="such as 1x3x32x32 float32, and the machine",
+            found=f"{latencies.situation!r:.200}",
+            next_step=f"Measure them again: treeify calibrate {path}.",
         )
-        for latencies in measured.values()
+    return LatencyTable(
+        situation["images"],
+        int(situation["batch"]),
+        situation["machine"],
+        "as exported",
+        tuple(
+            Transition(*key, seconds, latencies.slow[key], latencies.margins[key])
+            for key, seconds in latencies.typical.items()
+        ),
+        latencies.repeats,
     )
 
 

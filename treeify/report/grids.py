@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,8 @@ from treeify.errors import CheckpointError, TreeifyError
 from treeify.evaluation.cost import Cost, base_cost, costs
 from treeify.evaluation.metrics import Score
 from treeify.report.results import GridResult, SeedRun, Variant
-from treeify.training.events import Epoch
 from treeify.training.recipe_file import values_of_run
-from treeify.training.run_directory import METRICS, RECIPE, RunDirectory, is_run
+from treeify.training.run_directory import ENVIRONMENT, METRICS, RECIPE, RunDirectory, is_run
 
 RESULTS = "results.json"
 # Grids may have thousands of runs, of a few kilobytes each.
@@ -92,12 +91,14 @@ def read_grid(path: Path, name: str, *, trust: bool = False) -> GridResult:
         trust: whether what its runs name may be imported.
 
     Raises:
-        CheckpointError: it cannot be read, or no run has written metrics.
+        CheckpointError: it cannot be read, no run has written metrics, or a link leads out of it.
     """
     directory = path if path.is_dir() else path.parent
     runs = runs_below(directory)
     file = directory / RESULTS if path.is_dir() else path
-    rows = read_rows(file) if file.is_file() else _last_epochs(runs, directory, trust=trust)
+    if not trust:
+        _require_inside(directory, [file] if path.is_dir() else [], runs.values())
+    rows = read_rows(file) if file.is_file() else _last_epochs(runs)
     if not rows:
         raise CheckpointError(
             f"no run in {path} has written metrics yet.",
@@ -107,19 +108,36 @@ def read_grid(path: Path, name: str, *, trust: bool = False) -> GridResult:
     by_variant: dict[str, list[SeedRun]] = defaultdict(list)
     for row in rows:
         run = runs.get((row.variant, row.seed))
-        epochs = () if run is None else tuple(_epochs(run, directory, trust=trust))
+        epochs = () if run is None else tuple(RunDirectory(run).metrics())
         by_variant[row.variant].append(SeedRun(row.seed, row.held_out, row.train, epochs))
     missing: dict[str, str] = {}
     if not file.is_file():
         missing["results"] = f"There is no {RESULTS}: runs are shown as far as they have got."
-    variants, base = [], None
+    variants, bases = [], set()
     for variant, seeds in by_variant.items():
-        costs_of_one = _costs(runs, variant, missing, trust=trust)
-        base = base if costs_of_one is None else costs_of_one[1]
-        variants.append(Variant(variant, tuple(seeds), costs_of_one[0] if costs_of_one else ()))
+        sizes, base = _costs(runs, variant, missing, trust=trust) or ((), None)
+        variants.append(Variant(variant, tuple(seeds), sizes))
+        bases.add(base)
+    bases.discard(None)
+    if len(bases) > 1:
+        missing["base"] = "Its variants have different base models, which are left out."
+    base = bases.pop() if len(bases) == 1 else None
     return GridResult(
         name, path, tuple(variants), _data_set(runs), base, _origin(path, rows, runs), missing
     )
+
+
+def _require_inside(directory: Path, others: Iterable[Path], runs: Iterable[Path]) -> None:
+    """Refuse links of what is read of a grid and of its runs that lead out of it.
+
+    Raises:
+        CheckpointError: one does.
+    """
+    for run in runs:
+        for path in (run, *(run / name for name in (METRICS, RECIPE, ENVIRONMENT))):
+            files.require_inside(path, directory)
+    for path in others:
+        files.require_inside(path, directory)
 
 
 def _costs(
@@ -128,12 +146,14 @@ def _costs(
     """What the nested sizes of a variant and its base model cost; else it is said why not."""
     run = next((path for (name, _), path in runs.items() if name == variant), None)
     if run is None:
-        missing["sizes"] = "What its sizes cost is not known: the grid's runs are not there."
+        why = "the grid's runs are not there." if not runs else "no run of it is there."
+        missing[f"sizes of {variant}"] = f"What {variant} costs is not known: {why}"
         return None
     try:
         hne = checkpoint.load(checkpoint_in(run, trust=trust), trust=trust)
     except (TreeifyError, OSError) as error:
-        missing["sizes"] = str(error).splitlines()[0]
+        why = str(error).splitlines()[0]
+        missing[f"sizes of {variant}"] = f"What {variant} costs is not known: {why}"
         return None
     return costs(hne), base_cost(hne)
 
@@ -159,19 +179,10 @@ def _origin(
     return facts
 
 
-def _epochs(run: Path, directory: Path, *, trust: bool) -> list[Epoch]:
-    """What a run of a grid wrote down, unless a link leads out of the grid that is not trusted."""
-    if not trust:
-        files.require_inside(run / METRICS, directory)
-    return RunDirectory(run).metrics()
-
-
-def _last_epochs(
-    runs: Mapping[tuple[str, int], Path], directory: Path, *, trust: bool
-) -> list[Row]:
+def _last_epochs(runs: Mapping[tuple[str, int], Path]) -> list[Row]:
     rows = []
     for (variant, seed), path in runs.items():
-        if epochs := _epochs(path, directory, trust=trust):
+        if epochs := RunDirectory(path).metrics():
             rows.append(Row(variant, seed, epochs[-1].train, epochs[-1].held_out))
     return rows
 

@@ -169,7 +169,7 @@ def _verified(result: Result, hne: HierarchicalEnsemble, options: Options) -> Re
 
 def _of_export(exported: ExportedEnsemble, name: str, options: Options) -> Result:
     result = replace(exported_facts.result_of(exported, name), path=exported.path)
-    x = exported.example_images(1)
+    x = exported.example_images(1)[:1]  # one also where it answers a fixed number
     if not options.data:
         result = _lacking(
             result,
@@ -186,7 +186,7 @@ def _of_export(exported: ExportedEnsemble, name: str, options: Options) -> Resul
         result = replace(result, answers=answers, data_set=section.name)
     if options.latency:
         with timing.threads(1):
-            times = Times(exported_seconds(exported, x), exported.machine)
+            times = Times(exported_seconds(exported, x), exported.model.setting)
         return replace(result, times=times)
     return _lacking(result, "times", _NOT_TIMED)
 

@@ -76,9 +76,19 @@ class Transition:
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What `treeify calibrate` measured for one situation."""
+    """What `treeify calibrate` measured for one situation.
+
+    Args:
+        situation: the images' shape and type, one phrase.
+        batch: how many images were answered together, whose seconds these are.
+        machine: that it was measured on, with what answers.
+        plan: how the ensemble ran.
+        transitions: between sizes.
+        repeats: how many rounds were measured.
+    """
 
     situation: str
+    batch: int
     machine: str
     plan: str
     transitions: tuple[Transition, ...]

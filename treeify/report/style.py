@@ -127,6 +127,11 @@ def number(value: float, _position: object = None) -> str:
     return f"{value:g}"
 
 
+def leaves(size: int) -> str:
+    """1 -> `1 leaf`, 4 -> `4 leaves`."""
+    return "1 leaf" if size == 1 else f"{size} leaves"
+
+
 def log_costs(axis: Any, formatted: Callable[[float, object], str]) -> None:
     """A logarithmic axis with ticks at 1, 2 and 5 times each power of ten."""
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -55,6 +55,7 @@ def _latency_table(latencies: Latencies) -> LatencyTable:
     )
     return LatencyTable(
         str(latencies.situation),
+        latencies.situation.shape[0],
         latencies.situation.machine,
         str(latencies.plan),
         tuple(transitions),

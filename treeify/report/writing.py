@@ -83,7 +83,7 @@ def check_format(format: str) -> None:
 
 
 def write_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
-    """Write files into a folder, which appears with all of them if it is new.
+    """Write files into a folder, all or none; a new one appears with all of them.
 
     Raises:
         OSError: they cannot be written.
@@ -94,8 +94,7 @@ def write_all(folder: Path, contents: Mapping[str, bytes]) -> list[Path]:
             (draft / name).write_bytes(content)
 
     if folder.exists():
-        for name, content in contents.items():
-            files.replace_bytes(folder / name, content)
+        files.replace_all({folder / name: content for name, content in contents.items()})
     else:
         folder.parent.mkdir(parents=True, exist_ok=True)
         files.publish(folder, write)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from treeify.evaluation.classes import confusion_matrix
+from treeify.evaluation.classes import confused_pairs, confusion_matrix, per_class
 from treeify.report import style
 from treeify.report.chart import AnyColumn, Chart, Table
 
@@ -23,6 +23,7 @@ def matrix(
     classes: Sequence[str],
     target: Tensor,
     answer: Tensor,
+    leaves: int,
     *,
     name: str = "confusion",
     title: str = "Confusion",
@@ -33,6 +34,7 @@ def matrix(
         classes: their names, `K`.
         target: the images' classes, `[N]`.
         answer: what they were answered with, `[N]`.
+        leaves: how many answered.
         name: of the chart.
         title: of the chart.
     """
@@ -67,7 +69,10 @@ def matrix(
         if counts[row, column]
     ]
     headings: list[AnyColumn] = ["class", "answer", ("images", ",d"), ("% of the class", ".1f")]
-    text = "Of every class (row), what percentage was answered with each class, by all leaves."
+    text = (
+        "Of every class (row), what percentage was answered with each class, by"
+        f" {style.leaves(leaves)}."
+    )
     return Chart(name, title, text, figure, Table.of(headings, rows))
 
 
@@ -81,46 +86,47 @@ def _cell(column: int, row: int, colour: str, alpha: float) -> Rectangle:
 def worst_pairs(
     classes: Sequence[str],
     target: Tensor,
-    first: Tensor,
-    last: Tensor,
+    answers: Mapping[int, Tensor],
     *,
     name: str = "worst_pairs",
     title: str = "What is taken for what",
 ) -> Chart:
-    """The pairs of classes that are confused most often, by one leaf and by all.
+    """The pairs of classes that are confused most often, by the fewest leaves and by the most.
 
     Args:
         classes: their names, `K`.
         target: the images' classes, `[N]`.
-        first: what one leaf answers, `[N]`.
-        last: what all leaves answer, `[N]`.
+        answers: what the smallest and the largest size answer, `[N]`, by numbers of leaves; one
+            entry where they are the same.
         name: of the chart.
         title: of the chart.
     """
-    before, after = (
-        confusion_matrix(target, answer, len(classes)).fill_diagonal_(0) for answer in (first, last)
-    )
-    ranked = _ranked(after, before)
-    rows = [
-        (classes[row], classes[column], int(after[row, column]), int(before[row, column]))
+    labels = [style.leaves(size) for size in sorted(answers, reverse=True)]
+    # Of the most leaves first, which rank.
+    counts = [
+        confused_pairs(target, answers[size], len(classes))
+        for size in sorted(answers, reverse=True)
+    ]
+    ranked = sorted(counts[0], key=lambda pair: (*(-each.get(pair, 0) for each in counts), pair))
+    rows: list[tuple[Any, ...]] = [
+        (classes[row], classes[column], *(each.get((row, column), 0) for each in counts))
         for row, column in ranked
     ]
     drawn = rows[:_PAIRS]
     figure, ax = style.axes(1.1 + 0.3 * max(1, len(drawn)))
     places = range(len(drawn))
-    ax.barh(
-        places, [row[2] for row in drawn], height=0.6, color=style.SERIES[1], label="all leaves"
-    )
-    ax.plot(
-        [row[3] for row in drawn],
-        places,
-        color=style.INK,
-        marker="|",
-        markersize=11,
-        markeredgewidth=2,
-        linestyle="none",
-        label="one leaf",
-    )
+    ax.barh(places, [row[2] for row in drawn], height=0.6, color=style.SERIES[1], label=labels[0])
+    if len(labels) > 1:
+        ax.plot(
+            [row[3] for row in drawn],
+            places,
+            color=style.INK,
+            marker="|",
+            markersize=11,
+            markeredgewidth=2,
+            linestyle="none",
+            label=labels[1],
+        )
     names = [f"{style.short(row[0], 16)} → {style.short(row[1], 16)}" for row in drawn]
     ax.set_yticks(places, names)
     ax.invert_yaxis()
@@ -129,78 +135,66 @@ def worst_pairs(
     ax.grid(visible=False, axis="y")
     ax.set_xlabel("images")
     style.legend_below(figure)
-    headings: list[AnyColumn] = ["class", "taken for", ("all leaves", ",d"), ("one leaf", ",d")]
+    headings: list[AnyColumn] = ["class", "taken for", *((label, ",d") for label in labels)]
     text = "Images of a class that were answered with another one, the most frequent pairs first."
     if len(rows) > len(drawn):
         text += f" Of {len(rows):,} pairs the first {len(drawn)} are drawn."
     if not rows:
-        text = "All leaves together answer every image rightly: there are no pairs."
+        text = f"Every image is answered rightly by {labels[0]}: there are no pairs."
     return Chart(name, title, text, figure, Table.of(headings, rows[:100]))
-
-
-def _ranked(after: Tensor, before: Tensor) -> list[tuple[int, int]]:
-    """Pairs of classes that were confused, the worst first."""
-    pairs = after.nonzero().tolist()
-    return sorted(
-        ((row, column) for row, column in pairs),
-        key=lambda pair: (-int(after[pair]), -int(before[pair]), pair),
-    )
 
 
 @style.in_style
 def class_accuracy(
     classes: Sequence[str],
     target: Tensor,
-    first: Tensor,
-    last: Tensor,
+    answers: Mapping[int, Tensor],
     *,
     name: str = "class_accuracy",
     title: str = "Accuracy of each class",
 ) -> Chart:
-    """Accuracy of every class, by one leaf and by all; the classes known worst are drawn.
+    """Accuracy of every class, by the fewest leaves and by the most; the lowest are drawn.
 
     Args:
         classes: their names, `K`.
         target: the images' classes, `[N]`.
-        first: what one leaf answers, `[N]`.
-        last: what all leaves answer, `[N]`.
+        answers: what the smallest and the largest size answer, `[N]`, by numbers of leaves; one
+            entry where they are the same.
         name: of the chart.
         title: of the chart.
     """
-    count = len(classes)
-    images = torch.bincount(target, minlength=count)
-    before, after = (
-        (100 * torch.bincount(target[answer == target], minlength=count) / images).tolist()
-        for answer in (first, last)
-    )
-    present = [index for index in range(count) if images[index]]
-    ranked = sorted(present, key=lambda index: (after[index], before[index]))
-    drawn = ranked[:_CLASSES]
+    count, sizes = len(classes), sorted(answers)
+    named = torch.stack([answers[size] for size in sizes], 1)
+    rows = [
+        (classes[score.index], score.images, *score.accuracy)
+        for score in per_class(target, named, count)
+        if score.accuracy is not None
+    ]
+    rows.sort(key=lambda row: row[:1:-1])  # by what the most leaves know, then the fewest
+    drawn = rows[:_CLASSES]
     figure, ax = style.axes(1.1 + 0.24 * len(drawn))
     places = range(len(drawn))
-    one, all_leaves = ([values[index] for index in drawn] for values in (before, after))
-    ax.hlines(places, one, all_leaves, color=style.MUTED, linewidth=1.4, zorder=2)
-    dots: dict[str, Any] = {"linestyle": "none", "zorder": 3}
-    ax.plot(one, places, "s", color=style.SERIES[1], markersize=4.5, label="one leaf", **dots)
-    ax.plot(
-        all_leaves, places, "o", color=style.SERIES[0], markersize=6, label="all leaves", **dots
-    )
-    ax.set_yticks(places, [style.short(classes[index], 22) for index in drawn])
+    names, _, *columns = zip(*drawn, strict=True)
+    labels = [style.leaves(size) for size in sizes]
+    ax.hlines(places, columns[0], columns[-1], color=style.MUTED, linewidth=1.4, zorder=2)
+    looks = [("s", style.SERIES[1], 4.5), ("o", style.SERIES[0], 6)][-len(sizes) :]
+    for label, values, (marker, colour, width) in zip(labels, columns, looks, strict=True):
+        look: dict[str, Any] = {"color": colour, "markersize": width, "linestyle": "none"}
+        ax.plot(values, places, marker, label=label, zorder=3, **look)
+    ax.set_yticks(places, [style.short(each, 22) for each in names])
     ax.invert_yaxis()
     ax.set_xlabel("accuracy, %")
     style.legend_below(figure)
     headings: list[AnyColumn] = [
         "class",
         ("images", ",d"),
-        ("one leaf %", ".2f"),
-        ("all leaves %", ".2f"),
+        *((f"{label} %", ".2f") for label in labels),
     ]
-    rows = [(classes[i], int(images[i]), before[i], after[i]) for i in ranked]
     text = "Of the images of each class, how many are answered rightly; the lowest first."
-    if len(ranked) > len(drawn):
-        text += f" Of {len(ranked):,} classes the lowest {len(drawn)} are drawn."
-    if count > len(present):
-        text += f" {count - len(present):,} classes have no held-out image."
+    if len(rows) > len(drawn):
+        text += f" Of {len(rows):,} classes the lowest {len(drawn)} are drawn."
+    if count > len(rows):
+        text += f" {count - len(rows):,} classes have no held-out image."
     return Chart(name, title, text, figure, Table.of(headings, rows))
 
 

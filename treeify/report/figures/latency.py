@@ -124,6 +124,8 @@ def deadlines(
         "From this deadline on, predict(x, deadline=...) goes straight to so many leaves on an"
         " otherwise idle machine: the median times the margin that keeps deadlines 99 times in 100."
     )
+    if table.batch > 1:
+        text += f" All of it for {table.batch} images together."
     return Chart(name, title, text, figure, without_empty(Table.of(headings, rows)))
 
 
@@ -141,7 +143,7 @@ def _bought(table: LatencyTable) -> list[tuple[float, int]]:
 
 def first_of(tables: Sequence[LatencyTable]) -> LatencyTable | None:
     """The table of single images, or else the first."""
-    single = [table for table in tables if " 1x" in table.situation]
+    single = [table for table in tables if table.batch == 1]
     return next(iter((*single, *tables)), None)
 
 

@@ -43,7 +43,7 @@ def reliability(
     rows = []
     for index, (size, error) in enumerate(zip(sizes, errors, strict=True)):
         bins = _bins(confidence[index], correct[index])
-        leaves = "1 leaf" if size == 1 else f"{size} leaves"
+        leaves = style.leaves(size)
         curve = {**style.line(index), "linewidth": 1.2}
         label = f"{leaves}, calibration error {error:.1f} %"
         ax.plot([row[1] for row in bins], [row[2] for row in bins], label=label, zorder=3, **curve)

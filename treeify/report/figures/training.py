@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
@@ -30,7 +31,7 @@ def loss(
     figure, ax = style.axes(2.6)
     rows: list[tuple[str | int | float, ...]] = []
     for index, (run, seeds) in enumerate(runs.items()):
-        numbers, values = _by_epoch([[epoch.loss for epoch in seed] for seed in seeds])
+        numbers, values = _losses(seeds)
         look = {**style.line(index), "marker": _marker(numbers, index)}
         ax.plot(numbers, [value.mean for value in values], label=style.short(run), **look)
         if len(seeds) > 1:
@@ -160,13 +161,14 @@ def epoch_times(
     return Chart(name, title, text, figure, Table.of(headings, rows))
 
 
-def _by_epoch(seeds: Sequence[Sequence[float]]) -> tuple[list[int], list[Spread]]:
-    """Epochs from 1, and the spread of a value over the seeds that have got so far."""
-    longest = max((len(seed) for seed in seeds), default=0)
-    spreads = [
-        Spread.of([seed[index] for seed in seeds if index < len(seed)]) for index in range(longest)
-    ]
-    return list(range(1, longest + 1)), spreads
+def _losses(seeds: Sequence[Sequence[Epoch]]) -> tuple[list[int], list[Spread]]:
+    """The epochs that a seed has, and the spread of losses over the seeds that have them."""
+    by_epoch: dict[int, list[float]] = defaultdict(list)
+    for seed in seeds:
+        for epoch in seed:
+            by_epoch[epoch.epoch].append(epoch.loss)
+    numbers = sorted(by_epoch)
+    return numbers, [Spread.of(by_epoch[number]) for number in numbers]
 
 
 def _marker(numbers: Sequence[int], index: int) -> str:

@@ -9,10 +9,9 @@ from operator import attrgetter, mul
 
 from treeify.evaluation.metrics import Score
 from treeify.report.chart import Chart
-from treeify.report.figures.latency import first_of
 from treeify.report.figures.leaves import leaf_accuracy, logit_std
 from treeify.report.figures.trade_off import Unit, trade_off
-from treeify.report.results import GridResult, Result, Variant
+from treeify.report.results import GridResult, LatencyTable, Result, Variant
 from treeify.report.sections.section import Contents, Draft, Section, only_of_runs
 from treeify.report.series import BaseModel, BudgetPoint, Curve, Spread
 
@@ -33,6 +32,11 @@ def trade_off_section(contents: Contents) -> Section:
     timed = [each for each in contents.results if each.times is not None and each.scores]
     if timed:
         draft.charts.append(_against_time(timed))
+        draft.missing += [
+            contents.say(_why_no_budgets_in_time(result), result)
+            for result in timed
+            if result.budgets and _single_images_here(result) is None
+        ]
     draft.missing += [
         contents.say(result.missing["times"], result)
         for result in contents.results
@@ -184,7 +188,7 @@ def _against_time(results: Sequence[Result]) -> Chart:
 
 def _budgets_in_time(result: Result) -> Iterator[BudgetPoint]:
     """The mean milliseconds of images that stop by confidence, at every size on the way."""
-    table = first_of(result.latencies)
+    table = _single_images_here(result)
     if table is None:
         return
     typical = {(row.start, row.stop): row.typical for row in table.transitions}
@@ -194,6 +198,28 @@ def _budgets_in_time(result: Result) -> Iterator[BudgetPoint]:
             times = accumulate(step for step in steps if step is not None)
             seconds = sum(map(mul, budget.fractions, times))
             yield BudgetPoint(result.name, 1e3 * seconds, 100 * budget.accuracy)
+
+
+def _single_images_here(result: Result) -> LatencyTable | None:
+    """What was calibrated for one image on the machine that answers were timed on for the page."""
+    here = None if result.times is None else result.times.machine
+    fitting = (each for each in result.latencies if each.batch == 1 and each.machine == here)
+    return next(fitting, None)
+
+
+def _why_no_budgets_in_time(result: Result) -> str:
+    if not result.latencies:
+        found = "nothing was calibrated"
+    elif all(table.batch > 1 for table in result.latencies):
+        batches = sorted({table.batch for table in result.latencies})
+        found = f"only {', '.join(map(str, batches))} images together were calibrated"
+    else:
+        machines = dict.fromkeys(each.machine for each in result.latencies if each.batch == 1)
+        found = f"single images were calibrated elsewhere ({'; '.join(machines)})"
+    return (
+        f"Budgets have no milliseconds per image: {found}."
+        f" treeify calibrate {result.path} measures one image here, if it takes a single one."
+    )
 
 
 def _curves(contents: Contents, value: _Value, missing: list[str]) -> list[Curve]:

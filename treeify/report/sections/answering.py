@@ -38,17 +38,18 @@ def confusion_section(contents: Contents) -> Section:
     """The worst pairs, accuracy of each class, and what more leaves change."""
     draft = Draft("confusion", "What is mistaken, and what more leaves change")
     for result, answers in _answered(contents, draft):
-        first, last = answers.nested[0], answers.nested[-1]
+        sizes = [score.leaves for score in answers.scores]
+        # One entry where there is one size.
+        ends = {sizes[index]: answers.nested[index] for index in (0, -1)}
         charts = []
-        if len(answers.scores) > 1:
-            sizes = [score.leaves for score in answers.scores]
+        if len(sizes) > 1:
             charts.append(changes(sizes, answers.nested == answers.target))
         charts += [
-            worst_pairs(answers.classes, answers.target, first, last),
-            class_accuracy(answers.classes, answers.target, first, last),
+            worst_pairs(answers.classes, answers.target, ends),
+            class_accuracy(answers.classes, answers.target, ends),
         ]
         if has_matrix(answers.classes):
-            charts.append(matrix(answers.classes, answers.target, last))
+            charts.append(matrix(answers.classes, answers.target, answers.nested[-1], sizes[-1]))
         draft.charts += [contents.mark(chart, result) for chart in charts]
         draft.galleries += _galleries(contents, result, answers)
     draft.missing += only_of_runs(contents, "Confusion")

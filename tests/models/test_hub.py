@@ -148,16 +148,16 @@ def test_nothing_that_a_repository_names_is_imported(
     saved: Path, hub: fake_hub.Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = json.loads((saved / "config.json").read_text())
-    config["architecture"] = {"name": "hostile:net", "kwargs": {}}
+    config["architecture"] = {"name": "evil_hub:net", "kwargs": {}}
     code = f"import pathlib; pathlib.Path({str(tmp_path / 'ran')!r}).touch()\ndef net(): ...\n"
     sealed = checksums.seal(config).encode()
-    hub.add("org/name", {**content(saved), "config.json": sealed, "hostile.py": code.encode()})
+    hub.add("org/name", {**content(saved), "config.json": sealed, "evil_hub.py": code.encode()})
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "hostile.py").write_text(code)
-    with pytest.raises(CheckpointError, match=r"'hostile:net' would be imported[\s\S]*trust=True"):
+    (tmp_path / "evil_hub.py").write_text(code)
+    with pytest.raises(CheckpointError, match=r"'evil_hub:net' would be imported[\s\S]*trust=True"):
         treeify.load(NAME)
     assert not (tmp_path / "ran").exists()
-    assert not (local_path(NAME) / "hostile.py").exists()
+    assert not (local_path(NAME) / "evil_hub.py").exists()
     with pytest.raises(treeify.TreeifyError, match="builds no model"):
         treeify.load(NAME, trust=True)
     assert (tmp_path / "ran").exists()

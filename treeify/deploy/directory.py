@@ -17,7 +17,7 @@ def require_packages() -> None:
     missing = [package for package in PACKAGES if find_spec(package) is None]
     if missing:
         raise ExportError(
-            f"exporting needs {', '.join(missing)}, which is not installed.",
+            f"exporting needs what is not installed: {', '.join(missing)}.",
             next_step="pip install 'treeify[onnx]'",
         )
 

@@ -20,7 +20,7 @@ def require_packages() -> None:
     missing = [name for module, name in _PACKAGES.items() if find_spec(module) is None]
     if missing:
         raise InputError(
-            f"reports need {', '.join(missing)}, which is not installed.",
+            f"reports need what is not installed: {', '.join(missing)}.",
             next_step="pip install 'treeify[report]'",
         )
 

@@ -19,7 +19,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
 ) -> None:
     found = writing.find_spec
     monkeypatch.setattr(writing, "find_spec", lambda name: None if name == module else found(name))
-    with pytest.raises(InputError, match=rf"reports need {package}, .*\n.*treeify\[report\]"):
+    with pytest.raises(InputError, match=rf"reports need .*: {package}\..*\n.*treeify\[report\]"):
         reading: Any = treeify.report.read
         reading("run")
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
-from treeify.errors import CheckpointError, TreeifyError
+from treeify.errors import CheckpointError, DataError, TreeifyError
 
 try:
     import fcntl
@@ -51,6 +51,30 @@ def check_new(
     if folder.is_dir() and any(folder.iterdir()):
         raise error_class(
             f"{folder} is not empty.", expected="a new or empty directory", next_step=next_step
+        )
+
+
+def check_writable_file(path: Path, name: str) -> None:
+    """Look, before anything is computed, whether a file can be written.
+
+    Args:
+        path: of the file, which may be there.
+        name: what the message calls it.
+
+    Raises:
+        DataError: it cannot.
+    """
+    folder = path.parent
+    problem = None
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        problem = f"{folder} as its directory"
+    elif path.exists() and not path.is_file():
+        problem = "a directory" if path.is_dir() else "a pipe or a device"
+    if problem is not None:
+        raise DataError(
+            f"{name} cannot be written.",
+            expected="a file in a directory that exists",
+            found=problem,
         )
 
 

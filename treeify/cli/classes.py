@@ -9,7 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from treeify.cli.output import Column, check_file, table
+from treeify import files
+from treeify.cli.output import Column, table
 from treeify.errors import InputError, printable
 from treeify.evaluation.classes import NamedClasses
 
@@ -48,7 +49,7 @@ def check_confusion(path: Path | None, leaves: int | None, other: Path | None) -
             expected="a file for each",
             next_step="Give one of them another name.",
         )
-    check_file(path, "--confusion")
+    files.check_writable_file(path, f"--confusion {path}")
 
 
 def check_size(leaves: int | None, sizes: Sequence[int]) -> None:

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from torch import Tensor, nn
 
+from treeify import files
 from treeify.cli.classes import (
     check_confusion,
     check_size,
@@ -16,7 +17,7 @@ from treeify.cli.classes import (
     confusion_text,
 )
 from treeify.cli.options import Device, Json, Trust, Weights
-from treeify.cli.output import check_file, print_json, say, write_text
+from treeify.cli.output import print_json, say, write_text
 from treeify.cli.scores import as_csv, base_row, rows_of, score_rows, score_tables
 from treeify.conversion import checkpoint
 from treeify.conversion.ensemble import HierarchicalEnsemble
@@ -114,7 +115,7 @@ def evaluate(
         _check_no_weights(weights, directory)
     path = checkpoint_in(directory, trust=trust) if exported is None else directory
     if csv is not None:
-        check_file(csv, "--csv")
+        files.check_writable_file(csv, f"--csv {csv}")
     check_confusion(confusion, confusion_leaves, csv)
     section = data_section(path, data or (), trust=trust)
     options = _Options(section, data or (), batch_size, workers, latency, confusion_leaves)

@@ -170,7 +170,7 @@ def _name_classes(hne: HierarchicalEnsemble, path: Path, *, trust: bool) -> None
     if hne.preparation is None or hne.preparation.classes is not None:
         return
     with torch.inference_mode():
-        logits = hne.predict(hne.example_images(1))
+        logits = hne.predict(hne.example_images(1), leaves=1)
     if isinstance(logits, torch.Tensor) and logits.ndim == 2:
         classes = library_classes(hne, path, logits.shape[-1], trust=trust)
         hne.preparation = replace(hne.preparation, classes=classes)

@@ -1,7 +1,6 @@
 """How commands print: lines, tables and JSON, each in one way."""
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,22 +119,6 @@ def short(number: float) -> str:
 def print_json(values: Any) -> None:
     """Print values as JSON; they may hold dataclasses, paths and tuples."""
     typer.echo(json.dumps(to_jsonable_python(values, by_alias=True), indent=2))
-
-
-def check_file(path: Path, option: str) -> None:
-    """Raise DataError, before anything is computed, where a file cannot be written."""
-    folder = path.parent
-    problem = None
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problem = f"{folder} as its directory"
-    elif path.exists() and not path.is_file():
-        problem = "a directory" if path.is_dir() else "a pipe or a device"
-    if problem is not None:
-        raise DataError(
-            f"{option} {path} cannot be written.",
-            expected="a file in a directory that exists",
-            found=problem,
-        )
 
 
 def write_text(path: Path, text: str, option: str) -> None:

@@ -21,7 +21,7 @@ from treeify.cli.options import (
     milliseconds,
     whole_numbers,
 )
-from treeify.cli.output import Column, check_file, print_json, say, short, table
+from treeify.cli.output import Column, print_json, say, short, table
 from treeify.cli.quantities import Bounds
 from treeify.models.base_model import base_model
 from treeify.planning.limits import DEFAULT_FANOUTS, DEFAULT_LEAVES
@@ -96,7 +96,7 @@ def plan(
     if figure is not None:
         require_packages()
         check_format(figure.suffix.removeprefix("."))
-        check_file(figure, "--figure")
+        files.check_writable_file(figure, f"--figure {figure}")
     console = Console(quiet=as_json)
     base = base_model(name, num_classes, input_size)
     with console.status("counting, searching and, where times are asked for, measuring"):

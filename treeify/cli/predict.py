@@ -19,7 +19,7 @@ from treeify.cli.answers import Answers, ImageAnswers, as_csv
 from treeify.cli.batches import Ensemble, Limits, Run
 from treeify.cli.image_files import image_files
 from treeify.cli.options import Device, Json, SavedEnsemble, Trust, count, duration, numbers, size
-from treeify.cli.output import Column, check_file, print_json, say, table, table_width, write_text
+from treeify.cli.output import Column, print_json, say, table, table_width, write_text
 from treeify.conversion import checkpoint
 from treeify.deploy.exported import ExportedEnsemble
 from treeify.deploy.saved import (
@@ -113,7 +113,7 @@ def predict(
     exported = exported_in(directory, device)
     path = checkpoint_in(directory, trust=trust) if exported is None else directory
     if csv is not None:
-        check_file(csv, "--csv")
+        files.check_writable_file(csv, f"--csv {csv}")
     console = Console(quiet=as_json)
     if exported is None:
         preparation = preparation_in(path, mean, std, input_size, trust=trust)

@@ -49,36 +49,32 @@ class Size(NamedTuple):
 
 def seconds(text: str, option: str) -> float:
     """A duration in seconds, from a number with `s`, `ms`, `us` or no unit (seconds) after it."""
-    value = _quantity(text, _SECONDS)
-    if not value:
-        raise InputError(
-            f"{option} {text!r} is no duration.",
-            expected="a time above 0 in s, ms or us: 20ms, 0.02s; 0.02 means seconds",
-            next_step=_unit_meant(text, _SECONDS),
-        )
-    return float(value)
+    expected = "a time above 0 in s, ms or us: 20ms, 0.02s; 0.02 means seconds"
+    return _positive(text, option, _SECONDS, "duration", expected)
 
 
 def milliseconds(text: str, option: str) -> float:
     """A duration in milliseconds, from a number with `ms`, `s`, `us` or no unit after it."""
-    value = _quantity(text, _MILLISECONDS)
-    if not value:
-        raise InputError(
-            f"{option} {text!r} is no duration.",
-            expected="a time above 0: 5 or 5ms, 0.005s",
-            next_step=_unit_meant(text, _MILLISECONDS),
-        )
-    return float(value)
+    expected = "a time above 0: 5 or 5ms, 0.005s"
+    return _positive(text, option, _MILLISECONDS, "duration", expected)
 
 
 def megabytes(text: str, option: str) -> float:
     """Megabytes of 10^6 bytes, from a number with `MB`, `kB`, `GB` or no unit after it."""
-    value = _quantity(text, _MEGABYTES)
+    expected = "megabytes above 0: 120 or 120MB, 1.5GB"
+    return _positive(text, option, _MEGABYTES, "size of a file", expected)
+
+
+def _positive(
+    text: str, option: str, units: Mapping[str, Decimal], what: str, expected: str
+) -> float:
+    """A number above 0 with a unit after it, in that unit which has none."""
+    value = _quantity(text, units)
     if not value:
         raise InputError(
-            f"{option} {text!r} is no size of a file.",
-            expected="megabytes above 0: 120 or 120MB, 1.5GB",
-            next_step=_unit_meant(text, _MEGABYTES),
+            f"{option} {text!r} is no {what}.",
+            expected=expected,
+            next_step=_unit_meant(text, units),
         )
     return float(value)
 

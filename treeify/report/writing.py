@@ -31,18 +31,7 @@ def check_page(path: Path, *, overwrite: bool) -> Path:
     Raises:
         DataError: it may not.
     """
-    folder = path.parent
-    problem = None
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        problem = f"{folder} as its directory"
-    elif path.exists() and not path.is_file():
-        problem = "a directory" if path.is_dir() else "a pipe or a device"
-    if problem is not None:
-        raise DataError(
-            f"{path} cannot be written.",
-            expected="a file in a directory that exists",
-            found=problem,
-        )
+    files.check_writable_file(path, str(path))
     if path.exists() and not overwrite:
         raise DataError(
             f"{path} exists already.",
